@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` edits a picture, `make test` passes the tests. Both make .venv first; nothing outside it is changed.
+
+PYTHON ?= python3
+# Installed where PYTHON has no torch of its own; a torch that is there (a CUDA one, say) is used as it is.
+TORCH ?= torch==2.13.0
+OUT ?= demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+ASSETS := specedit_kernels/assets
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(BIN)/specedit edit $(ASSETS)/example.png "$$(cat $(ASSETS)/example.txt)" -o $(OUT)/edited.png
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=70" wheel
+	$(BIN)/pip install -q --no-build-isolation -e ".[triton,pipelines,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build specedit_kernels.egg-info $(OUT)

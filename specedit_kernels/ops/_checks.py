@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by the ops. Every message names the op, the argument, what was expected and what came."""
+
+import os
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INT32 = (torch.int32,)
+FP32 = (torch.float32,)
+
+
+def debugging():
+    """Whether SPECEDIT_DEBUG=1 asks for checks of index values, which synchronise the host."""
+    return os.environ.get("SPECEDIT_DEBUG", "0") not in ("", "0")
+
+
+def value_error(op, name, expected, got):
+    raise ValueError(f"{op}: {name}: expected {expected}, got {got}")
+
+
+def type_error(op, name, expected, got):
+    raise TypeError(f"{op}: {name}: expected {expected}, got {got}")
+
+
+def shape_of(tensor):
+    return list(tensor.shape)
+
+
+def check_dtype(op, name, tensor, dtypes):
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        type_error(op, name, f"dtype {names}", str(tensor.dtype).removeprefix("torch."))
+
+
+def check_device(op, name, tensor, device):
+    if tensor.device != device:
+        value_error(op, name, f"a tensor on {device}", f"one on {tensor.device}")
+
+
+def check_shape(op, name, tensor, shape, meaning):
+    """``shape``: one entry a dimension; None leaves it free. ``meaning``: the shape in words, for the message."""
+    same = tensor.dim() == len(shape)
+    if same:
+        for have, want in zip(tensor.shape, shape):
+            if want is not None and have != want:
+                same = False
+    if not same:
+        value_error(op, name, f"shape {meaning}", shape_of(tensor))
+
+
+def check_last_contiguous(op, name, tensor):
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        value_error(op, name, "a contiguous last dimension", f"strides {list(tensor.stride())}")
+
+
+def check_no_grad(op, **tensors):
+    """Kernels have no backward: an input that needs one is refused, never silently detached."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{op}: {name}: expected a tensor that does not require grad (the op has no backward), "
+                    "got requires_grad=True; call it under torch.no_grad() or detach the tensor"
+                )
+
+
+def check_index_range(op, name, index, rows):
+    """Values of ``index`` are in [-1, rows). Reads the data: called on CPU, or when debugging."""
+    if index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < -1 or high >= rows:
+            value_error(op, name, f"values from -1 to {rows - 1}", f"values from {low} to {high}")
+
+
+def check_no_duplicates(op, name, index):
+    """No row of ``index`` [B, M] names a destination twice. Reads the data: called when debugging."""
+    for b, row in enumerate(index.cpu()):
+        row = row[row >= 0]
+        unique, counts = row.unique(return_counts=True)
+        if unique.numel() != row.numel():
+            twice = unique[counts > 1][:5].tolist()
+            value_error(op, name, "each destination once", f"{twice} more than once in batch element {b}")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures: the device, the backends that can run on it, poisoned memory.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from specedit_kernels import _extension
+
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def _backends():
+    found = ["reference"]
+    try:
+        import triton  # noqa: F401
+
+        found.append("triton")
+    except ImportError:
+        pass
+    if torch.cuda.is_available() and _extension.load()[0] and torch.cuda.get_device_capability() == (9, 0):
+        found.append("cuda")
+    return found
+
+
+BACKENDS = _backends()
+WITH_CSRC = ("token_discrepancy", "select_tokens")
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes ``backend`` runs once for each backend that its file's op has on this machine."""
+    if "backend" in metafunc.fixturenames:
+        stem = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
+        names = [name for name in BACKENDS if name != "cuda" or stem in WITH_CSRC]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """Forces one backend for the ops that the test calls."""
+    monkeypatch.setenv("SPECEDIT_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory reads as NaN (largest integer): an output that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def random():
+    """A generator function of seeded normal tensors, made on the CPU so that every device sees the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.float32, device="cpu"):
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    return normal
+
+
+@pytest.fixture
+def integers():
+    """A generator function of seeded integers."""
+    generator = torch.Generator().manual_seed(1)
+
+    def uniform(low, high, shape, device="cpu", dtype=torch.int32):
+        return torch.randint(low, high, shape, generator=generator, dtype=dtype).to(device)
+
+    return uniform

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op keeps: opcheck's four tests, torch.compile, torch.export, CUDA graphs, no host synchronisation."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from specedit_kernels import ops
+
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def i32(*values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def samples(device):
+    """(op, args, kwargs): each op with its optional arguments absent and present."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    specedit = torch.ops.specedit
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((2, 12, 8), (2, 8, 6, 4), (0, 12, 8)):
+            yield specedit.token_discrepancy, (normal(*shape, dtype=dtype), normal(*shape, dtype=dtype), (3, 4)), {}
+    score = normal(2, 12)
+    yield specedit.select_tokens, (score, (3, 4), 0.5), {}
+    yield specedit.select_tokens, (score[:, ::1], (3, 4), 0.5, 1, 2), {}
+    index = i32([3, -1, 0], [1, 2, -1], device=device)
+    yield specedit.gather_tokens, (normal(2, 12, 8), index, 3), {}
+    yield specedit.gather_tokens, (normal(2, 12, 8)[:, :, ::1], index, 0), {}
+    yield specedit.scatter_tokens_, (normal(2, 12, 8), normal(2, 3, 8), index), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = normal(2, 5, 4, 32, dtype=dtype), normal(2, 9, 2, 32, dtype=dtype), normal(2, 9, 2, 32, dtype=dtype)
+        lens = dict(q_lens=i32(2, 3, device=device), kv_lens=i32(9, 1, device=device))
+        options = dict(key_bias=normal(2, 9), q_index=index, kv_index=index, **lens, scale=0.2)
+        yield specedit.mixed_res_attn, (q, k, v), {}
+        yield specedit.mixed_res_attn, (q, k, v), options
+        yield specedit.mixed_res_attn, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v), lens
+        yield specedit.mixed_res_attn, (q[:, :0], k, v), {}
+        packed = dict(cu_seqlens_q=i32(0, 4, 10, device=device), cu_seqlens_k=i32(0, 9, 18, device=device),
+                      max_seqlen_q=6, max_seqlen_k=9, key_bias=normal(18))
+        yield specedit.mixed_res_attn, (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)), packed
+        out = normal(2, 7, 4, 32, dtype=dtype)
+        yield specedit.mixed_res_attn_scatter_, (out, q, k, v, i32([0, 2, -1], [3, 1, 6], device=device)), options
+        a, b = (specedit.mixed_res_attn(q, k, v) for _ in range(2))
+        yield specedit.merge_attn, (*a, *b), {}
+
+
+def ids(device="cpu"):
+    return [f"{op.__name__}-{i}" for i, (op, _, _) in enumerate(samples(device))]
+
+
+SAMPLES = list(enumerate(ids()))
+
+
+@pytest.fixture(params=SAMPLES, ids=lambda sample: sample[1])
+def sample(request, device):
+    return list(samples(device))[request.param[0]]
+
+
+def test_opcheck(sample):
+    op, args, kwargs = sample
+    torch.library.opcheck(op.default, args, kwargs, test_utils=OPCHECK)
+
+
+def clone(args):
+    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)
+
+
+def results(op, args, kwargs):
+    """All that a call produces: what it returns, and its first argument, which the in-place ops write."""
+    args = clone(args)
+    returned = op(*args, **kwargs)
+    returned = [] if returned is None else [returned] if isinstance(returned, torch.Tensor) else list(returned)
+    return [*returned, args[0]]
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_compile_fullgraph(sample):
+    op, args, kwargs = sample
+    torch._dynamo.reset()
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(*args, **kwargs):
+        return results(op, args, kwargs)
+
+    assert_same(step(*args, **kwargs), results(op, args, kwargs))
+
+
+def test_export(sample):
+    op, args, kwargs = sample
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+
+    class Step(torch.nn.Module):
+        def forward(self, tensors, options):
+            given = iter(tensors)
+            return results(op, tuple(next(given) if isinstance(x, torch.Tensor) else x for x in args), options)
+
+    program = torch.export.export(Step(), (tensors, kwargs))
+    assert any("specedit" in str(node.target) for node in program.graph.nodes)
+    assert_same(program.module()(tensors, kwargs), results(op, args, kwargs))
+
+
+def test_dynamic_shapes_compile_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def attend(q, k, v, bias):
+        return torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)[0]
+
+    for queries, keys in ((5, 9), (6, 12), (11, 7)):
+        q, k = torch.randn(1, queries, 2, 32), torch.randn(1, keys, 2, 32)
+        attend(q, k, k, torch.zeros(1, keys))
+    assert counter.frame_count == 1
+
+
+def test_no_grad_mode_accepts_parameters():
+    weight = torch.nn.Parameter(torch.ones(1, 4, 8))
+    with torch.no_grad():
+        assert torch.ops.specedit.token_discrepancy(weight, weight, (2, 2)).shape == (1, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph_replays_with_new_inputs(sample):
+    op, args, kwargs = sample
+    results(op, args, kwargs)  # the warm-up call that the contract allows
+    torch.cuda.synchronize()
+    static = clone(args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = op(*static, **kwargs)
+    returned = [] if returned is None else [returned] if isinstance(returned, torch.Tensor) else list(returned)
+    fresh = tuple(
+        torch.randn_like(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+    )
+    for target, value in zip(static, fresh):
+        if isinstance(target, torch.Tensor):
+            target.copy_(value)
+    graph.replay()
+    assert_same([*returned, static[0]], results(op, fresh, kwargs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of GPUs")
+def test_no_host_synchronisation(sample):
+    op, args, kwargs = sample
+    results(op, args, kwargs)
+    args = clone(args)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(*args, **kwargs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+def test_score_select_gather_is_few_launches(device):
+    draft, source = (torch.randn(1, 4096, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def run():
+        score = ops.token_discrepancy(draft, source, (64, 64))
+        _, index, _ = ops.select_tokens(score, (64, 64), 1.0, 1, 0)
+        return ops.gather_tokens(source, index, 1024)
+
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 3 <= len(kernels) <= 4, kernels
+
+
+def test_forced_backends(monkeypatch):
+    x = torch.randn(1, 4, 8)
+    monkeypatch.setenv("SPECEDIT_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="SPECEDIT_BACKEND: expected one of cuda, triton, reference, got 'fastest'"):
+        ops.token_discrepancy(x, x, (2, 2))
+    monkeypatch.setenv("SPECEDIT_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="SPECEDIT_BACKEND=cuda cannot serve token_discrepancy: .*CUDA tensor"):
+        ops.token_discrepancy(x, x, (2, 2))
+    with pytest.raises(RuntimeError, match="SPECEDIT_BACKEND=cuda cannot serve merge_attn: no CUDA C"):
+        ops.merge_attn(x, torch.zeros(4, 1), x, torch.zeros(4, 1))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("SPECEDIT_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="SPECEDIT_BACKEND=triton cannot serve token_discrepancy"):
+        ops.token_discrepancy(x, x, (2, 2))
+
+
+def test_backend_of():
+    for name in ops.names():
+        assert ops.backend_of(name, "cpu")[0] == "reference"
+    with pytest.raises(ValueError, match="op: expected one of .*, got 'attention'"):
+        ops.backend_of("attention", "cpu")
+
+
+def test_devices_may_not_mix():
+    x = torch.zeros(1, 4, 8)
+    with pytest.raises(ValueError, match="source: expected a tensor on cpu, got one on meta"):
+        ops._checks.check_device("token_discrepancy", "source", x.to("meta"), x.device)
+
+
+IMPORT_WITHOUT = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+import torch, specedit_kernels
+x = torch.randn(1, 4, 8)
+assert torch.ops.specedit.token_discrepancy(x, x, (2, 2)).shape == (1, 4)
+assert not [m for m in sys.modules if m.partition(".")[0] in {blocked!r}]
+assert "specedit_kernels.reference.mixed_res_attn" not in sys.modules
+"""
+
+
+def test_import_without_optional_packages():
+    """Only torch is needed, and nothing of a backend is imported before its first call."""
+    code = IMPORT_WITHOUT.format(blocked=["triton", "diffusers", "transformers", "PIL", "numpy_financial"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
