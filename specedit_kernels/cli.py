@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: `specedit edit`, `specedit mask`, `specedit doctor`.
+
+A mistake of the user's ends in one line on stderr and exit code 2. Output files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED_MODEL = ASSETS / "tiny_kontext"
+SUPPORTED = ("FluxKontextPipeline", "SpecEditFluxKontextPipeline")
+PRESETS = (30, 18, 11, 9)
+PLAIN_STEPS = 28
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_SCORED_AREA = 1024**2
+
+
+class UserError(Exception):
+    """A mistake of the user's; its text is the one line that is shown."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def read_image(path: str | os.PathLike):
+    """An RGB picture from a file, upright by its EXIF note, transparency on white. UserError says what is wrong."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file")
+    try:
+        image = PIL.Image.open(path)
+    except PIL.UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture in a known format") from None
+    except PIL.Image.DecompressionBombError:
+        raise UserError(f"{path}: the picture is too large") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with image:
+        try:
+            image.load()
+            image = PIL.ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: the picture is damaged or truncated ({error})") from None
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            white = PIL.Image.new("RGBA", rgba.size, "white")
+            image = PIL.Image.alpha_composite(white, rgba)
+        return image.convert("RGB")
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """A path that a picture can be written to, or UserError; asked before the work, not after it."""
+    path = Path(path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"{path}: expected a file name that ends in one of {', '.join(IMAGE_SUFFIXES)}")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: cannot be written to")
+    return path
+
+
+def write_image(image, path: Path) -> None:
+    """Write a picture whole or not at all: to a file beside it first, then renamed."""
+    handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format=_format(path))
+        # mkstemp makes files private; a picture gets the rights that the user's umask gives
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _format(path: Path) -> str:
+    import PIL.Image
+
+    return PIL.Image.registered_extensions()[path.suffix.lower()]
+
+
+def model_index(folder: Path) -> dict:
+    """model_index.json of a supported pipeline folder, or UserError."""
+    if not folder.is_dir():
+        hint = ""
+        if folder == SHIPPED_MODEL:
+            hint = " (this installation has no checkpoint in it; give one with --model)"
+        raise UserError(f"{folder}: no such model folder{hint}")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder}: unsupported model folder: it has no model_index.json")
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        name = content["_class_name"]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(f"{folder}: unsupported model folder: model_index.json cannot be read") from None
+    if name not in SUPPORTED:
+        raise UserError(f"{folder}: unsupported model folder: a {name}; expected {SUPPORTED[0]}")
+    return content
+
+
+def model_settings(folder: Path) -> dict:
+    """Call options that a model folder asks for in its specedit.json.
+
+    {"resolution": R}: pictures of R * R pixels in area, in the source's ratio, not FLUX.1-Kontext's preferred sizes.
+    {"max_sequence_length": T}: text tokens. A folder without the file has FLUX.1-Kontext's own rules.
+    """
+    path = folder / "specedit.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        options = {}
+        if "resolution" in content:
+            options.update(max_area=int(content["resolution"]) ** 2, _auto_resize=False)
+        if "max_sequence_length" in content:
+            options["max_sequence_length"] = int(content["max_sequence_length"])
+    except (ValueError, TypeError, OSError):
+        raise UserError(f"{path}: expected an object with whole numbers") from None
+    return options
+
+
+def _device(name: str | None):
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    from . import ops
+
+    try:
+        for op in ops.names():
+            ops.backend_of(op, device)
+    except (RuntimeError, ValueError) as error:  # SPECEDIT_BACKEND asks for what cannot be
+        raise UserError(str(error)) from None
+    return device, dtype
+
+
+def _quiet() -> None:
+    """Keep the libraries' loading notes off the screen; what our own logger says, the summary says."""
+    import logging
+    import warnings
+
+    import diffusers
+    import transformers
+
+    # diffusers 0.42 asks for `dtype`, which earlier ones do not take; all before 1.0 take `torch_dtype`
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+    logging.getLogger("specedit_kernels").setLevel(logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _load(what: str, folder: Path, load):
+    try:
+        return load()
+    except Exception as error:
+        # the libraries raise many kinds for a bad folder; the user needs the folder and the first line
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: {what} cannot be loaded: {first}") from None
+
+
+def edit(arguments) -> None:
+    """`specedit edit`: run the pipeline, write the picture and the mask over the source, print a summary."""
+    out = check_output(arguments.output)
+    mask_out = check_output(arguments.mask_output or out.with_name("mask.png"))
+    if mask_out == out:
+        raise UserError(f"{out}: the edited picture and the mask overlay have one name; give --mask-output")
+    if not arguments.instruction.strip():
+        raise UserError("instruction: expected a text, got an empty one")
+    image = read_image(arguments.image)
+    user_mask = None if arguments.mask is None else read_image(arguments.mask)
+    folder = Path(arguments.model)
+    model_index(folder)
+    settings = model_settings(folder)
+    device, dtype = _device(arguments.device)
+
+    _quiet()
+    import torch
+
+    from .pipelines import SpecEditConfig, SpecEditFluxKontextPipeline
+
+    try:
+        config = SpecEditConfig(
+            preset=arguments.preset,
+            draft=arguments.draft,
+            finish=arguments.finish,
+            preserve=None if arguments.preserve == "none" else arguments.preserve,
+            threshold=arguments.threshold,
+        )
+        config.step_counts(arguments.steps)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    pipe = _load(
+        "the model",
+        folder,
+        lambda: SpecEditFluxKontextPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(
+            device
+        ),
+    )
+    pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
+    result = pipe(
+        image=image,
+        prompt=arguments.instruction,
+        mask_image=user_mask,
+        num_inference_steps=arguments.steps,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        specedit=config,
+        **settings,
+    )
+    edited = result.images[0]
+    import PIL.Image
+
+    source = image.resize(edited.size, PIL.Image.LANCZOS)
+    overlay = region_overlay(source, result.mask[0].cpu())
+    write_image(edited, out)
+    write_image(overlay, mask_out)
+    print(edit_summary(arguments, config, result.stats, edited.size, result.mask[0], out, mask_out, device))
+
+
+def region_overlay(source, mask):
+    """The source with the edit region tinted and its border drawn. mask: bool [rows, columns]."""
+    import numpy as np
+    import PIL.Image
+
+    height, width = source.height // mask.shape[0], source.width // mask.shape[1]
+    region = mask.numpy().repeat(height, 0).repeat(width, 1)
+    array = np.asarray(source, np.float32)
+    tint = np.array([255, 40, 60], np.float32)
+    out = np.where(region[..., None], 0.6 * array + 0.4 * tint, 0.55 * array)
+    edge = np.zeros_like(region)
+    padded = np.pad(region, 2)
+    for rows, columns in ((0, 2), (4, 2), (2, 0), (2, 4)):
+        edge |= region & ~padded[rows : rows + region.shape[0], columns : columns + region.shape[1]]
+    out[edge] = (255, 230, 0)
+    return PIL.Image.fromarray(out.round().astype(np.uint8))
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _flops(value: float) -> str:
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path, device) -> str:
+    """What an edit did, on one screen."""
+    from .pipelines.output import group_steps
+
+    fine = mask.numel()
+    steps = "  ".join(f"{count} x {stage} {tokens:.0f}" for stage, tokens, count in group_steps(stats))
+    plain_step = stats.plain_step_flops
+    lines = [
+        f'"{arguments.instruction}"  {size[0]} x {size[1]}, seed {arguments.seed}, {device}',
+        f"edited      {out}",
+        f"mask        {mask_out}: {int(mask.sum())} of {fine} tokens in the edit region, {_share(stats.edited[0])}",
+    ]
+    if stats.threshold is not None:
+        lines.append(
+            f"draft       {config.draft}, scores over {stats.threshold:g} are edited, grown by {config.dilation}"
+        )
+    if stats.fallback == "dense":
+        lines.append("note        nearly everything changes: all tokens were computed at full resolution")
+    if stats.fallback == "source":
+        lines.append("note        nothing changes: the source is returned")
+    apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
+    same = _share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"
+    lines += [
+        f"steps       {stats.nfe}{apart}; image tokens: {steps} (plain: {2 * fine})",
+        f"transformer {_flops(stats.flops)}: {same} of a plain run with {stats.nfe} steps, "
+        f"{_share(stats.flops / (plain_step * PLAIN_STEPS))} of one with {PLAIN_STEPS} steps",
+        "seconds     " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stats.seconds.items()),
+        f"attention   {stats.backend or 'no mixed-resolution step'}" + (f" ({_why(device)})" if stats.backend else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _why(device) -> str:
+    from . import ops
+
+    return ops.backend_of("mixed_res_attn", device)[1] or "the fastest here"
+
+
+def mask(arguments) -> None:
+    """`specedit mask`: score an edited picture against its source, draw the heat map, print the shares."""
+    out = check_output(arguments.output)
+    source = read_image(arguments.source)
+    edited = read_image(arguments.edited)
+    folder = Path(arguments.vae) if arguments.vae else SHIPPED_MODEL
+    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
+    if subfolder is None and not (folder / "config.json").is_file():
+        if not arguments.vae:
+            model_index(folder)
+        raise UserError(f"{folder}: expected a folder with a VAE's config.json, or a pipeline folder with vae/")
+    device, dtype = _device(arguments.device)
+    _quiet()
+    import numpy as np
+    import PIL.Image
+    import torch
+    from diffusers import AutoencoderKL
+
+    from . import ops
+    from .pipelines.config import THRESHOLDS
+    from .pipelines.stages import discrepancy
+
+    vae = _load(
+        "the VAE",
+        folder,
+        lambda: AutoencoderKL.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype, local_files_only=True),
+    ).to(device)
+    token = 2 ** len(vae.config.block_out_channels)  # pixels a side: the VAE's reduction times the 2x2 packing
+    width, height = _scored_size(source.size, token)
+    pair = [p.resize((width, height), PIL.Image.LANCZOS) for p in (source, edited)]
+    grid = (height // token, width // token)
+    with torch.no_grad():
+        latents = []
+        for picture in pair:
+            pixels = torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+            z = vae.encode(pixels.to(device, dtype)).latent_dist.mode()
+            latents.append((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+        scores = discrepancy(vae, None, arguments.metric, latents[1], latents[0], grid)
+        threshold = arguments.threshold
+        if threshold is None:
+            threshold = THRESHOLDS[arguments.metric, "matched", "full_step"]
+        _, _, count = ops.select_tokens(scores, grid, threshold, 0, 0)
+        _, _, grown = ops.select_tokens(scores, grid, threshold, 1, 0)
+    scores = scores[0].float().cpu().reshape(grid)
+    write_image(heat_map(pair[0], scores, threshold), out)
+    total = scores.numel()
+    note = "" if source.size == edited.size else f"; {arguments.edited} was {edited.width} x {edited.height}"
+    print(
+        f"compared    {width} x {height} pixels, {grid[0]} x {grid[1]} tokens of {token} pixels{note}\n"
+        f"score       {arguments.metric}, 0 to 4: mean {scores.mean():.4f}, median {scores.median():.4f}, "
+        f"largest {scores.max():.4f}\n"
+        f"changed     {int(count)} of {total} tokens over {threshold:g}: {_share(int(count) / total)}; "
+        f"grown by one token {_share(int(grown) / total)}\n"
+        f"heat map    {out}"
+    )
+
+
+def _scored_size(size: tuple[int, int], token: int) -> tuple[int, int]:
+    """The source's size in whole tokens, at most a megapixel."""
+    scale = min(1.0, (MAX_SCORED_AREA / (size[0] * size[1])) ** 0.5)
+    width, height = (max(int(side * scale) // token, 1) * token for side in size)
+    return width, height
+
+
+def heat_map(source, scores, threshold: float):
+    """Scores, fp32 [rows, columns], over the greyed source: a tint below the threshold, red to yellow above it."""
+    import numpy as np
+    import PIL.Image
+
+    base = np.asarray(source.convert("L").convert("RGB"), np.float32)
+    height, width = source.height // scores.shape[0], source.width // scores.shape[1]
+    level = scores.numpy().repeat(height, 0).repeat(width, 1)[..., None]
+    # log scale between a tenth of the threshold and the largest score: scores span decades
+    low, high = threshold / 10, max(float(scores.max()), threshold * 2)
+    heat = np.clip(np.log(np.maximum(level, 1e-9) / low) / np.log(high / low), 0, 1) if low > 0 else level / high
+    colour = np.concatenate(
+        [255 * np.minimum(2 * heat, 1), 255 * np.maximum(2 * heat - 1, 0), 60 * (1 - heat)], axis=-1
+    )
+    weight = np.where(level > threshold, 0.65, 0.35 * heat)
+    return PIL.Image.fromarray(((1 - weight) * base + weight * colour).round().astype(np.uint8))
+
+
+def doctor(arguments) -> None:
+    """`specedit doctor`: which backend serves each op here, and why."""
+    from . import doctor as report
+
+    report.main()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="specedit", description="Edit pictures; compute at full resolution only where they change.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    p = commands.add_parser("edit", help="edit a picture by an instruction", formatter_class=defaults)
+    p.add_argument("image", metavar="IMAGE", help="the source picture")
+    p.add_argument("instruction", help="what to change")
+    p.add_argument("-o", "--output", default="edited.png", help="the edited picture")
+    p.add_argument("--mask-output", default=None, help="the mask over the source (default: mask.png beside the output)")
+    p.add_argument("--mask", default=None, help="a picture, white where to edit, in place of the draft")
+    p.add_argument("--model", default=str(SHIPPED_MODEL), help="a FLUX.1-Kontext pipeline folder")
+    p.add_argument("--preset", type=int, choices=PRESETS, default=9, help="steps of the main trajectory")
+    p.add_argument("--steps", type=int, default=None, help="scale the preset's stages to another number of steps")
+    p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
+    p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
+    p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
+    p.add_argument("--threshold", type=float, default=None, help="score over which a token is edited")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")
+    p.set_defaults(run=edit)
+
+    p = commands.add_parser("mask", help="show which tokens differ between two pictures", formatter_class=defaults)
+    p.add_argument("source", metavar="SOURCE", help="the source picture")
+    p.add_argument("edited", metavar="EDITED", help="the edited picture; resized to the source's size")
+    p.add_argument("-o", "--output", default="heat.png", help="the heat map over the source")
+    p.add_argument("--vae", default=None, help="a VAE folder or a pipeline folder (default: the shipped model's)")
+    p.add_argument("--metric", choices=("decoder", "latent"), default="decoder", help="what is compared")
+    p.add_argument("--threshold", type=float, default=None, help="score over which a token is changed")
+    p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")
+    p.set_defaults(run=mask)
+
+    p = commands.add_parser("doctor", help="print which backend serves each op here, and why")
+    p.set_defaults(run=doctor)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0, or 2 after a mistake of the user's."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"specedit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a SpecEdit run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..sampling.schedule import split_steps
+
+# steps of the main trajectory by preset (number of function evaluations): all coarse, mixed resolution, all fine
+PRESETS: dict[int, tuple[int, int, int]] = {30: (8, 14, 8), 18: (5, 8, 5), 11: (3, 5, 3), 9: (3, 3, 3)}
+
+DRAFTS = ("coarse", "quarter", "full_step")
+FINISHES = ("full", "locked")
+METRICS = ("decoder", "latent", "projected")
+REFERENCES = ("matched", "literal")
+SELECTIONS = ("score", "random", "uniform")
+
+# (metric, reference, draft) -> threshold on the [0, 4] scale of token_discrepancy, for use with dilation 1
+THRESHOLDS: dict[tuple[str, str, str], float] = {
+    ("decoder", "matched", "quarter"): 0.1,
+    ("decoder", "matched", "coarse"): 0.15,
+    ("decoder", "matched", "full_step"): 0.15,
+    ("decoder", "literal", "quarter"): 0.4,
+    ("decoder", "literal", "coarse"): 0.4,
+    ("decoder", "literal", "full_step"): 0.15,
+    ("latent", "matched", "quarter"): 0.15,
+    ("latent", "matched", "coarse"): 0.15,
+    ("latent", "matched", "full_step"): 0.15,
+    ("latent", "literal", "quarter"): 0.3,
+    ("latent", "literal", "coarse"): 0.3,
+    ("latent", "literal", "full_step"): 0.15,
+    ("projected", "matched", "quarter"): 0.15,
+    ("projected", "matched", "coarse"): 0.15,
+    ("projected", "matched", "full_step"): 0.15,
+    ("projected", "literal", "quarter"): 0.3,
+    ("projected", "literal", "coarse"): 0.3,
+    ("projected", "literal", "full_step"): 0.15,
+}
+
+
+def _one_of(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected a number in [{low}, {high}], got {value}")
+
+
+def _integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value}")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SpecEditConfig:
+    """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
+
+    preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9. A separate draft is counted apart.
+    stages: (coarse, mixed, full) step counts in place of the preset's.
+    draft: what is verified. "coarse": the clean estimate of the main trajectory's own coarse steps, no extra step.
+        "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps (the paper's). "full_step": the
+        clean estimate after one full-resolution step, which takes the place of the coarse steps.
+    draft_steps: steps of the "quarter" draft (the paper's N_draft).
+    finish: "full": the last steps run on all tokens at full resolution (the paper's). "locked": they stay mixed, coarse
+        tokens follow the source, and latents that were not selected are the source's.
+    preserve: None, or "pixels": pixels outside the feathered edit region are the source's own.
+    feather: width in pixels of the seam, outside the edit region, over which "pixels" blends.
+    metric: "decoder": features of the VAE decoder's first layers (the paper's eq. 6). "latent": packed latent tokens.
+        "projected": the transformer's embedding of them.
+    reference: "matched": the source at the draft's resolution, brought up in the same way. "literal": the
+        full-resolution source (the paper's).
+    threshold: a score above it marks a token as edited, on the [0, 4] scale; None takes the calibrated one.
+    dilation: radius, in fine tokens, by which the edited region is grown.
+    uniform_stride: every k-th block a side is recomputed too (the paper has 3); 0 for none.
+    min_active: with fewer edited tokens than this nothing has changed, and the source is returned.
+    max_active: above this share of active blocks all tokens are computed.
+    key_bias: weigh a coarse key by the four fine ones it stands for.
+    coarse_condition: condition tokens outside the edit are coarse too.
+    selection: "score", or a control at an equal number of blocks: "random" or "uniform".
+    """
+
+    preset: int = 9
+    stages: tuple[int, int, int] | None = None
+    draft: str = "coarse"
+    draft_steps: int = 8
+    finish: str = "full"
+    preserve: str | None = None
+    feather: int = 8
+    metric: str = "decoder"
+    reference: str = "matched"
+    threshold: float | None = None
+    dilation: int = 1
+    uniform_stride: int = 0
+    min_active: int = 1
+    max_active: float = 0.8
+    key_bias: bool = True
+    coarse_condition: bool = True
+    selection: str = "score"
+
+    def __post_init__(self):
+        _one_of("preset", self.preset, tuple(PRESETS))
+        _one_of("draft", self.draft, DRAFTS)
+        _one_of("finish", self.finish, FINISHES)
+        _one_of("preserve", self.preserve, (None, "pixels"))
+        _one_of("metric", self.metric, METRICS)
+        _one_of("reference", self.reference, REFERENCES)
+        _one_of("selection", self.selection, SELECTIONS)
+        _integer("draft_steps", self.draft_steps, 1)
+        _integer("feather", self.feather, 0)
+        _integer("dilation", self.dilation, 0)
+        _integer("uniform_stride", self.uniform_stride, 0)
+        _integer("min_active", self.min_active, 0)
+        _number("max_active", self.max_active, 0.0, 1.0)
+        if self.threshold is not None:
+            _number("threshold", self.threshold, float("-inf"), float("inf"))
+        _flag("key_bias", self.key_bias)
+        _flag("coarse_condition", self.coarse_condition)
+        if self.stages is not None:
+            if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
+                raise ValueError(f"stages: expected (coarse, mixed, full) step counts, got {self.stages!r}")
+            for count in self.stages:
+                _integer("stages", count, 0)
+            if sum(self.stages) == 0:
+                raise ValueError(f"stages: expected at least one step, got {self.stages!r}")
+            if self.finish == "full" and self.stages[1] and not self.stages[2]:
+                raise ValueError(f"stages: finish='full' needs full steps after mixed ones, got {self.stages!r}")
+            object.__setattr__(self, "stages", tuple(self.stages))
+
+    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total."""
+        counts = self.stages or PRESETS[self.preset]
+        return counts if steps is None else split_steps(counts, steps)
+
+    def resolved_threshold(self) -> float:
+        """The threshold in use: the given one, or the calibrated one for this metric, reference and draft."""
+        if self.threshold is not None:
+            return float(self.threshold)
+        return THRESHOLDS[self.metric, self.reference, self.draft]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a SpecEdit run gives back: images, mask, scores and figures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One model step. `tokens`: image tokens (target and condition) of each sample. `flops`: useful ones, batch sum."""
+
+    stage: str
+    level: float
+    tokens: tuple[int, ...]
+    flops: int
+
+
+@dataclass
+class SpecEditStats:
+    """Figures of one run.
+
+    nfe: steps of the main trajectory, draft_nfe: steps of a separate draft; a step with true guidance counts once.
+    flops, plain_flops: useful transformer FLOPs of this run (draft included), and of a plain run with the same nfe at
+    full resolution. The VAE and the text encoders are in neither. plain_step_flops: of one plain step.
+    active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
+    fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
+    is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
+    seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
+    """
+
+    steps: list[StepRecord] = field(default_factory=list)
+    nfe: int = 0
+    draft_nfe: int = 0
+    plain_step_flops: int = 0
+    active: list[float] = field(default_factory=list)
+    edited: list[float] = field(default_factory=list)
+    fallbacks: list[str | None] = field(default_factory=list)
+    threshold: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    backend: str | None = None
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def plain_flops(self) -> int:
+        return self.plain_step_flops * self.nfe
+
+    @property
+    def fallback(self) -> str | None:
+        kinds = set(self.fallbacks)
+        return kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else None)
+
+    def tokens_per_step(self) -> list[tuple[str, float]]:
+        """(stage, mean image tokens of a sample) for each step in order."""
+        return [(step.stage, sum(step.tokens) / len(step.tokens)) for step in self.steps]
+
+
+def group_steps(stats: SpecEditStats) -> list[tuple[str, float, int]]:
+    """(stage, mean image tokens, count) of each run of alike steps, in order."""
+    groups: list[tuple[str, float, int]] = []
+    for stage, tokens in stats.tokens_per_step():
+        if groups and groups[-1][:2] == (stage, tokens):
+            groups[-1] = (stage, tokens, groups[-1][2] + 1)
+        else:
+            groups.append((stage, tokens, 1))
+    return groups
+
+
+@dataclass
+class SpecEditPipelineOutput(BaseOutput):
+    """Output of a SpecEdit pipeline.
+
+    images: as FluxKontextPipeline gives them for the `output_type`.
+    mask: bool [B, rows, columns], the edit region on the fine token grid (16 pixels a side for FLUX).
+    scores: fp32 [B, rows, columns], the discrepancy on the same grid; None where a mask was given.
+    stats: SpecEditStats.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    mask: Tensor | None = None
+    scores: Tensor | None = None
+    stats: Any = None
+
+
+class StageClock:
+    """Wall-clock time between marks. On CUDA it records events and reads them at the end: no wait before."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+        self._start = self._now()
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def mark(self, stage: str) -> None:
+        """Name the span since the last mark."""
+        self._marks.append((stage, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage; spans of one name add up."""
+        if self._cuda and self._marks:
+            self._marks[-1][1].synchronize()
+        out: dict[str, float] = {}
+        last = self._start
+        for stage, at in self._marks:
+            span = last.elapsed_time(at) / 1000 if self._cuda else at - last
+            out[stage] = out.get(stage, 0.0) + span
+            last = at
+        return out

@@ -1,0 +1,665 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpecEditFluxKontextPipeline on a tiny model with random weights: exactness, bookkeeping, options, errors."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline  # noqa: E402
+from tiny_models import call_options, tiny_image, tiny_pipeline  # noqa: E402
+
+from specedit_kernels.pipelines import (  # noqa: E402
+    SpecEditConfig,
+    SpecEditFluxKontextPipeline,
+    disable_specedit,
+    enable_specedit,
+    stages,
+)
+from specedit_kernels.pipelines.attention import SpecEditAttnProcessor, wrap_processors  # noqa: E402
+from specedit_kernels.sampling import grid as grids  # noqa: E402
+
+GRID = (8, 8)
+EVERYTHING = dict(stages=(0, 3, 3), draft="quarter", draft_steps=2, threshold=-1.0)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def half_mask(columns=4, size=128, rows=8):
+    """White over the first `columns` of 8 and `rows` of 8 tokens a side."""
+    array = np.zeros((size, size), np.uint8)
+    array[: size // 8 * rows, : size // 8 * columns] = 255
+    return PIL.Image.fromarray(array)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def pipe(plain):
+    pipe = SpecEditFluxKontextPipeline.from_pipe(plain)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# proofs
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pil", "np", "pt"])
+def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plain, pipe, output_type):
+    options = call_options(image=tiny_image(), output_type=output_type)
+    expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
+    out = pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **options)
+    assert out.stats.fallback == "dense" and out.mask.all()
+    if output_type == "pil":
+        expected, got = np.array(expected[0]), np.array(out.images[0])
+    else:
+        expected, got = torch.as_tensor(expected), torch.as_tensor(out.images)
+    assert (expected == got).all()
+
+
+def test_everything_selected_is_the_plain_pipeline_in_bfloat16_and_with_guidance():
+    plain = tiny_pipeline(seed=2).to(torch.bfloat16)
+    pipe = SpecEditFluxKontextPipeline.from_pipe(plain)
+    options = call_options(image=tiny_image(), negative_prompt="red", true_cfg_scale=3.0, num_images_per_prompt=2)
+    expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
+    assert torch.equal(pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **options).images, expected)
+
+
+def test_a_full_resolution_draft_step_is_a_step_of_the_plain_pipeline(plain, pipe):
+    options = call_options(image=tiny_image())
+    expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
+    config = SpecEditConfig(stages=(0, 3, 3), draft="full_step", threshold=-1.0)
+    assert torch.equal(pipe(generator=seeded(), specedit=config, **options).images, expected)
+
+
+def test_specedit_false_is_the_plain_pipeline(plain, pipe):
+    options = call_options(image=tiny_image(), num_inference_steps=2, height=128, width=128)
+    expected = plain(generator=seeded(), **options).images
+    assert torch.equal(pipe(generator=seeded(), specedit=False, **options).images, expected)
+
+
+@pytest.mark.parametrize("draft", ["coarse", "quarter", "full_step"])
+def test_nothing_selected_returns_the_source(pipe, draft, caplog):
+    image = tiny_image()
+    config = SpecEditConfig(draft=draft, draft_steps=2, threshold=4.0)
+    with caplog.at_level(logging.WARNING, "specedit_kernels"):
+        out = pipe(image=image, generator=seeded(), specedit=config, **call_options(output_type="pil"))
+    assert (np.array(out.images[0]) == np.array(image)).all()
+    assert out.stats.fallback == "source" and not out.mask.any() and "nothing changes" in caplog.text
+    latent = pipe(image=image, generator=seeded(), specedit=config, **call_options()).images
+    pixels = pipe.image_processor.preprocess(image)
+    assert torch.equal(latent, grids.pack(pipe._encode_vae_image(pixels, None)))
+
+
+def test_disable_restores_class_processors_and_bits():
+    pipe = tiny_pipeline(seed=3)
+    options = call_options(image=tiny_image(), num_inference_steps=2, height=128, width=128)
+    expected = pipe(generator=seeded(), **options).images
+    before = dict(pipe.transformer.attn_processors)
+    handle = enable_specedit(pipe, SpecEditConfig(**EVERYTHING))
+    assert isinstance(pipe, SpecEditFluxKontextPipeline) and handle.stats() is None
+    assert all(isinstance(p, SpecEditAttnProcessor) for p in pipe.transformer.attn_processors.values())
+    assert torch.equal(pipe(generator=seeded(), specedit=False, **options).images, expected)
+    del options["num_inference_steps"]
+    pipe(generator=seeded(), **options)
+    assert handle.stats().nfe == 6
+    disable_specedit(pipe)
+    assert type(pipe) is FluxKontextPipeline
+    after = pipe.transformer.attn_processors
+    assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
+    assert torch.equal(pipe(generator=seeded(), num_inference_steps=2, **options).images, expected)
+    disable_specedit(pipe)  # a second time changes nothing
+    assert type(pipe) is FluxKontextPipeline
+
+
+def make_run(pipe, config, mask, batch=1, image_seed=0, generator=None):
+    """A Run as the pipeline makes it, caught on its way into `_run`."""
+    caught = {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(run, counts, levels, user_mask):
+        caught.update(run=run, counts=counts, levels=levels, mask=user_mask)
+        raise Caught
+
+    pipe._run = catch
+    try:
+        options = call_options(image=tiny_image(seed=image_seed), mask_image=mask, specedit=config)
+        options["prompt"] = [options["prompt"]] * batch
+        with pytest.raises(Caught):
+            pipe(generator=generator or [seeded(i) for i in range(batch)], **options)
+    finally:
+        del pipe._run
+    return caught["run"], caught["counts"], caught["levels"], caught["mask"]
+
+
+@torch.no_grad()
+def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(pipe):
+    run, _, _, _ = make_run(pipe, SpecEditConfig(stages=(0, 2, 1)), half_mask())
+    everything = torch.ones(1, 64, dtype=torch.bool)
+    selection = stages.select(run, everything.float(), 0.5, 0)
+    fine = torch.randn(run.source.shape, generator=seeded())
+    state = stages.expand(run, fine, torch.randn(1, 16, 8, 8), 0.7, selection)
+    at = torch.tensor(700.0)
+    mixed = run.velocity(state.tokens, at, torch.zeros(state.layout.capacity, 3), state.attention)
+    dense = run.velocity(
+        torch.cat([grids.pack(fine), grids.pack(run.source)], dim=1),
+        at,
+        stages._dense_ids(GRID, "cpu", torch.float32),
+        None,
+    )
+    row = state.layout.index.long()
+    row = torch.where(row < 80, row, row - 16)  # the table has 16 coarse rows between target and condition
+    in_order = dense.gather(1, row[..., None].expand_as(dense))
+    assert torch.allclose(mixed, in_order, atol=1e-5)
+    assert mixed.std() > 1e-3
+
+
+@pytest.mark.parametrize("finish", ["full", "locked"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_batch_of_two_is_two_runs_of_one(pipe, finish, guided):
+    images = [tiny_image(seed=0), tiny_image(seed=1)]
+    masks = [half_mask(2), half_mask(6, rows=6)]
+    prompts = ["make the cat blue", "add a hat"]
+    config = SpecEditConfig(stages=(2, 2, 2), finish=finish, preserve="pixels", uniform_stride=3)
+    extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
+    options = call_options(output_type="pt", specedit=config, **extra)
+    del options["prompt"]
+    if guided:
+        extra["negative_prompt"] = ["red", "red"]
+    both = pipe(
+        image=images,
+        prompt=prompts,
+        mask_image=masks,
+        generator=[seeded(5), seeded(6)],
+        **{**options, **extra},
+    )
+    assert both.stats.active[0] != both.stats.active[1]
+    for i in range(2):
+        one = pipe(image=images[i], prompt=prompts[i], mask_image=masks[i], generator=seeded(5 + i), **options)
+        assert torch.allclose(both.images[i], one.images[0], atol=1e-5)
+        assert torch.equal(both.mask[i], one.mask[0])
+        assert both.stats.steps[3].tokens[i] == one.stats.steps[3].tokens[0]
+
+
+@pytest.mark.parametrize("draft", ["coarse", "quarter", "full_step"])
+def test_a_batch_of_two_drafts_is_two_drafts_of_one(pipe, draft):
+    images, prompts = [tiny_image(seed=0), tiny_image(seed=1)], ["make the cat blue", "add a hat"]
+    common = dict(stages=(2, 2, 2), draft=draft, draft_steps=2, max_active=1.0, dilation=0)
+
+    def both(config):
+        options = call_options(image=images, prompt=prompts, specedit=config)
+        return pipe(generator=[seeded(5), seeded(6)], **options)
+
+    # a threshold between the scores, so that some blocks of each sample are selected
+    threshold = float(both(SpecEditConfig(**common)).scores.quantile(0.93))
+    config = SpecEditConfig(**common, threshold=threshold)
+    out = both(config)
+    assert 0 < out.mask.float().mean() < 1
+    for i in range(2):
+        options = call_options(image=images[i], prompt=prompts[i], specedit=config)
+        one = pipe(generator=seeded(5 + i), **options)
+        assert torch.allclose(out.scores[i], one.scores[0], atol=1e-5)
+        assert torch.allclose(out.images[i], one.images[0], atol=1e-4)
+
+
+def test_one_sample_may_change_while_its_neighbour_does_not(pipe):
+    images = [tiny_image(seed=0), tiny_image(seed=1)]
+    masks = [half_mask(0), half_mask(3)]
+    options = call_options(output_type="pil", prompt=["add a hat", "add a hat"])
+    out = pipe(image=images, mask_image=masks, generator=[seeded(0), seeded(1)], **options)
+    assert (np.array(out.images[0]) == np.array(images[0])).all()
+    assert not (np.array(out.images[1]) == np.array(images[1])).all()
+    assert out.stats.fallbacks == ["source", None] and out.stats.fallback == "mixed"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["decoder", "latent", "projected"])
+def test_matched_verify_is_zero_where_the_draft_is_the_source(pipe, metric):
+    run, _, _, _ = make_run(pipe, SpecEditConfig(metric=metric), half_mask())
+    small = stages.source_at(run, (4, 4))
+    scores = stages.verify(run, stages.Draft(small.clone(), small))
+    assert scores.shape == (1, 64) and scores.max() < 1e-5
+    literal, _, _, _ = make_run(pipe, SpecEditConfig(metric=metric, reference="literal"), half_mask())
+    assert stages.verify(literal, stages.Draft(small, small)).max() > 1e-3
+
+
+@torch.no_grad()
+def test_verify_finds_the_place_of_a_change(pipe):
+    # the group norms of a decoder with random weights spread a change over the picture: "latent" has none
+    run, _, _, _ = make_run(pipe, SpecEditConfig(metric="latent"), half_mask())
+    small = stages.source_at(run, (4, 4))
+    proposal = small.clone()
+    proposal[..., 2:4, 6:8] += 3 * torch.randn(1, 16, 2, 2, generator=seeded())
+    scores = stages.verify(run, stages.Draft(proposal, small)).reshape(8, 8)
+    assert scores[2:4, 6:8].min() > 0.3 and scores[5:].max() < 1e-5 and scores[:, :5].max() < 1e-5
+
+
+# an ideal model: one clean picture, known velocity. Every state of the trajectory is then exact.
+
+
+@pytest.mark.parametrize("finish", ["full", "locked"])
+@pytest.mark.parametrize("kind", ["mask", "coarse", "quarter", "full_step", "no_coarse_condition", "no_coarse_stage"])
+def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, kind):
+    target = torch.randn(1, 16, 16, 16, generator=seeded(7)).clamp(-2, 2)
+    layouts = []
+    real_expand = stages.expand
+
+    def expand(*arguments):
+        state = real_expand(*arguments)
+        layouts.append(state.layout)
+        return state
+
+    def velocity(run, tokens, timestep, ids, attention):
+        level = timestep / 1000
+        clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
+        if attention is None:
+            clean = next(grids.pack(c) for c in clean if 2 * grids.pack(c).shape[1] == tokens.shape[1])
+            clean = torch.cat([clean, tokens[:, clean.shape[1] :]], dim=1)
+        else:
+            table = torch.cat([grids.pack(clean[0]), grids.pack(clean[1]), torch.zeros(1, 80, 64)], dim=1)
+            clean = table[:, layouts[-1].index[0].clamp(min=0).long()]
+        return (tokens - clean) / level
+
+    monkeypatch.setattr(stages, "expand", expand)
+    monkeypatch.setattr(stages.Run, "velocity", velocity)
+    draft = kind if kind in ("quarter", "full_step") else "coarse"
+    config = SpecEditConfig(
+        stages=(0, 3, 3) if kind == "no_coarse_stage" else (3, 3, 3),
+        draft=draft,
+        finish=finish,
+        max_active=1.0,
+        uniform_stride=3,
+        coarse_condition=kind != "no_coarse_condition",
+    )
+    if kind in ("coarse", "quarter", "full_step"):
+        # a threshold that splits the scores, whatever they are
+        wide = pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options())
+        config = SpecEditConfig(**{**config.__dict__, "threshold": float(wide.scores.quantile(0.9)), "dilation": 0})
+        mask = None
+    else:
+        mask = half_mask(4)
+    out = pipe(image=tiny_image(), mask_image=mask, generator=seeded(), specedit=config, **call_options())
+    assert layouts and 0 < out.mask.float().mean() < 1
+    result = grids.unpack(out.images, GRID)
+    inside = out.mask.repeat_interleave(2, -1).repeat_interleave(2, -2)[:, None].expand_as(result)
+    assert torch.allclose(result[inside], target[inside], atol=1e-4)
+    outside = (
+        target if finish == "full" else pipe._encode_vae_image(pipe.image_processor.preprocess(tiny_image()), None)
+    )
+    assert torch.allclose(result[~inside], outside[~inside], atol=1e-4)
+    if finish == "locked":
+        assert torch.equal(result[~inside], outside[~inside])
+
+
+# options
+
+
+def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
+    image = tiny_image()
+    for finish in ("full", "locked"):
+        for output_type in ("pil", "np", "pt"):
+            config = SpecEditConfig(stages=(2, 2, 2), finish=finish, preserve="pixels", feather=8)
+            options = call_options(output_type=output_type)
+            out = pipe(image=image, mask_image=half_mask(2), generator=seeded(), specedit=config, **options)
+            got = out.images[0]
+            got = got.permute(1, 2, 0).numpy() if output_type == "pt" else np.array(got)
+            source = np.array(image) if output_type == "pil" else np.float32(np.array(image)) / 255
+            assert (got[:, 32 + 8 :] == source[:, 32 + 8 :]).all()
+            assert not (got[:, :32] == source[:, :32]).all()
+
+
+def test_edit_alpha_is_one_inside_and_zero_past_the_seam():
+    edited = torch.zeros(1, 64, dtype=torch.bool)
+    edited[0, 9] = True  # row 1, column 1: pixels 16 to 31
+    for feather in (0, 1, 2, 8, 9):
+        alpha = stages.edit_alpha(edited, GRID, 16, feather)[0, 0]
+        assert alpha.shape == (128, 128) and (alpha[16:32, 16:32] == 1).all()
+        assert (alpha[:, 32 + feather :] == 0).all() and (alpha[32 + feather :] == 0).all()
+        row = alpha[24, 31 : 33 + feather]
+        assert (row.diff() <= 0).all() and row[-1] == 0
+    assert 0 < alpha[24, 33] < 1
+
+
+def test_preserve_without_an_edge_blends_the_picture(pipe):
+    config = dict(stages=(2, 2, 2))
+    options = call_options(image=tiny_image(), mask_image=half_mask(2), output_type="pil")
+    bare = pipe(generator=seeded(), specedit=SpecEditConfig(**config), **options).images[0]
+    kept = pipe(generator=seeded(), specedit=SpecEditConfig(**config, preserve="pixels"), **options).images[0]
+    assert (np.array(bare)[:, :32] == np.array(kept)[:, :32]).all()
+
+
+def test_stats_count_steps_tokens_and_flops(pipe):
+    config = SpecEditConfig(preset=11, draft="quarter", max_active=1.0)
+    out = pipe(image=tiny_image(), mask_image=half_mask(4), generator=seeded(), specedit=config, **call_options())
+    stats = out.stats
+    assert stats.nfe == 11 and stats.draft_nfe == 0  # the mask replaces the draft
+    assert [s.stage for s in stats.steps] == ["coarse"] * 3 + ["mixed"] * 5 + ["full"] * 3
+    # 8 of 16 blocks: 32 fine + 8 coarse target tokens, the condition as many
+    assert [s.tokens for s in stats.steps] == [(32,)] * 3 + [(80,)] * 5 + [(128,)] * 3
+    dim, blocks, text = 32, 2, 16
+    cost = lambda n: blocks * (24 * dim**2 * (text + n) + 4 * dim * (text + n) ** 2)  # noqa: E731
+    assert stats.flops == 3 * cost(32) + 5 * cost(80) + 3 * cost(128)
+    assert stats.plain_flops == 11 * cost(128)
+    assert stats.active == [0.5] and stats.edited == [0.5] and stats.fallback is None
+    assert stats.backend == "reference"
+    assert set(stats.seconds) == {"encode", "select", "coarse", "expand", "mixed", "finish"}
+    assert all(s >= 0 for s in stats.seconds.values())
+    assert [t for _, t in stats.tokens_per_step()] == [32] * 3 + [80] * 5 + [128] * 3
+
+
+def test_a_separate_draft_is_counted_apart(pipe):
+    config = SpecEditConfig(stages=(1, 2, 1), draft="quarter", draft_steps=3, threshold=-1.0)
+    stats = pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options()).stats
+    assert stats.nfe == 4 and stats.draft_nfe == 3
+    assert [s.tokens for s in stats.steps if s.stage == "draft"] == [(8,)] * 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (160, 96), (224, 96)])
+def test_grids_that_are_no_multiple_of_the_draft(pipe, height, width):
+    config = SpecEditConfig(stages=(1, 1, 1), draft="quarter", draft_steps=1)
+    options = call_options(max_area=height * width, output_type="pil")
+    out = pipe(image=tiny_image(height, width), generator=seeded(), specedit=config, **options)
+    assert out.images[0].size == (width, height) and out.scores.shape == (1, height // 16, width // 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "options", "expected"),
+    [
+        ((128, 128), {}, {}, (128, 128)),
+        ((120, 200), {}, dict(max_area=120 * 200), (96, 192)),
+        ((200, 200), {}, {}, (128, 128)),
+        ((128, 128), dict(height=64, width=256), {}, (64, 256)),
+        ((100, 100), {}, dict(max_area=1024**2, _auto_resize=True), (1024, 1024)),
+        ((688, 1504), {}, dict(max_area=1024**2, _auto_resize=True), (672, 1504)),
+    ],
+)
+def test_output_size(pipe, size, given, options, expected):
+    rules = dict(max_area=128 * 128, _auto_resize=False, **given)
+    rules.update(options)
+    auto = rules.pop("_auto_resize")
+    got = pipe._output_size(tiny_image(*size), rules.get("height"), rules.get("width"), rules["max_area"], auto)
+    assert got == expected
+
+
+def test_images_per_prompt_generators_and_latents(pipe):
+    config = SpecEditConfig(stages=(1, 2, 1))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=config)
+    two = pipe(num_images_per_prompt=2, generator=[seeded(1), seeded(2)], **options).images
+    one = pipe(generator=seeded(2), **options).images
+    assert two.shape == (2, 64, 64) and torch.allclose(two[1], one[0], atol=1e-5)
+    assert not torch.allclose(two[0], two[1], atol=1e-2)
+    noise = grids.pack(torch.randn(1, 16, 16, 16, generator=seeded(9)))
+    a = pipe(latents=noise, generator=seeded(1), **options).images
+    b = pipe(latents=noise.clone(), generator=seeded(1), **options).images
+    assert torch.equal(a, b)
+
+
+def test_pictures_as_arrays_and_tensors(pipe):
+    image = tiny_image()
+    array = np.float32(np.array(image)) / 255
+    config = SpecEditConfig(stages=(1, 2, 1))
+    options = call_options(mask_image=half_mask(3), specedit=config)
+    expected = pipe(image=image, generator=seeded(), **options).images
+    for other in (array[None], torch.from_numpy(array).permute(2, 0, 1)[None]):
+        assert torch.allclose(pipe(image=other, generator=seeded(), **options).images, expected, atol=1e-4)
+
+
+def test_masks_as_arrays_and_tensors(pipe):
+    array = np.float32(np.array(half_mask(3))) / 255
+    options = call_options(image=tiny_image(), specedit=SpecEditConfig(stages=(1, 1, 1)))
+    expected = pipe(mask_image=half_mask(3), generator=seeded(), **options).mask
+    # columns 0 to 2 are white: rounded up to blocks, 0 to 3
+    assert torch.equal(expected[0], (torch.arange(8) < 4).expand(8, 8))
+    for other in (
+        array,
+        array[None],
+        torch.from_numpy(array)[None, None],
+        half_mask(3, size=512),
+        half_mask(3, size=32),
+    ):
+        assert torch.equal(pipe(mask_image=other, generator=seeded(), **options).mask, expected)
+
+
+def test_callback_sees_every_step_and_may_change_it(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, float(timestep), tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else tensors
+
+    config = SpecEditConfig(stages=(1, 2, 1), max_active=1.0)
+    options = call_options(image=tiny_image(), mask_image=half_mask(4), specedit=config)
+    out = pipe(generator=seeded(), callback_on_step_end=callback, **options)
+    assert [s for s, _, _ in seen] == [0, 1, 2, 3]
+    assert [n[1] for _, _, n in seen] == [16, 80, 80, 64]
+    assert (out.images == 0).all() and pipe.num_timesteps == 4
+
+
+def test_interrupt_stops_the_steps(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append(step)
+        pipeline._interrupt = True
+        return {}
+
+    options = call_options(image=tiny_image(), mask_image=half_mask(4))
+    out = pipe(generator=seeded(), callback_on_step_end=callback, specedit=SpecEditConfig(), **options)
+    assert seen == [0] and out.stats.nfe == 1
+
+
+@pytest.mark.parametrize("change", [dict(key_bias=False), dict(coarse_condition=False), dict(uniform_stride=2)])
+def test_ablations_change_the_result(pipe, change):
+    options = call_options(image=tiny_image(), mask_image=half_mask(2), generator=None)
+    base = pipe(**{**options, "generator": seeded()}, specedit=SpecEditConfig(stages=(1, 3, 1))).images
+    other = pipe(**{**options, "generator": seeded()}, specedit=SpecEditConfig(stages=(1, 3, 1), **change)).images
+    assert not torch.allclose(base, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["random", "uniform"])
+def test_controls_select_as_many_blocks_elsewhere(pipe, rule):
+    options = call_options(image=tiny_image(), mask_image=half_mask(2))
+    config = dict(stages=(1, 2, 1))
+    scored = pipe(generator=seeded(), specedit=SpecEditConfig(**config), **options)
+    control = pipe(generator=seeded(), specedit=SpecEditConfig(**config, selection=rule), **options)
+    assert control.mask.sum() == scored.mask.sum() and not torch.equal(control.mask, scored.mask)
+    if rule == "uniform":
+        halves = control.mask.reshape(2, 4, 2, 4).sum(dim=(1, 3))
+        assert halves.min() > 0
+
+
+def test_nan_scores_are_recomputed(pipe):
+    run, _, _, _ = make_run(pipe, SpecEditConfig(dilation=0, max_active=1.0), half_mask())
+    scores = torch.zeros(1, 64)
+    scores[0, 0] = float("nan")
+    selection = stages.select(run, scores, 0.1, 0)
+    assert selection.changed == (True,) and selection.counts == (1,)
+    assert selection.edited[0].nonzero().flatten().tolist() == [0, 1, 8, 9]
+
+
+def test_min_active_and_max_active(pipe):
+    scores = torch.zeros(1, 64)
+    scores[0, :3] = 1.0
+    run, _, _, _ = make_run(pipe, SpecEditConfig(min_active=4), half_mask())
+    assert stages.select(run, scores, 0.5, 0).changed == (False,)
+    run, _, _, _ = make_run(pipe, SpecEditConfig(min_active=3, max_active=0.1), half_mask())
+    selection = stages.select(run, scores, 0.5, 0)
+    assert selection.changed == (True,) and selection.dense == (True,) and run.stats.fallbacks == ["dense"]
+
+
+def test_attention_settings_pass_through_the_wrapper(plain):
+    pipe = tiny_pipeline(seed=4)
+    wrap_processors(pipe.transformer)
+    processors = pipe.transformer.attn_processors.values()
+    pipe.transformer.set_attention_backend("native")
+    assert all(p.inner._attention_backend == p._attention_backend is not None for p in processors)
+    pipe.transformer.reset_attention_backend()
+    assert all(p.inner._attention_backend is None and p._parallel_config is None for p in processors)
+
+
+@torch.no_grad()
+def test_fused_projections_give_the_same_mixed_step():
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=5))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    expected = pipe(generator=seeded(), **options).images
+    for module in pipe.transformer.modules():
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections()
+    assert torch.allclose(pipe(generator=seeded(), **options).images, expected, atol=1e-5)
+
+
+def test_compiled_blocks_without_a_graph_break():
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=11))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    expected = pipe(generator=seeded(), **options).images
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.allclose(pipe(generator=seeded(), **options).images, expected, atol=1e-5)
+
+
+def test_bfloat16_runs_and_stays_finite():
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=6)).to(torch.bfloat16)
+    for finish in ("full", "locked"):
+        config = SpecEditConfig(stages=(1, 2, 1), finish=finish)
+        out = pipe(image=tiny_image(), mask_image=half_mask(3), generator=seeded(), specedit=config, **call_options())
+        assert out.images.dtype == torch.bfloat16 and out.images.isfinite().all()
+
+
+def test_from_pretrained_and_return_tuple(tmp_path):
+    plain = tiny_pipeline(seed=8)
+    plain.save_pretrained(tmp_path)
+    pipe = SpecEditFluxKontextPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    expected = SpecEditFluxKontextPipeline.from_pipe(plain)(generator=seeded(), **options).images
+    (images,) = pipe(generator=seeded(), return_dict=False, **options)
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_synchronisation_between_steps():
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=9)).to("cuda")
+    config = SpecEditConfig(stages=(2, 4, 2))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=config)
+    pipe(generator=seeded(), **options)  # kernels are compiled on first use, which synchronises
+
+    def callback(pipeline, step, timestep, tensors):
+        # steps 2 to 5 are mixed: whatever waits for the device between their ends raises
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < 5 else "default")
+        return {}
+
+    try:
+        pipe(generator=seeded(), callback_on_step_end=callback, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9\], got 10"),
+        (dict(draft="half"), ValueError, "draft: expected one of"),
+        (dict(finish="none"), ValueError, "finish: expected one of"),
+        (dict(preserve="latents"), ValueError, "preserve: expected one of"),
+        (dict(metric="clip"), ValueError, "metric: expected one of"),
+        (dict(reference="other"), ValueError, "reference: expected one of"),
+        (dict(selection="best"), ValueError, "selection: expected one of"),
+        (dict(draft_steps=0), ValueError, "draft_steps: expected an integer >= 1, got 0"),
+        (dict(dilation=-1), ValueError, "dilation: expected an integer >= 0"),
+        (dict(dilation=1.5), TypeError, "dilation: expected an integer, got float"),
+        (dict(feather=True), TypeError, "feather: expected an integer, got bool"),
+        (dict(threshold="x"), TypeError, "threshold: expected a number, got str"),
+        (dict(threshold=float("nan")), ValueError, "threshold: expected a number in"),
+        (dict(max_active=1.5), ValueError, r"max_active: expected a number in \[0.0, 1.0\]"),
+        (dict(key_bias=1), TypeError, "key_bias: expected True or False"),
+        (dict(stages=(1, 2)), ValueError, "stages: expected"),
+        (dict(stages=(0, 0, 0)), ValueError, "stages: expected at least one step"),
+        (dict(stages=(1, -1, 2)), ValueError, "stages: expected an integer >= 0"),
+        (dict(stages=(1, 2, 0)), ValueError, "stages: finish='full' needs full steps"),
+    ],
+)
+def test_config_names_the_wrong_field(change, error, message):
+    with pytest.raises(error, match=message):
+        SpecEditConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(specedit="fast"), TypeError, "specedit: expected SpecEditConfig"),
+        (dict(specedit=SpecEditConfig(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
+        (dict(specedit=SpecEditConfig(preserve="pixels")), ValueError, "output_type: expected pixels"),
+        (dict(output_type="jpeg"), ValueError, "output_type: expected"),
+        (dict(num_inference_steps=2), ValueError, "steps: expected at least 3"),
+        (dict(ip_adapter_image=1), ValueError, "ip_adapter_image: IP-Adapter is not supported"),
+        (dict(latents=torch.zeros(1, 3, 64)), ValueError, r"latents: expected \(1, 64, 64\)"),
+        (dict(generator=[seeded(), seeded()]), ValueError, "generator: expected 1 generators"),
+        (dict(image=[tiny_image(), tiny_image()]), ValueError, "image: expected 1 or as many"),
+        (dict(mask_image=np.zeros((2, 3, 4, 4))), ValueError, "mask_image: expected"),
+        (dict(mask_image=[half_mask(), half_mask()]), ValueError, "mask_image: expected 1 or as many"),
+        (dict(specedit=False, mask_image=half_mask()), ValueError, "mask_image: expected None"),
+        (dict(prompt=None), ValueError, "Provide either `prompt` or `prompt_embeds`"),
+    ],
+)
+def test_call_names_the_wrong_argument(pipe, change, error, message):
+    options = call_options(image=tiny_image())
+    options.update(change)
+    with pytest.raises(error, match=message):
+        pipe(**options)
+
+
+def test_unsupported_pipelines_schedulers_and_processors(plain):
+    with pytest.raises(TypeError, match="SpecEdit supports FluxKontextPipeline, got FluxPipeline"):
+        enable_specedit(FluxPipeline.from_pipe(plain))
+    with pytest.raises(TypeError, match="config: expected SpecEditConfig"):
+        enable_specedit(plain, {"preset": 9})
+    pipe = tiny_pipeline(seed=10)
+    good = pipe.scheduler
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(TypeError, match="scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler"):
+        enable_specedit(pipe)
+    pipe.scheduler = type(good).from_config(good.config, stochastic_sampling=True)
+    with pytest.raises(ValueError, match="stochastic_sampling=False"):
+        enable_specedit(pipe)
+    pipe.scheduler = good
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match="transformer: expected no cache"):
+        enable_specedit(pipe)
+    pipe.transformer.disable_cache()
+    pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with pytest.raises(ValueError, match="transformer: context parallelism is not supported"):
+        enable_specedit(pipe)
+    pipe.transformer._parallel_config = None
+
+    class Foreign:
+        def __call__(self, attn, hidden_states):
+            return hidden_states
+
+    pipe.transformer.set_attn_processor(Foreign())
+    with pytest.raises(TypeError, match="Foreign; SpecEdit supports FluxAttnProcessor"):
+        enable_specedit(pipe)
+    assert type(pipe) is FluxKontextPipeline

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A FLUX.1-Kontext pipeline with random weights, made in code, small enough for a test to run in a second."""
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+WORDS = ["<pad>", "<unk>", "</s>", "make", "the", "cat", "a", "dog", "remove", "blue", "red", "add", "hat"]
+
+
+def tiny_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        model_max_length=max_length,
+    )
+
+
+def tiny_pipeline(seed: int = 0, vae_blocks: int = 4) -> FluxKontextPipeline:
+    """FluxKontextPipeline of FLUX's structure: 16 latent channels, VAE 8x, a double and a single block, head dim 16."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    channels = (8, 8, 16, 16)[-vae_blocks:]
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * vae_blocks,
+        up_block_types=("UpDecoderBlock2D",) * vae_blocks,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            intermediate_size=16,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=1,
+            eos_token_id=len(WORDS) - 1,
+            pad_token_id=0,
+        )
+    )
+    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    pipe = FluxKontextPipeline(
+        scheduler=scheduler,
+        vae=vae.eval(),
+        text_encoder=clip.eval(),
+        tokenizer=tiny_tokenizer(32),
+        text_encoder_2=t5.eval(),
+        tokenizer_2=tiny_tokenizer(32),
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_image(height: int = 128, width: int = 128, seed: int = 0) -> PIL.Image.Image:
+    """A smooth random picture with a sharp rectangle in it."""
+    rng = np.random.default_rng(seed)
+    small = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    array = np.array(small.resize((width, height), PIL.Image.BICUBIC))
+    array[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+    return PIL.Image.fromarray(array)
+
+
+def call_options(**changes) -> dict:
+    """Options of a small call: 128 x 128 pixels (8 x 8 fine tokens), short text."""
+    options = dict(
+        prompt="make the cat blue", max_area=128 * 128, _auto_resize=False, max_sequence_length=16, output_type="latent"
+    )
+    return {**options, **changes}
