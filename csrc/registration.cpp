@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA implementations of internal ops whose schemas specedit_kernels/ops defines.
+#include <torch/csrc/stable/library.h>
+
+#include "select_tokens/select_tokens.h"
+#include "token_discrepancy/token_discrepancy.h"
+
+STABLE_TORCH_LIBRARY_IMPL(specedit, CUDA, m) {
+  m.impl("token_discrepancy_csrc", TORCH_BOX(&specedit::token_discrepancy));
+  m.impl("select_tokens_csrc", TORCH_BOX(&specedit::select_tokens));
+}
+
+extern "C" __attribute__((visibility("default"))) const char* specedit_build_info() {
+  return SPECEDIT_BUILD_INFO;
+}

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the optional CUDA extension, once. It holds kernels only: the ops' schemas are defined in Python."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+# The limited C API and torch's stable ABI make one file serve every Python from 3.10 and torch from 2.10.
+PATH = Path(__file__).with_name("_C.abi3.so")
+
+
+@functools.cache
+def load():
+    """Return (loaded, reason): whether the extension's kernels are registered, and if not, why. Never raises."""
+    if not PATH.exists():
+        return False, f"the CUDA extension is not built (no {PATH.name} beside {PATH.parent.name}/__init__.py)"
+    try:
+        torch.ops.load_library(str(PATH))
+    except (OSError, RuntimeError) as error:
+        # torch names the file; the loader's own message, if torch wrapped it, is the cause.
+        return False, f"the CUDA extension does not load: {str(error.__cause__ or error).strip().splitlines()[0]}"
+    return True, ""
+
+
+def build_info():
+    """What the extension was built with (compiler, torch headers, architectures), or None where it is not loaded."""
+    if not load()[0]:
+        return None
+    # The text is inside the binary, so it cannot describe another build.
+    function = ctypes.CDLL(str(PATH)).specedit_build_info
+    function.restype = ctypes.c_char_p
+    return function().decode()

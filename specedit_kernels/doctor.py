@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation has, and which backend serves each op here: `specedit doctor`."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from specedit_kernels import _extension, ops
+
+_PACKAGES = ("triton", "diffusers", "transformers")
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _device():
+    """(device that the ops would run on, its description)."""
+    if not torch.cuda.is_available():
+        reason = "torch is a CPU-only build" if torch.version.cuda is None else "torch finds no CUDA device"
+        return torch.device("cpu"), f"cpu ({reason})"
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    return device, (
+        f"{device}, {properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB"
+    )
+
+
+def _backend(op, device):
+    try:
+        return ops.backend_of(op, device)
+    except (RuntimeError, ValueError) as error:  # SPECEDIT_BACKEND asks for what cannot be
+        return "none", str(error)
+
+
+def collect():
+    """The facts as a dictionary: "versions" and "device", "extension" (text), "ops" {op: (backend, reason)}."""
+    device, description = _device()
+    loaded, reason = _extension.load()
+    return {
+        "versions": {
+            "specedit-kernels": _version("specedit-kernels"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "CUDA of torch": torch.version.cuda or "none",
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        "device": description,
+        "extension": f"loaded ({_extension.build_info()})" if loaded else reason,
+        "forced": os.environ.get("SPECEDIT_BACKEND", ""),
+        "ops": {op: _backend(op, device) for op in ops.names()},
+    }
+
+
+def report():
+    """The facts as one screen of text."""
+    facts = collect()
+    rows = [*facts["versions"].items(), ("device", facts["device"]), ("CUDA extension", facts["extension"])]
+    if facts["forced"]:
+        rows.append(("SPECEDIT_BACKEND", facts["forced"]))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    width = max(len(op) for op in facts["ops"])
+    lines += ["", f"{'op':<{width}}  {'backend':<9}  why"]
+    for op, (backend, reason) in facts["ops"].items():
+        lines.append(f"{op:<{width}}  {backend:<9}  {reason or 'the fastest there is'}")
+    return "\n".join(lines)
+
+
+def main():
+    """Print the report."""
+    print(report())

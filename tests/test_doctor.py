@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor tells what the dispatch would do."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from specedit_kernels import _extension, doctor, ops
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_forced(monkeypatch):
+    monkeypatch.delenv("SPECEDIT_BACKEND", raising=False)
+
+
+def test_every_op_has_the_backend_that_dispatch_chooses(device):
+    facts = doctor.collect()
+    assert set(facts["ops"]) == set(ops.names())
+    for op, served in facts["ops"].items():
+        assert served == ops.backend_of(op, device)
+
+
+def test_one_screen(device):
+    lines = doctor.report().splitlines()
+    assert len(lines) <= 24
+    for name in (*ops.names(), "python", "torch", "triton", "diffusers", "device", "CUDA extension"):
+        assert any(line.startswith(name) for line in lines), name
+    assert any(torch.__version__ in line for line in lines)
+
+
+def test_forced_backend_is_named(monkeypatch):
+    monkeypatch.setenv("SPECEDIT_BACKEND", "reference")
+    facts = doctor.collect()
+    assert all(backend == "reference" and "SPECEDIT_BACKEND" in reason for backend, reason in facts["ops"].values())
+    assert "SPECEDIT_BACKEND" in doctor.report()
+
+
+@pytest.mark.parametrize("forced", ["cuda", "fastest"])
+def test_forced_backend_that_cannot_serve_says_why(monkeypatch, forced):
+    monkeypatch.setenv("SPECEDIT_BACKEND", forced)
+    backend, reason = doctor.collect()["ops"]["gather_tokens"]
+    assert backend == "none"
+    assert forced in reason
+
+
+def test_says_why_the_extension_is_not_loaded(monkeypatch, tmp_path):
+    absent = tmp_path / "_C.abi3.so"
+    monkeypatch.setattr(_extension, "PATH", absent)
+    _extension.load.cache_clear()
+    try:
+        assert "not built" in doctor.collect()["extension"]
+        absent.write_bytes(b"no library")
+        _extension.load.cache_clear()
+        assert "does not load" in doctor.collect()["extension"]
+        assert _extension.build_info() is None
+    finally:
+        monkeypatch.undo()
+        _extension.load.cache_clear()
+
+
+def test_runs_where_triton_and_diffusers_cannot_be_imported():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'diffusers', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "from specedit_kernels import doctor\n"
+        "doctor.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "token_discrepancy" in done.stdout
