@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds and step splits, measured on held-out edits that the quality table does not use.
+
+    python bench/quality/calibrate.py                     # both parts: OUT/thresholds.{md,json}, OUT/stages.{md,json}
+    python bench/quality/calibrate.py --part stages --limit 100 --threshold 0.08
+
+thresholds: for every draft, metric and reference the scores' AUC, what share of the tokens a recall costs, and recall,
+precision, share and whole misses over thresholds and dilations. stages: presets' steps split in other ways.
+"""
+
+import argparse
+import math
+from dataclasses import replace
+
+import torch
+
+from scenes import KINDS
+from specedit_kernels import SpecEditConfig
+from specedit_kernels.pipelines import stages
+from specedit_kernels.pipelines.config import METRICS, PRESETS, REFERENCES
+from table_measures import area_under_curve, effective_scores, mean, median, recall_precision
+from table_runs import (
+    CALIBRATION_SEED,
+    BatchedPipeline,
+    Row,
+    Runner,
+    add_arguments,
+    cell,
+    jsonable,
+    load_judge,
+    load_pipeline,
+    make_set,
+    markdown_table,
+    measure,
+    prepare,
+    set_reference,
+    setting,
+    stopwatch,
+    write_json,
+    write_text,
+)
+
+COUNTS = {"local": 120, "small": 60, "ambiguous": 60}
+STAGE_COUNTS = {"local": 60, "small": 20, "ambiguous": 20}
+DILATIONS = (0, 1, 2)
+THRESHOLDS = [0.003 * 1000 ** (i / 95) for i in range(96)]  # .003 to 3
+SHOWN = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
+RECALLS = (0.95, 0.98, 0.99)
+WANTED_RECALL, WANTED_MISSES, WANTED_SHARE = 0.98, 0.005, 0.20
+
+# name -> how the draft is made, the first of each kind being the one whose threshold is recommended
+PROBES = {
+    "coarse": {"coarse, 3 of 9 steps": dict(stages=(3, 3, 3)), "coarse, 1 of 9": dict(stages=(1, 5, 3)),
+               "coarse, 2 of 9": dict(stages=(2, 4, 3)), "coarse, 4 of 9": dict(stages=(4, 2, 3)),
+               "coarse, 5 of 18": dict(stages=(5, 8, 5)), "coarse, 8 of 30": dict(stages=(8, 14, 8))},
+    "quarter": {"quarter, 8 steps": dict(draft_steps=8), "quarter, 4 steps": dict(draft_steps=4)},
+    "full_step": {"full step": dict(preset=9)},  # from pure noise: the same for every preset
+}
+
+# preset -> (coarse, mixed, full) steps for the full finish; coarse steps for the locked one
+FULL_SPLITS = {
+    9: [(1, 6, 2), (2, 3, 4), (2, 4, 3), (2, 5, 2), (2, 6, 1), (3, 3, 3), (3, 4, 2), (3, 5, 1), (4, 2, 3), (4, 3, 2),
+        (4, 4, 1), (5, 2, 2)],
+    11: [(2, 6, 3), (3, 5, 3), (3, 6, 2), (4, 4, 3), (4, 5, 2), (5, 4, 2)],
+    18: [(3, 10, 5), (4, 9, 5), (5, 8, 5), (5, 10, 3), (6, 9, 3), (7, 6, 5)],
+    30: [(5, 17, 8), (8, 14, 8), (8, 18, 4), (10, 15, 5), (12, 10, 8)],
+}
+LOCKED_SPLITS = {9: [1, 2, 3, 4, 5], 11: [2, 3, 4, 5], 18: [3, 5, 7], 30: [5, 8, 12]}
+
+
+class Measured(Exception):
+    """Ends a run once its scores are known."""
+
+
+class Probe(BatchedPipeline):
+    """Scores a draft by every metric and reference, and goes no further."""
+
+    def _verify_select(self, run, draft, stage):
+        base = run.config
+        self.scores = {}
+        for metric in METRICS:
+            for reference in REFERENCES:
+                run.config = replace(base, metric=metric, reference=reference)
+                self.scores[metric, reference] = stages.verify(run, draft).reshape(-1, *run.grid)
+        raise Measured
+
+
+def probe(pipe, runner, edits, config, batch):
+    """{(metric, reference): scores fp32 [n, rows, columns]} of a set's edits."""
+    found = {}
+    for rows in torch.arange(len(edits)).split(batch):
+        part = edits[rows]
+        try:
+            pipe(specedit=config, **runner.options(part))
+        except Measured:
+            for key, scores in pipe.scores.items():
+                found.setdefault(key, []).append(scores)
+    return {key: torch.cat(parts) for key, parts in found.items()}
+
+
+def operating_point(effective, reference, threshold):
+    """Mean recall and precision, share of the tokens, share of the edits under half recall."""
+    selected = effective > threshold
+    recall, precision = recall_precision(selected, reference)
+    known = recall.isfinite()
+    return {"threshold": threshold, "recall": mean(recall), "precision": mean(precision),
+            "share": selected.flatten(1).float().mean().item(), "missed": mean((recall < 0.5)[known].float())}
+
+
+def curve(scores, reference):
+    """{dilation: operating points by rising threshold}."""
+    out = {}
+    for dilation in DILATIONS:
+        effective = effective_scores(scores, dilation)
+        out[dilation] = [operating_point(effective, reference, t) for t in THRESHOLDS]
+    return out
+
+
+def cheapest(points, recall):
+    """The last point, at the highest threshold, with that recall; None if there is none."""
+    good = [p for p in points if p["recall"] >= recall]
+    return good[-1] if good else None
+
+
+def recommend(points):
+    """The highest threshold with the wanted recall and misses within the share of tokens; else the highest with the
+    recall alone; else the lowest one that keeps the share; None if none does."""
+    affordable = [p for p in points if p["share"] <= WANTED_SHARE]
+    recalled = [p for p in affordable if p["recall"] >= WANTED_RECALL]
+    found = [p for p in recalled if p["missed"] <= WANTED_MISSES]
+    best = found[-1:] or recalled[-1:] or affordable[:1]
+    return {**best[0], "wanted": bool(found)} if best else None
+
+
+def two_digits(value):
+    """Rounded down to two significant digits, so that the recall holds."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return round(math.floor(value / step + 1e-9) * step, 6)
+
+
+def point_text(point):
+    if point is None:
+        return "–"
+    return " / ".join((cell(point["recall"], 3), cell(point["precision"], 2), cell(100 * point["share"], 1),
+                       cell(100 * point["missed"], 1)))
+
+
+def calibrate_thresholds(args, runner, judge, say):
+    """Writes thresholds.json and thresholds.md; gives {(metric, reference, draft): threshold} at dilation 1."""
+    edits = make_set(runner.device, args.size, args.limit, COUNTS, CALIBRATION_SEED)
+    say(f"{len(edits)} calibration edits are drawn")
+    right = hold_against_plain(args, runner, judge, edits)
+    # An edit that the editor cannot do has no mask to be found.
+    keep = right & edits.reference.flatten(1).any(1).cpu()
+    say(f"{args.reference_steps} plain steps: right {right.float().mean():.3f}; {int(keep.sum())} edits are used")
+    if not keep.any():
+        raise SystemExit("the plain run gets no edit right: nothing to calibrate on")
+    edits = edits[keep.nonzero()[:, 0]]
+    reference, kinds = edits.reference, edits.edits.kind
+    pipe = Probe(**runner.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    results, table = [], {}
+    header = {"setting": setting(args, runner.device), "edits": len(edits),
+              "true_share": edits.tokens.float().mean().item(), "reference_share": reference.float().mean().item()}
+    for draft, probes in PROBES.items():
+        for place, (label, change) in enumerate(probes.items()):
+            found = probe(pipe, runner, edits, SpecEditConfig(draft=draft, **change), args.batch)
+            for (metric, form), scores in found.items():
+                auc = area_under_curve(scores, reference)
+                points = curve(scores, reference)
+                best = {d: recommend(points[d]) for d in DILATIONS}
+                results.append({
+                    "draft": label, "metric": metric, "reference": form, "auc": mean(auc),
+                    "auc_by_kind": {k: mean(auc[kinds == i]) for i, k in enumerate(KINDS) if (kinds == i).any()},
+                    "at_recall": {d: {r: cheapest(points[d], r) for r in RECALLS} for d in DILATIONS},
+                    "recommended": best,
+                    "points": {d: [operating_point(effective_scores(scores, d), reference, t) for t in SHOWN]
+                               for d in DILATIONS},
+                })
+                if place == 0 and best[1] is not None:
+                    table[metric, form, draft] = two_digits(best[1]["threshold"])
+            say(f"{label}: AUC " + ", ".join(f"{r['metric']}/{r['reference']} {r['auc']:.4f}"
+                                             for r in results if r["draft"] == label))
+            write_json(args.out / "thresholds.json", jsonable({**header, "results": results, "recommended": [
+                {"metric": m, "reference": f, "draft": d, "threshold": t} for (m, f, d), t in table.items()]}))
+            write_text(args.out / "thresholds.md", thresholds_markdown(header, results, table))
+    return table
+
+
+def thresholds_markdown(header, results, table):
+    """The report of calibrate_thresholds."""
+    head = ["draft, metric, reference", "AUC", *(f"{k}" for k in COUNTS)]
+    head += [f"tokens % at recall {r} (threshold), dilation 1" for r in RECALLS]
+    lines = []
+    for r in results:
+        found = [r["at_recall"][1][x] for x in RECALLS]
+        lines.append([f"{r['draft']}, {r['metric']}, {r['reference']}", f"{r['auc']:.4f}",
+                      *(cell(r["auc_by_kind"].get(k), 4) for k in COUNTS),
+                      *("–" if p is None else f"{100 * p['share']:.1f} ({p['threshold']:.3g})" for p in found)])
+    text = ["# Thresholds", "",
+            f"{header['edits']} calibration edits that the editor's plain run gets right; true share of tokens"
+            f" {header['true_share']:.1%}, of the reference masks {header['reference_share']:.1%}. Reference mask: the"
+            " true one where there is one right answer, else what the plain run of the same noise changed."
+            " Tokens are dilated and rounded up to 2x2 blocks, as a run selects them; recall is the mean over edits.",
+            "",
+            markdown_table(head, lines), "",
+            f"## Recommended: recall >= {WANTED_RECALL}, whole misses <= {WANTED_MISSES:.1%}, tokens <="
+            f" {WANTED_SHARE:.0%}", "",
+            "threshold: recall / precision / tokens % / missed %; * = recall or misses fall short of that within"
+            " these tokens, and this is the best", ""]
+    lines = []
+    for r in results:
+        cells = []
+        for d in DILATIONS:
+            p = r["recommended"][d]
+            cells.append("–" if p is None else f"{p['threshold']:.3g}{'' if p['wanted'] else ' *'}: {point_text(p)}")
+        lines.append([f"{r['draft']}, {r['metric']}, {r['reference']}", *cells])
+    text += [markdown_table(["draft, metric, reference", *(f"dilation {d}" for d in DILATIONS)], lines), "",
+             "```python", "# dilation 1",
+             *(f'("{m}", "{f}", "{d}"): {t},' for (m, f, d), t in table.items()), "```", ""]
+    for r in results:
+        if (r["metric"], r["reference"]) not in (("decoder", "matched"), ("decoder", "literal")):
+            continue
+        text += [f"## {r['draft']}, {r['metric']}, {r['reference']}: recall / precision / tokens % / missed %", "",
+                 markdown_table(["threshold", *(f"dilation {d}" for d in DILATIONS)],
+                                [[f"{t:g}", *(point_text(r["points"][d][i]) for d in DILATIONS)]
+                                 for i, t in enumerate(SHOWN)]), ""]
+    return "\n".join(text)
+
+
+def hold_against_plain(args, runner, judge, edits):
+    """Sets the edits' reference masks from a plain run; gives [n] bool, which edits that run gets right."""
+    edits.reference = edits.tokens.clone()
+    row, right = Row("plain", steps=args.reference_steps), []
+    for rows in torch.arange(len(edits)).split(args.batch):
+        part = edits[rows]
+        result = runner.run(row, part)
+        reference, _ = set_reference(part, runner, result.images)
+        edits.reference[rows.to(reference.device)] = reference
+        found = measure(part, result, judge)
+        right.append(found["right"] > 0 if judge is not None else torch.ones(len(part), dtype=torch.bool))
+    return torch.cat(right)
+
+
+def split_rows(threshold):
+    """The rows of the search, with the plain ones to compare with."""
+    rows = [(0, Row(f"plain-{n}", steps=n)) for n in (28, 9, 4)]
+    base = SpecEditConfig(draft="coarse", threshold=threshold)
+    for preset, splits in FULL_SPLITS.items():
+        for split in splits:
+            name = f"{preset} full {split[0]}+{split[1]}+{split[2]}" + (" (now)" if split == PRESETS[preset] else "")
+            rows.append((preset, Row(name, config=replace(base, preset=preset, stages=split))))
+    for preset, splits in LOCKED_SPLITS.items():
+        for coarse in splits:
+            name = f"{preset} locked {coarse}+{preset - coarse}" + (" (now)" if coarse == PRESETS[preset][0] else "")
+            config = replace(base, preset=preset, finish="locked", stages=(coarse, preset - coarse, 0))
+            rows.append((preset, Row(name, config=config)))
+    return rows
+
+
+def search_stages(args, runner, judge, threshold, say):
+    """Writes stages.json and stages.md."""
+    counts = STAGE_COUNTS
+    edits = make_set(runner.device, args.size, args.limit, counts, CALIBRATION_SEED + 1)
+    right = hold_against_plain(args, runner, judge, edits)
+    say(f"{len(edits)} edits for the stages; plain run: right {right.float().mean():.3f}")
+    results = []
+    header = {"setting": setting(args, runner.device), "edits": len(edits), "threshold": threshold}
+    for preset, row in split_rows(threshold):
+        figures = {}
+        try:
+            for rows in torch.arange(len(edits)).split(args.batch):
+                part = edits[rows]
+                for name, values in measure(part, runner.run(row, part), judge).items():
+                    figures.setdefault(name, []).append(values)
+        except Exception as error:  # the others go on
+            say(f"{row.name}: failed: {type(error).__name__}: {error}")
+            results.append({"preset": preset, "row": row.name, "error": f"{type(error).__name__}: {error}"})
+            continue
+        figures = {name: torch.cat(values) for name, values in figures.items()}
+        result = {"preset": preset, "row": row.name, "tflop": mean(figures["flops"]) / 1e12}
+        for name in ("right", "psnr_in", "psnr_out", "drift", "recall", "missed", "active"):
+            if name in figures:
+                result[name] = mean(figures[name])
+        result["sharpness"] = median(figures["sharpness"])
+        # Two points of `right`, half a dB inside and .04 of sharpness weigh the same.
+        result["score"] = 100 * result.get("right", 0.0) + 4 * result["psnr_in"] + 50 * result["sharpness"]
+        results.append(result)
+        say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in result.items()))
+        write_json(args.out / "stages.json", jsonable({**header, "results": results}))
+        write_text(args.out / "stages.md", stages_markdown(header, results))
+
+
+def stages_markdown(header, results):
+    """The report of search_stages."""
+    columns = {"right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3, "missed": 3,
+               "active": 3, "tflop": 3, "score": 1}
+    text = ["# How a preset's steps are split", "",
+            f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, threshold"
+            f" {header['threshold']}): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
+            " 100 right + 4 psnr_in + 50 sharpness: two points of right, half a dB and .04 of sharpness weigh alike.",
+            ""]
+    for preset in sorted({r["preset"] for r in results}):
+        found = [r for r in results if r["preset"] == preset]
+        for kind in ("plain", " full ", " locked "):
+            rows = [r for r in found if kind in r["row"]]
+            if not rows:
+                continue
+            rows.sort(key=lambda r: -math.inf if "error" in r else r["score"], reverse=True)
+            lines = [[r["row"], *([r["error"][:80]] + [""] * (len(columns) - 1) if "error" in r else
+                                  [cell(r.get(c), n) for c, n in columns.items()])] for r in rows]
+            text += [markdown_table(["row", *columns], lines), ""]
+    return "\n".join(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "out/calibration")
+    parser.add_argument("--part", choices=("thresholds", "stages", "both"), default="both")
+    parser.add_argument("--threshold", type=float, help="of the stages' runs; default: the one just recommended")
+    parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run")
+    args = parser.parse_args()
+    device = prepare(args)
+    say = stopwatch()
+    judge = load_judge(args.judge, device)
+    runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
+    threshold = args.threshold
+    if args.part != "stages":
+        table = calibrate_thresholds(args, runner, judge, say)
+        if threshold is None:
+            threshold = table.get(("decoder", "matched", "coarse"))
+        print((args.out / "thresholds.md").read_text(), flush=True)
+    if args.part != "thresholds":
+        search_stages(args, runner, judge, threshold, say)
+        print((args.out / "stages.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training scripts share: the run directory, the log, the clock, and files that are never half written."""
+
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+RUN_DIR = Path(os.environ.get("SPECEDIT_RUN_DIR", "runs/editor"))
+
+
+def device():
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # An illegal memory access was once seen in cuDNN attention's backward at these shapes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda")
+
+
+def autocast(dev):
+    """bf16 on the GPU; fp32 on the CPU, unless SPECEDIT_CPU_BF16 is set to try the GPU's arithmetic."""
+    if dev.type == "cuda" or os.environ.get("SPECEDIT_CPU_BF16"):
+        return torch.autocast(dev.type, torch.bfloat16)
+    return nullcontext()
+
+
+def log(*parts):
+    print(time.strftime("%H:%M:%S"), *parts, flush=True)
+
+
+def replace_file(path, write):
+    """Calls write(temporary path), then moves it into place in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(state, path):
+    replace_file(path, lambda p: torch.save(state, p))
+
+
+def load_checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def memory():
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "cpu"
+
+
+class Clock:
+    """Seconds of training so far, over all pieces of a run, against the budget.
+
+    Where a file STOP appears in the run directory, the run ends `tail` seconds later, and the learning rate falls to
+    its end over that time.
+    """
+
+    def __init__(self, seconds, elapsed=0.0, tail=45.0):
+        self.seconds, self.tail = seconds, tail
+        self._start = time.perf_counter() - elapsed
+        self._stopped_at = None
+
+    @property
+    def elapsed(self):
+        return time.perf_counter() - self._start
+
+    @property
+    def fraction(self):
+        return min(self.elapsed / self.seconds, 1.0)
+
+    def poll_stop(self):
+        if self._stopped_at is None and (RUN_DIR / "STOP").exists():
+            log(f"STOP found: ending in {self.tail:.0f} s")
+            self._stopped_at = self.elapsed
+
+    def done(self):
+        if self._stopped_at is not None and self.elapsed - self._stopped_at >= self.tail:
+            return True
+        return self.elapsed >= self.seconds
+
+    def decay(self, hold, end):
+        """1 up to the fraction `hold` of the budget, then linear to `end`."""
+        def at(fraction):
+            return 1.0 if fraction < hold else 1.0 + (end - 1.0) * (fraction - hold) / (1.0 - hold)
+
+        if self._stopped_at is None:
+            return at(self.fraction)
+        start = at(min(self._stopped_at / self.seconds, 1.0))
+        share = min((self.elapsed - self._stopped_at) / max(self.tail, 1e-6), 1.0)
+        return start + (min(end, start) - start) * share

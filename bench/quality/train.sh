@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Trains the whole tiny editor into $SPECEDIT_RUN_DIR (default runs/editor), then measures it. About 20 minutes on an
+# H100. Run it again to go on where it stopped; touch $SPECEDIT_RUN_DIR/STOP to end the training early.
+#
+#   SPECEDIT_RUN_DIR=/tmp/run VAE_SECONDS=220 EDITOR_SECONDS=720 JUDGE_SECONDS=90 bash bench/quality/train.sh
+set -u
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+export SPECEDIT_RUN_DIR="${SPECEDIT_RUN_DIR:-runs/editor}"
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
+python="${PYTHON:-python3}"
+mkdir -p "$SPECEDIT_RUN_DIR"
+log="$SPECEDIT_RUN_DIR/log.txt"
+rm -f "$SPECEDIT_RUN_DIR/STOP"
+
+say() { echo "$(date +%H:%M:%S) train.sh: $*" >> "$log"; }
+
+# The autoencoder; meanwhile the transformer's kernels are compiled into the cache and tried on noise.
+# (static: Inductor of torch 2.11 fails an assertion on these blocks with dynamic shapes)
+mode="${COMPILE:-static}"
+"$python" "$here/train_vae.py" --seconds "${VAE_SECONDS:-220}" ${VAE_ARGS:-} >> "$log" 2>&1 &
+vae=$!
+if [ "$mode" != none ] && [ ! -e "$SPECEDIT_RUN_DIR/compile_mode" ]; then
+    for candidate in $(printf '%s\n' "$mode" static | uniq); do
+        if timeout "${TRY_SECONDS:-240}" "$python" "$here/train_editor.py" --try-only --compile "$candidate" \
+            ${EDITOR_ARGS:-} >> "$log" 2>&1; then
+            echo "$candidate" > "$SPECEDIT_RUN_DIR/compile_mode"
+            break
+        fi
+        say "compile mode $candidate failed"
+        kill -0 "$vae" 2>/dev/null || break
+    done
+fi
+[ -e "$SPECEDIT_RUN_DIR/compile_mode" ] || echo none > "$SPECEDIT_RUN_DIR/compile_mode"
+mode="$(cat "$SPECEDIT_RUN_DIR/compile_mode")"
+wait "$vae" || { say "the autoencoder failed"; exit 1; }
+
+# The editor; the judge trains while the editor starts.
+"$python" "$here/train_judge.py" --seconds "${JUDGE_SECONDS:-90}" ${JUDGE_ARGS:-} >> "$log" 2>&1 &
+judge=$!
+say "editor starts, compile mode $mode"
+"$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$mode" ${EDITOR_ARGS:-} >> "$log" 2>&1
+code=$?
+if [ "$code" -ne 0 ] && [ "$mode" != none ]; then
+    say "the editor stopped with $code; going on from its last checkpoint without compiling"
+    echo none > "$SPECEDIT_RUN_DIR/compile_mode"
+    "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile none ${EDITOR_ARGS:-} >> "$log" 2>&1
+fi
+wait "$judge" || say "the judge failed"
+[ "${EVALUATE:-1}" = 0 ] || "$python" "$here/evaluate.py" ${EVALUATE_ARGS:-} >> "$log" 2>&1 || say "the evaluation failed"
+say "all done"

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator of edits, its tokenizers and the judge's geometry, without any trained weight."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+QUALITY = Path(__file__).parents[1] / "bench" / "quality"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quality_on_path():
+    sys.path.insert(0, str(QUALITY))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    sys.path.remove(str(QUALITY))
+
+
+@pytest.fixture(scope="module")
+def scenes(quality_on_path):
+    return importlib.import_module("scenes")
+
+
+@pytest.fixture(scope="module")
+def renderer(scenes):
+    return scenes.Renderer("cpu")
+
+
+def draw(scenes, n, seed=0, **kwargs):
+    return scenes.sample(n, torch.Generator().manual_seed(seed), **kwargs)
+
+
+def of_task(scenes, task, n, **kwargs):
+    return draw(scenes, n, tasks=torch.full((n,), scenes.TASKS.index(task)), **kwargs)
+
+
+def test_same_seed_same_edits(scenes, renderer):
+    first, second, other = (draw(scenes, 6, seed) for seed in (3, 3, 4))
+    assert first.phrases() == second.phrases() != other.phrases()
+    one, two = renderer(first, 128), renderer(second, 128)
+    assert torch.equal(one.source, two.source) and torch.equal(one.target, two.target)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_pairings_are_held_out(scenes, held_out):
+    edits = draw(scenes, 2000, held_out=held_out)
+    subject, new, color = edits.subject, edits.new, edits.color
+    replaced = (subject >= 0) & (new >= 0)
+    recolored = color >= 0
+    assert replaced.sum() > 200 and recolored.sum() > 100
+    assert (((new - subject) % 10 == 0)[replaced] == held_out).all()
+    assert (((subject % len(scenes.COLORS)) == color)[recolored] == held_out).all()
+    added = (subject < 0) & (new >= 0)
+    assert (((new - edits.object[:, 0]) % 10 == 0)[added] == held_out).all()
+
+
+def test_photographs_are_held_out(scenes):
+    train, held = (set(scenes.photo_files(flag)) for flag in (False, True))
+    stems = [{name.rstrip("0123456789.jpg") for name in names} for names in (train, held)]
+    assert not stems[0] & stems[1]
+    assert len(stems[1]) >= 6
+    assert all((scenes.DATA / "photos" / name).exists() for name in train | held)
+
+
+def test_objects_of_a_scene_are_distinct(scenes):
+    edits = draw(scenes, 2000)
+    for row, new in zip(edits.object.tolist(), edits.new.tolist()):
+        shown = [i for i in row if i >= 0] + ([new] if new >= 0 else [])
+        assert len(shown) == len(set(shown))
+
+
+@pytest.mark.parametrize("task", ["replace", "remove", "recolor", "add", "add_open"])
+def test_outside_the_mask_nothing_changes(scenes, renderer, task):
+    rendered = renderer(of_task(scenes, task, 6), 128)
+    difference = (rendered.source - rendered.target).abs().amax(1)
+    assert rendered.mask.any() and not rendered.mask.all()
+    assert difference[~rendered.mask].max() <= scenes.CHANGED
+    far = torch.nn.functional.max_pool2d(rendered.mask[:, None].float(), 9, 1, 4)[:, 0] == 0
+    assert difference[far].max() == 0
+    assert 0.0 < rendered.tokens.float().mean() < 0.5
+
+
+def test_global_edits_change_nearly_everything(scenes, renderer):
+    for task in scenes.GLOBALS:
+        assert renderer(of_task(scenes, task, 4), 128).tokens.float().mean() > 0.9, task
+
+
+def test_removed_object_leaves_the_background(scenes, renderer):
+    edits = of_task(scenes, "remove", 4)
+    without = edits[torch.arange(4)]
+    without.object[:, 0] = -1
+    assert torch.equal(renderer(edits, 128).target, renderer(without, 128).source)
+
+
+@pytest.mark.parametrize("task", ["replace", "add", "add_open", "snow"])
+def test_weights_do_not_depend_on_the_random_target(scenes, renderer, task):
+    edits = of_task(scenes, task, 4)
+    other = edits[torch.arange(4)]
+    other.after_pose[:, 2:] = other.after_pose[:, 2:] * 0.8
+    other.after_flip[:] = ~other.after_flip
+    other.snow[:, 1:] *= -1
+    first, second = renderer(edits, 128), renderer(other, 128)
+    assert not torch.equal(first.target, second.target)
+    assert torch.equal(first.weight, second.weight)
+
+
+@pytest.mark.parametrize("task", ["replace", "add"])
+def test_weights_cover_every_new_object(scenes, renderer, task):
+    rendered = renderer(of_task(scenes, task, 24), 256)
+    covered = (rendered.weight > 1)[rendered.tokens].float().mean()
+    assert covered > 0.97
+
+
+def test_sizes_show_the_same_scene(scenes, renderer):
+    edits = draw(scenes, 4)
+    large, small = renderer(edits, 256), renderer(edits, 128)
+    reduced = torch.nn.functional.avg_pool2d(large.source, 2)
+    assert (reduced - small.source).square().mean().sqrt() < 0.06
+
+
+def test_evaluation_set_is_fixed_and_counted(scenes):
+    counts = {"local": 8, "small": 4, "ambiguous": 2, "global": 5}
+    first, second = scenes.evaluation_set(counts), scenes.evaluation_set(counts)
+    assert first.phrases() == second.phrases()
+    assert [int((first.kind == k).sum()) for k in range(4)] == [8, 4, 2, 5]
+    assert first.unique().tolist() == [scenes.TASKS[t] in scenes.UNIQUE for t in first.task.tolist()]
+    with pytest.raises(ValueError, match="counts"):
+        scenes.evaluation_set({"locale": 3})
+
+
+def test_every_phrase_is_whole_words_for_both_tokenizers(scenes):
+    text = importlib.import_module("text")
+    encoder = text.PhraseEncoder()
+    clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
+    assert clip.eos_token_id == len(clip) - 1 != 2
+    phrases = draw(scenes, 200).phrases()
+    for i, plain in enumerate(phrases):
+        capital, stop = bool(i & 1), bool(i & 2)
+        written = (plain.capitalize() if capital else plain) + ("." if stop else "")
+        clip_ids, t5_ids = encoder(plain, capital, stop)
+        assert clip_ids == clip(written, padding="max_length", max_length=77).input_ids
+        assert t5_ids == t5(written, padding="max_length", max_length=text.PHRASE_LENGTH).input_ids
+        assert t5.unk_token_id not in t5_ids
+        assert len(plain.split()) + 2 <= text.PHRASE_LENGTH
+
+
+def test_tokenizers_survive_saving(tmp_path):
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    text = importlib.import_module("text")
+    line = "Replace the cat with an octopus, or a zebra."
+    for made, kind in ((text.clip_tokenizer(), CLIPTokenizer), (text.t5_tokenizer(), T5TokenizerFast)):
+        made.save_pretrained(tmp_path / kind.__name__)
+        assert kind.from_pretrained(tmp_path / kind.__name__)(line).input_ids == made(line).input_ids
+
+
+def test_found_box_is_where_the_object_is(scenes):
+    judge = importlib.import_module("judge")
+    source = torch.zeros(2, 3, 256, 256)
+    output = source.clone()
+    output[0, :, 64:128, 160:224] = 1.0  # rows 64 to 127, columns 160 to 223
+    output[0, :, 8:16, 8:16] = 1.0  # a smaller change elsewhere
+    boxes, found = judge.found_boxes(source, output)
+    assert found.tolist() == [True, False]
+    assert boxes[0].tolist() == pytest.approx([0.75, 0.375, 0.25 * judge.MARGIN], abs=0.02)
+
+
+def test_cut_shows_the_box():
+    judge = importlib.import_module("judge")
+    image = torch.zeros(1, 3, 512, 512)
+    image[:, 0, 128:256, 256:384] = 1.0
+    crop = judge.cut(image, torch.tensor([[0.625, 0.375, 0.25]]))
+    assert crop.shape == (1, 3, judge.CROP, judge.CROP)
+    assert crop[:, 0].mean() > 0.98 and crop[:, 1:].max() == 0
+
+
+def test_global_edits_are_told_apart(scenes, renderer):
+    judge = importlib.import_module("judge")
+    untrained = judge.Judge().eval()
+    edits = scenes.Edits.cat([of_task(scenes, task, 4, held_out=True) for task in scenes.GLOBALS])
+    rendered = renderer(edits, 128, held_out=True)
+    assert judge.judge_edits(untrained, edits, rendered.source, rendered.target).all()
+    assert not judge.judge_edits(untrained, edits, rendered.source, rendered.source).any()
+
+
+def test_muon_orthogonalises():
+    muon = importlib.import_module("muon")
+    g = torch.Generator().manual_seed(0)
+    for shape in ((3, 24, 40), (2, 40, 24)):
+        values = torch.linalg.svdvals(muon.orthogonalise(torch.randn(shape, generator=g)).float())
+        assert values.min() > 0.5 and values.max() < 1.3
+    with pytest.raises(ValueError, match="matrices"):
+        muon.Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_packing_is_the_pipelines():
+    from diffusers import FluxKontextPipeline
+
+    sampler = importlib.import_module("sampler")
+    z = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    packed = sampler.pack(z)
+    assert torch.equal(packed, FluxKontextPipeline._pack_latents(z, 2, 16, 8, 12))
+    assert torch.equal(sampler.unpack(packed, 8, 12), z)
+    ids = FluxKontextPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
+    assert torch.equal(sampler.image_ids(4, 6, 0, "cpu"), ids)
