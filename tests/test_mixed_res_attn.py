@@ -14,6 +14,14 @@ OPTIONS = (
 INF = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreted_bf16(request):
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    interpreted = params.get("backend") == "triton" and not torch.cuda.is_available()
+    if interpreted and params.get("dtype") is torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16; float16 covers the 16-bit path there")
+
+
 def oracle(q, k, v, **options):
     """The reference in float64 on the rounded inputs; itself held against a plain loop below."""
     options = {name: options.get(name) for name in OPTIONS}
@@ -107,7 +115,7 @@ def test_odd_lengths(backend, poison, random, device, queries, keys, dtype):
     check(q, k, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [16, 48, 64, 96, 128, 256])
 def test_head_dimensions(backend, poison, random, device, dim, dtype):
     check(*qkv(random, device, 1, 70, 90, 2, dim, dtype=dtype), key_bias=multiplicities(1, 90, device))
@@ -252,7 +260,7 @@ def test_zero_sizes(backend, poison, device, zero):
 
 
 @pytest.mark.parametrize("lens", [([5, 0, 33, 1], [7, 9, 0, 64]), ([130, 3, 3, 3], [2, 150, 64, 1])], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_packed_is_padded(backend, poison, random, device, lens, dtype):
     q_lens, k_lens = lens
     q, k, v = qkv(random, device, 1, sum(q_lens) + 4, sum(k_lens) + 4, 4, 64, 2, dtype=dtype)
@@ -284,7 +292,7 @@ def test_packed_is_padded(backend, poison, random, device, lens, dtype):
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scatter_writes_only_its_rows(backend, poison, random, integers, device, dtype):
     q, k, v = qkv(random, device, 2, 40, 90, 2, 64, dtype=dtype)
     bias = random(2, 90, device=device)
@@ -320,7 +328,7 @@ def test_scatter_into_a_strided_buffer(backend, random, device):
 
 
 def test_deterministic(backend, random, device):
-    q, k, v = qkv(random, device, 1, 130, 700, 2, 64, dtype=torch.bfloat16)
+    q, k, v = qkv(random, device, 1, 130, 700, 2, 64, dtype=torch.float16)
     bias = random(1, 700, device=device)
     first = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
     for _ in range(3):

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every attention config compiles to machine code that fits its GPU. No GPU is needed: Triton brings its assembler.
+
+Compiled in a process of its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# Bytes of shared memory that one block may take.
+SHARED = {90: 232448, 80: 166912}
+CAPABILITY = {"large": 90, "medium": 80}
+POINTERS = {
+    "bias_ptr": "*fp32", "q_index_ptr": "*i32", "kv_index_ptr": "*i32", "out_index_ptr": "*i32", "q_lens_ptr": "*i32",
+    "kv_lens_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "lse_ptr": "*fp32", "part_ptr": "*fp32",
+    "part_lse_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32",
+}  # fmt: skip
+PLAIN = ("q_index_ptr", "kv_index_ptr", "out_index_ptr", "q_lens_ptr", "kv_lens_ptr", "cu_q_ptr", "cu_k_ptr")
+FEATURES = {
+    "no bias": (*PLAIN, "bias_ptr"),
+    "lens and indices": ("kv_index_ptr", "cu_q_ptr", "cu_k_ptr"),
+    "packed": ("q_index_ptr", "kv_index_ptr", "out_index_ptr"),
+    "split": PLAIN,
+}
+
+
+def _compile(fn, capability, types, constants, options, source):
+    """Compile `fn` with all arguments int32 but for `types` and `constants` (None: an argument left out)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = fn.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, POINTERS.get(name, "i32")) for name in names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (name.startswith("stride") and signature[name] == "i32")
+    }
+    constants = {(names.index(name),): value for name, value in constants.items() if name in names}
+    options = {**options, "enable_fp_fusion": True}
+    compiled = triton.compile(
+        source(fn, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
+    )
+    return {"capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"])}
+
+
+def _attention(name, config, head_dim, dtype="bf16", left_out=(), splits=1):
+    import triton
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import mixed_res_attn
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "scale": "fp32"}
+    types["out_ptr"] = "*fp32" if splits > 1 else f"*{dtype}"
+    constants = dict.fromkeys(left_out)
+    constants.update(
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits,
+        NEGATE=False, LSE_UNIT=1.0,
+    )  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    block = f"{dtype}[1,1,{config.block_n},{block_d}]"
+    descriptors = config.tma and "kv_index_ptr" in left_out
+    if descriptors:
+        types.update(dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{block}>"))
+    else:
+        constants.update(k_desc=None, v_desc=None)
+    if descriptors and "bias_ptr" not in left_out and "cu_k_ptr" in left_out:
+        types["bias_desc"] = f"tensordesc<fp32[1,{config.block_n}]>"
+    else:
+        constants["bias_desc"] = None
+    return _compile(mixed_res_attn._attn_kernel, CAPABILITY[name], types, constants, options, ASTSource)
+
+
+def compile_all():
+    """{kernel: shared memory and size of the machine code, or the error}."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import merge_attn, mixed_res_attn
+
+    dense, gather, fp32 = mixed_res_attn.DENSE_CONFIGS, mixed_res_attn.GATHER_CONFIGS, mixed_res_attn.FP32_CONFIGS
+    jobs = {}
+    for (name, dim), config in dense.items():
+        if name in CAPABILITY:
+            jobs[f"dense {name} D{dim}"] = lambda n=name, c=config, d=dim: _attention(n, c, d, left_out=PLAIN)
+    for (name, dim), config in gather.items():
+        jobs[f"gather {name} D{dim}"] = lambda n=name, c=config, d=dim: _attention(
+            n, c, d, "fp16", left_out=("cu_q_ptr", "cu_k_ptr")
+        )
+    for dim, config in fp32.items():
+        jobs[f"fp32 D{dim}"] = lambda c=config, d=dim: _attention("medium", c, d, "fp32", left_out=PLAIN)
+    for feature, left_out in FEATURES.items():
+        jobs[f"{feature} large D96"] = lambda f=feature, out=left_out: _attention(
+            "large", dense["large", 128], 96, left_out=out, splits=2 if f == "split" else 1
+        )
+    small = {"HEAD_DIM": 96, "BLOCK_D": 128, "BLOCK_R": 16, "SPLITS": 3, "out_index_ptr": None}
+    outputs = dict.fromkeys(("out_ptr", "a_ptr", "b_ptr"), "*bf16")
+    for fn in (mixed_res_attn._combine_kernel, merge_attn._merge_kernel):
+        used = {name: value for name, value in small.items() if name in fn.arg_names}
+        jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
+    results = {}
+    for name, job in jobs.items():
+        try:
+            results[name] = job()
+        except Exception as error:  # noqa: BLE001  reported by the test
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+    return results
+
+
+def test_every_config_compiles_and_fits(tmp_path):
+    pytest.importorskip("triton")
+    report = tmp_path / "report.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, __file__, str(report)], env=environment, check=True, timeout=600)
+    results = json.loads(report.read_text())
+    assert len(results) > 15
+    wrong = {
+        name: result
+        for name, result in results.items()
+        if "error" in result or result["shared"] > SHARED[result["capability"]] or not result["code"]
+    }
+    assert not wrong
+
+
+def test_splits_of_the_keys():
+    """24 heads on 132 multiprocessors (H100): 3 and 2 parts were the fastest; full waves and few keys stay whole."""
+    kernel = pytest.importorskip("specedit_kernels.triton_kernels.mixed_res_attn")
+    picked = {
+        (num_q, num_k): kernel._select_splits(-(-num_q // 128) * 24, -(-num_k // 128), 132)
+        for num_q, num_k in ((8704, 8704), (4608, 4608), (1536, 8704), (922, 8704), (1536, 1536), (1, 128))
+    }
+    expected = {(8704, 8704): 1, (4608, 4608): 1, (1536, 8704): 3, (922, 8704): 2, (1536, 1536): 1, (1, 128): 1}
+    assert picked == expected
+
+
+def test_descriptors_hold_what_their_constructor_would():
+    kernel = pytest.importorskip("specedit_kernels.triton_kernels.mixed_res_attn")
+    x = torch.zeros(1, 40, 3, 64, dtype=torch.bfloat16)
+    shape, block = [1, 3, 40, 64], [1, 1, 32, 64]
+    made = kernel._descriptor(x, shape, [7680, 64, 192, 1], block)
+    expected = kernel.TensorDescriptor(x, shape, [8, 64, 192, 1], block)
+    for field in dataclasses.fields(expected):
+        assert field.name == "base" or getattr(made, field.name) == getattr(expected, field.name)
+    assert made.base is x
+    # Off the 16 B grid, by address or by stride; no rows.
+    assert kernel._descriptor(x[..., 1:], shape, [7680, 64, 192, 1], block) is None
+    assert kernel._descriptor(x, shape, [7680, 63, 192, 1], block) is None
+    assert kernel._descriptor(x[:, :0], [1, 3, 0, 64], [7680, 64, 192, 1], block) is None
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], "w") as file:
+        json.dump(compile_all(), file)
