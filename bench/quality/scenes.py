@@ -10,6 +10,7 @@ none, and so are the flakes of snow. So the target is one sample of many right a
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,7 @@ class Edits:
         return table[self.task]
 
 
+@lru_cache(maxsize=2)
 def photo_files(held_out):
     return json.loads((DATA / "photos.json").read_text())["held_out" if held_out else "train"]
 

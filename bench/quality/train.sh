@@ -3,6 +3,8 @@
 # Trains the whole tiny editor into $SPECEDIT_RUN_DIR (default runs/editor), then measures it. About 20 minutes on an
 # H100. Run it again to go on where it stopped; touch $SPECEDIT_RUN_DIR/STOP to end the training early.
 #
+# START=FOLDER goes on from an exported editor (specedit_kernels/assets/tiny_kontext, say) and keeps its autoencoder.
+#
 #   SPECEDIT_RUN_DIR=/tmp/run VAE_SECONDS=220 EDITOR_SECONDS=720 JUDGE_SECONDS=90 bash bench/quality/train.sh
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -13,6 +15,11 @@ python="${PYTHON:-python3}"
 mkdir -p "$SPECEDIT_RUN_DIR"
 log="$SPECEDIT_RUN_DIR/log.txt"
 rm -f "$SPECEDIT_RUN_DIR/STOP"
+
+if [ -n "${START:-}" ]; then
+    EDITOR_ARGS="${EDITOR_ARGS:-} --start $START"
+    [ -e "$SPECEDIT_RUN_DIR/vae" ] || cp -r "$START/vae" "$SPECEDIT_RUN_DIR/vae"
+fi
 
 say() { echo "$(date +%H:%M:%S) train.sh: $*" >> "$log"; }
 

@@ -11,10 +11,11 @@ import argparse
 import math
 import os
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxKontextPipeline
 
 from export import export
 from models import make_clip, make_scheduler, make_t5, make_transformer, parameter_count
@@ -134,6 +135,14 @@ class Editor(torch.nn.Module):
                                  (error * (weight < 1.5)).sum() / (weight < 1.5).sum().clamp(min=1)])
         return loss, apart
 
+    def begin_from(self, folder):
+        """Takes the weights of an exported editor."""
+        pipe = FluxKontextPipeline.from_pretrained(folder)
+        for part, given in ((self.transformer, pipe.transformer), (self.clip, pipe.text_encoder),
+                            (self.t5, pipe.text_encoder_2)):
+            part.load_state_dict(given.state_dict())
+        log(f"editor: begins from {folder}")
+
     def state(self):
         return {"transformer": self.transformer.state_dict(), "clip": self.clip.state_dict(),
                 "t5": self.t5.state_dict()}
@@ -169,12 +178,17 @@ def main():
     parser.add_argument("--save-every", type=float, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=6, help="processes that draw scenes")
+    parser.add_argument("--start", type=Path, help="an exported editor to begin from, in place of random weights; its "
+                        "autoencoder must be RUN_DIR/vae (train.sh copies it there)")
     parser.add_argument("--try-only", action="store_true",
                         help="one step of every size on noise, to compile and to see that nothing fails; no files")
     args = parser.parse_args()
     dev = device()
     torch.manual_seed(args.seed)
-    editor = Editor().to(dev).train()
+    editor = Editor()
+    if args.start is not None and not args.try_only:
+        editor.begin_from(args.start)
+    editor.to(dev).train()
     compile_blocks(editor, args.compile)
     lengths = LENGTHS if args.compile != "static" else STATIC_LENGTHS
     scheduler = make_scheduler()
