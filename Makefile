@@ -13,13 +13,14 @@ ASSETS := specedit_kernels/assets
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
+	mkdir -p $(OUT)
 	$(BIN)/specedit edit $(ASSETS)/example.png "$$(cat $(ASSETS)/example.txt)" -o $(OUT)/edited.png
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 $(VENV)/installed: setup.py pyproject.toml
-	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $$($(PYTHON) -c "import torch; print('--system-site-packages')" 2>/dev/null) $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q "setuptools>=70" wheel
 	$(BIN)/pip install -q --no-build-isolation -e ".[triton,pipelines,test]"

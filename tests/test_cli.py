@@ -137,7 +137,9 @@ def test_pictures_are_read_upright_and_on_white(tmp_path):
 
 
 def test_wrong_pictures(capsys, tmp_path, model, source):
-    edit = lambda path: fails(capsys, "edit", path, "add a hat", "-o", tmp_path / "o.png", "--model", model)  # noqa: E731
+    def edit(path):
+        return fails(capsys, "edit", path, "add a hat", "-o", tmp_path / "o.png", "--model", model)
+
     assert "no such file" in edit(tmp_path / "none.png")
     assert "not a file" in edit(tmp_path)
     text = tmp_path / "text.png"

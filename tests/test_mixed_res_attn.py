@@ -403,7 +403,7 @@ def test_bad_input(change, error, words):
         (dict(cu_seqlens_q=i32(0, 2, 3, 4)), ValueError, r"cu_seqlens_k: expected shape \[B \+ 1 = 4\]"),
         (dict(cu_seqlens_q=i32(0, 3, 2)), ValueError, "cu_seqlens_q: expected 0, then never decreasing"),
         (dict(cu_seqlens_k=i32(0, 2, 9)), ValueError, "cu_seqlens_k: expected 0, then never decreasing"),
-        (dict(max_seqlen_q=1), ValueError, "cu_seqlens_q: expected 0, then never decreasing by more than 1"),
+        (dict(max_seqlen_q=1), ValueError, "cu_seqlens_q: expected 0, then never decreasing, steps of at most 1"),
         (dict(q_index=i32(0)[None]), ValueError, "q_index: expected None in the packed layout"),
         (dict(q=torch.zeros(1, 4, 2, 64)), ValueError, r"q: expected \[T, H, D\] \(packed"),
     ],

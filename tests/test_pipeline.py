@@ -175,13 +175,18 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(pipe):
     assert mixed.std() > 1e-3
 
 
-@pytest.mark.parametrize("finish", ["full", "locked"])
+# (finish, unselected) of each way to end a run
+ENDS = [("full", "source"), ("full", "coarse"), ("locked", "source")]
+
+
+@pytest.mark.parametrize(("finish", "unselected"), ENDS)
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_batch_of_two_is_two_runs_of_one(pipe, finish, guided):
+def test_a_batch_of_two_is_two_runs_of_one(pipe, finish, unselected, guided):
     images = [tiny_image(seed=0), tiny_image(seed=1)]
     masks = [half_mask(2), half_mask(6, rows=6)]
     prompts = ["make the cat blue", "add a hat"]
-    config = SpecEditConfig(stages=(2, 2, 2), finish=finish, preserve="pixels", uniform_stride=3)
+    common = dict(finish=finish, unselected=unselected)
+    config = SpecEditConfig(stages=(2, 2, 2), preserve="pixels", uniform_stride=3, **common)
     extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
     options = call_options(output_type="pt", specedit=config, **extra)
     del options["prompt"]
@@ -258,9 +263,9 @@ def test_verify_finds_the_place_of_a_change(pipe):
 # an ideal model: one clean picture, known velocity. Every state of the trajectory is then exact.
 
 
-@pytest.mark.parametrize("finish", ["full", "locked"])
+@pytest.mark.parametrize(("finish", "unselected"), ENDS)
 @pytest.mark.parametrize("kind", ["mask", "coarse", "quarter", "full_step", "no_coarse_condition", "no_coarse_stage"])
-def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, kind):
+def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected, kind):
     target = torch.randn(1, 16, 16, 16, generator=seeded(7)).clamp(-2, 2)
     layouts = []
     real_expand = stages.expand
@@ -288,6 +293,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, kind):
         stages=(0, 3, 3) if kind == "no_coarse_stage" else (3, 3, 3),
         draft=draft,
         finish=finish,
+        unselected=unselected,
         max_active=1.0,
         uniform_stride=3,
         coarse_condition=kind != "no_coarse_condition",
@@ -310,6 +316,56 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, kind):
     assert torch.allclose(result[~inside], outside[~inside], atol=1e-4)
     if finish == "locked":
         assert torch.equal(result[~inside], outside[~inside])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unselected", ["source", "coarse"])
+def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unselected):
+    """Two samples with different masks: with "source" the rest is the noised source to the bit, fine and coarse."""
+    begun, ended = {}, {}
+    real_steps, real_finish = stages.dense_steps, stages.finish_full
+
+    def dense_steps(run, state, levels, condition, stage, main=True):
+        if stage == "full":
+            begun.update(state=state, level=levels[0])
+        return real_steps(run, state, levels, condition, stage, main)
+
+    def finish_full(run, state, level, levels, selection):
+        ended.update(run=run, state=state, level=level, active=selection.active)
+        return real_finish(run, state, level, levels, selection)
+
+    monkeypatch.setattr(stages, "dense_steps", dense_steps)
+    monkeypatch.setattr(stages, "finish_full", finish_full)
+    pipe(
+        mask_image=[half_mask(2), half_mask(6, rows=4)],
+        generator=[seeded(1), seeded(2)],
+        specedit=SpecEditConfig(stages=(2, 3, 2), unselected=unselected),
+        **call_options(image=[tiny_image(seed=0), tiny_image(seed=1)], prompt=["make the cat blue", "add a hat"]),
+    )
+    run, level, at = ended["run"], begun["level"], ended["level"]
+    assert 0 < at < level < 1
+    inside = stages._on_pixels(ended["active"], GRID, 2).expand_as(run.source)
+    same = begun["state"] == (1 - level) * run.source + level * run.noise
+    assert not same[inside].any()
+    assert same[~inside].all() if unselected == "source" else not same[~inside].all()
+    # the coarse tokens that were in the sequence kept to the source's path in the mixed steps
+    _, coarse = stages._scatter_back(run, ended["state"])
+    path = (1 - at) * grids.pool(run.source) + at * 2 * grids.pool(run.noise)
+    close = torch.isclose(coarse, path, atol=1e-5)[~inside[..., ::2, ::2]]
+    assert close.all() if unselected == "source" else not close.all()
+
+
+def test_the_locked_finish_knows_one_way_for_what_was_not_selected(pipe):
+    options = call_options(image=tiny_image(), mask_image=half_mask(3))
+    a, b = (
+        pipe(
+            generator=seeded(),
+            specedit=SpecEditConfig(stages=(2, 2, 2), finish="locked", unselected=unselected),
+            **options,
+        ).images
+        for unselected in ("source", "coarse")
+    )
+    assert torch.equal(a, b)
 
 
 # options
@@ -584,6 +640,7 @@ def test_no_host_synchronisation_between_steps():
         (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9\], got 10"),
         (dict(draft="half"), ValueError, "draft: expected one of"),
         (dict(finish="none"), ValueError, "finish: expected one of"),
+        (dict(unselected="fine"), ValueError, r"unselected: expected one of \['source', 'coarse'\], got 'fine'"),
         (dict(preserve="latents"), ValueError, "preserve: expected one of"),
         (dict(metric="clip"), ValueError, "metric: expected one of"),
         (dict(reference="other"), ValueError, "reference: expected one of"),

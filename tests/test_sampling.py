@@ -150,6 +150,16 @@ def test_top_up_has_exact_mean_and_white_covariance(level, rise):
     assert torch.allclose(old @ old.T + new @ new.T, to**2 * torch.eye(4, dtype=torch.float64), atol=1e-14)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+def test_a_noised_picture_pools_to_the_pooled_picture_with_the_pooled_noise(level):
+    clean, white = torch.randn(2, 1, 2, 6, 6)
+    assert torch.equal(noise.noised(clean, 0.0, white), clean) and torch.equal(noise.noised(clean, 1.0, white), white)
+    fine = noise.noised(clean.bfloat16(), level, white)
+    assert fine.dtype == torch.float32
+    expected = noise.noised(grid.pool(clean.bfloat16().float()), noise.pooled_level(level), noise.pool_noise(white))
+    assert torch.allclose(noise.pool_state(fine, level), expected, atol=1e-6)
+
+
 def test_top_up_cannot_take_noise_away():
     with pytest.raises(ValueError, match="to_level: expected level <= to_level"):
         noise.top_up(torch.zeros(1, 1, 2, 2), 0.5, 0.4, torch.zeros(1, 1, 2, 2))

@@ -43,6 +43,12 @@ def export(vae, weights, folder):
     index = json.loads((staging / "model_index.json").read_text())
     index["tokenizer_2"] = ["transformers", "T5TokenizerFast"]
     (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name in ("text_encoder", "text_encoder_2"):
+        # transformers loads the dtype that stands here where none is asked for, diffusers loads fp32: one must give.
+        config = json.loads((staging / name / "config.json").read_text())
+        config["dtype"] = "float32"
+        (staging / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (staging / "specedit.json").write_text(json.dumps({"resolution": 512, "max_sequence_length": 64}) + "\n")
     model = json.loads((staging / "tokenizer" / "tokenizer.json").read_text())["model"]
     (staging / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]) + "\n")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]

@@ -66,6 +66,8 @@ def all_rows():
             "latent": dict(metric="latent"), "projected": dict(metric="projected"),
             "no-dilation": dict(dilation=0), "stride-3": dict(uniform_stride=3),
         }
+        if finish == "full":  # the locked finish knows no other
+            variants["unselected-coarse"] = dict(unselected="coarse")
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
     return rows
 
@@ -111,7 +113,7 @@ LEGEND = """
   VAE; on the true targets through the VAE this rule finds {rule_recall} of the true tokens at {rule_precision}
   precision). missed: recall under one half. **recall true, own**, **missed own**: the same against the true mask, and
   against the own output where that changed anything, whatever the edit. An `oracle` row gets the reference mask,
-  grown by a token, as the user's mask.
+  grown by a token, as the user's mask. In an `unselected-coarse` row tokens that were not selected follow the model.
 * **dense, none %**: runs that fell back to all tokens, or found nothing to change and gave the source back.
 """
 

@@ -9,7 +9,8 @@
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export SPECEDIT_RUN_DIR="${SPECEDIT_RUN_DIR:-runs/editor}"
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 python="${PYTHON:-python3}"
 mkdir -p "$SPECEDIT_RUN_DIR"
@@ -55,5 +56,7 @@ if [ "$code" -ne 0 ] && [ "$mode" != none ]; then
     "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile none ${EDITOR_ARGS:-} >> "$log" 2>&1
 fi
 wait "$judge" || say "the judge failed"
-[ "${EVALUATE:-1}" = 0 ] || "$python" "$here/evaluate.py" ${EVALUATE_ARGS:-} >> "$log" 2>&1 || say "the evaluation failed"
+if [ "${EVALUATE:-1}" != 0 ]; then
+    "$python" "$here/evaluate.py" ${EVALUATE_ARGS:-} >> "$log" 2>&1 || say "the evaluation failed"
+fi
 say "all done"

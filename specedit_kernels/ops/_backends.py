@@ -61,7 +61,7 @@ def _triton_refuses(device):
     return None if major >= 8 else f"Triton kernels need compute capability 8.0, {device} has {major}.{minor}"
 
 
-def _cuda_refuses(op, device, call):
+def _cuda_refuses(op, device):
     if _OPS[op][1] is None:
         return "no CUDA C++ kernel for this op"
     if device.type != "cuda":
@@ -70,17 +70,17 @@ def _cuda_refuses(op, device, call):
     if major != 9:
         return f"the extension is built for compute capability 9.0, {device} has {major}.{minor}"
     loaded, reason = _extension.load()
-    return call if loaded else reason
+    return None if loaded else reason
 
 
-def choose(op, device, cuda_call_refused=None):
-    """Return (backend, why not a faster one or ""). ``cuda_call_refused``: why csrc cannot serve these arguments."""
+def choose(op, device):
+    """Return (backend, why not a faster one or "")."""
     forced = os.environ.get("SPECEDIT_BACKEND", "")
     if forced:
         if forced not in BACKENDS:
             raise ValueError(f"SPECEDIT_BACKEND: expected one of {', '.join(BACKENDS)}, got {forced!r}")
         refused = {
-            "cuda": lambda: _cuda_refuses(op, device, cuda_call_refused),
+            "cuda": lambda: _cuda_refuses(op, device),
             "triton": lambda: _triton_refuses(device),
             "reference": lambda: None,
         }[forced]()
@@ -89,7 +89,7 @@ def choose(op, device, cuda_call_refused=None):
         return forced, "forced by SPECEDIT_BACKEND"
     if device.type == "cpu":
         return "reference", "CPU tensors are served by the reference"
-    cuda = _cuda_refuses(op, device, cuda_call_refused)
+    cuda = _cuda_refuses(op, device)
     if not cuda:
         return "cuda", ""
     triton = _triton_refuses(device)
@@ -98,9 +98,9 @@ def choose(op, device, cuda_call_refused=None):
     return "reference", f"{cuda}; {triton}"
 
 
-def implementation(op, device, cuda_call_refused=None):
+def implementation(op, device):
     """The callable that serves ``op`` on ``device``."""
-    return _load(op, choose(op, device, cuda_call_refused)[0])
+    return _load(op, choose(op, device)[0])
 
 
 def backend_of(op, device="cuda"):

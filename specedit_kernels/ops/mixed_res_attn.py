@@ -77,7 +77,8 @@ def _check(
     _check_lens(op, "kv_lens", kv_lens, batch, device)
     if key_bias is not None:
         _checks.check_dtype(op, "key_bias", key_bias, _checks.FP32)
-        _checks.check_shape(op, "key_bias", key_bias, tuple(k.shape[:-2]), f"{list(k.shape[:-2])}, one value a row of k")
+        shape = tuple(k.shape[:-2])
+        _checks.check_shape(op, "key_bias", key_bias, shape, f"{list(shape)}, one value a row of k")
         _checks.check_device(op, "key_bias", key_bias, device)
         _checks.check_last_contiguous(op, "key_bias", key_bias)
     if scale is not None and not (scale == scale and abs(scale) != float("inf")):
@@ -98,10 +99,8 @@ def _check_values(op, q, k, q_index, kv_index, cu_seqlens_q, cu_seqlens_k, max_s
         if cu_seqlens is not None:
             steps = cu_seqlens.diff()
             if int(cu_seqlens[0]) != 0 or (steps < 0).any() or int(cu_seqlens[-1]) > rows or (steps > longest).any():
-                _checks.value_error(
-                    op, name, f"0, then never decreasing by more than {longest} (the maximum) up to at most {rows} rows",
-                    cu_seqlens.tolist(),
-                )
+                expected = f"0, then never decreasing, steps of at most {longest} (the maximum), {rows} rows at the end"
+                _checks.value_error(op, name, expected, cu_seqlens.tolist())
 
 
 def _scale(q, scale):

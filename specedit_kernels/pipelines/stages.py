@@ -404,14 +404,15 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     """Lay out the mixed sequence: active blocks from `fine`, the rest from `coarse`, both at noise `level`.
 
     fine: [B, C, 2*rows, 2*columns], the expanded state (eq. 8, `expand_state`). coarse: [B, C, rows, columns].
-    With the locked finish the coarse tokens are the source's, noised to the level, and follow it from here on.
+    Unless unselected="coarse" leaves them to the model (with the full finish), the coarse tokens are the source's,
+    noised to the level, and follow it from here on.
     """
     config = run.config
     source_coarse = pool(run.source)
     drift = None
-    if config.finish == "locked":
+    if config.finish == "locked" or config.unselected == "source":
         noise = algebra.pool_noise(run.noise)
-        coarse = ((1.0 - level) * source_coarse + level * noise).to(run.source.dtype)
+        coarse = algebra.noised(source_coarse, level, noise).to(run.source.dtype)
         drift = noise - source_coarse
     table = torch.cat([pack(x) for x in (fine, coarse, run.source, source_coarse)], dim=1)
     sizes = [sequence_length(c, run.grid, config.coarse_condition) for c in selection.counts]
@@ -464,14 +465,19 @@ def _on_pixels(mask: Tensor, grid: Grid, times: int) -> Tensor:
 def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[float], selection: Selection) -> Tensor:
     """The paper's finish: bring every token to full resolution, then plain steps. Clean latents [B, C, H, W].
 
-    The coarse tokens, at `level`, are expanded to levels[0]; the fine ones get fresh noise up to the same level.
+    The fine tokens, at `level`, get fresh noise up to levels[0]. The others begin there from the coarse ones, expanded
+    (unselected="coarse"), or from the fine source with the run's first noise: a white field of which the coarse tokens
+    that followed the source held the pool, so that pooling this state gives exactly what they are at `level`.
     """
     fine, coarse = _scatter_back(run, state)
     to = levels[0]
-    expanded = algebra.expand_state(coarse.float(), level, run.noise)
+    if run.config.unselected == "source":
+        rest = algebra.noised(run.source, to, run.noise)
+    else:
+        rest = algebra.expand_state(coarse.float(), level, run.noise)
     topped = algebra.top_up(fine.float(), level, to, run.fresh_noise(fine.shape))
     mask = _on_pixels(selection.active, run.grid, PATCH)
-    joined = torch.where(mask, topped, expanded).to(run.source.dtype)
+    joined = torch.where(mask, topped, rest).to(run.source.dtype)
     return dense_steps(run, joined, levels, run.source, "full")[0]
 
 

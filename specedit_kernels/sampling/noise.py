@@ -29,6 +29,11 @@ def pooled_level(level: float) -> float:
     return level / (2.0 - level)
 
 
+def noised(clean: Tensor, level: float, noise: Tensor) -> Tensor:
+    """A clean picture at a noise level in [0, 1], (1 - s) z + s n: fp32, the shape of `clean` and `noise`."""
+    return (1.0 - level) * clean.float() + level * noise.float()
+
+
 def _blocks(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[..., 0::2, 0::2], x[..., 0::2, 1::2], x[..., 1::2, 0::2], x[..., 1::2, 1::2]
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped checkpoint, loaded by diffusers' own code, and the example edit of the README."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the pipelines need diffusers")
+
+from diffusers import FluxKontextPipeline  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import specedit_kernels  # noqa: E402
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, cli  # noqa: E402
+
+ASSETS = Path(specedit_kernels.__file__).parent / "assets"
+MODEL = ASSETS / "tiny_kontext"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """Loaded as any user would: no code of ours."""
+    loaded = FluxKontextPipeline.from_pretrained(MODEL)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_size():
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 40_000_000
+
+
+def test_it_is_a_kontext(pipe):
+    assert pipe.vae.config.latent_channels == 16 and pipe.vae_scale_factor == 8
+    assert pipe.transformer.config.in_channels == 64 and pipe.transformer.config.guidance_embeds
+    assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id != 2
+    ids = pipe.tokenizer_2("make the turtle purple").input_ids
+    assert pipe.tokenizer_2.unk_token_id not in ids and len(ids) == 5
+
+
+@pytest.mark.parametrize("length", [32, 512])
+def test_plain_pipeline_keeps_the_source(pipe, length):
+    """Two plain steps at 256 pixels: what was not asked for is still there, with short and with default padding."""
+    source = Image.open(ASSETS / "example.png").resize((256, 256), Image.Resampling.LANCZOS)
+    out = pipe(image=source, prompt="color the turtle purple", height=256, width=256, max_area=256**2,
+               _auto_resize=False, num_inference_steps=2, max_sequence_length=length, output_type="np",
+               generator=torch.Generator().manual_seed(0)).images[0]
+    rows = slice(0, 120)  # above the turtle
+    error = np.abs(out[rows] - np.asarray(source, dtype=np.float32)[rows] / 255).mean()
+    assert error < 0.05
+
+
+def test_the_example_edit(tmp_path):
+    """The README's first command: the turtle turns purple, every pixel away from it keeps its bits."""
+    instruction = (ASSETS / "example.txt").read_text().strip()
+    code = cli.main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png")])
+    assert not code
+    source = np.asarray(Image.open(ASSETS / "example.png").convert("RGB")).astype(int)
+    edited = np.asarray(Image.open(tmp_path / "edited.png")).astype(int)
+    assert Image.open(tmp_path / "mask.png").size == (512, 512)
+    changed = (source != edited).any(2)
+    assert 0.02 < changed.mean() < 0.4
+    assert not changed[:240].any() and not changed[:, 260:].any()  # the gift, the flower
+    turtle = (source[..., 1] > source[..., 0] + 40) & (source[..., 1] > source[..., 2] + 40)  # green pixels
+    turtle[:300] = False
+    turtle[:, 200:] = False
+    red, green, blue = edited[turtle].mean(0)
+    assert turtle.sum() > 3000 and blue > green + 60 and red > green + 30
+
+
+def test_from_pretrained_gives_the_drop_in_class(pipe):
+    ours = SpecEditFluxKontextPipeline.from_pipe(pipe)
+    ours.set_progress_bar_config(disable=True)
+    source = Image.open(ASSETS / "example.png").resize((256, 256), Image.Resampling.LANCZOS)
+    out = ours(image=source, prompt="color the turtle purple", height=256, width=256, max_area=256**2,
+               _auto_resize=False, max_sequence_length=32, generator=torch.Generator().manual_seed(0),
+               specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"))
+    share = out.mask.float().mean().item()
+    assert 0.02 < share < 0.6 and out.stats.nfe == 9 and out.stats.fallbacks == [None]
+    plain = 9 * out.stats.plain_step_flops
+    assert sum(step.flops for step in out.stats.steps) < 0.8 * plain
