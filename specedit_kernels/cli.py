@@ -17,7 +17,6 @@ ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODEL = ASSETS / "tiny_kontext"
 SUPPORTED = ("FluxKontextPipeline", "SpecEditFluxKontextPipeline")
 PRESETS = (30, 18, 11, 9)
-PLAIN_STEPS = 28
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_SCORED_AREA = 1024**2
 
@@ -274,6 +273,7 @@ def _flops(value: float) -> str:
 
 def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path, device) -> str:
     """What an edit did, on one screen."""
+    from .pipelines.flux_kontext import STEPS_OF_PLAIN
     from .pipelines.output import group_steps
 
     fine = mask.numel()
@@ -297,7 +297,7 @@ def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path
     lines += [
         f"steps       {stats.nfe}{apart}; image tokens: {steps} (plain: {2 * fine})",
         f"transformer {_flops(stats.flops)}: {same} of a plain run with {stats.nfe} steps, "
-        f"{_share(stats.flops / (plain_step * PLAIN_STEPS))} of one with {PLAIN_STEPS} steps",
+        f"{_share(stats.flops / (plain_step * STEPS_OF_PLAIN))} of one with {STEPS_OF_PLAIN} steps",
         "seconds     " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stats.seconds.items()),
         f"attention   {stats.backend or 'no mixed-resolution step'}" + (f" ({_why(device)})" if stats.backend else ""),
     ]

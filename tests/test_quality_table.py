@@ -19,7 +19,6 @@ import contact_sheet  # noqa: E402
 import table  # noqa: E402
 import table_measures as measures  # noqa: E402
 import table_runs as runs  # noqa: E402
-from evaluate import masked_psnr, sharpness  # noqa: E402
 from tiny_models import tiny_pipeline  # noqa: E402
 
 from specedit_kernels import SpecEditConfig, ops  # noqa: E402
@@ -39,21 +38,21 @@ def test_psnr_counts_the_mask_alone():
     b[..., :2, :] = 0.1
     top = torch.zeros(1, 4, 4, dtype=torch.bool)
     top[:, :2] = True
-    assert masked_psnr(a, b, top).item() == pytest.approx(20.0, abs=1e-4)
-    assert masked_psnr(a, b, torch.ones_like(top)).item() == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
-    assert masked_psnr(a, b, ~top).item() == pytest.approx(100.0)
-    assert masked_psnr(a, b, torch.zeros_like(top)).isnan().all()
+    assert measures.masked_psnr(a, b, top).item() == pytest.approx(20.0, abs=1e-4)
+    assert measures.masked_psnr(a, b, torch.ones_like(top)).item() == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
+    assert measures.masked_psnr(a, b, ~top).item() == pytest.approx(100.0)
+    assert measures.masked_psnr(a, b, torch.zeros_like(top)).isnan().all()
 
 
 def test_sharpness_is_the_gradient_energy():
     step = torch.zeros(1, 3, 4, 4)
     step[..., 2:] = 0.5  # one edge of .5 in each of the 4 rows
     everywhere = torch.ones(1, 4, 4, dtype=torch.bool)
-    assert sharpness(step, everywhere).item() == pytest.approx(4 * 0.25 / 16, rel=1e-5)
-    assert sharpness(step * 0.5, everywhere).item() == pytest.approx(4 * 0.0625 / 16, rel=1e-5)
+    assert measures.sharpness(step, everywhere).item() == pytest.approx(4 * 0.25 / 16, rel=1e-5)
+    assert measures.sharpness(step * 0.5, everywhere).item() == pytest.approx(4 * 0.0625 / 16, rel=1e-5)
     left = everywhere.clone()
     left[..., 1:] = False
-    assert sharpness(step, left).item() == 0
+    assert measures.sharpness(step, left).item() == 0
 
 
 def test_recall_and_precision():

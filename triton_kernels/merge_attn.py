@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Join the attention over two disjoint key sets, in Triton: one pass over both outputs, bound by memory."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -62,8 +60,7 @@ def merge_attn(out_a, lse_a, out_b, lse_b):
     # 4096 elements a program: four 16 B loads of either half in flight for each of 128 threads, in 16-bit types.
     block_r = max(1, 4096 // block_d)
     num_rows = batch * num_q * heads
-    device = out_a.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.cuda.device_of(out_a):
         _merge_kernel[(triton.cdiv(num_rows, block_r),)](
             out_a, lse_a, out_b, lse_b, out, lse,
             out_a.stride(0), out_a.stride(1), out_a.stride(2), *lse_a.stride(),

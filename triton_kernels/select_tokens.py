@@ -87,8 +87,6 @@ def select_tokens(score, grid_h, grid_w, threshold, dilation, uniform_stride):
     if score.numel() == 0:
         return mask, index, torch.zeros((batch,), dtype=torch.int32, device=score.device)
     count = torch.empty((batch,), dtype=torch.int32, device=score.device)
-    # A larger radius reaches no further than the grid does.
-    dilation = min(dilation, max(grid_h, grid_w))
     block = min(triton.next_power_of_2(tokens), 4096)
     with torch.cuda.device_of(score):
         _select_tokens_kernel[(batch,)](

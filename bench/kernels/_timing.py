@@ -17,9 +17,11 @@ import torch
 FLUSH_BYTES = 1 << 30
 
 
-def _median_event_us(run, rounds, calls):
+def _median_event_us(run, rounds, calls, before=None):
     pairs = []
     for _ in range(rounds):
+        if before is not None:
+            before()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -71,16 +73,7 @@ def cold_us(fn, rounds=20):
     flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     for _ in range(3):
         fn()
-    pairs = []
-    for _ in range(rounds):
-        flush.sum()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        fn()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3
+    return _median_event_us(fn, rounds, 1, before=flush.sum)
 
 
 @functools.cache

@@ -18,40 +18,20 @@ from judge import WEIGHTS, Judge, judge_edits
 from runtime import RUN_DIR, device, log
 from sampler import decode_latents, encode_images, encode_text, euler, noise_like
 from scenes import EVALUATION_COUNTS, KINDS, TASKS, TOKEN, Renderer, evaluation_set
-
-
-def masked_psnr(a, b, mask):
-    """[n] dB over the pixels of mask [n, H, W]; nan where there is none. Pictures [n, 3, H, W] in [0, 1]."""
-    error = ((a - b).square().mean(1) * mask).sum((1, 2)) / mask.sum((1, 2))
-    return -10 * error.clamp(min=1e-10).log10()
-
-
-def token_mask(tokens, radius=0):
-    """[n, r, c] bool tokens -> [n, H, W] bool pixels, grown by `radius` tokens."""
-    grown = torch.nn.functional.max_pool2d(tokens[:, None].float(), 2 * radius + 1, 1, radius)[:, 0] > 0
-    return grown.repeat_interleave(TOKEN, 1).repeat_interleave(TOKEN, 2)
-
-
-def sharpness(images, mask):
-    """[n]: mean squared gradient of the luma over mask [n, H, W]: the gradient energy."""
-    luma = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
-    energy = torch.zeros_like(luma)
-    energy[:, :, :-1] += luma.diff(dim=2).square()
-    energy[:, :-1] += luma.diff(dim=1).square()
-    return (energy * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+from table_measures import grow, masked_psnr, sharpness, to_pixels
 
 
 def changed_mask(source, output, floor=0.1):
     """[n, H, W] bool: where an output differs from its source, in whole tokens: where the new object really is."""
     difference = (source - output).abs().amax(1)
     tokens = torch.nn.functional.avg_pool2d((difference > floor)[:, None].float(), TOKEN)[:, 0] > 0.1
-    return token_mask(tokens)
+    return to_pixels(tokens)
 
 
 def rows_for(judge, edits, rendered, output, second=None):
     """Per-edit figures of one sampler: a dict of lists. second: the same with another noise, for the diversity."""
     source, target = rendered.source, rendered.target
-    inside, outside = token_mask(rendered.tokens), ~token_mask(rendered.tokens, 1)
+    inside, outside = to_pixels(rendered.tokens), ~to_pixels(grow(rendered.tokens, 1))
     own = changed_mask(source, output)
     rows = {
         "right": judge_edits(judge, edits, source, output).float(),

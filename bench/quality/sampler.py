@@ -6,17 +6,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 
-
-def pack(z):
-    """[n, 16, h, w] -> [n, h w / 4, 64]: 2 x 2 latents are a token."""
-    n, c, h, w = z.shape
-    return z.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
-
-
-def unpack(tokens, h, w):
-    """The inverse of pack; h, w of the latent."""
-    n, _, c = tokens.shape
-    return tokens.view(n, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c // 4, h, w)
+from specedit_kernels.sampling.grid import pack, unpack
 
 
 def image_ids(rows, columns, index, device):
@@ -87,4 +77,4 @@ def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5):
             guidance=strength, pooled_projections=pooled, encoder_hidden_states=states, txt_ids=text_ids, img_ids=ids,
             return_dict=False)[0][:, :tokens.shape[1]]
         tokens = scheduler.step(velocity, t, tokens, return_dict=False)[0]
-    return unpack(tokens, h, w)
+    return unpack(tokens, (h // 2, w // 2))

@@ -32,6 +32,21 @@ def to_pixels(tokens):
     return tokens.repeat_interleave(TOKEN, 1).repeat_interleave(TOKEN, 2)
 
 
+def masked_psnr(a, b, mask):
+    """[n] dB over the pixels of mask [n, H, W]; nan where there is none. Pictures [n, 3, H, W] in [0, 1]."""
+    error = ((a - b).square().mean(1) * mask).sum((1, 2)) / mask.sum((1, 2))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def sharpness(images, mask):
+    """[n]: mean squared gradient of the luma over mask [n, H, W]: the gradient energy."""
+    luma = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
+    energy = torch.zeros_like(luma)
+    energy[:, :, :-1] += luma.diff(dim=2).square()
+    energy[:, :-1] += luma.diff(dim=1).square()
+    return (energy * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+
 def recall_precision(selected, reference):
     """bool [n, rows, columns] each -> ([n], [n]); nan where nothing is to be found, or nothing was selected."""
     hits = (selected & reference).flatten(1).sum(1).float()

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from diffusers import FluxKontextPipeline
 
-from evaluate import masked_psnr, sharpness
 from export import build_pipeline
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
 from models import make_clip, make_t5, make_transformer, make_vae
@@ -26,7 +25,16 @@ from scenes import EVALUATION_COUNTS, EVALUATION_SEED, KINDS, TASKS, TOKEN, Edit
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 from specedit_kernels.pipelines.stages import edit_alpha
 from specedit_kernels.sampling.flops import transformer_flops
-from table_measures import area_under_curve, changed_tokens, grow, largest_difference, recall_precision, to_pixels
+from table_measures import (
+    area_under_curve,
+    changed_tokens,
+    grow,
+    largest_difference,
+    masked_psnr,
+    recall_precision,
+    sharpness,
+    to_pixels,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "specedit_kernels" / "assets" / "tiny_kontext"

@@ -21,8 +21,9 @@ from export import export
 from models import make_clip, make_scheduler, make_t5, make_transformer, parameter_count
 from muon import Muon
 from runtime import RUN_DIR, Clock, autocast, device, load_checkpoint, log, memory, save_checkpoint
-from sampler import joint_ids, pack, shift_mu
+from sampler import joint_ids, shift_mu
 from scenes import Renderer
+from specedit_kernels.sampling.grid import pack
 from stream import EditStream
 from text import PHRASE_LENGTH
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gather_tokens``: rows of a token sequence by index."""
 
-import torch
 
 from specedit_kernels.ops import _backends, _checks
 from specedit_kernels.ops._library import register
