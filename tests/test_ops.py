@@ -49,6 +49,19 @@ def samples(device):
         yield specedit.mixed_res_attn_scatter_, (out, q, k, v, i32([0, 2, -1], [3, 1, 6], device=device)), options
         a, b = (specedit.mixed_res_attn(q, k, v) for _ in range(2))
         yield specedit.merge_attn, (*a, *b), {}
+        outs = [normal(2, 7, heads, 32, dtype=dtype) for heads in (4, 2, 2)]
+        angle, weight = normal(1, 5, 16), normal(2, 32, dtype=dtype)
+        fresh = (q, k[:, :5], v[:, :5], angle.cos(), angle.sin())
+        yield specedit.qk_norm_rope_scatter_, (*outs, *fresh), {}
+        targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
+        options = dict(q_weight=weight, k_weight=weight[0], split=2, q_out_index=targets, kv_out_index=targets)
+        yield specedit.qk_norm_rope_scatter_, (*outs, *fresh), options | dict(eps=1e-5)
+        x, rows, of_token = normal(2, 5, 48, dtype=dtype), normal(2, 3, 48, dtype=dtype), targets.clamp_max(2)
+        yield specedit.adaln_modulate, (x, rows[:, 0], rows[:, 1]), {}
+        options = dict(modulation_index=of_token, index=index)
+        yield specedit.adaln_modulate, (x, rows, rows.flip(1)), options | dict(eps=1e-5)
+        yield specedit.gated_residual_add_, (x, normal(2, 5, 48, dtype=dtype), rows[:, 0]), {}
+        yield specedit.gated_residual_add_, (x, normal(2, 3, 48, dtype=dtype), rows), options
 
 
 def ids(device="cpu"):
@@ -73,11 +86,11 @@ def clone(args):
 
 
 def results(op, args, kwargs):
-    """All that a call produces: what it returns, and its first argument, which the in-place ops write."""
+    """All that a call produces: what it returns, and its arguments, of which the in-place ops write some."""
     args = clone(args)
     returned = op(*args, **kwargs)
     returned = [] if returned is None else [returned] if isinstance(returned, torch.Tensor) else list(returned)
-    return [*returned, args[0]]
+    return [*returned, *(x for x in args if isinstance(x, torch.Tensor))]
 
 
 def assert_same(got, want):
@@ -148,7 +161,7 @@ def test_cuda_graph_replays_with_new_inputs(sample):
         if isinstance(target, torch.Tensor):
             target.copy_(value)
     graph.replay()
-    assert_same([*returned, static[0]], results(op, fresh, kwargs))
+    assert_same([*returned, *(x for x in static if isinstance(x, torch.Tensor))], results(op, fresh, kwargs))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of GPUs")

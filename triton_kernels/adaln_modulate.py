@@ -49,7 +49,7 @@ def _adaln_modulate_kernel(
     for i in tl.static_range(CHUNKS):
         centred = tl.where(i * BLOCK + c < CHANNELS, xs[i].to(tl.float32) - mean, 0.0)
         total += centred * centred
-    scaled = tl.rsqrt(tl.sum(total, axis=1) / CHANNELS + eps.to(tl.float32))[:, None]
+    scaled = tl.rsqrt(tl.sum(total, axis=1) / CHANNELS + eps)[:, None]
 
     for i in tl.static_range(CHUNKS):
         y = (xs[i].to(tl.float32) - mean) * scaled

@@ -106,7 +106,6 @@ def _qk_norm_rope_scatter_kernel(
     q_row, q_written = _targets(q_index_ptr, stride_qin, q_token, q_exists, rows_q)
     kv_row, kv_written = _targets(kv_index_ptr, stride_kin, kv_token, kv_exists, rows_kv)
 
-    eps = eps.to(tl.float32)
     q = q.to(tl.float32)
     k = k.to(tl.float32)
     q = q * tl.rsqrt(tl.sum(q * q, axis=1) / HEAD_DIM + eps)[:, None]

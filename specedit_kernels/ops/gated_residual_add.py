@@ -11,7 +11,7 @@ _OP = "gated_residual_add_"
 def _check(residual, x, gate, *, modulation_index=None, index=None):
     _checks.check_dtype(_OP, "residual", residual, _checks.FLOATS)
     _checks.check_shape(_OP, "residual", residual, (None,) * 3, "[B, N, C]")
-    batch, rows, channels = residual.shape
+    batch, _, channels = residual.shape
     if index is None:
         _checks.check_shape(_OP, "x", x, residual.shape, f"{_checks.shape_of(residual)}, since index is None")
     else:
