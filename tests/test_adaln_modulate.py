@@ -147,14 +147,25 @@ def test_gather_is_gather_of_all(backend, random, integers, device):
     assert torch.equal(op(x, scale, shift, index=index), torch.ops.specedit.gather_tokens(whole, index, 50))
 
 
+def test_an_index_out_of_range_is_an_empty_slot(device):
+    """The kernel itself reads nothing there; on CPU, and when debugging, the op refuses such an index before."""
+    launch = pytest.importorskip("specedit_kernels.triton_kernels.adaln_modulate").adaln_modulate
+    x = torch.full((1, 2, 8), 3.0, device=device)
+    index, of_token = (
+        torch.tensor([values], dtype=torch.int32, device=device) for values in ([1, -7, 0, 2, 2**31 - 1], [0, 5])
+    )
+    y = launch(x, torch.ones(1, 2, 8, device=device), torch.ones(1, 2, 8, device=device), of_token, index, 1e-6)
+    assert y[0, 2].eq(1).all() and not y[0, [0, 1, 3, 4]].any()
+
+
 def test_empty(backend, poison, random, device):
     x, vector = random(2, 5, 16, device=device), random(2, 16, device=device)
     nowhere = torch.full((2, 4), -1, dtype=torch.int32, device=device)
     assert op(x[:, :0], vector, vector).shape == (2, 0, 16)
     assert op(x[:0], vector[:0], vector[:0]).shape == (0, 5, 16)
     assert op(x, vector, vector, index=nowhere[:, :0]).shape == (2, 0, 16)
-    for tokens in (x, x[:, :0]):
-        y = op(tokens, vector, vector, index=nowhere)
+    for tokens, eps in ((x, 1e-6), (x, 0.0), (x[:, :0], 1e-6)):
+        y = op(tokens, vector, vector, index=nowhere, eps=eps)
         assert y.shape == (2, 4, 16) and not y.any()
 
 

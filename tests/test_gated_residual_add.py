@@ -126,6 +126,18 @@ def test_qwen_of_diffusers(backend, random, device):
     torch.testing.assert_close(residual, want, rtol=1e-6, atol=1e-6)
 
 
+def test_an_index_out_of_range_is_an_empty_slot(device):
+    """The kernel itself touches nothing there; on CPU, and when debugging, the op refuses such an index before."""
+    launch = pytest.importorskip("specedit_kernels.triton_kernels.gated_residual_add").gated_residual_add_
+    whole = torch.zeros(4, 8, device=device)
+    index, of_token = (
+        torch.tensor([values], dtype=torch.int32, device=device) for values in ([1, -7, 0, 2, 2**31 - 1], [0, 5])
+    )
+    x, gate = torch.ones(1, 5, 8, device=device), torch.ones(1, 2, 8, device=device)
+    launch(whole[None, 1:3], x, gate, of_token, index)
+    assert not whole[[0, 2, 3]].any() and whole[1].eq(1).all()
+
+
 def test_debug_finds_duplicates(backend, device, monkeypatch):
     monkeypatch.setenv("SPECEDIT_DEBUG", "1")
     residual = torch.zeros(2, 4, 8, device=device)

@@ -49,19 +49,18 @@ def samples(device):
         yield specedit.mixed_res_attn_scatter_, (out, q, k, v, i32([0, 2, -1], [3, 1, 6], device=device)), options
         a, b = (specedit.mixed_res_attn(q, k, v) for _ in range(2))
         yield specedit.merge_attn, (*a, *b), {}
+    targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
+    for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
+        q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))
         outs = [normal(2, 7, heads, 32, dtype=dtype) for heads in (4, 2, 2)]
         angle, weight = normal(1, 5, 16), normal(2, 32, dtype=dtype)
-        fresh = (q, k[:, :5], v[:, :5], angle.cos(), angle.sin())
-        yield specedit.qk_norm_rope_scatter_, (*outs, *fresh), {}
-        targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
         options = dict(q_weight=weight, k_weight=weight[0], split=2, q_out_index=targets, kv_out_index=targets)
-        yield specedit.qk_norm_rope_scatter_, (*outs, *fresh), options | dict(eps=1e-5)
-        x, rows, of_token = normal(2, 5, 48, dtype=dtype), normal(2, 3, 48, dtype=dtype), targets.clamp_max(2)
-        yield specedit.adaln_modulate, (x, rows[:, 0], rows[:, 1]), {}
-        options = dict(modulation_index=of_token, index=index)
-        yield specedit.adaln_modulate, (x, rows, rows.flip(1)), options | dict(eps=1e-5)
-        yield specedit.gated_residual_add_, (x, normal(2, 5, 48, dtype=dtype), rows[:, 0]), {}
-        yield specedit.gated_residual_add_, (x, normal(2, 3, 48, dtype=dtype), rows), options
+        yield specedit.qk_norm_rope_scatter_, (*outs, q, k, v, angle.cos(), angle.sin()), options if chosen else {}
+        x, rows = normal(2, 5, 48, dtype=dtype), normal(2, 3, 48, dtype=dtype)
+        options = dict(modulation_index=targets.clamp_max(2), index=index) if chosen else {}
+        vector = rows if chosen else rows[:, 0]
+        yield specedit.adaln_modulate, (x, vector, vector + 1), options
+        yield specedit.gated_residual_add_, (x, normal(2, 3 if chosen else 5, 48, dtype=dtype), vector), options
 
 
 def ids(device="cpu"):

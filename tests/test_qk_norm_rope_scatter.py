@@ -155,6 +155,22 @@ def test_deterministic(backend, random, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_rounding(backend, random, device, dtype):
+    """Every element is the exact one, rounded once: half a step of its own, and fp32's error of its row."""
+    q, k, v = (random(1, 40, 2, 64, dtype=dtype, device=device) for _ in range(3))
+    weight = random(64, dtype=dtype, device=device)
+    cos, sin = tables(random, 1, 40, 64, device)
+    outs = [torch.empty_like(q) for _ in range(3)]
+    op(*outs, q, k, v, cos, sin, q_weight=weight, k_weight=weight)
+    exact = [torch.empty_like(q).double() for _ in range(3)]
+    reference(*exact, *(x.double() for x in (q, k, v, cos, sin, weight, weight)), 0, None, None, 1e-6)
+    # Triton's interpreter cuts bf16 off instead of rounding: a whole step.
+    steps = 1.0 if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16 else 0.5
+    for out, oracle in zip(outs, exact):
+        assert ((out.double() - oracle).abs() <= steps * torch.finfo(dtype).eps * oracle.abs() + 5e-6).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-4, 3e4])
 def test_magnitudes(backend, poison, random, device, value):
     """Zeros stay zeros; squares that fp16 could not hold do no harm."""
@@ -228,7 +244,7 @@ def same_as_theirs(backend, q, k, v, cos, sin, weight, theirs):
             if q.dtype == torch.float32:
                 torch.testing.assert_close(out, theirs(x), rtol=1e-5, atol=3e-6)
             assert_within_budget(out, oracle, theirs(x))
-            # Triton's interpreter cuts bf16 off instead of rounding.
+            # Not in Triton's interpreter, which cuts bf16 off instead of rounding.
             if q.dtype == torch.float16 or q.dtype == torch.bfloat16 and (q.is_cuda or backend == "reference"):
                 ours, other = ((y.double() - oracle).square().mean() for y in (out, theirs(x)))
                 assert ours <= other
@@ -265,6 +281,36 @@ def test_views_of_joint_buffers_compile(random):
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(q_out, k_out, v_out), step(*plain))
     for got, want in zip((q_out, k_out, v_out), plain):
         assert torch.equal(got, want) and want[:, :8].any() and not want[:, 8:].any()
+
+
+def test_an_index_out_of_range_is_an_empty_slot(device):
+    """The kernel itself touches nothing there; on CPU, and when debugging, the op refuses such an index before."""
+    launch = pytest.importorskip("specedit_kernels.triton_kernels.qk_norm_rope_scatter").qk_norm_rope_scatter_
+    q = torch.ones(1, 4, 2, 8, device=device)
+    cos = torch.ones(1, 4, 4, device=device)
+    outs = [torch.zeros(3, 2, 8, device=device) for _ in range(3)]  # one row before and one after the one given
+    index = torch.tensor([[1, -7, 0, 2**31 - 1]], dtype=torch.int32, device=device)
+    launch(*(x[None, 1:2] for x in outs), q, q, q, cos, cos * 0, None, None, 0, index, index, 0.0)
+    for out in outs:
+        assert torch.equal(out[1], q[0, 0]) and not out[::2].any()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 12 << 30, reason="needs a GPU with 12 GB free"
+)
+def test_offsets_beyond_32_bits(device):
+    rows = 2**31 // (2 * 24 * 128) + 10
+    buffers = torch.zeros(1, rows, 2, 24, 128, dtype=torch.bfloat16, device=device)
+    q, k, v = (torch.randn(1, 3, 24, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
+    cos = torch.ones(1, 3, 64, device=device)
+    index = torch.tensor([[rows - 1, -1, 0]], dtype=torch.int32, device=device)
+    outs = [torch.zeros_like(q) for _ in range(3)]
+    op(*outs, q, k, v, cos, cos * 0)
+    op(torch.empty_like(q), buffers[:, :, 0], buffers[:, :, 1], q, k, v, cos, cos * 0, kv_out_index=index)
+    for i, want in ((0, outs[1]), (1, outs[2])):
+        assert torch.equal(buffers[0, [rows - 1, 0], i], want[0, [0, 2]])
+    buffers[0, [rows - 1, 0]] = 0
+    assert not buffers.any()
 
 
 def test_debug_finds_duplicates(backend, device, monkeypatch):

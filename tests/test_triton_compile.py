@@ -94,7 +94,7 @@ def _beside_attention(capability):
 
     from specedit_kernels.triton_kernels import _modulation, adaln_modulate, gated_residual_add, qk_norm_rope_scatter
 
-    block_d, tokens, heads, kv_heads, slices = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
+    block_d, tokens, heads, kv_heads, slices, _ = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
     slots, block, chunks, _ = _modulation.tile(8704, 3072, 2)
     by_head = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
                    stride_cd=1, stride_sd=1)  # fmt: skip

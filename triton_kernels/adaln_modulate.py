@@ -30,15 +30,18 @@ def _adaln_modulate_kernel(
     y_row = y_ptr + ((b * slots + slot) * CHANNELS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
 
-    # The whole token is asked for before its mean needs it, and scale and shift with it.
+    # All is asked for before the mean needs the first of it; the token before its modulation, whose row may still be
+    # on its way.
     xs = ()
     scales = ()
     shifts = ()
     for i in tl.static_range(CHUNKS):
-        inside = i * BLOCK + c < CHANNELS
-        xs = xs + (tl.load(x_row + i * BLOCK + c, mask=filled[:, None] & inside, other=0.0),)
-        scales = scales + (tl.load(scale_row + i * BLOCK + c, mask=modulated[:, None] & inside, other=0.0),)
-        shifts = shifts + (tl.load(shift_row + i * BLOCK + c, mask=modulated[:, None] & inside, other=0.0),)
+        mask = filled[:, None] & (i * BLOCK + c < CHANNELS)
+        xs = xs + (tl.load(x_row + i * BLOCK + c, mask=mask, other=0.0),)
+    for i in tl.static_range(CHUNKS):
+        mask = modulated[:, None] & (i * BLOCK + c < CHANNELS)
+        scales = scales + (tl.load(scale_row + i * BLOCK + c, mask=mask, other=0.0),)
+        shifts = shifts + (tl.load(shift_row + i * BLOCK + c, mask=mask, other=0.0),)
 
     total = tl.zeros([SLOTS, BLOCK], dtype=tl.float32)
     for i in tl.static_range(CHUNKS):

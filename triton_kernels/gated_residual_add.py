@@ -29,15 +29,18 @@ def _gated_residual_add_kernel(
     gate_row = gate_ptr + (b * stride_gb + modulation * stride_gm)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
 
-    # All loads come before the first store, so that they are in flight together.
+    # All loads come before the first store, so that they are in flight together; the tokens before their gate, whose
+    # row may still be on its way.
     xs = ()
     residuals = ()
     gates = ()
     for i in tl.static_range(CHUNKS):
-        inside = i * BLOCK + c < CHANNELS
-        xs = xs + (tl.load(x_row + i * BLOCK + c, mask=filled[:, None] & inside, other=0.0),)
-        residuals = residuals + (tl.load(residual_row + i * BLOCK + c, mask=filled[:, None] & inside, other=0.0),)
-        gates = gates + (tl.load(gate_row + i * BLOCK + c, mask=modulated[:, None] & inside, other=0.0),)
+        mask = filled[:, None] & (i * BLOCK + c < CHANNELS)
+        xs = xs + (tl.load(x_row + i * BLOCK + c, mask=mask, other=0.0),)
+        residuals = residuals + (tl.load(residual_row + i * BLOCK + c, mask=mask, other=0.0),)
+    for i in tl.static_range(CHUNKS):
+        mask = modulated[:, None] & (i * BLOCK + c < CHANNELS)
+        gates = gates + (tl.load(gate_row + i * BLOCK + c, mask=mask, other=0.0),)
     for i in tl.static_range(CHUNKS):
         total = residuals[i].to(tl.float32) + gates[i].to(tl.float32) * xs[i].to(tl.float32)
         mask = filled[:, None] & (i * BLOCK + c < CHANNELS)

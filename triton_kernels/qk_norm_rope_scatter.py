@@ -126,12 +126,14 @@ def _qk_norm_rope_scatter_kernel(
 
 
 def tile(tokens, heads, kv_heads, head_dim):
-    """(BLOCK_D, TOKENS, HEADS, KV_HEADS, SLICES) of one program's tile and the number of slices of the heads."""
+    """(BLOCK_D, TOKENS, HEADS, KV_HEADS, SLICES, num_warps): a program's tile, in how many slices the heads are cut."""
     block_d = max(2, triton.next_power_of_2(head_dim))
     q_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_d))
     slices = triton.cdiv(heads, q_heads)
     block_n = min(triton.next_power_of_2(tokens), max(1, _TILE // block_d // q_heads))
-    return block_d, block_n, q_heads, triton.next_power_of_2(triton.cdiv(kv_heads, slices)), slices
+    kv_heads = triton.next_power_of_2(triton.cdiv(kv_heads, slices))
+    # 8 elements of q to a thread.
+    return block_d, block_n, q_heads, kv_heads, slices, min(8, max(1, block_n * q_heads * block_d // 256))
 
 
 def _broadcast(table):
@@ -146,8 +148,7 @@ def qk_norm_rope_scatter_(
     if q.numel() == 0:
         return
     batch, tokens, heads, head_dim = q.shape
-    block_d, block_n, q_heads, kv_heads, slices = tile(tokens, heads, k.shape[2], head_dim)
-    elements = block_n * max(q_heads, kv_heads) * block_d
+    block_d, block_n, q_heads, kv_heads, slices, num_warps = tile(tokens, heads, k.shape[2], head_dim)
     with torch.cuda.device_of(q):
         _qk_norm_rope_scatter_kernel[(batch * triton.cdiv(tokens, block_n) * slices,)](
             q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, q_out_index, kv_out_index,
@@ -157,5 +158,5 @@ def qk_norm_rope_scatter_(
             *(stride for x in (q_out_index, kv_out_index) for stride in (x.stride() if x is not None else (0, 0))),
             tokens, q_out.shape[1], k_out.shape[1], heads, k.shape[2], split, eps,
             HEAD_DIM=head_dim, BLOCK_D=block_d, TOKENS=block_n, HEADS=q_heads, KV_HEADS=kv_heads, SLICES=slices,
-            num_warps=min(8, max(1, elements * 4 // _TILE)),
+            num_warps=num_warps,
         )  # fmt: skip
