@@ -30,17 +30,6 @@ def optional_strides(index):
 
 
 @triton.jit
-def row_of_slot(index_ptr, stride_in, slot, slots, rows):
-    """The token that each slot names, and whether there is one. index_ptr: None, or this sample's int32 [slots]."""
-    exists = slot < slots
-    if index_ptr is None:
-        row = slot
-    else:
-        row = tl.load(index_ptr + slot.to(tl.int64) * stride_in, mask=exists, other=-1)
-    return row.to(tl.int64), exists & (row >= 0) & (row < rows)
-
-
-@triton.jit
 def modulation_of_row(index_ptr, stride_mn, row, filled, vectors):
     """The modulation row of each token, and whether there is one. index_ptr: None, or this sample's int32 [rows]."""
     if index_ptr is None:

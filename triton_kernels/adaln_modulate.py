@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._modulation import by_row, modulation_of_row, optional_strides, row_of_slot, tile
+from ._modulation import by_row, modulation_of_row, optional_strides, tile
+from ._rows import row_of_slot
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "vectors"])
@@ -22,7 +23,7 @@ def _adaln_modulate_kernel(
         index_ptr += b * stride_ib
     if modulation_ptr is not None:
         modulation_ptr += b * stride_mb
-    row, filled = row_of_slot(index_ptr, stride_in, slot, slots, rows)
+    row, filled = row_of_slot(index_ptr, stride_in, slot, slot < slots, rows)
     modulation, modulated = modulation_of_row(modulation_ptr, stride_mn, row, filled, vectors)
     x_row = x_ptr + (b * stride_xb + row * stride_xn)[:, None]
     scale_row = scale_ptr + (b * stride_scb + modulation * stride_scm)[:, None]

@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import row_of_slot
+
 # Elements of q, of k and of v that one program takes: in 16-bit types, a 16-byte vector of each for 128 threads. The
 # three are loaded together; a few such programs on each SM keep enough in flight, and 24 heads of 128 fit without rest.
 _TILE = 1024
@@ -17,16 +19,6 @@ def _rows_of(n, first_head, heads, num_tokens, TOKENS: tl.constexpr, HEADS: tl.c
     token = n + r // HEADS
     head = first_head + r % HEADS
     return token, head.to(tl.int64), (token < num_tokens) & (head < heads)
-
-
-@triton.jit
-def _targets(index_ptr, stride_index, token, exists, rows):
-    """The row of the output that each token goes to, and whether there is one."""
-    if index_ptr is None:
-        row = token
-    else:
-        row = tl.load(index_ptr + token.to(tl.int64) * stride_index, mask=exists, other=-1)
-    return row.to(tl.int64), exists & (row >= 0) & (row < rows)
 
 
 @triton.jit
@@ -103,8 +95,8 @@ def _qk_norm_rope_scatter_kernel(
         q_index_ptr += b * stride_qib
     if kv_index_ptr is not None:
         kv_index_ptr += b * stride_kib
-    q_row, q_written = _targets(q_index_ptr, stride_qin, q_token, q_exists, rows_q)
-    kv_row, kv_written = _targets(kv_index_ptr, stride_kin, kv_token, kv_exists, rows_kv)
+    q_row, q_written = row_of_slot(q_index_ptr, stride_qin, q_token, q_exists, rows_q)
+    kv_row, kv_written = row_of_slot(kv_index_ptr, stride_kin, kv_token, kv_exists, rows_kv)
 
     q = q.to(tl.float32)
     k = k.to(tl.float32)
