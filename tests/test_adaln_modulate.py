@@ -176,7 +176,7 @@ def test_empty(backend, poison, random, device):
         (dict(x=torch.ones(3, 8)), ValueError, r"x: expected shape \[B, N, C\]"),
         (dict(x=torch.ones(1, 3, 8).int()), TypeError, "x: expected dtype bfloat16 or"),
         (dict(x=torch.ones(1, 8, 3).mT), ValueError, "x: expected a contiguous last dimension"),
-        (dict(scale=torch.ones(1, 3, 8)), ValueError, r"scale: expected shape \[1, 8\], since modulation_index is None"),
+        (dict(scale=torch.ones(1, 3, 8)), ValueError, r"scale: expected shape \[1, 8\], since modulation_index is N"),
         (dict(shift=torch.ones(2, 8)), ValueError, r"shift: expected shape \[1, 8\]"),
         (dict(modulation_index=torch.zeros(1, 3).int()), ValueError, r"scale: expected shape \[1, M, 8\], since"),
         (dict(scale=torch.ones(1, 2, 8), shift=torch.ones(1, 1, 8), modulation_index=torch.zeros(1, 3).int()),
