@@ -49,6 +49,10 @@ def samples(device):
         yield specedit.mixed_res_attn_scatter_, (out, q, k, v, i32([0, 2, -1], [3, 1, 6], device=device)), options
         a, b = (specedit.mixed_res_attn(q, k, v) for _ in range(2))
         yield specedit.merge_attn, (*a, *b), {}
+        text = normal(2, 6, 4, 32, dtype=dtype)
+        sees = (torch.arange(6) % torch.tensor([[1], [2], [3]]) == 0).to(device).expand(2, 3, 6)
+        region = i32([0, -1, 2, 1, 1], [-1, -1, 0, 0, 2], device=device)
+        yield specedit.sparse_cross_attn, (q, text, text + 1, region, sees), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))

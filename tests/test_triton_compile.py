@@ -116,7 +116,7 @@ def compile_all():
     """{kernel: shared memory and size of the machine code, or the error}."""
     from triton.compiler import ASTSource
 
-    from specedit_kernels.triton_kernels import merge_attn, mixed_res_attn
+    from specedit_kernels.triton_kernels import merge_attn, mixed_res_attn, sparse_cross_attn
 
     dense, gather, fp32 = mixed_res_attn.DENSE_CONFIGS, mixed_res_attn.GATHER_CONFIGS, mixed_res_attn.FP32_CONFIGS
     jobs = {}
@@ -139,6 +139,13 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90))
+    for (dim, half), (block_m, block_n, num_warps) in sparse_cross_attn.CONFIGS.items():
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
+        types |= {"region_ptr": "*i32", "mask_ptr": "*u8", "scale": "fp32"}
+        blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=sparse_cross_attn.BLOCK_T)
+        for capability in (80, 90):
+            jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=num_warps: (
+                _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, {"num_warps": w}, ASTSource))
     results = {}
     for name, job in jobs.items():
         try:

@@ -11,6 +11,7 @@ from specedit_kernels.ops.mixed_res_attn import mixed_res_attn, mixed_res_attn_s
 from specedit_kernels.ops.qk_norm_rope_scatter import qk_norm_rope_scatter_
 from specedit_kernels.ops.scatter_tokens import scatter_tokens_
 from specedit_kernels.ops.select_tokens import select_tokens
+from specedit_kernels.ops.sparse_cross_attn import sparse_cross_attn
 from specedit_kernels.ops.token_discrepancy import token_discrepancy
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "qk_norm_rope_scatter_",
     "scatter_tokens_",
     "select_tokens",
+    "sparse_cross_attn",
     "token_discrepancy",
 ]
