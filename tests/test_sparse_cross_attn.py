@@ -60,7 +60,6 @@ def test_head_dimensions(backend, poison, call, dim):
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 1.0])
 def test_from_few_tokens_to_all(backend, poison, call, share):
-    """Both ways through the text: packed where a region sees little of it, in place where it sees most."""
     check(*call(tokens=200, share=share))
 
 

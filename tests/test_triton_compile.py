@@ -139,10 +139,14 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90))
+    packing = {"mask_ptr": "*u8", "token_ptr": "*i32", "count_ptr": "*i32"}
+    jobs["_pack_kernel"] = lambda: _compile(
+        sparse_cross_attn._pack_kernel, 90, packing, {"BLOCK_T": sparse_cross_attn.BLOCK_T}, {"num_warps": 4}, ASTSource
+    )
     for (dim, half), (block_m, block_n, num_warps) in sparse_cross_attn.CONFIGS.items():
         types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
-        types |= {"region_ptr": "*i32", "mask_ptr": "*u8", "scale": "fp32"}
-        blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=sparse_cross_attn.BLOCK_T)
+        types |= dict.fromkeys(("region_ptr", "token_ptr", "count_ptr"), "*i32") | {"scale": "fp32"}
+        blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n)
         for capability in (80, 90):
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=num_warps: (
                 _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, {"num_warps": w}, ASTSource))

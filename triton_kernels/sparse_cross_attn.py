@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to the text tokens that a region sees, in Triton.
 
-A program takes a tile of queries of one head, region by region: it finds the tokens that the region sees from the mask
-itself, packs them, and runs the online softmax of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1) in base 2
-over them alone. A tile whose queries have no region writes its zeros and ends.
+A first kernel lists the tokens that each region sees. In the second a program takes a tile of queries of one head and,
+region by region, runs the online softmax of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1) in base 2 over
+the listed tokens alone. A tile whose queries have no region writes its zeros and ends.
 """
 
 import torch
@@ -15,32 +15,33 @@ CONFIGS = {
     (64, True): (64, 32, 4), (128, True): (64, 32, 4), (256, True): (64, 32, 8),
     (64, False): (32, 32, 4), (128, False): (32, 32, 8), (256, False): (16, 16, 8),
 }  # fmt: skip
-BLOCK_T = 128  # text tokens whose mask is read at once
+BLOCK_T = 512  # text tokens that are listed at once
 
 
-@triton.jit
-def _packed_tokens(mask_ptr, stride, wanted, num_k, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The tokens of the mask whose rank among its true ones is in `wanted` [BLOCK_N]; 0 where there are not as many."""
-    token = tl.zeros([BLOCK_N], dtype=tl.int32)
-    before = 0
+@triton.jit(do_not_specialize=["num_k", "regions"])
+def _pack_kernel(
+    mask_ptr, token_ptr, count_ptr, stride_mb, stride_mr, stride_mn, num_k, regions, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """Of one region of one sample: the tokens that it sees, in order, and how many they are."""
+    pid = tl.program_id(0)
+    row_ptr = mask_ptr + (pid // regions).to(tl.int64) * stride_mb + (pid % regions) * stride_mr
+    token_ptr += pid.to(tl.int64) * num_k
+    count = 0
     for start in range(0, num_k, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        seen = tl.load(mask_ptr + t * stride, mask=t < num_k, other=0).to(tl.int32)
-        rank = before + tl.cumsum(seen, 0) - seen
-        hit = (rank[None, :] == wanted[:, None]) & (seen != 0)[None, :]
-        token += tl.sum(tl.where(hit, t[None, :], 0), 1)
-        before += tl.sum(seen, 0)
-    return token
+        seen = tl.load(row_ptr + t * stride_mn, mask=t < num_k, other=0).to(tl.int32)
+        tl.store(token_ptr + count + tl.cumsum(seen, 0) - seen, t, mask=seen != 0)
+        count += tl.sum(seen, 0)
+    tl.store(count_ptr + pid, count)
 
 
 @triton.jit(do_not_specialize=["num_q", "num_k", "regions", "heads"])
 def _sparse_cross_attn_kernel(
-    q_ptr, k_ptr, v_ptr, region_ptr, mask_ptr, out_ptr, lse_ptr, scale,
+    q_ptr, k_ptr, v_ptr, region_ptr, token_ptr, count_ptr, out_ptr, lse_ptr, scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_rb, stride_rn, stride_mb, stride_mr, stride_mn,
+    stride_rb, stride_rn,
     num_q, num_k, regions, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
     # Heads of the same queries side by side, as they lie in the output: most programs only write.
@@ -66,22 +67,12 @@ def _sparse_cross_attn_kernel(
         for r in range(0, regions):
             mine = live & (region == r)
             if tl.max(mine.to(tl.int32), 0) > 0:
-                row_ptr = mask_ptr + b * stride_mb + r * stride_mr
-                count = 0
-                for start in range(0, num_k, BLOCK_T):
-                    t = start + tl.arange(0, BLOCK_T)
-                    count += tl.sum(tl.load(row_ptr + t * stride_mn, mask=t < num_k, other=0).to(tl.int32), 0)
-                # Where a region sees most of the text, packing costs more than the tokens between.
-                in_place = 2 * count >= num_k
-                steps = tl.where(in_place, num_k, count)
-                for start in range(0, steps, BLOCK_N):
+                row = b * regions + r
+                count = tl.load(count_ptr + row)
+                for start in range(0, count, BLOCK_N):
                     wanted = start + tl.arange(0, BLOCK_N)
-                    if in_place:
-                        token = wanted
-                        valid = tl.load(row_ptr + wanted * stride_mn, mask=wanted < num_k, other=0) != 0
-                    else:
-                        token = _packed_tokens(row_ptr, stride_mn, wanted, num_k, BLOCK_N, BLOCK_T)
-                        valid = wanted < count
+                    valid = wanted < count
+                    token = tl.load(token_ptr + row * num_k + wanted, mask=valid, other=0)
                     at = token.to(tl.int64)[:, None]
                     loaded = valid[:, None] & in_head
                     k_at = k_ptr + b * stride_kb + h * stride_kh + at * stride_kn + d[None, :]
@@ -120,12 +111,17 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
         return out.zero_(), lse.fill_(float("-inf"))
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_m, block_n, num_warps = CONFIGS[max(64, block_d), q.element_size() == 2]
+    token = torch.empty((batch, regions, num_k), dtype=torch.int32, device=q.device)
+    count = torch.empty((batch, regions), dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
+        _pack_kernel[(batch * regions,)](
+            text_mask.view(torch.uint8), token, count, *text_mask.stride(), num_k, regions, BLOCK_T=BLOCK_T,
+            num_warps=4,
+        )  # fmt: skip
         _sparse_cross_attn_kernel[(batch * triton.cdiv(num_q, block_m) * heads,)](
-            q, k, v, region, text_mask.view(torch.uint8), out, lse, scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *region.stride(), *text_mask.stride(),
+            q, k, v, region, token, count, out, lse, scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *region.stride(),
             num_q, num_k, regions, heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=BLOCK_T,
-            num_warps=num_warps, num_stages=2,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=2,
         )  # fmt: skip
     return out, lse

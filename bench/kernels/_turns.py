@@ -20,22 +20,37 @@ def relative_error(results, exact):
     return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, exact, strict=True))
 
 
+def copies_in_turn(moved_bytes):
+    """A call that copies, reading and writing `moved_bytes` together."""
+    def make():
+        source = torch.randint(-99, 99, (moved_bytes // 2,), dtype=torch.int8, device="cuda")
+        return torch.empty_like(source), source
+
+    turn = in_turn(make, moved_bytes)
+
+    def run():
+        target, source = next(turn)
+        return target.copy_(source)
+
+    return run
+
+
 def measure(timed, benchmark, impl, make, fns, moved_bytes, check, **info):
     """Time `impl` of {name: callable on a set of tensors} or a copy of as many bytes; of both, the share of a copy.
 
     check: (set, callable) -> error against float64. The budget is the eager formula's own error, or one rounding.
     """
     if impl == "copy":
-        def copies():
-            source = torch.randint(-99, 99, (moved_bytes // 2,), dtype=torch.int8, device="cuda")
-            return torch.empty_like(source), source
-
-        turn, run, error, ok = in_turn(copies, moved_bytes), lambda target, source: target.copy_(source), None, None
+        call, error, ok = copies_in_turn(moved_bytes), None, None
     else:
         turn, run = in_turn(make, moved_bytes), fns[impl]
         error, eager_error = (check(make(), fn) for fn in (run, fns["eager"]))
         ok = error <= max(eager_error, torch.finfo(info["dtype"]).eps / 2)
-    measured = timed(lambda: run(*next(turn)), impl=impl, moved_bytes=moved_bytes, error=error, error_ok=ok, **info)
+
+        def call():
+            return run(*next(turn))
+
+    measured = timed(call, impl=impl, moved_bytes=moved_bytes, error=error, error_ok=ok, **info)
     benchmark.extra_info["rotating_fraction_of_copy"] = round(measured["gbps"] / measured["copy_ceiling_gbps"], 3)
     if impl == "specedit":
         assert ok, f"error {error:.3e}"
