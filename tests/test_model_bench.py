@@ -3,8 +3,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +19,12 @@ def bench():
     return module
 
 
-def run(*options):
-    return subprocess.run([sys.executable, str(SCRIPT), "--tiny", "--text-length", "16", "--repeat", "1", *options],
-                          capture_output=True, text=True, check=False)
+TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
 
 
-def test_rows_of_every_kind(tmp_path):
-    done = run("--out", str(tmp_path), "--areas", "0.1", "--rows", "plain-28", "plain-4", "*-28", "inpaint*", "specedit*")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_rows_of_every_kind(bench, tmp_path):
+    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "specedit*")
+    assert bench.main([*TINY, "--out", str(tmp_path), "--areas", "0.1", "--rows", *rows]) == 0
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
@@ -45,9 +41,10 @@ def test_rows_of_every_kind(tmp_path):
 
 @pytest.mark.parametrize("options, words", [(["--side", "100"], "--side: expected a multiple of 64, got 100"),
                                             (["--rows", "nothing"], "--rows: none of")])
-def test_bad_options(tmp_path, options, words):
-    done = run("--out", str(tmp_path), *options)
-    assert done.returncode == 2 and words in done.stderr
+def test_bad_options(bench, tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit):
+        bench.main([*TINY, "--out", str(tmp_path), *options])
+    assert words in capsys.readouterr().err
 
 
 def test_regions(bench):

@@ -254,7 +254,8 @@ def plot(rows, path):
         figure.savefig(path, dpi=110)
 
 
-def main():
+@torch.inference_mode()
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/models"))
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
@@ -266,7 +267,7 @@ def main():
     parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.side = args.side or (128 if args.tiny else 1024)
     if args.side % 64 or args.side < 64:
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
@@ -291,5 +292,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        raise SystemExit(main())
+    raise SystemExit(main())
