@@ -71,9 +71,7 @@ class EditModel(ABC):
         """Layout of whole pictures: the target's grid, then each reference's, all at one reduction of `pictures`."""
 
     @abstractmethod
-    def mixed_layout(
-        self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool
-    ) -> Any:
+    def mixed_layout(self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool) -> Any:
         """Layout of a mixed-resolution sequence. padded: some slots are empty. key_bias: weigh coarse keys."""
 
     @abstractmethod

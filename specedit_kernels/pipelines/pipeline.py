@@ -259,8 +259,11 @@ class SpecEditMixin:
             scheduler.config.get("base_shift", 0.5),
             scheduler.config.get("max_shift", 1.15),
         )
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
-        return scheduler.sigmas.tolist()
+        with np.errstate(invalid="ignore"):
+            retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
+        levels = scheduler.sigmas.tolist()
+        # the one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone
+        return [1.0, 0.0] if len(levels) == 2 and math.isnan(levels[0]) else levels
 
     def _decode(self, run: Run, clean: Tensor, selection: Selection, output_type: str):
         """Pixels in the output type; where the source's own are kept, they are kept exactly."""

@@ -192,6 +192,10 @@ class _SpecEditQwenMixin(SpecEditMixin):
     def _check_batch(self, prompts: int) -> None:
         """ValueError for a number of prompts that the pipeline does not take."""
 
+    def size_of(self, image: PIL.Image.Image, max_area: int | None = None) -> tuple[int, int]:
+        """(height, width) that a lone picture is brought to: its ratio, `max_area` pixels (1024 * 1024 if None)."""
+        return self._seen(image, max_area)[2]
+
     def _output_size(self, height: int | None, width: int | None, default: tuple[int, int]) -> tuple[int, int]:
         """Output size by the diffusers pipeline's rules, in whole blocks."""
         wanted = (height or default[0], width or default[1])

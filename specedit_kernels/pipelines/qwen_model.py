@@ -111,9 +111,7 @@ class QwenImageEditModel(EditModel):
         axes, theta = embedding.axes_dim, embedding.theta
         ahead = rotary_table(words.expand(length, 3), axes, theta)
         behind = rotary_table(centred(table, grids), axes, theta)
-        cos, sin = (
-            torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind)
-        )
+        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind))
         bias = None
         if key_bias or text.mask is not None:
             bias = cos.new_zeros(batch, length + layout.capacity)

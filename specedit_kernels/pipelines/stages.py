@@ -116,9 +116,7 @@ class Run:
         """Useful FLOPs of one step over sequences with that many image tokens."""
         return sum(self.model.flops(text, n) for n in tokens for text in self.branches)
 
-    def velocity(
-        self, tokens: Tensor, timestep: Tensor, layouts: Sequence[Any], first: int | None = None
-    ) -> Tensor:
+    def velocity(self, tokens: Tensor, timestep: Tensor, layouts: Sequence[Any], first: int | None = None) -> Tensor:
         """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
 
         timestep: in [0, 1000], 0-dim. layouts: the model's, one for each branch.
@@ -395,9 +393,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype))
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     padded = min(lengths) < capacity
-    layouts = [
-        run.model.mixed_layout(text, pictures, layout, padded, config.key_bias) for text in run.branches
-    ]
+    layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias) for text in run.branches]
     return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths)
 
 
