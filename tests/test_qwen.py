@@ -325,7 +325,7 @@ def test_positions_of_a_mixed_sequence_are_those_of_the_full_layout(plus):
     run = make_run(plus, SpecEditConfig(coarse_references=True), image=pictures(2), height=128, width=128)
     state, got = tables(plus, run)
     shapes = [[(1, 8, 8), (1, 8, 8), (1, 6, 10)]]
-    image, text = plus.transformer.pos_embed(shapes, max_txt_seq_len=12, device="cpu")
+    image, text = plus.transformer.pos_embed(shapes, max_txt_seq_len=12, device=torch.device("cpu"))
     assert torch.allclose(got[:12], text, atol=1e-6)
     # a block's four tokens have mean angle where the block stands: the product of their numbers is its fourth power
     index = state.layout.index[0].long()
@@ -348,7 +348,7 @@ def test_positions_of_a_mixed_sequence_are_those_of_the_full_layout(plus):
 def test_odd_sides_are_centred_as_the_model_does_it():
     positions = torch.cat([torch.zeros(15, 1), grids.token_positions((3, 5))], dim=1)
     got = torch.complex(*qwen_model.rotary_table(qwen_model.centred(positions, [(3, 5)]), (4, 6, 6), 10000))[:, ::2]
-    expected, _ = tiny_qwen().transformer.pos_embed([[(1, 3, 5)]], max_txt_seq_len=1, device="cpu")
+    expected, _ = tiny_qwen().transformer.pos_embed([[(1, 3, 5)]], max_txt_seq_len=1, device=torch.device("cpu"))
     assert torch.allclose(got, expected, atol=1e-6)
 
 
@@ -368,7 +368,9 @@ def test_the_text_stands_in_one_place_in_every_stage(plus, monkeypatch):
     plus(image=image, height=128, width=128, generator=seeded(), specedit=config, **options())
     # draft: 4 + 4 + 2 x 3 tokens; coarse: 16 + 16 + 3 x 5; fine: 64 + 64 + 60
     assert sorted(seen) == [14, 47, 188]
-    _, text = plus.transformer.pos_embed([[(1, 8, 8), (1, 8, 8), (1, 6, 10)]], max_txt_seq_len=12, device="cpu")
+    _, text = plus.transformer.pos_embed(
+        [[(1, 8, 8), (1, 8, 8), (1, 6, 10)]], max_txt_seq_len=12, device=torch.device("cpu")
+    )
     assert all(torch.equal(table, text) for table in seen.values())
 
 
