@@ -288,6 +288,20 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(pipe, references, g
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, guided):
+    image = pictures(2) if isinstance(pipe, QwenImageEditPlusPipeline) else tiny_image()
+    config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3)
+    run = make_run(pipe, config, guided=guided, image=image, height=128, width=128)
+    _, state = mixed_state(run, 5)
+    at = torch.tensor(700.0)
+    whole = run.velocity(state.tokens, at, state.layouts)
+    active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
+    assert state.first == 20 and active.shape[1] == 20
+    assert torch.allclose(active, whole[:, :20], atol=1e-5)
+
+
+@torch.no_grad()
 def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
     """What the dense comparison above would not see if the model did not react to it."""
     run = make_run(plus, SpecEditConfig(stages=(0, 2, 1)), image=pictures(2), height=128, width=128)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class AttentionLayout:
     cos, sin: fp32 [B, S, head dim], rotary tables, each sample its own. key_bias: fp32 [B, S] or None.
     lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
     two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None where all have one.
+    cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
+    A call that brings the whole sequence fills it; one that brings its first slots alone, with `first` of them, text
+    included, renews those and attends to all.
     """
 
     cos: Tensor
@@ -29,6 +32,14 @@ class AttentionLayout:
     key_bias: Tensor | None
     lengths: Tensor | None
     modulate: Tensor | None = None
+    cache: dict[Any, tuple[Tensor, Tensor]] | None = None
+    first: int | None = None
+
+    def of_first(self, first: int) -> AttentionLayout:
+        """The layout of a call that brings the first so many slots, text included."""
+        behind = self.cos.shape[1] - first
+        modulate = None if self.modulate is None else self.modulate[:, : self.modulate.shape[1] - behind]
+        return replace(self, cos=self.cos[:, :first], sin=self.sin[:, :first], modulate=modulate, first=first)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,16 +50,28 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def joint_attention(
-    text: tuple[Tensor, Tensor, Tensor] | None, image: tuple[Tensor, Tensor, Tensor], layout: AttentionLayout
-) -> Tensor:
+    module: Any, text: tuple[Tensor, Tensor, Tensor] | None, image: tuple[Tensor, Tensor, Tensor],
+    layout: AttentionLayout,
+) -> Tensor:  # fmt: skip
     """Attention of [text | image slots] by torch.ops.specedit.mixed_res_attn: [B, S, H * D].
 
-    text, image: normalised q, k, v before the rotation, [B, S, H, D] each; text is None where image holds both.
+    module: whose attention it is, the key of its cache. text, image: normalised q, k, v before the rotation, [B, S, H,
+    D] each; text is None where image holds both.
     """
     q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
     q, k = apply_rotary(q, layout.cos, layout.sin), apply_rotary(k, layout.cos, layout.sin)
+    queries = layout.lengths
+    if layout.first is not None:
+        cached = layout.cache[module]
+        for kept, fresh in zip(cached, (k, v)):
+            kept[:, : layout.first] = fresh
+        k, v = cached
+        queries = None if queries is None else queries.clamp(max=layout.first)
+    elif layout.cache is not None:
+        # a copy where v is a view of more than itself
+        layout.cache[module] = k, v.contiguous()
     out, _ = torch.ops.specedit.mixed_res_attn(
-        q, k, v, key_bias=layout.key_bias, q_lens=layout.lengths, kv_lens=layout.lengths
+        q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths
     )
     return out.flatten(2, 3)
 
@@ -113,7 +136,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
                 tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
             words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
-        out = joint_attention(words, (q, k, v), layout)
+        out = joint_attention(attn, words, (q, k, v), layout)
         if encoder_hidden_states is None:
             return out
         length = encoder_hidden_states.shape[1]
@@ -167,7 +190,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         )  # fmt: skip
         norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         q, k, tq, tk = (x if norm is None else norm(x) for norm, x in zip(norms, (q, k, tq, tk)))
-        out = joint_attention((tq, tk, tv), (q, k, v), specedit_layout)
+        out = joint_attention(attn, (tq, tk, tv), (q, k, v), specedit_layout)
         length = text.shape[1]
         image = attn.to_out[0](out[:, length:].contiguous())
         if len(attn.to_out) > 1:

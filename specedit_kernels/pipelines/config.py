@@ -114,6 +114,9 @@ class SpecEditConfig:
     coarse_condition: condition tokens outside the edit are coarse too.
     coarse_references: in mixed steps, tokens of further reference pictures, which no edit mask covers, are all coarse
         (False: all fine). In coarse and draft steps every picture has the resolution of the step.
+    kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
+        between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
+        tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".
     """
 
@@ -135,6 +138,7 @@ class SpecEditConfig:
     key_bias: bool = True
     coarse_condition: bool = True
     coarse_references: bool = False
+    kv_refresh: int = 1
     selection: str = "score"
 
     def __post_init__(self):
@@ -151,6 +155,11 @@ class SpecEditConfig:
         _integer("dilation", self.dilation, 0)
         _integer("uniform_stride", self.uniform_stride, 0)
         _integer("min_active", self.min_active, 0)
+        _integer("kv_refresh", self.kv_refresh, 1)
+        if self.kv_refresh > 1 and self.finish == "full" and self.unselected == "coarse":
+            raise ValueError(
+                f"kv_refresh: expected 1 with finish='full' and unselected='coarse', got {self.kv_refresh}"
+            )
         _number("max_active", self.max_active, 0.0, 1.0)
         if self.threshold is not None:
             _number("threshold", self.threshold, float("-inf"), float("inf"))

@@ -59,7 +59,7 @@ class FluxKontextModel(EditModel):
         return FluxLayout(torch.cat(ids).to(text.embeds.dtype), None)
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
     ) -> FluxLayout:
         device, length = layout.index.device, text.embeds.shape[1]
         positions = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
@@ -70,9 +70,13 @@ class FluxKontextModel(EditModel):
             sin=F.pad(sin, (0, 0, length, 0)),
             key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
             lengths=layout.lengths + length if padded else None,
+            cache={} if cached else None,
         )
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(torch.zeros(layout.capacity, 3, device=device, dtype=text.embeds.dtype), attention)
+
+    def first_layout(self, text: FluxText, layout: FluxLayout, first: int) -> FluxLayout:
+        return FluxLayout(layout.ids[:first], layout.attention.of_first(text.embeds.shape[1] + first))
 
     def velocity(self, text: FluxText, tokens: Tensor, timestep: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)

@@ -71,8 +71,17 @@ class EditModel(ABC):
         """Layout of whole pictures: the target's grid, then each reference's, all at one reduction of `pictures`."""
 
     @abstractmethod
-    def mixed_layout(self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool) -> Any:
-        """Layout of a mixed-resolution sequence. padded: some slots are empty. key_bias: weigh coarse keys."""
+    def mixed_layout(
+        self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> Any:
+        """Layout of a mixed-resolution sequence.
+
+        padded: some slots are empty. key_bias: weigh coarse keys. cached: keep keys and values, for `first_layout`.
+        """
+
+    @abstractmethod
+    def first_layout(self, text: Text, layout: Any, first: int) -> Any:
+        """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all."""
 
     @abstractmethod
     def velocity(self, text: Text, tokens: Tensor, timestep: Tensor, layout: Any) -> Tensor:
@@ -91,11 +100,13 @@ class EditModel(ABC):
         bring_in(self.transformer)
         return self.embedder()(tokens)
 
-    def flops(self, text: Text, tokens: int) -> int:
-        """Useful FLOPs of one pass over one sample with that many image tokens."""
+    def flops(self, text: Text, tokens: int, keys: int | None = None) -> int:
+        """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them."""
         config = self.transformer.config
-        length = text.embeds.shape[1] + tokens
-        return transformer_flops(length, length, config.num_attention_heads * config.attention_head_dim, self.blocks)
+        length = text.embeds.shape[1]
+        keys = length + (tokens if keys is None else keys)
+        dim = config.num_attention_heads * config.attention_head_dim
+        return transformer_flops(length + tokens, keys, dim, self.blocks)
 
 
 def in_order(rows: Tensor, layout: SequenceLayout) -> Tensor:

@@ -9,7 +9,7 @@ modulation by a hook of the blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class QwenImageEditModel(EditModel):
         return QwenLayout(shapes, (image, words), None)
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
     ) -> QwenLayout:
         device = layout.index.device
         batch, length = text.embeds.shape[:2]
@@ -122,9 +122,13 @@ class QwenImageEditModel(EditModel):
         modulate = None
         if self.transformer.zero_cond_t:
             modulate = (~layout.target_slots()).int()
-        attention = AttentionLayout(cos, sin, bias, layout.lengths + length if padded else None, modulate)
+        lengths = layout.lengths + length if padded else None
+        attention = AttentionLayout(cos, sin, bias, lengths, modulate, {} if cached else None)
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), None, attention)
+
+    def first_layout(self, text: QwenText, layout: QwenLayout, first: int) -> QwenLayout:
+        return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1] + first))
 
     def velocity(self, text: QwenText, tokens: Tensor, timestep: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)

@@ -33,7 +33,7 @@ from ..sampling.grid import (
     token_positions,
     unpack,
 )
-from ..sampling.layout import SequenceLayout, build_layout, picture_rows, sequence_length
+from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length
 from .config import SpecEditConfig
 from .model import EditModel, Pictures, Text
 from .output import SpecEditStats, StageClock, StepRecord
@@ -112,9 +112,10 @@ class Run:
         """White fp32 noise from the call's generators."""
         return randn_tensor(tuple(shape), generator=self.generator, device=self.device, dtype=torch.float32)
 
-    def flops(self, tokens: Sequence[int]) -> int:
-        """Useful FLOPs of one step over sequences with that many image tokens."""
-        return sum(self.model.flops(text, n) for n in tokens for text in self.branches)
+    def flops(self, tokens: Sequence[int], keys: Sequence[int] | None = None) -> int:
+        """Useful FLOPs of one step over sequences with that many image tokens, which attend to `keys` of them."""
+        pairs = zip(tokens, tokens if keys is None else keys)
+        return sum(self.model.flops(text, n, m) for n, m in pairs for text in self.branches)
 
     def velocity(self, tokens: Tensor, timestep: Tensor, layouts: Sequence[Any], first: int | None = None) -> Tensor:
         """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
@@ -127,8 +128,8 @@ class Run:
         ]
         return found[0] if len(found) == 1 else self.model.guide(*found, self.true_cfg_scale)
 
-    def record(self, stage: str, level: float, tokens: Sequence[int]) -> None:
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens)))
+    def record(self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None) -> None:
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, keys)))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
@@ -346,7 +347,8 @@ class MixedState:
 
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
-    layouts: the model's, one for each guidance branch.
+    layouts: the model's, one for each guidance branch. first: slots, the sequence's first ones, that hold all fine
+    target tokens of every sample. first_layouts: the model's for these alone, over cached keys and values.
     """
 
     tokens: Tensor
@@ -356,6 +358,8 @@ class MixedState:
     layout: SequenceLayout
     layouts: list[Any]
     lengths: tuple[int, ...]
+    first: int
+    first_layouts: list[Any]
 
 
 def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Selection) -> MixedState:
@@ -393,21 +397,37 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype))
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     padded = min(lengths) < capacity
-    layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias) for text in run.branches]
-    return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths)
+    cached, first = config.kv_refresh > 1, CHILDREN * max(selection.counts)
+    layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias, cached) for text in run.branches]
+    first_layouts = []
+    if cached:
+        first_layouts = [run.model.first_layout(text, x, first) for text, x in zip(run.branches, layouts)]
+    return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths, first, first_layouts)
 
 
 def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
-    """Steps on the mixed sequence, in place of `state.tokens`."""
+    """Steps on the mixed sequence, in place of `state.tokens`.
+
+    Every kv_refresh-th computes it whole and leaves keys and values behind. The steps between ("active") compute the
+    text and the fine target tokens alone, over the keys and values that the others had then; the others follow the
+    source, so nothing but their keys and values is missing.
+    """
     at = _device_levels(levels, run.device)
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
-        velocity = run.velocity(state.tokens, timestep, state.layouts)
-        velocity = torch.where(state.free, velocity, state.drift)
+        if i % run.config.kv_refresh == 0:
+            velocity = run.velocity(state.tokens, timestep, state.layouts)
+            velocity = torch.where(state.free, velocity, state.drift)
+            run.record("mixed", levels[i], state.lengths)
+        else:
+            n = state.first
+            velocity = run.velocity(state.tokens[:, :n], timestep, state.first_layouts)
+            velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
+            velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
+            run.record("active", levels[i], [min(n, length) for length in state.lengths], state.lengths)
         state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
-        run.record("mixed", levels[i], state.lengths)
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
 
