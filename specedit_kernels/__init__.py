@@ -15,6 +15,8 @@ _PIPELINE_NAMES = (
     "SpecEditConfig",
     "SpecEditFluxKontextPipeline",
     "SpecEditPipelineOutput",
+    "SpecEditQwenImageEditPipeline",
+    "SpecEditQwenImageEditPlusPipeline",
     "disable_specedit",
     "enable_specedit",
 )

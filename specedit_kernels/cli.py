@@ -15,8 +15,10 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODEL = ASSETS / "tiny_kontext"
-SUPPORTED = ("FluxKontextPipeline", "SpecEditFluxKontextPipeline")
-PRESETS = (30, 18, 11, 9)
+# pipeline classes by the name in model_index.json; each has a SpecEdit class of its name with SpecEdit before it
+SUPPORTED = ("FluxKontextPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+SEVERAL_PICTURES = "QwenImageEditPlusPipeline"
+PRESETS = (30, 18, 11, 9, 8, 4)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_SCORED_AREA = 1024**2
 
@@ -99,8 +101,8 @@ def _format(path: Path) -> str:
     return PIL.Image.registered_extensions()[path.suffix.lower()]
 
 
-def model_index(folder: Path) -> dict:
-    """model_index.json of a supported pipeline folder, or UserError."""
+def model_class(folder: Path) -> str:
+    """The diffusers class, one of SUPPORTED, that model_index.json of a pipeline folder names, or UserError."""
     if not folder.is_dir():
         hint = ""
         if folder == SHIPPED_MODEL:
@@ -111,32 +113,43 @@ def model_index(folder: Path) -> dict:
         raise UserError(f"{folder}: unsupported model folder: it has no model_index.json")
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        name = content["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError):
+        name = content["_class_name"].removeprefix("SpecEdit")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UserError(f"{folder}: unsupported model folder: model_index.json cannot be read") from None
     if name not in SUPPORTED:
-        raise UserError(f"{folder}: unsupported model folder: a {name}; expected {SUPPORTED[0]}")
-    return content
+        expected = f"{', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]}"
+        raise UserError(f"{folder}: unsupported model folder: a {name}; expected {expected}")
+    return name
 
 
-def model_settings(folder: Path) -> dict:
-    """Call options that a model folder asks for in its specedit.json.
+def model_settings(folder: Path, name: str, true_cfg_scale: float | None = None) -> dict:
+    """Call options for a pipeline class: the command's, and those a model folder asks for in its specedit.json.
 
     {"resolution": R}: pictures of R * R pixels in area, in the source's ratio, not FLUX.1-Kontext's preferred sizes.
-    {"max_sequence_length": T}: text tokens. A folder without the file has FLUX.1-Kontext's own rules.
+    {"max_sequence_length": T}: text tokens. {"true_cfg_scale": S}: guidance against an empty negative prompt, none at
+    1. A folder without the file has its model's own rules: 1024 * 1024 pixels, guidance 4 for Qwen-Image-Edit and none
+    for FLUX.1-Kontext.
     """
+    flux = name == "FluxKontextPipeline"
     path = folder / "specedit.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        options = {}
-        if "resolution" in content:
-            options.update(max_area=int(content["resolution"]) ** 2, _auto_resize=False)
-        if "max_sequence_length" in content:
-            options["max_sequence_length"] = int(content["max_sequence_length"])
-    except (ValueError, TypeError, OSError):
-        raise UserError(f"{path}: expected an object with whole numbers") from None
+    options = {}
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if "resolution" in content:
+                options["max_area"] = int(content["resolution"]) ** 2
+                if flux:
+                    options["_auto_resize"] = False
+            if "max_sequence_length" in content:
+                options["max_sequence_length"] = int(content["max_sequence_length"])
+            if "true_cfg_scale" in content and true_cfg_scale is None:
+                true_cfg_scale = float(content["true_cfg_scale"])
+        except (ValueError, TypeError, OSError):
+            raise UserError(f"{path}: expected an object with whole numbers") from None
+    scale = true_cfg_scale if true_cfg_scale is not None else (1.0 if flux else 4.0)
+    options["true_cfg_scale"] = scale
+    if scale > 1:
+        options["negative_prompt"] = "" if flux else " "
     return options
 
 
@@ -194,15 +207,19 @@ def edit(arguments) -> None:
         raise UserError("instruction: expected a text, got an empty one")
     image = read_image(arguments.image)
     user_mask = None if arguments.mask is None else read_image(arguments.mask)
+    references = [read_image(path) for path in arguments.reference]
     folder = Path(arguments.model)
-    model_index(folder)
-    settings = model_settings(folder)
+    name = model_class(folder)
+    if references and name != SEVERAL_PICTURES:
+        raise UserError(f"--reference: {folder} is a {name}, which takes one picture")
+    settings = model_settings(folder, name, arguments.true_cfg_scale)
     device, dtype = _device(arguments.device)
 
     _quiet()
     import torch
 
-    from .pipelines import SpecEditConfig, SpecEditFluxKontextPipeline
+    from . import pipelines
+    from .pipelines import SpecEditConfig
 
     try:
         config = SpecEditConfig(
@@ -218,13 +235,18 @@ def edit(arguments) -> None:
     pipe = _load(
         "the model",
         folder,
-        lambda: SpecEditFluxKontextPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(
-            device
+        lambda: (
+            getattr(pipelines, f"SpecEdit{name}")
+            .from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+            .to(device)
         ),
     )
+    if references:
+        # the picture that is edited sets the size, not the last one
+        settings["height"], settings["width"] = pipe.size_of(image, settings.get("max_area"))
     pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
     result = pipe(
-        image=image,
+        image=[image, *references] if references else image,
         prompt=arguments.instruction,
         mask_image=user_mask,
         num_inference_steps=arguments.steps,
@@ -239,7 +261,7 @@ def edit(arguments) -> None:
     overlay = region_overlay(source, result.mask[0].cpu())
     write_image(edited, out)
     write_image(overlay, mask_out)
-    print(edit_summary(arguments, config, result.stats, edited.size, result.mask[0], out, mask_out, device))
+    print(edit_summary(arguments, config, result.stats, edited.size, result.mask[0], out, mask_out, pipe))
 
 
 def region_overlay(source, mask):
@@ -271,11 +293,11 @@ def _flops(value: float) -> str:
     return f"{value:.0f} FLOP"
 
 
-def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path, device) -> str:
+def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path, pipe) -> str:
     """What an edit did, on one screen."""
-    from .pipelines.flux_kontext import STEPS_OF_PLAIN
     from .pipelines.output import group_steps
 
+    device, many = pipe.device, pipe.STEPS_OF_PLAIN
     fine = mask.numel()
     steps = "  ".join(f"{count} x {stage} {tokens:.0f}" for stage, tokens, count in group_steps(stats))
     plain_step = stats.plain_step_flops
@@ -295,9 +317,9 @@ def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path
     apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
     same = _share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"
     lines += [
-        f"steps       {stats.nfe}{apart}; image tokens: {steps} (plain: {2 * fine})",
+        f"steps       {stats.nfe}{apart}; image tokens: {steps} (plain: {stats.plain_tokens})",
         f"transformer {_flops(stats.flops)}: {same} of a plain run with {stats.nfe} steps, "
-        f"{_share(stats.flops / (plain_step * STEPS_OF_PLAIN))} of one with {STEPS_OF_PLAIN} steps",
+        f"{_share(stats.flops / (plain_step * many))} of one with {many} steps",
         "seconds     " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stats.seconds.items()),
         f"attention   {stats.backend or 'no mixed-resolution step'}" + (f" ({_why(device)})" if stats.backend else ""),
     ]
@@ -319,25 +341,30 @@ def mask(arguments) -> None:
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     if subfolder is None and not (folder / "config.json").is_file():
         if not arguments.vae:
-            model_index(folder)
+            model_class(folder)
         raise UserError(f"{folder}: expected a folder with a VAE's config.json, or a pipeline folder with vae/")
     device, dtype = _device(arguments.device)
     _quiet()
     import numpy as np
     import PIL.Image
     import torch
-    from diffusers import AutoencoderKL
 
     from . import ops
     from .pipelines.config import THRESHOLDS
     from .pipelines.stages import discrepancy
+    from .pipelines.vae import CODECS
 
-    vae = _load(
-        "the VAE",
-        folder,
-        lambda: AutoencoderKL.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype, local_files_only=True),
-    ).to(device)
-    token = 2 ** len(vae.config.block_out_channels)  # pixels a side: the VAE's reduction times the 2x2 packing
+    def load():
+        kinds = {kind.__name__: kind for kind in CODECS}
+        config = json.loads((folder / (subfolder or "") / "config.json").read_text(encoding="utf-8"))
+        kind = kinds.get(config.get("_class_name", "AutoencoderKL"))
+        if kind is None:
+            raise ValueError(f"a {config['_class_name']}; expected {' or '.join(kinds)}")
+        vae = kind.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype, local_files_only=True)
+        return CODECS[kind](vae.to(device))
+
+    codec = _load("the VAE", folder, load)
+    token = codec.token
     width, height = _scored_size(source.size, token)
     pair = [p.resize((width, height), PIL.Image.LANCZOS) for p in (source, edited)]
     grid = (height // token, width // token)
@@ -345,9 +372,8 @@ def mask(arguments) -> None:
         latents = []
         for picture in pair:
             pixels = torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-            z = vae.encode(pixels.to(device, dtype)).latent_dist.mode()
-            latents.append((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
-        scores = discrepancy(vae, None, arguments.metric, latents[1], latents[0], grid)
+            latents.append(codec.encode(pixels.to(device, dtype)))
+        scores = discrepancy(codec, None, arguments.metric, latents[1], latents[0], grid)
         threshold = arguments.threshold
         if threshold is None:
             threshold = THRESHOLDS[arguments.metric, "matched", "full_step"]
@@ -410,7 +436,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="edited.png", help="the edited picture")
     p.add_argument("--mask-output", default=None, help="the mask over the source (default: mask.png beside the output)")
     p.add_argument("--mask", default=None, help="a picture, white where to edit, in place of the draft")
-    p.add_argument("--model", default=str(SHIPPED_MODEL), help="a FLUX.1-Kontext pipeline folder")
+    p.add_argument("--model", default=str(SHIPPED_MODEL), help="a FLUX.1-Kontext or Qwen-Image-Edit folder")
+    p.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="a further picture for the model to see (Qwen-Image-Edit-2509 and -2511); may be repeated",
+    )
+    p.add_argument(
+        "--true-cfg-scale",
+        type=float,
+        default=None,
+        help="guidance against an empty negative prompt, none at 1 (default: the model's own)",
+    )
     p.add_argument("--preset", type=int, choices=PRESETS, default=9, help="steps of the main trajectory")
     p.add_argument("--steps", type=int, default=None, help="scale the preset's stages to another number of steps")
     p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")

@@ -13,9 +13,19 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tiny_models import tiny_image, tiny_pipeline  # noqa: E402
+from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
 
 from specedit_kernels import cli  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +34,32 @@ def model(tmp_path_factory):
     tiny_pipeline().save_pretrained(folder)
     (folder / "specedit.json").write_text(json.dumps({"resolution": 128, "max_sequence_length": 16}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A Qwen-Image-Edit-Plus folder without its text encoder."""
+    folder = tmp_path_factory.mktemp("qwen")
+    tiny_qwen(plus=True, zero_cond_t=True).save_pretrained(folder)
+    (folder / "specedit.json").write_text(json.dumps({"resolution": 128}))
+    return folder
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Stands in for the text encoder, which needs torchvision; gives what it was asked: (prompt, pictures)."""
+    from specedit_kernels import SpecEditQwenImageEditPlusPipeline as Plus
+
+    asked, load = [], Plus.from_pretrained
+    absent = dict(text_encoder=None, tokenizer=None, processor=None)
+
+    def encode_prompt(self, prompt, image, **options):
+        asked.append((prompt, len(image)))
+        return qwen_text(len(prompt)).values()
+
+    monkeypatch.setattr(Plus, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(Plus, "from_pretrained", lambda folder, **options: load(folder, **absent, **options))
+    return asked
 
 
 @pytest.fixture
@@ -85,6 +121,36 @@ def test_edit_is_repeatable_and_seeds_differ(capsys, tmp_path, model, source):
     assert (pictures[0] == pictures[1]).all() and not (pictures[0] == pictures[2]).all()
 
 
+def test_edit_finds_the_class_of_the_folder(capsys, tmp_path, qwen, source, texts):
+    out, other = tmp_path / "edited.png", tmp_path / "other.png"
+    tiny_image(160, 96, seed=1).save(other)
+    options = ("-o", out, "--model", qwen, "--device", "cpu", "--mask", half(tmp_path))
+    code, text, error = run(capsys, "edit", source, "add a hat", *options)
+    assert error == ""
+    # 160 x 128 at the area of 128 x 128, rounded to multiples of 32 pixels: 8 x 8 tokens (and as many of the source)
+    assert code == 0 and PIL.Image.open(out).size == (128, 128) and texts == [("add a hat", 1), (" ", 1)]
+    assert "(plain: 128)" in text and "50 steps" in text and "32 of 64 tokens" in text
+    lone = np.array(PIL.Image.open(out))
+    code, text, _ = run(capsys, "edit", source, "add a hat", *options, "--reference", other)
+    assert code == 0 and PIL.Image.open(out).size == (128, 128) and texts[2:] == [("add a hat", 2), (" ", 2)]
+    # 10 x 6 tokens of the further picture
+    assert "(plain: 188)" in text and not (np.array(PIL.Image.open(out)) == lone).all()
+    assert run(capsys, "edit", source, "add a hat", *options, "--true-cfg-scale", "1", "--preset", "4")[0] == 0
+    assert texts[4:] == [("add a hat", 1)]
+
+
+def test_settings_of_a_folder(tmp_path):
+    flux, plus = cli.SUPPORTED[0], cli.SEVERAL_PICTURES
+    assert cli.model_settings(tmp_path, flux) == {"true_cfg_scale": 1.0}
+    assert cli.model_settings(tmp_path, flux, 2.0) == {"true_cfg_scale": 2.0, "negative_prompt": ""}
+    assert cli.model_settings(tmp_path, plus) == {"true_cfg_scale": 4.0, "negative_prompt": " "}
+    (tmp_path / "specedit.json").write_text('{"true_cfg_scale": 1, "resolution": 64, "max_sequence_length": 8}')
+    distilled = {"true_cfg_scale": 1.0, "max_area": 4096, "max_sequence_length": 8}
+    assert cli.model_settings(tmp_path, plus) == distilled
+    assert cli.model_settings(tmp_path, flux) == {**distilled, "_auto_resize": False}
+    assert cli.model_settings(tmp_path, plus, 3.0)["true_cfg_scale"] == 3.0
+
+
 def test_edit_says_when_nothing_changes(capsys, tmp_path, model, source):
     out = tmp_path / "same.png"
     options = ("--model", model, "--device", "cpu", "--threshold", 4, "--draft", "quarter")
@@ -109,9 +175,11 @@ def test_mask_finds_what_changed(capsys, tmp_path, model, source):
     assert code == 0 and "changed     0 of 80 tokens" in text
 
 
-def test_mask_takes_a_vae_folder(capsys, tmp_path, model, source):
+def test_mask_takes_a_vae_folder(capsys, tmp_path, model, qwen, source):
     out = tmp_path / "heat.png"
-    assert run(capsys, "mask", source, source, "-o", out, "--vae", model / "vae", "--device", "cpu")[0] == 0
+    for folder in (model / "vae", qwen / "vae", qwen):
+        code, text, _ = run(capsys, "mask", source, source, "-o", out, "--vae", folder, "--device", "cpu")
+        assert code == 0 and "8 x 10 tokens of 16 pixels" in text and "changed     0 of 80 tokens" in text
 
 
 def test_heat_map_marks_the_scores():
@@ -188,6 +256,12 @@ def test_wrong_models_and_devices(capsys, tmp_path, model, source):
     assert "model_index.json cannot be read" in edit(empty)
     (empty / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert "a StableDiffusionPipeline; expected FluxKontextPipeline" in edit(empty)
+    assert "QwenImageEditPipeline or QwenImageEditPlusPipeline" in edit(empty)
+    assert "FluxKontextPipeline, which takes one picture" in edit(model, "--reference", source)
+    (empty / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
+    odd = fails(capsys, "mask", source, source, "-o", tmp_path / "h.png", "--vae", empty)
+    assert "a AutoencoderDC; expected AutoencoderKL or AutoencoderKLQwenImage" in odd
+    (empty / "config.json").unlink()
     shutil.copy(model / "model_index.json", empty)
     assert "the model cannot be loaded" in edit(empty)
     (empty / "specedit.json").write_text('{"resolution": "wide"}')

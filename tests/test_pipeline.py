@@ -2,6 +2,7 @@
 """SpecEditFluxKontextPipeline on a tiny model with random weights: exactness, bookkeeping, options, errors."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,12 @@ from specedit_kernels.pipelines import (  # noqa: E402
     enable_specedit,
     stages,
 )
-from specedit_kernels.pipelines.attention import SpecEditAttnProcessor, wrap_processors  # noqa: E402
+from specedit_kernels.pipelines.attention import (  # noqa: E402
+    AttentionLayout,
+    SpecEditAttnProcessor,
+    joint_attention,
+    wrap_processors,
+)
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
 GRID = (8, 8)
@@ -78,7 +84,7 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plain, p
 
 def test_everything_selected_is_the_plain_pipeline_in_bfloat16_and_with_guidance():
     plain = tiny_pipeline(seed=2).to(torch.bfloat16)
-    pipe = SpecEditFluxKontextPipeline.from_pipe(plain)
+    pipe = SpecEditFluxKontextPipeline(**plain.components)  # from_pipe would make it float32
     options = call_options(image=tiny_image(), negative_prompt="red", true_cfg_scale=3.0, num_images_per_prompt=2)
     expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
     assert torch.equal(pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **options).images, expected)
@@ -161,13 +167,9 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(pipe):
     fine = torch.randn(run.source.shape, generator=seeded())
     state = stages.expand(run, fine, torch.randn(1, 16, 8, 8), 0.7, selection)
     at = torch.tensor(700.0)
-    mixed = run.velocity(state.tokens, at, torch.zeros(state.layout.capacity, 3), state.attention)
-    dense = run.velocity(
-        torch.cat([grids.pack(fine), grids.pack(run.source)], dim=1),
-        at,
-        stages._dense_ids(GRID, "cpu", torch.float32),
-        None,
-    )
+    mixed = run.velocity(state.tokens, at, state.layouts)
+    layouts = [run.model.dense_layout(run.positive, run.pictures, [GRID, GRID])]
+    dense = run.velocity(torch.cat([grids.pack(fine), grids.pack(run.source)], dim=1), at, layouts)
     row = state.layout.index.long()
     row = torch.where(row < 80, row, row - 16)  # the table has 16 coarse rows between target and condition
     in_order = dense.gather(1, row[..., None].expand_as(dense))
@@ -275,16 +277,16 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, timestep, ids, attention):
+    def velocity(run, tokens, timestep, found, first=None):
         level = timestep / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
-        if attention is None:
+        if found[0].attention is None:
             clean = next(grids.pack(c) for c in clean if 2 * grids.pack(c).shape[1] == tokens.shape[1])
             clean = torch.cat([clean, tokens[:, clean.shape[1] :]], dim=1)
         else:
             table = torch.cat([grids.pack(clean[0]), grids.pack(clean[1]), torch.zeros(1, 80, 64)], dim=1)
             clean = table[:, layouts[-1].index[0].clamp(min=0).long()]
-        return (tokens - clean) / level
+        return ((tokens - clean) / level)[:, :first]
 
     monkeypatch.setattr(stages, "expand", expand)
     monkeypatch.setattr(stages.Run, "velocity", velocity)
@@ -422,6 +424,91 @@ def test_stats_count_steps_tokens_and_flops(pipe):
     assert set(stats.seconds) == {"encode", "select", "coarse", "expand", "mixed", "finish"}
     assert all(s >= 0 for s in stats.seconds.values())
     assert [t for _, t in stats.tokens_per_step()] == [32] * 3 + [80] * 5 + [128] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", [dict(finish="locked"), dict(finish="full")], ids=str)
+@pytest.mark.parametrize("masks", [[half_mask(2)], [half_mask(2), half_mask(6, rows=6)]], ids=["one", "two lengths"])
+def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, masks, end):
+    config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=2, **end)
+    run, _, _, mask = make_run(pipe, config, masks, batch=len(masks))
+    selection = stages.select(run, mask.float(), 0.5, 0)
+    fine = torch.randn(run.source.shape, generator=seeded())
+    state = stages.expand(run, fine, torch.randn(len(masks), 16, 8, 8), 0.7, selection)
+    assert state.first == 4 * max(selection.counts) < state.tokens.shape[1]
+    at = torch.tensor(700.0)
+    whole = run.velocity(state.tokens, at, state.layouts)
+    active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
+    used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
+    assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [None, [12, 7]])
+def test_cached_keys_are_the_old_ones_but_for_those_brought_anew(lengths):
+    def tokens(slots):
+        return tuple(torch.randn(2, slots, 2, 16) * 3 for _ in range(3))
+
+    torch.manual_seed(0)
+    angle = torch.randn(2, 12, 16)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    layout = AttentionLayout(angle.cos(), angle.sin(), torch.randn(2, 12), lengths, cache={})
+    text, image = tokens(3), tokens(9)
+    module = torch.nn.Identity()
+    joint_attention(module, text, image, layout)
+    text, moved = tokens(3), tokens(5)
+    got = joint_attention(module, text, moved, layout.of_first(8))
+    # the same over fresh first slots and the old others, written out
+    old = (torch.cat([a, b[:, 5:]], dim=1) for a, b in zip(moved, image))
+    expected = joint_attention(module, text, tuple(old), replace(layout, cache=None))[:, :8]
+    assert torch.allclose(got, expected, atol=1e-5)
+    # and the next such call finds them renewed
+    again = joint_attention(module, text, moved, layout.of_first(8))
+    assert torch.equal(again, got)
+
+
+def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):
+    def edit(**options):
+        config = SpecEditConfig(stages=(1, 6, 0), finish="locked", **options)
+        return pipe(image=tiny_image(), mask_image=half_mask(2), generator=seeded(), specedit=config,
+                    **call_options())  # fmt: skip
+
+    whole, cached, often = edit(), edit(kv_refresh=6), edit(kv_refresh=2)
+    assert torch.equal(edit(kv_refresh=1).images, whole.images)
+    names = [step.stage for step in cached.stats.steps]
+    assert names == ["coarse", "mixed"] + ["active"] * 5
+    assert [step.stage for step in often.stats.steps] == ["coarse"] + ["mixed", "active"] * 3
+    # 4 of 16 blocks: 16 fine and 12 coarse target tokens, the condition as many
+    assert [step.tokens for step in cached.stats.steps] == [(32,), (56,)] + [(16,)] * 5
+    dim, blocks, text = 32, 2, 16
+    assert cached.stats.steps[-1].flops == blocks * (24 * dim**2 * (text + 16) + 4 * dim * (text + 16) * (text + 56))
+    assert cached.stats.flops < often.stats.flops < whole.stats.flops
+    region = whole.mask[0].flatten()
+
+    def off(out):
+        return (out.images - whole.images)[0, region].norm() / whole.images[0, region].norm()
+
+    assert 0 < off(often) < 0.1 and 0 < off(cached) < 0.1
+    assert torch.equal(cached.images[0, ~region], whole.images[0, ~region])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_batch_over_cached_keys_is_two_runs_of_one(pipe, guided):
+    images, masks = [tiny_image(seed=0), tiny_image(seed=1)], [half_mask(2), half_mask(6, rows=6)]
+    config = SpecEditConfig(stages=(1, 4, 1), kv_refresh=2, uniform_stride=3)
+    extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
+    options = call_options(specedit=config, **extra)
+    prompt = options.pop("prompt")
+    if guided:
+        extra["negative_prompt"] = ["red", "red"]
+    both = pipe(image=images, prompt=[prompt] * 2, mask_image=masks, generator=[seeded(5), seeded(6)],
+                **{**options, **extra})  # fmt: skip
+    for i in range(2):
+        one = pipe(image=images[i], prompt=prompt, mask_image=masks[i], generator=seeded(5 + i), **options)
+        # the shorter one computes a few more tokens anew beside the longer one
+        region = both.mask[i].flatten()
+        off = (both.images[i] - one.images[0])[region].norm() / one.images[0][region].norm()
+        assert off < (1e-5 if i else 0.02)
 
 
 def test_a_separate_draft_is_counted_apart(pipe):
@@ -637,7 +724,7 @@ def test_no_host_synchronisation_between_steps():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9\], got 10"),
+        (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9, 8, 4\], got 10"),
         (dict(draft="half"), ValueError, "draft: expected one of"),
         (dict(finish="none"), ValueError, "finish: expected one of"),
         (dict(unselected="fine"), ValueError, r"unselected: expected one of \['source', 'coarse'\], got 'fine'"),
@@ -657,6 +744,8 @@ def test_no_host_synchronisation_between_steps():
         (dict(stages=(0, 0, 0)), ValueError, "stages: expected at least one step"),
         (dict(stages=(1, -1, 2)), ValueError, "stages: expected an integer >= 0"),
         (dict(stages=(1, 2, 0)), ValueError, "stages: finish='full' needs full steps"),
+        (dict(kv_refresh=0), ValueError, "kv_refresh: expected an integer >= 1, got 0"),
+        (dict(kv_refresh=2, unselected="coarse"), ValueError, "kv_refresh: expected 1 with finish='full' and"),
     ],
 )
 def test_config_names_the_wrong_field(change, error, message):
@@ -690,7 +779,7 @@ def test_call_names_the_wrong_argument(pipe, change, error, message):
 
 
 def test_unsupported_pipelines_schedulers_and_processors(plain):
-    with pytest.raises(TypeError, match="SpecEdit supports FluxKontextPipeline, got FluxPipeline"):
+    with pytest.raises(TypeError, match="SpecEdit supports FluxKontextPipeline, .*, got FluxPipeline"):
         enable_specedit(FluxPipeline.from_pipe(plain))
     with pytest.raises(TypeError, match="config: expected SpecEditConfig"):
         enable_specedit(plain, {"preset": 9})

@@ -225,7 +225,7 @@ def test_flops_of_flux_kontext():
 # layout
 
 
-def reference_sequence(active, shape, coarse_condition):
+def reference_sequence(active, shape, coarse_condition, condition=True, others=0):
     """Rows in order for one sample, written as a loop over the blocks."""
     rows, columns = shape[0] // 2, shape[1] // 2
     n = shape[0] * shape[1]
@@ -237,21 +237,24 @@ def reference_sequence(active, shape, coarse_condition):
             half += [(2 * r + i) * shape[1] + 2 * c + j for i in range(2) for j in range(2)]
         else:
             half.append(n + b)
-    behind = half if coarse_condition else range(n)
-    return half, half + [n + n // 4 + row for row in behind]
+    behind = (half if coarse_condition else range(n)) if condition else []
+    table = n + n // 4
+    return half, half + [table + row for row in behind] + [2 * table + row for row in range(others)]
 
 
-@pytest.mark.parametrize("coarse_condition", [True, False])
-def test_layout_equals_a_loop(coarse_condition):
+@pytest.mark.parametrize("others", [0, 7])
+@pytest.mark.parametrize(("coarse_condition", "condition"), [(True, True), (False, True), (True, False)])
+def test_layout_equals_a_loop(coarse_condition, condition, others):
     shape = (4, 6)
     active = torch.tensor([[0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]).bool()
     order = (~active).int().argsort(dim=1, stable=True).int()
     count = active.sum(dim=1).int()
-    expected = [reference_sequence(a.tolist(), shape, coarse_condition) for a in active]
-    lengths = [layout.sequence_length(int(c), shape, coarse_condition) for c in count]
+    parts = (coarse_condition, condition, others)
+    expected = [reference_sequence(a.tolist(), shape, *parts) for a in active]
+    lengths = [layout.sequence_length(int(c), shape, *parts) for c in count]
     assert [(len(t), len(s)) for t, s in expected] == lengths
     capacity = max(len(s) for _, s in expected) + 3
-    got = layout.build_layout(order, count, shape, capacity, coarse_condition)
+    got = layout.build_layout(order, count, shape, capacity, *parts)
     assert got.index.dtype == torch.int32 and got.index.shape == (4, capacity)
     for i, (target, rows) in enumerate(expected):
         assert got.index[i].tolist() == rows + [-1] * (capacity - len(rows))
@@ -283,3 +286,19 @@ def test_table_positions_are_in_fine_units():
     assert positions[0].tolist() == [0, 0, 0] and positions[23].tolist() == [0, 3, 5]
     assert positions[24].tolist() == [0, 0.5, 0.5] and positions[29].tolist() == [0, 2.5, 4.5]
     assert torch.equal(positions[30:, 1:], positions[:30, 1:]) and (positions[30:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_further_pictures_in_the_table(coarse):
+    others = [(2, (2, 4)), (3, (4, 2))]
+    positions = layout.table_positions((4, 6), others=others, coarse_others=coarse)
+    sizes = [layout.picture_rows(g, coarse) for _, g in others]
+    assert sizes == ([2, 2] if coarse else [8, 8])
+    assert len(positions) == layout.table_rows((4, 6), sum(sizes))
+    assert torch.equal(positions[:60], layout.table_positions((4, 6)))
+    assert positions[60:, 0].tolist() == [2] * sizes[0] + [3] * sizes[1]
+    last = positions[-1].tolist()
+    assert last == ([3, 2.5, 0.5] if coarse else [3, 3, 1])
+    bias = layout.table_key_bias((4, 6), others=[g for _, g in others], coarse_others=coarse)
+    assert torch.equal(bias[:60], layout.table_key_bias((4, 6)))
+    assert bias[60:].exp().sum().item() == pytest.approx(16)

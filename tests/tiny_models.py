@@ -1,12 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A FLUX.1-Kontext pipeline with random weights, made in code, small enough for a test to run in a second."""
+"""Pipelines with random weights, made in code, small enough for a test to run in a second."""
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    BatchFeature,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    T5Config,
+    T5EncoderModel,
+)
 
 WORDS = ["<pad>", "<unk>", "</s>", "make", "the", "cat", "a", "dog", "remove", "blue", "red", "add", "hat"]
 
@@ -84,6 +103,49 @@ def tiny_pipeline(seed: int = 0, vae_blocks: int = 4) -> FluxKontextPipeline:
     return pipe
 
 
+QWEN_TEXT = 32  # width of the text embeddings
+
+
+def tiny_qwen(plus: bool = False, zero_cond_t: bool = False, seed: int = 0, text_encoder=None, processor=None):
+    """QwenImageEditPipeline or QwenImageEditPlusPipeline of Qwen's structure: 16 latent channels, VAE 8x, two blocks,
+    head dim 16. Without a text encoder a call has to bring its embeddings (`qwen_text`)."""
+    torch.manual_seed(seed)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=QWEN_TEXT,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
+    )
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    pipe = (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
+        scheduler=scheduler,
+        vae=vae.eval(),
+        text_encoder=text_encoder,
+        tokenizer=None,
+        processor=processor,
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def qwen_text(length: int = 12, batch: int = 1, padded: int = 0, seed: int = 3, negative: bool = False) -> dict:
+    """Embeddings and mask of a call, random. padded: how many tokens at the end of the last text are padding."""
+    embeds = torch.randn(batch, length, QWEN_TEXT, generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if padded:
+        mask[-1, -padded:] = 0
+    prefix = "negative_" if negative else ""
+    return {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
+
+
 def tiny_image(height: int = 128, width: int = 128, seed: int = 0) -> PIL.Image.Image:
     """A smooth random picture with a sharp rectangle in it."""
     rng = np.random.default_rng(seed)
@@ -99,3 +161,55 @@ def call_options(**changes) -> dict:
         prompt="make the cat blue", max_area=128 * 128, _auto_resize=False, max_sequence_length=16, output_type="latent"
     )
     return {**options, **changes}
+
+
+class TinyVisionProcessor:
+    """What QwenImageEditPipeline asks of a Qwen2VLProcessor: a token for each character, and for each picture as many
+    as the image processor gives patches. The real one needs torchvision."""
+
+    def __init__(self):
+        self.pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})
+
+    def __call__(self, text, images, padding, return_tensors):
+        seen = self.pictures(images=images, return_tensors="pt")
+        patches = iter((seen["image_grid_thw"].prod(dim=1) // 4).tolist())
+        rows = []
+        for line in text:
+            ids = []
+            for i, part in enumerate(line.split("<|image_pad|>")):
+                ids += [60] * next(patches) if i else []
+                ids += [ord(c) % 60 for c in part]
+            rows.append(ids)
+        longest = max(map(len, rows))
+        return BatchFeature(
+            {
+                "input_ids": torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows]),
+                "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]),
+                **seen,
+            }
+        )
+
+
+def tiny_vision_encoder() -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of one layer on either side."""
+    torch.manual_seed(1)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=64,
+            hidden_size=QWEN_TEXT,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+        ),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=QWEN_TEXT, window_size=56,
+            fullatt_block_indexes=[0],
+        ),
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config).eval()

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention processor of mixed-resolution steps, and how it is put in and taken out."""
+"""The attention processors of mixed-resolution steps, and how they are put in and taken out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (registers torch.ops.specedit)
@@ -17,13 +20,26 @@ class AttentionLayout:
     """What the attention of a mixed-resolution step has to know about its sequence [text | image slots].
 
     cos, sin: fp32 [B, S, head dim], rotary tables, each sample its own. key_bias: fp32 [B, S] or None.
-    lengths: int32 [B], used slots of the sequence, or None where all are.
+    lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
+    two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None where all have one.
+    cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
+    A call that brings the whole sequence fills it; one that brings its first slots alone, with `first` of them, text
+    included, renews those and attends to all.
     """
 
     cos: Tensor
     sin: Tensor
     key_bias: Tensor | None
     lengths: Tensor | None
+    modulate: Tensor | None = None
+    cache: dict[Any, tuple[Tensor, Tensor]] | None = None
+    first: int | None = None
+
+    def of_first(self, first: int) -> AttentionLayout:
+        """The layout of a call that brings the first so many slots, text included."""
+        behind = self.cos.shape[1] - first
+        modulate = None if self.modulate is None else self.modulate[:, : self.modulate.shape[1] - behind]
+        return replace(self, cos=self.cos[:, :first], sin=self.sin[:, :first], modulate=modulate, first=first)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -33,14 +49,44 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
 
 
-class SpecEditAttnProcessor:
-    """Attention of a FLUX block through torch.ops.specedit.mixed_res_attn.
+def joint_attention(
+    module: Any, text: tuple[Tensor, Tensor, Tensor] | None, image: tuple[Tensor, Tensor, Tensor],
+    layout: AttentionLayout,
+) -> Tensor:  # fmt: skip
+    """Attention of [text | image slots] by torch.ops.specedit.mixed_res_attn: [B, S, H * D].
 
-    Called without `specedit_layout` it hands over to the processor it wraps, untouched.
+    module: whose attention it is, the key of its cache. text, image: normalised q, k, v before the rotation, [B, S, H,
+    D] each; text is None where image holds both.
+    """
+    q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
+    q, k = apply_rotary(q, layout.cos, layout.sin), apply_rotary(k, layout.cos, layout.sin)
+    queries = layout.lengths
+    if layout.first is not None:
+        cached = layout.cache[module]
+        for kept, fresh in zip(cached, (k, v)):
+            kept[:, : layout.first] = fresh
+        k, v = cached
+        queries = None if queries is None else queries.clamp(max=layout.first)
+    elif layout.cache is not None:
+        # a copy where v is a view of more than itself
+        layout.cache[module] = k, v.contiguous()
+    out, _ = torch.ops.specedit.mixed_res_attn(
+        q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths
+    )
+    return out.flatten(2, 3)
+
+
+class SpecEditAttnProcessor:
+    """Attention of a block through torch.ops.specedit.mixed_res_attn, wrapped about the block's own processor.
+
+    Called without SpecEdit's arguments it hands over to that one, untouched.
     """
 
-    def __init__(self, inner: FluxAttnProcessor):
+    def __init__(self, inner: Any):
         self.inner = inner
+
+    def remove(self) -> None:
+        """Undo what wrapping did besides taking the inner processor's place."""
 
     # set_attention_backend and parallelism read and write these two on the processor: they belong to the wrapped one
     @property
@@ -58,6 +104,10 @@ class SpecEditAttnProcessor:
     @_parallel_config.setter
     def _parallel_config(self, value):
         self.inner._parallel_config = value
+
+
+class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
+    """For FluxAttnProcessor; `specedit_layout` is the mixed sequence's."""
 
     def __call__(
         self,
@@ -77,7 +127,7 @@ class SpecEditAttnProcessor:
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, words = attn.norm_q(q), attn.norm_k(k), None
         if encoder_hidden_states is not None:
             text = encoder_hidden_states
             if attn.fused_projections:
@@ -85,14 +135,8 @@ class SpecEditAttnProcessor:
             else:
                 tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
-            q = torch.cat([attn.norm_added_q(tq), q], dim=1)
-            k = torch.cat([attn.norm_added_k(tk), k], dim=1)
-            v = torch.cat([tv, v], dim=1)
-        q, k = apply_rotary(q, layout.cos, layout.sin), apply_rotary(k, layout.cos, layout.sin)
-        out, _ = torch.ops.specedit.mixed_res_attn(
-            q, k, v, key_bias=layout.key_bias, q_lens=layout.lengths, kv_lens=layout.lengths
-        )
-        out = out.flatten(2, 3)
+            words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
+        out = joint_attention(attn, words, (q, k, v), layout)
         if encoder_hidden_states is None:
             return out
         length = encoder_hidden_states.shape[1]
@@ -100,28 +144,102 @@ class SpecEditAttnProcessor:
         return image, attn.to_add_out(out[:, :length].contiguous())
 
 
-def wrap_processors(transformer: torch.nn.Module) -> None:
-    """Wrap every attention processor of a FLUX transformer; those wrapped already stay. TypeError for a foreign one."""
-    wrapped = {}
-    for name, processor in transformer.attn_processors.items():
-        if isinstance(processor, SpecEditAttnProcessor):
-            wrapped[name] = processor
-        elif type(processor) is FluxAttnProcessor:
-            wrapped[name] = SpecEditAttnProcessor(processor)
-        else:
-            raise TypeError(
-                f"transformer: {name} is a {type(processor).__name__}; SpecEdit supports FluxAttnProcessor"
-                " (IP-Adapter and custom processors are not supported)"
+class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
+    """For QwenDoubleStreamAttnProcessor2_0.
+
+    `specedit_layout`: a mixed sequence's; attention is ours. `specedit_rotary`: complex tables (image, text) in place
+    of those that the transformer made; attention is the inner processor's.
+    """
+
+    def __init__(self, inner: QwenDoubleStreamAttnProcessor2_0, block: torch.nn.Module):
+        super().__init__(inner)
+        # the transformer computes the index of the modulation from whole pictures: a mixed sequence brings its own
+        self._hook = None
+        if block.zero_cond_t:
+            self._hook = block.register_forward_pre_hook(_own_modulation, with_kwargs=True)
+
+    def remove(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        specedit_layout: AttentionLayout | None = None,
+        specedit_rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if specedit_layout is None:
+            rotary = image_rotary_emb if specedit_rotary is None else specedit_rotary
+            return self.inner(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, rotary
             )
+        text = encoder_hidden_states
+        # -1 for the heads: tensor parallelism shards them
+        head_dim = attn.inner_dim // attn.heads
+        q, k, v, tq, tk, tv = (
+            x.unflatten(-1, (-1, head_dim))
+            for x in (
+                attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states),
+                attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text),
+            )
+        )  # fmt: skip
+        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+        q, k, tq, tk = (x if norm is None else norm(x) for norm, x in zip(norms, (q, k, tq, tk)))
+        out = joint_attention(attn, (tq, tk, tv), (q, k, v), specedit_layout)
+        length = text.shape[1]
+        image = attn.to_out[0](out[:, length:].contiguous())
+        if len(attn.to_out) > 1:
+            image = attn.to_out[1](image)
+        return image, attn.to_add_out(out[:, :length].contiguous())
+
+
+def _own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+    layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
+    if layout is None or layout.modulate is None:
+        return None
+    return args, {**kwargs, "modulate_index": layout.modulate}
+
+
+def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEditAttnProcessor:
+    if isinstance(processor, SpecEditAttnProcessor):
+        return processor
+    if type(processor) is FluxAttnProcessor:
+        return SpecEditFluxAttnProcessor(processor)
+    if type(processor) is QwenDoubleStreamAttnProcessor2_0:
+        return SpecEditQwenAttnProcessor(processor, transformer.get_submodule(name.removesuffix(".attn.processor")))
+    raise TypeError(
+        f"transformer: {name} is a {type(processor).__name__}; SpecEdit supports FluxAttnProcessor and"
+        " QwenDoubleStreamAttnProcessor2_0 (IP-Adapter and custom processors are not supported)"
+    )
+
+
+def wrap_processors(transformer: torch.nn.Module) -> None:
+    """Wrap every attention processor of a transformer; those wrapped already stay. TypeError for a foreign one."""
+    before = transformer.attn_processors
+    wrapped = {}
+    try:
+        for name, processor in before.items():
+            wrapped[name] = _wrapped(transformer, name, processor)
+    except TypeError:
+        for name, processor in wrapped.items():
+            if processor is not before[name]:
+                processor.remove()
+        raise
     transformer.set_attn_processor(wrapped)
 
 
 def unwrap_processors(transformer: torch.nn.Module) -> None:
     """Put the wrapped processors back, the very objects."""
-    if any(isinstance(p, SpecEditAttnProcessor) for p in transformer.attn_processors.values()):
+    wrapped = transformer.attn_processors
+    if any(isinstance(p, SpecEditAttnProcessor) for p in wrapped.values()):
+        for processor in wrapped.values():
+            if isinstance(processor, SpecEditAttnProcessor):
+                processor.remove()
         transformer.set_attn_processor(
-            {
-                name: p.inner if isinstance(p, SpecEditAttnProcessor) else p
-                for name, p in transformer.attn_processors.items()
-            }
+            {name: p.inner if isinstance(p, SpecEditAttnProcessor) else p for name, p in wrapped.items()}
         )

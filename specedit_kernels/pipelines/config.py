@@ -3,12 +3,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..sampling.schedule import split_steps
 
-# steps of the main trajectory by preset (number of function evaluations): all coarse, mixed resolution, all fine
-PRESETS: dict[int, tuple[int, int, int]] = {30: (8, 14, 8), 18: (5, 8, 5), 11: (3, 5, 3), 9: (3, 3, 3)}
+# Steps of the main trajectory by preset (number of function evaluations): all coarse, mixed resolution, all fine.
+# 8 and 4 are the step counts of step-distilled weights (Lightning); 30 to 9 are the paper's.
+PRESETS: dict[int, tuple[int, int, int]] = {
+    30: (8, 14, 8), 18: (5, 8, 5), 11: (3, 5, 3), 9: (3, 3, 3), 8: (3, 3, 2), 4: (1, 2, 1)
+}  # fmt: skip
+
+# The schedule that Qwen-Image-Lightning weights were distilled for, as changes to a scheduler's config. Weights, their
+# schedule and guidance (true_cfg_scale=1.0) belong together and to the pipeline, so a preset changes none of them:
+#   pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **LIGHTNING_SCHEDULE)
+LIGHTNING_SCHEDULE = {
+    "base_shift": math.log(3),
+    "max_shift": math.log(3),
+    "shift_terminal": None,
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+}
 
 DRAFTS = ("coarse", "quarter", "full_step")
 FINISHES = ("full", "locked")
@@ -71,7 +86,8 @@ def _flag(name: str, value: object) -> None:
 class SpecEditConfig:
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
-    preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9. A separate draft is counted apart.
+    preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9, and 8 or 4 for step-distilled
+        weights. A separate draft is counted apart.
     stages: (coarse, mixed, full) step counts in place of the preset's.
     draft: what is verified. "coarse": the clean estimate of the main trajectory's own coarse steps, no extra step.
         "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps (the paper's). "full_step": the
@@ -96,6 +112,11 @@ class SpecEditConfig:
     max_active: above this share of active blocks all tokens are computed.
     key_bias: weigh a coarse key by the four fine ones it stands for.
     coarse_condition: condition tokens outside the edit are coarse too.
+    coarse_references: in mixed steps, tokens of further reference pictures, which no edit mask covers, are all coarse
+        (False: all fine). In coarse and draft steps every picture has the resolution of the step.
+    kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
+        between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
+        tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".
     """
 
@@ -116,6 +137,8 @@ class SpecEditConfig:
     max_active: float = 0.8
     key_bias: bool = True
     coarse_condition: bool = True
+    coarse_references: bool = False
+    kv_refresh: int = 1
     selection: str = "score"
 
     def __post_init__(self):
@@ -132,11 +155,17 @@ class SpecEditConfig:
         _integer("dilation", self.dilation, 0)
         _integer("uniform_stride", self.uniform_stride, 0)
         _integer("min_active", self.min_active, 0)
+        _integer("kv_refresh", self.kv_refresh, 1)
+        if self.kv_refresh > 1 and self.finish == "full" and self.unselected == "coarse":
+            raise ValueError(
+                f"kv_refresh: expected 1 with finish='full' and unselected='coarse', got {self.kv_refresh}"
+            )
         _number("max_active", self.max_active, 0.0, 1.0)
         if self.threshold is not None:
             _number("threshold", self.threshold, float("-inf"), float("inf"))
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
+        _flag("coarse_references", self.coarse_references)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
                 raise ValueError(f"stages: expected (coarse, mixed, full) step counts, got {self.stages!r}")

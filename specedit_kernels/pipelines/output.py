@@ -30,7 +30,8 @@ class SpecEditStats:
 
     nfe: steps of the main trajectory, draft_nfe: steps of a separate draft; a step with true guidance counts once.
     flops, plain_flops: useful transformer FLOPs of this run (draft included), and of a plain run with the same nfe at
-    full resolution. The VAE and the text encoders are in neither. plain_step_flops: of one plain step.
+    full resolution. The VAE and the text encoders are in neither. plain_step_flops: of one plain step, plain_tokens: its
+    image tokens, of one sample.
     active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
@@ -41,6 +42,7 @@ class SpecEditStats:
     nfe: int = 0
     draft_nfe: int = 0
     plain_step_flops: int = 0
+    plain_tokens: int = 0
     active: list[float] = field(default_factory=list)
     edited: list[float] = field(default_factory=list)
     fallbacks: list[str | None] = field(default_factory=list)
@@ -81,8 +83,8 @@ def group_steps(stats: SpecEditStats) -> list[tuple[str, float, int]]:
 class SpecEditPipelineOutput(BaseOutput):
     """Output of a SpecEdit pipeline.
 
-    images: as FluxKontextPipeline gives them for the `output_type`.
-    mask: bool [B, rows, columns], the edit region on the fine token grid (16 pixels a side for FLUX).
+    images: as the diffusers pipeline gives them for the `output_type`.
+    mask: bool [B, rows, columns], the edit region on the fine token grid (16 pixels a side).
     scores: fp32 [B, rows, columns], the discrepancy on the same grid; None where a mask was given.
     stats: SpecEditStats.
     """

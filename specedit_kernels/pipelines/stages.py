@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a SpecEdit run on a FLUX.1-Kontext model, under the paper's names (arXiv 2605.02152).
+"""The stages of a SpecEdit run on any model that has an adapter, under the paper's names (arXiv 2605.02152).
 
 draft -> verify -> select -> expand -> mixed-resolution steps -> finish. The state that goes from stage to stage is a
 latent image [B, C, H, W] at one noise level. Nothing in a step loop waits for the device; `select` reads a few counts
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .. import ops
 from ..sampling import noise as algebra
-from ..sampling.flops import transformer_flops
 from ..sampling.grid import (
     PATCH,
     Grid,
@@ -34,51 +33,51 @@ from ..sampling.grid import (
     token_positions,
     unpack,
 )
-from ..sampling.layout import (
-    SequenceLayout,
-    build_layout,
-    sequence_length,
-    table_key_bias,
-    table_positions,
-)
-from .attention import AttentionLayout
+from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length
 from .config import SpecEditConfig
+from .model import EditModel, Pictures, Text
 from .output import SpecEditStats, StageClock, StepRecord
+from .vae import KLCodec, QwenCodec
 
 logger = logging.getLogger("specedit_kernels")
 
 
-@dataclass
-class Guidance:
-    """Text side of one guidance branch: embeddings [B, T, E], pooled [B, P], ids [T, 3]."""
+@dataclass(frozen=True)
+class Reference:
+    """A picture that the model sees as clean condition tokens.
 
-    embeds: Tensor
-    pooled: Tensor
-    text_ids: Tensor
+    pixels: in [-1, 1], [n, 3, h, w], n divides the batch; latents: its clean ones, [B, C, 2*rows, 2*columns].
+    """
+
+    pixels: Tensor
+    latents: Tensor
+
+    @property
+    def grid(self) -> Grid:
+        return self.latents.shape[-2] // PATCH, self.latents.shape[-1] // PATCH
 
 
 @dataclass
 class Run:
     """All that the stages of one call share.
 
-    source: clean latents of the source on the fine grid, [B, C, 2*rows, 2*columns]; pixels: its pictures in [-1, 1],
-    [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`. encode: pixels
-    [n, ...] -> clean latents [B, ...].
+    source: clean latents of the edited picture on the fine grid, [B, C, 2*rows, 2*columns]; pixels: its pictures in
+    [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
+    references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
+    target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
     on_step: called after each step of the main trajectory with (index, timestep, tokens); gives the next tokens.
     """
 
-    transformer: torch.nn.Module
-    vae: torch.nn.Module
+    model: EditModel
     config: SpecEditConfig
     grid: Grid
     source: Tensor
     pixels: Tensor
+    references: tuple[Reference, ...]
     noise: Tensor
-    positive: Guidance
-    negative: Guidance | None
+    positive: Text
+    negative: Text | None
     true_cfg_scale: float
-    guidance: Tensor | None
-    attention_kwargs: dict[str, Any]
     encode: Callable[[Tensor], Tensor]
     generator: torch.Generator | list[torch.Generator] | None
     on_step: Callable[[int, Tensor, Tensor], Tensor]
@@ -96,51 +95,41 @@ class Run:
     def device(self) -> torch.device:
         return self.source.device
 
+    @property
+    def pictures(self) -> Pictures:
+        return Pictures(self.grid, tuple(r.grid for r in self.references), self.config.coarse_references)
+
+    @property
+    def branches(self) -> tuple[Text, ...]:
+        return (self.positive,) if self.negative is None else (self.positive, self.negative)
+
+    @property
+    def plain_tokens(self) -> int:
+        """Image tokens of a plain step, of one sample."""
+        return sum(math.prod(grid) for grid in (self.grid, *(r.grid for r in self.references)))
+
     def fresh_noise(self, shape: Sequence[int]) -> Tensor:
         """White fp32 noise from the call's generators."""
         return randn_tensor(tuple(shape), generator=self.generator, device=self.device, dtype=torch.float32)
 
-    def flops(self, tokens: Sequence[int]) -> int:
-        """Useful FLOPs of one step over sequences with that many image tokens."""
-        config = self.transformer.config
-        dim = config.num_attention_heads * config.attention_head_dim
-        blocks = config.num_layers + config.num_single_layers
-        branches = [self.positive] + ([self.negative] if self.negative is not None else [])
-        return sum(
-            transformer_flops(b.embeds.shape[1] + n, b.embeds.shape[1] + n, dim, blocks)
-            for n in tokens
-            for b in branches
-        )
+    def flops(self, tokens: Sequence[int], keys: Sequence[int] | None = None) -> int:
+        """Useful FLOPs of one step over sequences with that many image tokens, which attend to `keys` of them."""
+        pairs = zip(tokens, tokens if keys is None else keys)
+        return sum(self.model.flops(text, n, m) for n, m in pairs for text in self.branches)
 
-    def velocity(
-        self, tokens: Tensor, timestep: Tensor, ids: Tensor, layouts: dict[int, AttentionLayout] | None
-    ) -> Tensor:
-        """The model's velocity for image tokens [B, S, 4C] at a timestep in [0, 1000] (0-dim tensor)."""
+    def velocity(self, tokens: Tensor, timestep: Tensor, layouts: Sequence[Any], first: int | None = None) -> Tensor:
+        """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
 
-        def branch(text: Guidance) -> Tensor:
-            kwargs = dict(self.attention_kwargs)
-            if layouts is not None:
-                kwargs["specedit_layout"] = layouts[text.embeds.shape[1]]
-            return self.transformer(
-                hidden_states=tokens,
-                timestep=timestep.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
-                guidance=self.guidance,
-                pooled_projections=text.pooled,
-                encoder_hidden_states=text.embeds,
-                txt_ids=text.text_ids,
-                img_ids=ids,
-                joint_attention_kwargs=kwargs,
-                return_dict=False,
-            )[0]
+        timestep: in [0, 1000], 0-dim. layouts: the model's, one for each branch.
+        """
+        found = [
+            self.model.velocity(text, tokens, timestep, layout)[:, :first]
+            for text, layout in zip(self.branches, layouts)
+        ]
+        return found[0] if len(found) == 1 else self.model.guide(*found, self.true_cfg_scale)
 
-        velocity = branch(self.positive)
-        if self.negative is not None:
-            negative = branch(self.negative)
-            velocity = negative + self.true_cfg_scale * (velocity - negative)
-        return velocity
-
-    def record(self, stage: str, level: float, tokens: Sequence[int]) -> None:
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens)))
+    def record(self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None) -> None:
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, keys)))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
@@ -152,42 +141,33 @@ def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
-def _dense_ids(grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Ids [2N, 3] of target and condition tokens that lie on one grid."""
-    place = token_positions(grid, device)
-    target = torch.cat([torch.zeros_like(place[:, :1]), place], dim=1)
-    condition = target.clone()
-    condition[:, 0] = 1
-    return torch.cat([target, condition]).to(dtype)
-
-
 def dense_steps(
-    run: Run, state: Tensor, levels: Sequence[float], condition: Tensor, stage: str, main: bool = True
+    run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Plain steps on one grid: every token of `state` is computed, with `condition` (same shape) behind it.
+    """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
 
     Returns (the state at the last level, the clean estimate x - s v at the last step's start); both as latent images.
     """
-    grid = (state.shape[-2] // PATCH, state.shape[-1] // PATCH)
-    tokens, behind = pack(state), pack(condition)
-    ids = _dense_ids(grid, run.device, tokens.dtype)
+    grids = [(x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in (state, *condition)]
+    tokens, behind = pack(state), [pack(x) for x in condition]
+    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.branches]
     at = _device_levels(levels, run.device)
-    count = tokens.shape[1]
+    count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     estimate = tokens
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
-        velocity = run.velocity(torch.cat([tokens, behind], dim=1), timestep, ids, None)[:, :count]
+        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), timestep, layouts, count)
         estimate = euler(tokens, velocity, -at[i])
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
-        run.record(stage, levels[i], [2 * count] * run.batch)
+        run.record(stage, levels[i], [total] * run.batch)
         if main:
             tokens = run.on_step(run.step, timestep, tokens)
             run.step += 1
         else:
             run.on_draft_step()
-    return unpack(tokens, grid), unpack(estimate, grid)
+    return unpack(tokens, grids[0]), unpack(estimate, grids[0])
 
 
 @dataclass(frozen=True)
@@ -198,16 +178,32 @@ class Draft:
     source: Tensor
 
 
+def _encode_at(run: Run, pixels: Tensor, grid: Grid) -> Tensor:
+    """Clean latents of pixels that are brought to a smaller token grid first."""
+    token = run.model.codec.token
+    size = (grid[0] * token, grid[1] * token)
+    return run.encode(F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(-1, 1))
+
+
 def source_at(run: Run, grid: Grid) -> Tensor:
     """Clean latents of the source brought to a smaller token grid: its pixels are resized, then encoded."""
-    pixel = run.pixels.shape[-2] // run.grid[0]
-    size = (grid[0] * pixel, grid[1] * pixel)
-    small = F.interpolate(run.pixels, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-    return run.encode(small)
+    return _encode_at(run, run.pixels, grid)
+
+
+def references_at(run: Run, times: int, source: Tensor) -> list[Tensor]:
+    """Clean latents of each reference at `times` lower resolution a side.
+
+    source: the edited picture's at that resolution of the target, the first of them where the two grids are one.
+    """
+    found = [source] if run.pictures.aligned else []
+    for reference in run.references[len(found) :]:
+        rows, columns = reference.grid
+        found.append(_encode_at(run, reference.pixels, (-(-rows // times), -(-columns // times))))
+    return found
 
 
 def draft(run: Run, levels: Sequence[float]) -> Draft:
-    """The paper's draft: a whole run at 4x lower resolution a side, condition at that resolution too.
+    """The paper's draft: a whole run at 4x lower resolution a side, references at that resolution too.
 
     Its noise is that of the main trajectory, pooled twice, so that both see the same composition.
     """
@@ -221,46 +217,29 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
         coarse = padded
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
-    proposal, _ = dense_steps(run, start, levels, source, "draft", main=False)
+    behind = references_at(run, 4, source)
+    proposal, _ = dense_steps(run, start, levels, behind, "draft", main=False)
     run.stats.draft_nfe = len(levels) - 1
     return Draft(proposal, source)
 
 
-def _bring_in(module: torch.nn.Module) -> None:
-    """Offloading moves a model in when its forward is called; call this where only a part of it will be."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None and hasattr(hook, "pre_forward"):
-        hook.pre_forward(module)
-
-
-def decoder_features(vae: torch.nn.Module, latents: Tensor) -> list[Tensor]:
-    """Feature maps of the decoder's conv_in, mid_block and first up block for scaled latents [B, C, H, W]."""
-    _bring_in(vae)
-    x = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    if vae.post_quant_conv is not None:
-        x = vae.post_quant_conv(x)
-    features = []
-    for layer in (vae.decoder.conv_in, vae.decoder.mid_block, vae.decoder.up_blocks[0]):
-        x = layer(x)
-        features.append(x)
-    return features
-
-
 def discrepancy(
-    vae: torch.nn.Module, transformer: torch.nn.Module | None, metric: str, proposal: Tensor, source: Tensor, grid: Grid
+    codec: KLCodec | QwenCodec,
+    embed: Callable[[Tensor], Tensor] | None,
+    metric: str,
+    proposal: Tensor,
+    source: Tensor,
+    grid: Grid,
 ) -> Tensor:
     """Eq. 6 for one named metric: the mean over its feature maps of token_discrepancy. fp32 [B, N] in [0, 4].
 
-    proposal, source: scaled clean latents on the fine grid. `transformer` is needed for "projected" alone.
+    proposal, source: scaled clean latents on the fine grid. embed: the transformer's, needed for "projected" alone.
     """
     if metric == "decoder":
-        pairs = list(zip(decoder_features(vae, proposal), decoder_features(vae, source)))
+        pairs = list(zip(codec.features(proposal), codec.features(source)))
     else:
         a, b = pack(proposal), pack(source)
-        if metric == "projected":
-            _bring_in(transformer)
-            a, b = transformer.x_embedder(a), transformer.x_embedder(b)
-        pairs = [(a, b)]
+        pairs = [(embed(a), embed(b))] if metric == "projected" else [(a, b)]
     scores = [ops.token_discrepancy(a, b, grid) for a, b in pairs]
     return scores[0] if len(scores) == 1 else torch.stack(scores).mean(dim=0)
 
@@ -279,7 +258,8 @@ def verify(run: Run, draft: Draft) -> Tensor:
         return F.interpolate(latents.float(), size=size, mode="bilinear", align_corners=False).to(latents.dtype)
 
     reference = run.source if run.config.reference == "literal" else bring_up(draft.source)
-    return discrepancy(run.vae, run.transformer, run.config.metric, bring_up(draft.proposal), reference, run.grid)
+    model, metric = run.model, run.config.metric
+    return discrepancy(model.codec, model.embed, metric, bring_up(draft.proposal), reference, run.grid)
 
 
 @dataclass(frozen=True)
@@ -367,6 +347,8 @@ class MixedState:
 
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
+    layouts: the model's, one for each guidance branch. first: slots, the sequence's first ones, that hold all fine
+    target tokens of every sample. first_layouts: the model's for these alone, over cached keys and values.
     """
 
     tokens: Tensor
@@ -374,30 +356,10 @@ class MixedState:
     free: Tensor
     drift: Tensor
     layout: SequenceLayout
-    attention: dict[int, AttentionLayout]
+    layouts: list[Any]
     lengths: tuple[int, ...]
-
-
-def _attention_layouts(run: Run, layout: SequenceLayout, lengths: Sequence[int]) -> dict[int, AttentionLayout]:
-    """Rotary tables, key bias and lengths of [text | slots], by length of the text."""
-    b, capacity = run.batch, layout.capacity
-    cos, sin = run.transformer.pos_embed(table_positions(run.grid, run.device))
-    bias = table_key_bias(run.grid, run.device)
-
-    def in_order(rows: Tensor) -> Tensor:
-        return ops.gather_tokens(rows[None].expand(b, *rows.shape), layout.index, capacity)
-
-    cos, sin, bias = in_order(cos), in_order(sin), in_order(bias[:, None])[..., 0]
-    out = {}
-    for text in {g.embeds.shape[1] for g in (run.positive, run.negative) if g is not None}:
-        # text stands at the origin: rotated by nothing
-        out[text] = AttentionLayout(
-            cos=F.pad(cos, (0, 0, text, 0), value=1.0),
-            sin=F.pad(sin, (0, 0, text, 0)),
-            key_bias=F.pad(bias, (text, 0)) if run.config.key_bias else None,
-            lengths=None if min(lengths) == capacity else layout.lengths + text,
-        )
-    return out
+    first: int
+    first_layouts: list[Any]
 
 
 def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Selection) -> MixedState:
@@ -407,17 +369,24 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     Unless unselected="coarse" leaves them to the model (with the full finish), the coarse tokens are the source's,
     noised to the level, and follow it from here on.
     """
-    config = run.config
+    config, pictures = run.config, run.pictures
     source_coarse = pool(run.source)
     drift = None
     if config.finish == "locked" or config.unselected == "source":
         noise = algebra.pool_noise(run.noise)
         coarse = algebra.noised(source_coarse, level, noise).to(run.source.dtype)
         drift = noise - source_coarse
-    table = torch.cat([pack(x) for x in (fine, coarse, run.source, source_coarse)], dim=1)
-    sizes = [sequence_length(c, run.grid, config.coarse_condition) for c in selection.counts]
-    lengths = tuple(size for _, size in sizes)
-    layout = build_layout(selection.order, selection.count, run.grid, max(lengths), config.coarse_condition)
+    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
+    if pictures.coarse_others:
+        others = [pool(x) for x in others]
+    table = torch.cat([pack(x) for x in (fine, coarse, run.source, source_coarse, *others)], dim=1)
+    parts = dict(
+        coarse_condition=config.coarse_condition,
+        condition=pictures.aligned,
+        others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others),
+    )
+    lengths = tuple(sequence_length(c, run.grid, **parts)[1] for c in selection.counts)
+    layout = build_layout(selection.order, selection.count, run.grid, max(lengths), **parts)
     capacity = layout.capacity
     tokens = ops.gather_tokens(table, layout.index, capacity)
     if drift is None:
@@ -427,23 +396,38 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         n = math.prod(run.grid)
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype))
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
-    attention = _attention_layouts(run, layout, lengths)
-    return MixedState(tokens, table, free[..., None], moves, layout, attention, lengths)
+    padded = min(lengths) < capacity
+    cached, first = config.kv_refresh > 1, CHILDREN * max(selection.counts)
+    layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias, cached) for text in run.branches]
+    first_layouts = []
+    if cached:
+        first_layouts = [run.model.first_layout(text, x, first) for text, x in zip(run.branches, layouts)]
+    return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths, first, first_layouts)
 
 
 def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
-    """Steps on the mixed sequence, in place of `state.tokens`."""
+    """Steps on the mixed sequence, in place of `state.tokens`.
+
+    Every kv_refresh-th computes it whole and leaves keys and values behind. The steps between ("active") compute the
+    text and the fine target tokens alone, over the keys and values that the others had then; the others follow the
+    source, so nothing but their keys and values is missing.
+    """
     at = _device_levels(levels, run.device)
-    # the model makes one rotary table for the whole batch from these; the processor takes each sample's from the layout
-    ids = torch.zeros(state.layout.capacity, 3, device=run.device, dtype=state.tokens.dtype)
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
-        velocity = run.velocity(state.tokens, timestep, ids, state.attention)
-        velocity = torch.where(state.free, velocity, state.drift)
+        if i % run.config.kv_refresh == 0:
+            velocity = run.velocity(state.tokens, timestep, state.layouts)
+            velocity = torch.where(state.free, velocity, state.drift)
+            run.record("mixed", levels[i], state.lengths)
+        else:
+            n = state.first
+            velocity = run.velocity(state.tokens[:, :n], timestep, state.first_layouts)
+            velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
+            velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
+            run.record("active", levels[i], [min(n, length) for length in state.lengths], state.lengths)
         state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
-        run.record("mixed", levels[i], state.lengths)
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
 
@@ -478,7 +462,7 @@ def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[floa
     topped = algebra.top_up(fine.float(), level, to, run.fresh_noise(fine.shape))
     mask = _on_pixels(selection.active, run.grid, PATCH)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
-    return dense_steps(run, joined, levels, run.source, "full")[0]
+    return dense_steps(run, joined, levels, [r.latents for r in run.references], "full")[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:

@@ -3,16 +3,18 @@
 
 All rows a step may use form one table per sample:
 
-    [ target fine N | target coarse N/4 | condition fine N | condition coarse N/4 ]
+    [ target fine N | target coarse N/4 | condition fine N | condition coarse N/4 | others ]
 
 A sample's sequence takes the fine rows of its active blocks and the coarse rows of the others, for the target and then
-for the condition, and is padded at its end to the longest of the batch. Everything here is computed on the device from
-the block order and counts that `select_tokens` gives; only the capacity (one number) has to be known on the host.
+for the condition, then all rows of further pictures (their own grids, one resolution), and is padded at its end to the
+longest of the batch. Everything here is computed on the device from the block order and counts that `select_tokens`
+gives; only the capacity (one number) has to be known on the host.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +25,25 @@ from .grid import BLOCK, Grid, block_positions, coarse_grid, token_positions
 CHILDREN = BLOCK * BLOCK
 
 
-def table_rows(grid: Grid) -> int:
-    """Rows of the table for a fine grid: twice N + N/4."""
+def picture_rows(grid: Grid, coarse: bool) -> int:
+    """Rows of a further picture: its fine tokens, or its blocks."""
+    return math.prod(coarse_grid(grid) if coarse else grid)
+
+
+def table_rows(grid: Grid, others: int = 0) -> int:
+    """Rows of the table for a fine grid: twice N + N/4, and those of further pictures."""
     blocks = math.prod(coarse_grid(grid))
-    return 2 * (blocks * CHILDREN + blocks)
+    return 2 * (blocks * CHILDREN + blocks) + others
 
 
-def sequence_length(active_blocks: int, grid: Grid, coarse_condition: bool = True) -> tuple[int, int]:
-    """(target, target + condition) tokens of a sample with that many active blocks."""
+def sequence_length(
+    active_blocks: int, grid: Grid, coarse_condition: bool = True, condition: bool = True, others: int = 0
+) -> tuple[int, int]:
+    """(target, all) tokens of a sample with that many active blocks; the arguments are those of `build_layout`."""
     blocks = math.prod(coarse_grid(grid))
     target = blocks + (CHILDREN - 1) * active_blocks
-    return target, target + (target if coarse_condition else blocks * CHILDREN)
+    behind = (target if coarse_condition else blocks * CHILDREN) if condition else 0
+    return target, target + behind + others
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,20 @@ def _half(slot: Tensor, order: Tensor, count: Tensor, grid: Grid) -> Tensor:
 
 
 def build_layout(
-    order: Tensor, count: Tensor, grid: Grid, capacity: int, coarse_condition: bool = True
+    order: Tensor,
+    count: Tensor,
+    grid: Grid,
+    capacity: int,
+    coarse_condition: bool = True,
+    condition: bool = True,
+    others: int = 0,
 ) -> SequenceLayout:
     """Lay out a batch of mixed-resolution sequences. No host synchronisation.
 
     order: int [B, blocks], the blocks, active ones first (`index` of select_tokens on the coarse grid).
     count: int [B], active blocks. grid: the fine grid. capacity: slots, at least the batch's longest `sequence_length`.
-    coarse_condition: False keeps all N condition tokens fine.
+    coarse_condition: False keeps all N condition tokens fine. condition: False leaves them out, where no picture lies
+    on the target's grid. others: rows of further pictures at the table's end.
     """
     blocks = math.prod(coarse_grid(grid))
     if order.ndim != 2 or order.shape[1] != blocks:
@@ -97,35 +114,53 @@ def build_layout(
     target = blocks + (CHILDREN - 1) * count
     behind = slot - target
     if coarse_condition:
-        condition, condition_row = target, _half(behind, order, count, grid)
+        length, row = target, _half(behind, order, count, grid)
     else:
-        condition, condition_row = torch.full_like(target, blocks * CHILDREN), behind
-    index = torch.where(slot < target, _half(slot, order, count, grid), half_rows + condition_row)
-    index = torch.where(slot < target + condition, index, torch.full_like(index, -1))
+        length, row = torch.full_like(target, blocks * CHILDREN), behind
+    if not condition:
+        length = torch.zeros_like(target)
+    # a further picture's rows follow one another in the table and in the sequence alike
+    index = torch.where(behind < length, half_rows + row, 2 * half_rows + behind - length)
+    index = torch.where(slot < target, _half(slot, order, count, grid), index)
+    index = torch.where(behind < length + others, index, torch.full_like(index, -1))
     return SequenceLayout(
         index=index.int(),
-        lengths=(target + condition)[:, 0].int(),
+        lengths=(target + length + others)[:, 0].int(),
         target_lengths=target[:, 0].int(),
         fine_lengths=(CHILDREN * count)[:, 0].int(),
         grid=grid,
     )
 
 
-def table_positions(grid: Grid, device: torch.device | str | None = None) -> Tensor:
+def table_positions(
+    grid: Grid,
+    device: torch.device | str | None = None,
+    others: Sequence[tuple[int, Grid]] = (),
+    coarse_others: bool = False,
+) -> Tensor:
     """Position ids of the table's rows, fp32 [rows, 3]: (0 target | 1 condition, row, column) in fine units.
 
-    A coarse row stands at its block's centre.
+    A coarse row stands at its block's centre. others: (picture, fine grid) of each further one; its rows have the
+    picture's number in place of 0 or 1. coarse_others: they are coarse.
     """
     place = torch.cat([token_positions(grid, device), block_positions(grid, device)])
-    half = torch.cat([torch.zeros_like(place[:, :1]), place], dim=1)
-    other = half.clone()
-    other[:, 0] = 1
-    return torch.cat([half, other])
+    parts = [(0, place), (1, place)]
+    parts += [(i, block_positions(g, device) if coarse_others else token_positions(g, device)) for i, g in others]
+    return torch.cat([torch.cat([torch.full_like(p[:, :1], i), p], dim=1) for i, p in parts])
 
 
-def table_key_bias(grid: Grid, device: torch.device | str | None = None) -> Tensor:
-    """Natural log of each table row's multiplicity, fp32 [rows]: 0 for a fine row, log 4 for a coarse one."""
+def table_key_bias(
+    grid: Grid,
+    device: torch.device | str | None = None,
+    others: Sequence[Grid] = (),
+    coarse_others: bool = False,
+) -> Tensor:
+    """Natural log of each table row's multiplicity, fp32 [rows]: 0 for a fine row, log 4 for a coarse one.
+
+    others, coarse_others: fine grids of further pictures, and whether they are coarse.
+    """
     blocks = math.prod(coarse_grid(grid))
     half = torch.zeros(blocks * (CHILDREN + 1), device=device)
     half[blocks * CHILDREN :] = math.log(CHILDREN)
-    return half.repeat(2)
+    rows = sum(picture_rows(g, coarse_others) for g in others)
+    return torch.cat([half, half, half.new_full((rows,), math.log(CHILDREN) if coarse_others else 0.0)])

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages ask of a model: one adapter for each, and all they share behind it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..sampling.flops import transformer_flops
+from ..sampling.grid import Grid
+from ..sampling.layout import SequenceLayout, table_key_bias
+from .vae import bring_in, codec_of
+
+
+@dataclass
+class Text:
+    """Text side of one guidance branch. embeds: [B, T, E]; an adapter's own kind has more."""
+
+    embeds: Tensor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Which pictures a full-resolution sequence shows, in its order: the target, then the references.
+
+    target: the target's fine grid. references: the fine grid of each reference, the edited one first.
+    aligned: whether the edited one lies on the target's grid; then, and only then, its condition tokens can be fine
+        where the target's are and coarse where they are coarse. All others keep one resolution in the mixed steps.
+    coarse_others: whether those others are coarse there.
+    """
+
+    target: Grid
+    references: tuple[Grid, ...]
+    coarse_others: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        return self.references[0] == self.target
+
+    @property
+    def others(self) -> tuple[tuple[int, Grid], ...]:
+        """(place in the sequence, fine grid) of each reference that is not laid out with the target."""
+        first = 1 if self.aligned else 0
+        return tuple((i + 1, g) for i, g in enumerate(self.references) if i >= first)
+
+
+class EditModel(ABC):
+    """A transformer and its autoencoder, as the stages see them.
+
+    A layout is what an adapter makes for one branch's text and one kind of sequence, and what it gets back with the
+    tokens of that sequence; the stages do not look into it.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, vae: torch.nn.Module):
+        self.transformer = transformer
+        self.codec = codec_of(vae)
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Transformer blocks, for counting FLOPs."""
+
+    @abstractmethod
+    def dense_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid]) -> Any:
+        """Layout of whole pictures: the target's grid, then each reference's, all at one reduction of `pictures`."""
+
+    @abstractmethod
+    def mixed_layout(
+        self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> Any:
+        """Layout of a mixed-resolution sequence.
+
+        padded: some slots are empty. key_bias: weigh coarse keys. cached: keep keys and values, for `first_layout`.
+        """
+
+    @abstractmethod
+    def first_layout(self, text: Text, layout: Any, first: int) -> Any:
+        """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all."""
+
+    @abstractmethod
+    def velocity(self, text: Text, tokens: Tensor, timestep: Tensor, layout: Any) -> Tensor:
+        """Velocity for image tokens [B, S, 4C] at a timestep in [0, 1000] (0-dim tensor): the shape of tokens."""
+
+    @abstractmethod
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """True classifier-free guidance of two velocities of one shape."""
+
+    @abstractmethod
+    def embedder(self) -> torch.nn.Module:
+        """The layer that brings packed tokens to the transformer's width."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The transformer's embedding of packed tokens: [B, N, 4C] -> [B, N, width]."""
+        bring_in(self.transformer)
+        return self.embedder()(tokens)
+
+    def flops(self, text: Text, tokens: int, keys: int | None = None) -> int:
+        """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them."""
+        config = self.transformer.config
+        length = text.embeds.shape[1]
+        keys = length + (tokens if keys is None else keys)
+        dim = config.num_attention_heads * config.attention_head_dim
+        return transformer_flops(length + tokens, keys, dim, self.blocks)
+
+
+def in_order(rows: Tensor, layout: SequenceLayout) -> Tensor:
+    """Values of the table's rows [rows, ...] in the order of each sample's sequence: [B, capacity, ...]."""
+    batch = layout.index.shape[0]
+    return ops.gather_tokens(rows[None].expand(batch, *rows.shape), layout.index, layout.capacity)
+
+
+def key_bias_in_order(pictures: Pictures, layout: SequenceLayout) -> Tensor:
+    """Natural log of each slot's multiplicity: fp32 [B, capacity]."""
+    others = tuple(grid for _, grid in pictures.others)
+    bias = table_key_bias(pictures.target, layout.index.device, others, pictures.coarse_others)
+    return in_order(bias[:, None], layout)[..., 0]

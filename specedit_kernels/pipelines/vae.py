@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between the autoencoders: scaling of latents, the axis of frames, the decoder's first layers."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from torch import Tensor
+
+from ..sampling.grid import PATCH
+
+
+def bring_in(module: torch.nn.Module) -> None:
+    """Offloading moves a model in when its forward is called; call this where only a part of it will be."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and hasattr(hook, "pre_forward"):
+        hook.pre_forward(module)
+
+
+def _decoder_features(decoder: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    features = []
+    for layer in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0]):
+        x = layer(x)
+        features.append(x)
+    return features
+
+
+class KLCodec:
+    """AutoencoderKL, as FLUX has it: latents have one scale and one shift.
+
+    Latents are clean, scaled ones, [B, C, H, W]. token: pixels a side of one fine token.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        self.vae = vae
+        self.token = PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, h, w] -> latents, the mode of the posterior."""
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels in [-1, 1], [B, 3, h, w]."""
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block."""
+        bring_in(self.vae)
+        x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        if self.vae.post_quant_conv is not None:
+            x = self.vae.post_quant_conv(x)
+        return _decoder_features(self.vae.decoder, x)
+
+
+class QwenCodec:
+    """AutoencoderKLQwenImage: a causal video autoencoder with one frame, a mean and a deviation for each channel.
+
+    Latents are clean, normalised ones, [B, C, H, W]; the axis of frames is added and taken away here.
+    """
+
+    def __init__(self, vae: AutoencoderKLQwenImage):
+        self.vae = vae
+        self.token = PATCH * 2 ** len(vae.temperal_downsample)
+
+    def _channels(self, values: list[float], like: Tensor) -> Tensor:
+        return torch.tensor(values).view(1, -1, 1, 1, 1).to(like.device, like.dtype)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, h, w] -> latents, the mode of the posterior."""
+        latents = self.vae.encode(pixels[:, :, None]).latent_dist.mode()
+        mean = self._channels(self.vae.config.latents_mean, latents)
+        return ((latents - mean) / self._channels(self.vae.config.latents_std, latents))[:, :, 0]
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        # a division by the rounded reciprocal: the pipelines of diffusers do so, and their bits are ours
+        x = latents[:, :, None].to(self.vae.dtype)
+        reciprocal = 1.0 / self._channels(self.vae.config.latents_std, x)
+        return x / reciprocal + self._channels(self.vae.config.latents_mean, x)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels in [-1, 1], [B, 3, h, w]."""
+        return self.vae.decode(self._unscaled(latents), return_dict=False)[0][:, :, 0]
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block.
+
+        A first frame sees zeros before it, so the layers need no cache of earlier frames.
+        """
+        bring_in(self.vae)
+        x = self.vae.post_quant_conv(self._unscaled(latents))
+        return [f[:, :, 0] for f in _decoder_features(self.vae.decoder, x)]
+
+
+CODECS = {AutoencoderKL: KLCodec, AutoencoderKLQwenImage: QwenCodec}
+
+
+def codec_of(vae: torch.nn.Module) -> KLCodec | QwenCodec:
+    """The codec of an autoencoder. TypeError for one that is not supported."""
+    for kind, codec in CODECS.items():
+        if isinstance(vae, kind):
+            return codec(vae)
+    names = " or ".join(kind.__name__ for kind in CODECS)
+    raise TypeError(f"vae: expected {names}, got {type(vae).__name__}")
