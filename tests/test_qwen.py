@@ -397,6 +397,19 @@ def test_a_batch_of_two_is_two_runs_of_one(finish, guided, zero):
         assert both.stats.steps[3].tokens[i] == alone.stats.steps[3].tokens[0]
 
 
+def test_images_of_a_prompt_stand_together(edit):
+    images, masks = [tiny_image(), tiny_image(seed=1)], [half_mask(2), half_mask(6)]
+    call = options(True, batch=2, specedit=SpecEditConfig(stages=(1, 2, 1)))
+    four = edit(
+        image=images, mask_image=masks, num_images_per_prompt=2, generator=[seeded(i) for i in range(4)], **call
+    )
+    for i in range(4):
+        row = i // 2
+        one = {k: v[row : row + 1] if k.endswith(("embeds", "mask")) else v for k, v in call.items()}
+        alone = edit(image=images[row], mask_image=masks[row], generator=seeded(i), **one)
+        assert torch.allclose(four.images[i], alone.images[0], atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("metric", ["decoder", "latent", "projected"])
 def test_matched_verify_is_zero_where_the_draft_is_the_source(edit, metric):
