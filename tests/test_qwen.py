@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SpecEditQwenImageEditPipeline and its Plus on tiny models with random weights: exactness, positions, references."""
 
+import functools
 import logging
 import math
 
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline  # noqa: E402
+from diffusers import QwenImageEditPipeline, QwenImagePipeline  # noqa: E402
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus  # noqa: E402
 from tiny_models import TinyVisionProcessor, qwen_text, tiny_image, tiny_qwen, tiny_vision_encoder  # noqa: E402
 
@@ -76,17 +77,26 @@ def options(guided=False, padded=3, batch=1, **changes):
     return {**text, "output_type": "latent", **changes}
 
 
+# (Plus, zero_cond_t), and with what the model sees; "elsewhere": the edited picture is not on the output's grid
 MODELS = [(plus, zero) for plus in (False, True) for zero in (False, True)]
+SEEN = [(*model, seen) for model in MODELS for seen in ("one", "two", "elsewhere") if model[0] or seen != "two"]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{'plus' if p[0] else 'edit'}-zero{int(p[1])}")
-def plain(request):
-    return tiny_qwen(*request.param)
+@functools.cache
+def pair(plus, zero):
+    """(the stock pipeline, SpecEdit on the same components)."""
+    plain = tiny_qwen(plus, zero)
+    return plain, enabled(plain)
 
 
-@pytest.fixture(scope="module")
-def pipe(plain):
-    return enabled(plain)
+def image_of(plus, seen):
+    image = {"one": pictures(1), "two": pictures(2), "elsewhere": [tiny_image(96, 160)]}[seen]
+    return image if plus else image[0]
+
+
+@pytest.fixture(params=MODELS, ids=lambda p: f"{'plus' if p[0] else 'edit'}-zero{int(p[1])}")
+def pipe(request):
+    return pair(*request.param)[1]
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +113,10 @@ def plus():
 
 
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("references", [1, 2])
-def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plain, pipe, references, guided):
-    several = isinstance(plain, QwenImageEditPlusPipeline)
-    if references == 2 and not several:
-        pytest.skip("QwenImageEditPipeline has one reference")
-    image = pictures(references) if several else tiny_image()
-    call = options(guided, image=image, height=128, width=128, num_images_per_prompt=2)
+@pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
+def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plus, zero, seen, guided):
+    plain, pipe = pair(plus, zero)
+    call = options(guided, image=image_of(plus, seen), height=128, width=128, num_images_per_prompt=2)
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
     out = pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **call)
     assert out.stats.fallback == "dense" and out.mask.all()
@@ -252,31 +259,20 @@ def mixed_state(run, count, level=0.7):
 
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("references", ["one", "two", "elsewhere"])
-def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(pipe, references, guided):
-    several = isinstance(pipe, QwenImageEditPlusPipeline)
-    if references == "two" and not several:
-        pytest.skip("QwenImageEditPipeline has one reference")
-    # elsewhere: the edited picture is not on the output's grid
-    image = {"one": pictures(1), "two": pictures(2), "elsewhere": [tiny_image(96, 160)]}[references]
-    run = make_run(
-        pipe,
-        SpecEditConfig(stages=(0, 2, 1)),
-        guided=guided,
-        image=image if several else image[0],
-        height=128,
-        width=128,
-    )
+@pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
+def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(plus, zero, seen, guided):
+    shape = dict(image=image_of(plus, seen), height=128, width=128)
+    run = make_run(pair(plus, zero)[1], SpecEditConfig(stages=(0, 2, 1)), guided=guided, **shape)
     fine, state = mixed_state(run, 16)
     latents = [r.latents for r in run.references]
-    seen = [(x.shape[-2] // 2, x.shape[-1] // 2) for x in (fine, *latents)]
-    layouts = [run.model.dense_layout(text, run.pictures, seen) for text in run.branches]
+    grids_of = [(x.shape[-2] // 2, x.shape[-1] // 2) for x in (fine, *latents)]
+    layouts = [run.model.dense_layout(text, run.pictures, grids_of) for text in run.branches]
     at = torch.tensor(700.0)
     mixed = run.velocity(state.tokens, at, state.layouts)
     dense = run.velocity(torch.cat([grids.pack(x) for x in (fine, *latents)], dim=1), at, layouts)
     # rows of the table -> rows of the dense sequence: it has no coarse rows, and no condition half where not aligned
     row = state.layout.index.long()
-    gap = 32 if references == "elsewhere" else 0
+    gap = 32 if seen == "elsewhere" else 0
     row = torch.where(row >= 160, row - 32 - (64 if gap else 0), torch.where(row >= 80, row - 16, row))
     assert state.layout.capacity == dense.shape[1]
     in_order = dense.gather(1, row[..., None].expand_as(dense))
@@ -409,6 +405,19 @@ def test_a_batch_of_two_is_two_runs_of_one(finish, guided, zero):
         assert torch.allclose(both.images[i], alone.images[0], atol=1e-5)
         assert torch.equal(both.mask[i], alone.mask[0])
         assert both.stats.steps[3].tokens[i] == alone.stats.steps[3].tokens[0]
+
+
+def test_images_of_a_prompt_stand_together(edit):
+    images, masks = [tiny_image(), tiny_image(seed=1)], [half_mask(2), half_mask(6)]
+    call = options(True, batch=2, specedit=SpecEditConfig(stages=(1, 2, 1)))
+    four = edit(
+        image=images, mask_image=masks, num_images_per_prompt=2, generator=[seeded(i) for i in range(4)], **call
+    )
+    for i in range(4):
+        row = i // 2
+        one = {k: v[row : row + 1] if k.endswith(("embeds", "mask")) else v for k, v in call.items()}
+        alone = edit(image=images[row], mask_image=masks[row], generator=seeded(i), **one)
+        assert torch.allclose(four.images[i], alone.images[0], atol=1e-5)
 
 
 @torch.no_grad()
@@ -597,7 +606,7 @@ def test_compiled_blocks_without_a_graph_break():
     call = options(padded=0, image=tiny_image(), mask_image=half_mask(3), specedit=config)
     expected = pipe(generator=seeded(), **call).images
     torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=True)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.allclose(pipe(generator=seeded(), **call).images, expected, atol=1e-5)
 
 
@@ -632,6 +641,7 @@ def test_max_area_is_that_of_source_and_output(edit, plus, monkeypatch):
         (dict(image=[]), ValueError, "image: expected at least one picture"),
         (dict(image=[tiny_image(), np.zeros((8, 8, 3))]), TypeError, "image: expected .* got ndarray at 1"),
         (dict(image=[tiny_image(), tiny_image()]), ValueError, "image: expected 1 or as many"),
+        (dict(image=tiny_image().convert("L")), ValueError, "image: expected pictures with 3 channels .* got 1 "),
         (dict(specedit="fast"), TypeError, "specedit: expected SpecEditConfig"),
         (dict(specedit=SpecEditConfig(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
         (dict(latents=torch.zeros(1, 3, 64)), ValueError, r"latents: expected \(1, 64, 64\)"),

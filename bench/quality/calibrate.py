@@ -318,7 +318,7 @@ def main():
     add_arguments(parser, "out/calibration")
     parser.add_argument("--part", choices=("thresholds", "stages", "both"), default="both")
     parser.add_argument("--threshold", type=float, help="of the stages' runs; default: the one just recommended")
-    parser.add_argument("--presets", type=int, nargs="+", choices=tuple(PRESETS), default=sorted(PRESETS),
+    parser.add_argument("--presets", type=int, nargs="+", choices=tuple(FULL_SPLITS), default=sorted(FULL_SPLITS),
                         help="whose splits to try")
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run")
     args = parser.parse_args()

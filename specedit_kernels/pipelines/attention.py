@@ -21,7 +21,7 @@ class AttentionLayout:
 
     cos, sin: fp32 [B, S, head dim], rotary tables, each sample its own. key_bias: fp32 [B, S] or None.
     lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
-    two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None where all have one.
+    two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None: all have one.
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
     A call that brings the whole sequence fills it; one that brings its first slots alone, with `first` of them, text
     included, renews those and attends to all.

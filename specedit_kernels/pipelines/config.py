@@ -36,6 +36,8 @@ SELECTIONS = ("score", "random", "uniform")
 # Found by bench/quality/calibrate.py on an H100 with the shipped editor two minutes before its training ended, on 143
 # calibration edits at 512 px: with "matched" the coarse and full_step drafts then have recall .93 at 20 % of the
 # tokens (quarter: .84), where the edits' own share is 7.9 %; on held-out local edits coarse has .96 at 23 %.
+# That editor is a FLUX.1-Kontext. Qwen-Image-Edit, with an autoencoder of its own, takes the same numbers for want of
+# a calibration: give `threshold` where they do not fit.
 THRESHOLDS: dict[tuple[str, str, str], float] = {
     ("decoder", "matched", "quarter"): 0.068,
     ("decoder", "matched", "coarse"): 0.03,

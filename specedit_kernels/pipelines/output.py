@@ -30,8 +30,8 @@ class SpecEditStats:
 
     nfe: steps of the main trajectory, draft_nfe: steps of a separate draft; a step with true guidance counts once.
     flops, plain_flops: useful transformer FLOPs of this run (draft included), and of a plain run with the same nfe at
-    full resolution. The VAE and the text encoders are in neither. plain_step_flops: of one plain step, plain_tokens: its
-    image tokens, of one sample.
+    full resolution. The VAE and the text encoders are in neither. plain_step_flops: of one plain step; plain_tokens:
+    its image tokens, of one sample.
     active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..sampling import noise as algebra
-from ..sampling.grid import BLOCK, PATCH, Grid, coarse_grid, draft_grid, pack, unpack
+from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
 from . import stages
 from .attention import wrap_processors

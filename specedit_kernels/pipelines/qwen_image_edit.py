@@ -152,7 +152,10 @@ class _SpecEditQwenMixin(SpecEditMixin):
 
         # pictures, each at its own size; the edited ones at the output's too, where tokens of both are compared
         def pixels_of(pictures: list[PIL.Image.Image], size: tuple[int, int]) -> Tensor:
-            return self.image_processor.preprocess(pictures, *size).to(device)
+            found = self.image_processor.preprocess(pictures, *size).to(device)
+            if found.shape[1] != 3:
+                raise ValueError(f"image: expected pictures with 3 channels (RGB), got {found.shape[1]} channels")
+            return found
 
         edited, own_size = references[0]
         pixels = pixels_of(edited, (height, width))

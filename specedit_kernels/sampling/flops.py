@@ -5,7 +5,7 @@ from __future__ import annotations
 
 
 def transformer_flops(queries: int, keys: int, dim: int, blocks: int) -> int:
-    """FLOPs of one pass over a FLUX-type transformer.
+    """FLOPs of one pass over a transformer of FLUX's or Qwen-Image's type.
 
     Per block 24 d^2 for each token (attention projections 8 d^2, MLP 16 d^2; double- and single-stream blocks alike)
     and 4 d for each query-key pair. Embedders, norms and the VAE are left out. For FLUX.1-Kontext (57 blocks, d = 3072,
