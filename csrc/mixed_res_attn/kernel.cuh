@@ -27,7 +27,8 @@ template <typename T, int D, bool GATHER>
 struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
-  static constexpr int kPanels = D / 64;  // a tile is stored in panels of 64 columns, 128 bytes a row
+  // A bias is written when K's buffer is free, that is when the softmax of kStages + 1 tiles before is done.
+  static constexpr int kBiasSlots = 2 * kStages;
   static constexpr int kLoaderRegisters = GATHER ? 56 : SPECEDIT_ATTN_LOADER_REGISTERS;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
@@ -42,12 +43,12 @@ struct Shared {
   T q[2][kRows * D];
   T k[S::kStages][S::kBlockN * D];
   T v[S::kStages][S::kBlockN * D];
-  float bias[kBiasSlots][4 * S::kBiasStride];
-  float bias_constant[kBiasSlots];
-  int bias_varies[kBiasSlots];
+  float bias[S::kBiasSlots][4 * S::kBiasStride];
+  float bias_constant[S::kBiasSlots];
+  int bias_varies[S::kBiasSlots];
   uint64_t q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t bias_full[kBiasSlots], tail;
+  uint64_t bias_full[S::kBiasSlots], tail;
   // The plan: lengths, first rows (packed layout) and first tile of each batch entry; how the last round is cut.
   int q_len[kMaxBatch], k_len[kMaxBatch], q_row[kMaxBatch], k_row[kMaxBatch], tile_start[kMaxBatch + 1];
   int whole, rest, parts;
@@ -265,7 +266,7 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
   constexpr int kEach = (S::kBlockN + 31) / 32;
   const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
-  Ring<kBiasSlots> slot;
+  Ring<S::kBiasSlots> slot;
   Work w;
   for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
     const float* bias = nullptr;
@@ -283,7 +284,6 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) same = same && (value[i] == first || i * 32 + lane >= S::kBlockN);
       same = __all_sync(0xffffffffu, same);
-      // K's buffer is free: the products of the tile before last are done, hence the softmax of the one before it.
       sm90::barrier_wait(&s.k_empty[ring.stage], ring.parity ^ 1);
       ring.next();
       if (!same) {
@@ -403,7 +403,7 @@ struct RowLoader {
     const int lane = thread % 32;
     const int warp = thread / 32;
     Ring<S::kStages> k_ring, v_ring;
-    Ring<kBiasSlots> slot;
+    Ring<S::kBiasSlots> slot;
     uint32_t q_parity = 0;
     Work w;
     for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
@@ -600,8 +600,8 @@ struct Computer {
 
   // Scores become weights, in place; total and top follow.
   __device__ void softmax(uint32_t count) {
-    const int slot = count % kBiasSlots;
-    sm90::barrier_wait(&s.bias_full[slot], count / kBiasSlots % 2);
+    const int slot = count % S::kBiasSlots;
+    sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
     const float constant = s.bias_constant[slot];
     if (s.bias_varies[slot]) {
       const float4* bias = reinterpret_cast<const float4*>(&s.bias[slot][threadIdx.x % 4 * S::kBiasStride]);
@@ -702,7 +702,8 @@ struct Computer {
     sm90::products_commit();
   }
 
-  __device__ void attend(const Work& w, uint32_t& count) {
+  // `turns`: the other warp group computes too.
+  __device__ void attend(const Work& w, bool turns, uint32_t& count) {
     sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
     issue_qk(count);
     sm90::products_wait<0>();
@@ -713,14 +714,16 @@ struct Computer {
     for (int left = w.end - w.begin - 1; left > 0; --left) {
       // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
       sm90::barrier_wait(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
-      if constexpr (kTakeTurns) sm90::named_sync(1 + g, 2 * kGroup);
+      if (turns) sm90::named_sync(1 + g, 2 * kGroup);
       issue_qk(count + 1);
       issue_pv(count);
-      if constexpr (kTakeTurns) sm90::named_arrive(2 - g, 2 * kGroup);
+      if (turns) sm90::named_arrive(2 - g, 2 * kGroup);
       sm90::products_wait<1>();
       sm90::pin(score);
       release(&s.k_empty[stage_of(count + 1)]);
       softmax(count + 1);
+      // Never true. Without a branch on the sums ptxas moves the wait up, before the exponentials that it should follow.
+      if (total[0] + total[1] < 0.0f) sm90::pause();
       sm90::products_wait<0>();
       sm90::pin(o);
       release(&s.v_empty[stage_of(count)]);
@@ -734,6 +737,18 @@ struct Computer {
     sm90::pin(o);
     release(&s.v_empty[stage_of(count)]);
     ++count;
+  }
+
+  // Gives K and V tiles back unread.
+  __device__ void skip(const Work& w, uint32_t& count) {
+    release(&s.q_empty[g]);
+    for (int left = w.end - w.begin; left > 0; --left) {
+      sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
+      release(&s.k_empty[stage_of(count)]);
+      sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));
+      release(&s.v_empty[stage_of(count)]);
+      ++count;
+    }
   }
 
   // Rows as fp32, for the kernel that joins parts.
@@ -807,6 +822,13 @@ struct Computer {
     uint32_t q_parity = 0;
     Work w;
     for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
+      const int rows = min(s.q_len[w.b] - w.tile * kBlockM, kBlockM);
+      sm90::barrier_wait(&s.q_full[g], q_parity);
+      q_parity ^= 1;
+      if (rows <= g * kRows) {
+        skip(w, count);
+        continue;
+      }
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 #pragma unroll
@@ -815,9 +837,7 @@ struct Computer {
         total[r] = 0.0f;
         scaling[r] = 1.0f;
       }
-      sm90::barrier_wait(&s.q_full[g], q_parity);
-      q_parity ^= 1;
-      if (w.begin < w.end) attend(w, count);
+      if (w.begin < w.end) attend(w, kTakeTurns && rows > kRows, count);
       else release(&s.q_empty[g]);
       float inverse[2];
       float lse[2];
@@ -827,7 +847,6 @@ struct Computer {
         inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         lse[r] = sum == 0.0f ? -INFINITY : fmaf(top[r], p.score_unit, log2f(sum));
       }
-      const int rows = min(s.q_len[w.b] - w.tile * kBlockM, kBlockM);
       if (w.part >= 0) store_part(w, rows, row, inverse, lse);
       else store_rows(w, rows, row, inverse, lse);
     }
@@ -856,16 +875,17 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       sm90::barrier_init(&s.k_empty[i], 8);
       sm90::barrier_init(&s.v_empty[i], 8);
     }
-    for (int i = 0; i < kBiasSlots; ++i) sm90::barrier_init(&s.bias_full[i], S::kArrivals);
+    for (int i = 0; i < S::kBiasSlots; ++i) sm90::barrier_init(&s.bias_full[i], S::kArrivals);
     sm90::barrier_init(&s.tail, 1);
     sm90::barrier_init_fence();
     if constexpr (!GATHER) {
-      sm90::prefetch_map(&p.q_map);
-      sm90::prefetch_map(&p.k_map);
-      sm90::prefetch_map(&p.v_map);
+      if (p.rows_q > 0) sm90::prefetch_map(&p.q_map);
+      if (p.rows_k > 0) sm90::prefetch_map(&p.k_map);
+      if (p.rows_k > 0) sm90::prefetch_map(&p.v_map);
     }
   }
   make_plan<T, D, GATHER>(p, s);
+  sm90::let_grid_after_start();
   if (threadIdx.x < kGroup) {
     sm90::fewer_registers<S::kLoaderRegisters>();
     const int warp = threadIdx.x / 32;
@@ -905,6 +925,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 template <typename T, int D>
 __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Params p) {
   constexpr int kEach = D / 32;
+  sm90::wait_for_grid_before();
   const int rest = p.cut_count[0];
   const int parts = p.cut_count[1];
   const int lane = threadIdx.x % 32;
@@ -922,14 +943,17 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Param
   const float weight = mine == -INFINITY ? 0.0f : exp2f(mine - top);
   float total = 0.0f;
   float sum[kEach] = {};
+#pragma unroll 4
   for (int part = 0; part < parts; ++part) {
     const float w = __shfl_sync(0xffffffffu, weight, part);
-    if (w == 0.0f) continue;
-    total += w;
     const float* source = p.part_out + place(part) * D + lane * kEach;
-    float x[kEach];
-    if constexpr (kEach == 4) *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(source);
-    else *reinterpret_cast<float2*>(x) = *reinterpret_cast<const float2*>(source);
+    // A part without keys for this row wrote nothing that counts, or nothing.
+    float x[kEach] = {};
+    if (w != 0.0f) {
+      if constexpr (kEach == 4) *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(source);
+      else *reinterpret_cast<float2*>(x) = *reinterpret_cast<const float2*>(source);
+    }
+    total += w;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) sum[i] = fmaf(w, x[i], sum[i]);
   }
@@ -970,8 +994,17 @@ void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream) {
   attention_kernel<T, D, GATHER><<<blocks, kThreads, kBytes, stream>>>(p);
   check_cuda(cudaGetLastError(), "mixed_res_attn");
   if (cut_tiles > 0) {
-    join_kernel<T, D><<<dim3(cut_tiles, kBlockM / 8), 256, 0, stream>>>(p);
-    check_cuda(cudaGetLastError(), "mixed_res_attn");
+    // Started while the attention still runs; it waits for its end by itself.
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cut_tiles, kBlockM / 8);
+    config.blockDim = dim3(256);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
+    check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
   }
 }
 

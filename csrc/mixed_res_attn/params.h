@@ -22,6 +22,9 @@ namespace specedit::attn {
 #ifndef SPECEDIT_ATTN_LOADER_REGISTERS
 #define SPECEDIT_ATTN_LOADER_REGISTERS 24
 #endif
+#ifndef SPECEDIT_ATTN_EARLY_JOIN
+#define SPECEDIT_ATTN_EARLY_JOIN 1
+#endif
 #ifndef SPECEDIT_ATTN_PART_COST
 #define SPECEDIT_ATTN_PART_COST 6
 #endif
@@ -36,7 +39,6 @@ constexpr int kBlockM = 128;    // queries of a tile
 constexpr int kBlockN = SPECEDIT_ATTN_BLOCK_N;  // keys of a tile
 constexpr int kMaxBatch = 512;  // batch entries whose lengths fit in shared memory
 constexpr int kMaxParts = 16;
-constexpr int kBiasSlots = 4;
 constexpr float kSlack = SPECEDIT_ATTN_SLACK;
 constexpr bool kTakeTurns = SPECEDIT_ATTN_TAKE_TURNS;
 

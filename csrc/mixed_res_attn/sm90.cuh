@@ -76,6 +76,22 @@ __device__ inline bool named_sync_all(int id, int threads, bool value) {
   return all;
 }
 
+// ---- Grids ----------------------------------------------------------------------------------------------------------
+
+// The next grid of the stream may start, if it was launched to be let.
+__device__ inline void let_grid_after_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Returns when the grid before has ended and its writes are visible.
+__device__ inline void wait_for_grid_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Registers ------------------------------------------------------------------------------------------------------
 
 template <int N>
@@ -129,6 +145,8 @@ template <int PENDING>
 __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+
+__device__ inline void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
 // Keeps the compiler from moving accesses to accumulators across this point.
 template <int N>
