@@ -366,6 +366,87 @@ def test_full_size(backend, poison, random, device, queries, keys, dim, dtype):
     check(*qkv(random, device, 1, queries, keys, 2, dim, dtype=dtype), key_bias=multiplicities(1, keys, device))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes that are cut into parts need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_feature_at_sizes_that_are_cut_into_parts(backend, poison, random, integers, device, dim, dtype):
+    """Tiles in whole rounds, tiles cut along their keys, empty parts, a tile with 64 rows or fewer: all at once."""
+    q, k, v = qkv(random, device, 3, 700, 3000, 12, dim, 4, dtype=dtype)
+    bias = random(3, 3000, device=device) * 2
+    bias[:, ::5], bias[0, 400:1500] = -INF, math.log(4)
+    lens = dict(q_lens=torch.tensor([700, 0, 65], dtype=torch.int32, device=device),
+                kv_lens=torch.tensor([2999, 3000, 1], dtype=torch.int32, device=device))
+    index = dict(q_index=integers(-1, 700, (3, 900), device), kv_index=integers(-1, 3000, (3, 2500), device))
+    check(q, k, v, key_bias=bias)
+    check(q, k, v, key_bias=bias, **lens)
+    check(q, k, v, key_bias=bias, **lens, q_index=index["q_index"])
+    check(q, k, v, key_bias=bias, **lens, **index)
+    check(q, k, v, **index)
+    out_index = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(b)) for b in range(3)]).int()
+    out_index = out_index[:, :900].to(device)
+    out_index[:, ::5] = -1
+    for options in (dict(key_bias=bias, **lens, q_index=index["q_index"]), dict(**lens, **index)):
+        out = torch.full((3, 1000, 12, dim), float("nan"), dtype=dtype, device=device)
+        lse = torch.ops.specedit.mixed_res_attn_scatter_(out, q, k, v, out_index, **options)
+        rows, rows_lse = torch.ops.specedit.mixed_res_attn(q, k, v, **options)
+        expected = torch.full_like(out, float("nan"))
+        torch.ops.specedit.scatter_tokens_(expected, rows, out_index)
+        assert torch.equal(lse, rows_lse)
+        assert torch.equal(out.nan_to_num(7777), expected.nan_to_num(7777))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+def test_one_graph_serves_many_lengths(backend, random, device):
+    """Captured once, replayed with other lengths and biases: nothing of them is in the launch."""
+    if backend == "reference":
+        pytest.skip("the reference allocates as it goes")
+    q, k, v = qkv(random, device, 1, 600, 2000, 4, 128, dtype=torch.bfloat16)
+    bias = torch.zeros(1, 2000, device=device)
+    q_lens, kv_lens = (torch.tensor([n], dtype=torch.int32, device=device) for n in (600, 2000))
+    options = dict(key_bias=bias, q_lens=q_lens, kv_lens=kv_lens)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.ops.specedit.mixed_res_attn(q, k, v, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out, lse = torch.ops.specedit.mixed_res_attn(q, k, v, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    for queries, keys in ((600, 2000), (129, 1), (0, 700), (64, 1999)):
+        q_lens.fill_(queries)
+        kv_lens.fill_(keys)
+        bias.copy_(random(1, 2000))
+        graph.replay()
+        again, again_lse = torch.ops.specedit.mixed_res_attn(q, k, v, **options)
+        assert torch.equal(out, again) and torch.equal(lse, again_lse)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(), ""),
+        (dict(dtype=torch.float32), "bf16 and fp16, not fp32"),
+        (dict(dim=96), "head dimensions 64 and 128, not 96"),
+        (dict(scale=0.0), "a scale from 1e-6 to 1e6, not 0.0"),
+        (dict(scale=-0.1), "a scale from 1e-6 to 1e6"),
+        (dict(batch=513), "at most 512 batch entries"),
+        (dict(q=torch.zeros(1, 9, 2, 68, dtype=torch.half)[..., 2:66]), "q: the kernel needs rows on a 16-byte grid"),
+        (dict(k=torch.zeros(1, 9, 2, 68, dtype=torch.half)[..., :64]), "k: the kernel needs rows on a 16-byte grid"),
+        (dict(v=torch.zeros(1, 1, 2, 64, dtype=torch.half).expand(1, 9, 2, 64)), "v: the kernel needs rows"),
+        (dict(kv_index=torch.zeros(1, 18, dtype=torch.int32)[:, ::2]), "kv_index: the kernel needs a contiguous"),
+    ],
+)
+def test_what_the_cuda_kernel_leaves_to_triton(change, words):
+    from specedit_kernels.ops.mixed_res_attn import _csrc_refuses
+
+    shape = (change.pop("batch", 1), 9, 2, change.pop("dim", 64))
+    tensor = torch.zeros(shape, dtype=change.pop("dtype", torch.float16))
+    call = dict(q=tensor, k=tensor, v=tensor, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
+                cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=0.1) | change
+    reason = _csrc_refuses(**call)
+    assert words in reason and bool(words) == bool(reason)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="more than 2^31 elements need a GPU")
 def test_offsets_past_32_bits(backend, device):
     """The last batch element's rows lie more than 2^31 elements from the first."""

@@ -27,8 +27,7 @@ template <typename T, int D, bool GATHER>
 struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
-  // A bias is written when K's buffer is free, that is when the softmax of kStages + 1 tiles before is done.
-  static constexpr int kBiasSlots = 2 * kStages;
+  static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
   static constexpr int kLoaderRegisters = GATHER ? 56 : SPECEDIT_ATTN_LOADER_REGISTERS;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
@@ -48,7 +47,7 @@ struct Shared {
   int bias_varies[S::kBiasSlots];
   uint64_t q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t bias_full[S::kBiasSlots], tail;
+  uint64_t bias_full[S::kBiasSlots], bias_empty[S::kBiasSlots], tail;
   // The plan: lengths, first rows (packed layout) and first tile of each batch entry; how the last round is cut.
   int q_len[kMaxBatch], k_len[kMaxBatch], q_row[kMaxBatch], k_row[kMaxBatch], tile_start[kMaxBatch + 1];
   int whole, rest, parts;
@@ -149,6 +148,13 @@ struct Work {
   }
 };
 
+// ---- Barriers -------------------------------------------------------------------------------------------------------
+//
+// A buffer has two barriers: `full`, on which those that fill it arrive, and `empty`, on which the warps that read it
+// arrive. A wait knows a phase by its parity alone, so whoever waits on a barrier must also be one without whom the
+// barrier's next phase cannot end: else it may sleep through two phases and wait for ever. Hence the loader of a buffer
+// alone waits for its `empty`, and biases have buffers, and barriers, of their own.
+
 // ---- Loading --------------------------------------------------------------------------------------------------------
 
 // Position of a tile in a ring of buffers; the parity is that of its fill.
@@ -186,6 +192,7 @@ struct TileLoader {
       int valid) {
     const int lane = threadIdx.x % 32;
     sm90::barrier_wait(empty, parity ^ 1);
+    __syncwarp();
     const bool foreign = valid < S::kBlockN && row + valid < p.rows_k;  // else the copy engine writes the zeros
     uint64_t* done = foreign ? &s.tail : full;
     if (lane == 0) {
@@ -224,6 +231,7 @@ struct TileLoader {
         const int q_b = p.cu_q == nullptr ? w.b : 0;
         for (int g = 0; g < 2; ++g) {
           sm90::barrier_wait(&s.q_empty[g], q_parity ^ 1);
+          __syncwarp();
           if (lane == 0) {
             sm90::barrier_expect(&s.q_full[g], kRows * D * sizeof(T));
             sm90::copy_box(
@@ -259,13 +267,12 @@ __device__ inline int bias_place(int column) {
   return column % 8 / 2 * S::kBiasStride + column / 8 * 2 + column % 2;
 }
 
-// The biases of dense keys: a warp ahead of the products by as many tiles as K is.
+// The biases of dense keys: a warp runs ahead of the products by as many tiles as there are slots.
 template <typename T, int D>
 __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
   using S = Shape<T, D, false>;
   constexpr int kEach = (S::kBlockN + 31) / 32;
   const int lane = threadIdx.x % 32;
-  Ring<S::kStages> ring;
   Ring<S::kBiasSlots> slot;
   Work w;
   for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
@@ -284,8 +291,8 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) same = same && (value[i] == first || i * 32 + lane >= S::kBlockN);
       same = __all_sync(0xffffffffu, same);
-      sm90::barrier_wait(&s.k_empty[ring.stage], ring.parity ^ 1);
-      ring.next();
+      sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);
+      __syncwarp();
       if (!same) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
@@ -453,6 +460,7 @@ struct RowLoader {
         };
         const float first = value_at(0);
         bool same = true;
+        acquire(&s.bias_empty[slot.stage], slot.parity);
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
           const int column = i * kGroup + thread;
@@ -632,6 +640,7 @@ struct Computer {
     }
     // Also where the maximum is still -inf and there is a key; not where both are -inf.
     rescale = __any_sync(0xffffffffu, high[0] > top[0] + p.slack || high[1] > top[1] + p.slack);
+    release(&s.bias_empty[slot]);
     if (rescale) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -678,8 +687,10 @@ struct Computer {
     for (int i = 0; i < N / 4; ++i) weight[i] = sm90::pack<T>(score[2 * i], score[2 * i + 1]);
   }
 
-  // One arrival a warp: its own products have read the buffer.
-  __device__ void release(uint64_t* bar) {
+  // One arrival a warp, when all its lanes are past the wait for this buffer: a lane that lagged could find the barrier
+  // a whole turn further, where the parity is the old one again.
+  __device__ static void release(uint64_t* bar) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) sm90::barrier_arrive(bar);
   }
 
@@ -702,8 +713,7 @@ struct Computer {
     sm90::products_commit();
   }
 
-  // `turns`: the other warp group computes too.
-  __device__ void attend(const Work& w, bool turns, uint32_t& count) {
+  __device__ void attend(const Work& w, uint32_t& count) {
     sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
     issue_qk(count);
     sm90::products_wait<0>();
@@ -714,10 +724,10 @@ struct Computer {
     for (int left = w.end - w.begin - 1; left > 0; --left) {
       // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
       sm90::barrier_wait(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
-      if (turns) sm90::named_sync(1 + g, 2 * kGroup);
+      if constexpr (kTakeTurns) sm90::named_sync(1 + g, 2 * kGroup);
       issue_qk(count + 1);
       issue_pv(count);
-      if (turns) sm90::named_arrive(2 - g, 2 * kGroup);
+      if constexpr (kTakeTurns) sm90::named_arrive(2 - g, 2 * kGroup);
       sm90::products_wait<1>();
       sm90::pin(score);
       release(&s.k_empty[stage_of(count + 1)]);
@@ -737,18 +747,6 @@ struct Computer {
     sm90::pin(o);
     release(&s.v_empty[stage_of(count)]);
     ++count;
-  }
-
-  // Gives K and V tiles back unread.
-  __device__ void skip(const Work& w, uint32_t& count) {
-    release(&s.q_empty[g]);
-    for (int left = w.end - w.begin; left > 0; --left) {
-      sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
-      release(&s.k_empty[stage_of(count)]);
-      sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));
-      release(&s.v_empty[stage_of(count)]);
-      ++count;
-    }
   }
 
   // Rows as fp32, for the kernel that joins parts.
@@ -825,10 +823,6 @@ struct Computer {
       const int rows = min(s.q_len[w.b] - w.tile * kBlockM, kBlockM);
       sm90::barrier_wait(&s.q_full[g], q_parity);
       q_parity ^= 1;
-      if (rows <= g * kRows) {
-        skip(w, count);
-        continue;
-      }
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 #pragma unroll
@@ -837,7 +831,7 @@ struct Computer {
         total[r] = 0.0f;
         scaling[r] = 1.0f;
       }
-      if (w.begin < w.end) attend(w, kTakeTurns && rows > kRows, count);
+      if (w.begin < w.end) attend(w, count);
       else release(&s.q_empty[g]);
       float inverse[2];
       float lse[2];
@@ -875,7 +869,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       sm90::barrier_init(&s.k_empty[i], 8);
       sm90::barrier_init(&s.v_empty[i], 8);
     }
-    for (int i = 0; i < S::kBiasSlots; ++i) sm90::barrier_init(&s.bias_full[i], S::kArrivals);
+    for (int i = 0; i < S::kBiasSlots; ++i) {
+      sm90::barrier_init(&s.bias_full[i], S::kArrivals);
+      sm90::barrier_init(&s.bias_empty[i], 8);
+    }
     sm90::barrier_init(&s.tail, 1);
     sm90::barrier_init_fence();
     if constexpr (!GATHER) {
