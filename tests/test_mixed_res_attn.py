@@ -13,14 +13,7 @@ OPTIONS = (
     "max_seqlen_k", "scale",
 )
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreted_bf16(request):
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    interpreted = params.get("backend") == "triton" and not torch.cuda.is_available()
-    if interpreted and params.get("dtype") is torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16; float16 covers the 16-bit path there")
+pytestmark = pytest.mark.usefixtures("no_interpreted_bf16")
 
 
 @pytest.fixture(autouse=True)

@@ -49,6 +49,22 @@ def samples(device):
         yield specedit.mixed_res_attn_scatter_, (out, q, k, v, i32([0, 2, -1], [3, 1, 6], device=device)), options
         a, b = (specedit.mixed_res_attn(q, k, v) for _ in range(2))
         yield specedit.merge_attn, (*a, *b), {}
+        text = normal(2, 6, 4, 32, dtype=dtype)
+        sees = (torch.arange(6) % torch.tensor([[1], [2], [3]]) == 0).to(device).expand(2, 3, 6)
+        region = i32([0, -1, 2, 1, 1], [-1, -1, 0, 0, 2], device=device)
+        yield specedit.sparse_cross_attn, (q, text, text + 1, region, sees), {}
+    targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
+    for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
+        q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))
+        outs = [normal(2, 7, heads, 32, dtype=dtype) for heads in (4, 2, 2)]
+        angle, weight = normal(1, 5, 16), normal(2, 32, dtype=dtype)
+        options = dict(q_weight=weight, k_weight=weight[0], split=2, q_out_index=targets, kv_out_index=targets)
+        yield specedit.qk_norm_rope_scatter_, (*outs, q, k, v, angle.cos(), angle.sin()), options if chosen else {}
+        x, rows = normal(2, 5, 48, dtype=dtype), normal(2, 3, 48, dtype=dtype)
+        options = dict(modulation_index=targets.clamp_max(2), index=index) if chosen else {}
+        vector = rows if chosen else rows[:, 0]
+        yield specedit.adaln_modulate, (x, vector, vector + 1), options
+        yield specedit.gated_residual_add_, (x, normal(2, 3 if chosen else 5, 48, dtype=dtype), vector), options
 
 
 def ids(device="cpu"):
@@ -73,11 +89,11 @@ def clone(args):
 
 
 def results(op, args, kwargs):
-    """All that a call produces: what it returns, and its first argument, which the in-place ops write."""
+    """All that a call produces: what it returns, and its arguments, of which the in-place ops write some."""
     args = clone(args)
     returned = op(*args, **kwargs)
     returned = [] if returned is None else [returned] if isinstance(returned, torch.Tensor) else list(returned)
-    return [*returned, args[0]]
+    return [*returned, *(x for x in args if isinstance(x, torch.Tensor))]
 
 
 def assert_same(got, want):
@@ -113,7 +129,9 @@ def test_export(sample):
 
 
 def test_dynamic_shapes_compile_once():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter, dynamic=True)
     def attend(q, k, v, bias):
@@ -148,7 +166,7 @@ def test_cuda_graph_replays_with_new_inputs(sample):
         if isinstance(target, torch.Tensor):
             target.copy_(value)
     graph.replay()
-    assert_same([*returned, static[0]], results(op, fresh, kwargs))
+    assert_same([*returned, *(x for x in static if isinstance(x, torch.Tensor))], results(op, fresh, kwargs))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of GPUs")

@@ -188,6 +188,22 @@ def test_global_edits_are_told_apart(scenes, renderer):
     assert not judge.judge_edits(untrained, edits, rendered.source, rendered.source).any()
 
 
+@pytest.mark.parametrize("task", ("remove", "recolor"))
+def test_the_one_right_answer_is_told_from_the_others(scenes, renderer, task):
+    judge = importlib.import_module("judge")
+    edits = of_task(scenes, task, 2, held_out=True)
+    rendered = renderer(edits, 128, held_out=True)
+    assert judge.nearest_is_asked(edits, rendered.target, held_out=True).all()
+    assert not judge.nearest_is_asked(edits, rendered.source, held_out=True).any()
+    drawn, k = judge.answers(edits)
+    other = drawn[torch.arange(len(edits)) * k + k - 1 - edits.subject % 2]  # another object in the same pose
+    wrong = renderer(other, 128, held_out=True).target
+    assert not judge.nearest_is_asked(edits, wrong, held_out=True).any()
+    # Through blur a right answer stays right.
+    blurred = torch.nn.functional.avg_pool2d(rendered.target, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert judge.nearest_is_asked(edits, blurred, held_out=True).all()
+
+
 def test_muon_orthogonalises():
     muon = importlib.import_module("muon")
     g = torch.Generator().manual_seed(0)

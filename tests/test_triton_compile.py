@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every attention config compiles to machine code that fits its GPU. No GPU is needed: Triton brings its assembler.
+"""The kernels compile to machine code that fits their GPU. No GPU is needed: Triton brings its assembler.
 
 Compiled in a process of its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.
 """
@@ -7,6 +7,7 @@ Compiled in a process of its own, because kernels that were imported under TRITO
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,8 @@ CAPABILITY = {"large": 90, "medium": 80}
 POINTERS = {
     "bias_ptr": "*fp32", "q_index_ptr": "*i32", "kv_index_ptr": "*i32", "out_index_ptr": "*i32", "q_lens_ptr": "*i32",
     "kv_lens_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "lse_ptr": "*fp32", "part_ptr": "*fp32",
-    "part_lse_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32",
+    "part_lse_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32", "index_ptr": "*i32",
+    "modulation_ptr": "*i32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32",
 }  # fmt: skip
 PLAIN = ("q_index_ptr", "kv_index_ptr", "out_index_ptr", "q_lens_ptr", "kv_lens_ptr", "cu_q_ptr", "cu_k_ptr")
 FEATURES = {
@@ -49,7 +51,13 @@ def _compile(fn, capability, types, constants, options, source):
     compiled = triton.compile(
         source(fn, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
     )
-    return {"capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"])}
+    loads, stores = (
+        len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])) for kind in ("ld", "st")
+    )
+    return {
+        "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
+        "vectors": (loads, stores),
+    }  # fmt: skip
 
 
 def _attention(name, config, head_dim, dtype="bf16", left_out=(), splits=1):
@@ -80,11 +88,35 @@ def _attention(name, config, head_dim, dtype="bf16", left_out=(), splits=1):
     return _compile(mixed_res_attn._attn_kernel, CAPABILITY[name], types, constants, options, ASTSource)
 
 
+def _beside_attention(capability):
+    """{kernel: job} of the ops beside attention at the two models' size: 24 heads of 128, 3072 channels, bf16."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import _modulation, adaln_modulate, gated_residual_add, qk_norm_rope_scatter
+
+    block_d, tokens, heads, kv_heads, slices, _ = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
+    slots, block, chunks, _ = _modulation.tile(8704, 3072, 2)
+    by_head = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
+                   stride_cd=1, stride_sd=1)  # fmt: skip
+    by_token = dict(CHANNELS=3072, BLOCK=block, CHUNKS=chunks, SLOTS=slots)
+    jobs = {}
+    for fn, constants in (
+        (qk_norm_rope_scatter._qk_norm_rope_scatter_kernel, by_head),
+        (adaln_modulate._adaln_modulate_kernel, by_token),
+        (gated_residual_add._gated_residual_add_kernel, by_token),
+    ):
+        types = {name: "*bf16" for name in fn.arg_names if name.endswith("_ptr") and name not in POINTERS}
+        jobs[f"{fn.__name__} {capability}"] = lambda f=fn, t=types, c=constants: _compile(
+            f, capability, t, c, {"num_warps": 4}, ASTSource
+        )
+    return jobs
+
+
 def compile_all():
     """{kernel: shared memory and size of the machine code, or the error}."""
     from triton.compiler import ASTSource
 
-    from specedit_kernels.triton_kernels import merge_attn, mixed_res_attn
+    from specedit_kernels.triton_kernels import merge_attn, mixed_res_attn, sparse_cross_attn
 
     dense, gather, fp32 = mixed_res_attn.DENSE_CONFIGS, mixed_res_attn.GATHER_CONFIGS, mixed_res_attn.FP32_CONFIGS
     jobs = {}
@@ -106,6 +138,18 @@ def compile_all():
     for fn in (mixed_res_attn._combine_kernel, merge_attn._merge_kernel):
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
+    jobs.update(_beside_attention(80) | _beside_attention(90))
+    packing = {"mask_ptr": "*u8", "token_ptr": "*i32", "count_ptr": "*i32"}
+    jobs["_pack_kernel"] = lambda: _compile(
+        sparse_cross_attn._pack_kernel, 90, packing, {"BLOCK_T": sparse_cross_attn.BLOCK_T}, {"num_warps": 4}, ASTSource
+    )
+    for (dim, half), (block_m, block_n, num_warps) in sparse_cross_attn.CONFIGS.items():
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
+        types |= dict.fromkeys(("region_ptr", "token_ptr", "count_ptr"), "*i32") | {"scale": "fp32"}
+        blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n)
+        for capability in (80, 90):
+            jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=num_warps: (
+                _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, {"num_warps": w}, ASTSource))
     results = {}
     for name, job in jobs.items():
         try:
@@ -128,6 +172,13 @@ def test_every_config_compiles_and_fits(tmp_path):
         if "error" in result or result["shared"] > SHARED[result["capability"]] or not result["code"]
     }
     assert not wrong
+    # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
+    # two tokens and a gate.
+    expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],
+                "_gated_residual_add_kernel": [9, 3]}  # fmt: skip
+    for name, vectors in expected.items():
+        for capability in (80, 90):
+            assert results[f"{name} {capability}"]["vectors"] == vectors
 
 
 def test_splits_of_the_keys():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The copy that gather and scatter share, between rows named by an index and slots in order.
+"""Rows named by an index, and the copy that gather and scatter share, between such rows and slots in order.
 
 A token is a few contiguous runs, cut into vectors of up to 16 bytes.
 """
@@ -59,6 +59,16 @@ def tile(slots, run_words, element_size):
 
 
 @triton.jit
+def row_of_slot(index_ptr, stride, slot, exists, rows):
+    """The row that each slot of one sample names (int64), and whether there is one. No index: the slot itself."""
+    if index_ptr is None:
+        row = slot
+    else:
+        row = tl.load(index_ptr + slot.to(tl.int64) * stride, mask=exists, other=-1)
+    return row.to(tl.int64), exists & (row >= 0) & (row < rows)
+
+
+@triton.jit
 def _copy_rows_kernel(
     by_row,
     by_slot,
@@ -85,8 +95,7 @@ def _copy_rows_kernel(
     slot_blocks = tl.cdiv(slots, SLOTS)
     b = (tl.program_id(0) // slot_blocks).to(tl.int64)
     slot = (tl.program_id(0) % slot_blocks) * SLOTS + tl.arange(0, SLOTS)
-    row = tl.load(index + b * index_sb + slot.to(tl.int64) * index_sn, mask=slot < slots, other=-1)
-    filled = (row >= 0) & (row < rows)
+    row, filled = row_of_slot(index + b * index_sb, index_sn, slot, slot < slots, rows)
 
     run_blocks = tl.cdiv(run_vectors * WORDS, RUN)
     run = tl.program_id(1) // run_blocks
@@ -96,7 +105,7 @@ def _copy_rows_kernel(
     middle = (run % middle_size).to(tl.int64)
     mask = filled[:, None] & in_run[None, :]
 
-    row_at = (b * row_sb + row.to(tl.int64) * row_sn + outer * outer_rs + middle * middle_rs) * WORDS
+    row_at = (b * row_sb + row * row_sn + outer * outer_rs + middle * middle_rs) * WORDS
     slot_at = (b * slot_sb + slot.to(tl.int64) * slot_sn + outer * outer_ss + middle * middle_ss) * WORDS
     row_at = by_row + row_at[:, None] + word[None, :]
     slot_at = by_slot + slot_at[:, None] + word[None, :]

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token_discrepancy: two inputs read once; bound by memory.
-
-Each call takes the next of several copies of the inputs, together larger than twice the L2, so that the graph median
-too reads from device memory.
-"""
-
-import itertools
+"""token_discrepancy: two inputs read once; bound by memory. A copy of as many bytes is timed beside it."""
 
 import pytest
 import torch
-from _timing import FLUSH_BYTES
+from _turns import copies_in_turn, in_turn
 
 # Transformer token features, projected tokens, and the decoder maps of a 1024 x 1024 picture.
 TOKENS = ((4, 4096, 3072), (4, 4096, 64), (1, 1024, 3072))
@@ -17,7 +11,7 @@ MAPS = ((1, 512, 128, 128), (1, 512, 256, 256))
 CASES = [(shape, torch.contiguous_format) for shape in TOKENS] + [
     (shape, layout) for shape in MAPS for layout in (torch.contiguous_format, torch.channels_last)
 ]
-IMPLS = ("specedit", "specedit triton", "eager", "torch.compile")
+IMPLS = ("specedit", "specedit triton", "eager", "torch.compile", "copy")
 GRID = {4096: (64, 64), 1024: (32, 32)}
 
 
@@ -45,25 +39,28 @@ def test_token_discrepancy(timed, benchmark, monkeypatch, case, impl):
     dtype = torch.bfloat16
     grid = GRID[shape[1]] if len(shape) == 3 else (64, 64)
     one = 2 * torch.Size(shape).numel() * dtype.itemsize
+    moved = one + shape[0] * grid[0] * grid[1] * 4
+    about = dict(op="token_discrepancy", impl=impl, shape=_name(case), dtype=dtype, moved_bytes=moved)
+    if impl == "copy":
+        info = timed(copies_in_turn(moved), error=None, error_ok=None, **about)
+        benchmark.extra_info["rotating_fraction_of_copy"] = round(info["gbps"] / info["copy_ceiling_gbps"], 3)
+        return
 
     def pair():
         source = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout)
         return (source + 0.3 * torch.randn_like(source)), source
 
-    pairs = [pair() for _ in range(min(64, max(2, -(-FLUSH_BYTES // one))))]
     if impl == "specedit triton":
         monkeypatch.setenv("SPECEDIT_BACKEND", "triton")
     run = {"eager": _eager, "torch.compile": torch.compile(_eager)}.get(impl, torch.ops.specedit.token_discrepancy)
-    score = run(*pairs[0], grid)
-    exact = _eager(*(x.double() for x in pairs[0]), grid)
+    first = pair()
+    score = run(*first, grid)
+    exact = _eager(*(x.double() for x in first), grid)
     error = (score.double() - exact).abs().max().item()
     # fp32 sums over at most 3072 channels, and a difference of terms near 1.
     ok = error < 5e-6
-    turn = itertools.cycle(pairs)
-    info = timed(
-        lambda: run(*next(turn), grid), op="token_discrepancy", impl=impl, shape=_name(case), dtype=dtype,
-        moved_bytes=one + score.numel() * 4, error=error, error_ok=ok, inputs_rotate=len(pairs),
-    )  # fmt: skip
+    turn = in_turn(pair, one)
+    info = timed(lambda: run(*next(turn), grid), error=error, error_ok=ok, **about)
     benchmark.extra_info["rotating_fraction_of_copy"] = round(info["gbps"] / info["copy_ceiling_gbps"], 3)
     if impl.startswith("specedit"):
         assert ok, f"error {error:.3e}"

@@ -242,16 +242,16 @@ def hold_against_plain(args, runner, judge, edits):
     return torch.cat(right)
 
 
-def split_rows(threshold):
-    """The rows of the search, with the plain ones to compare with."""
+def split_rows(threshold, presets):
+    """The rows of the search for some presets, with the plain ones to compare with."""
     rows = [(0, Row(f"plain-{n}", steps=n)) for n in (28, 9, 4)]
     base = SpecEditConfig(draft="coarse", threshold=threshold)
-    for preset, splits in FULL_SPLITS.items():
-        for split in splits:
+    for preset in presets:
+        for split in FULL_SPLITS[preset]:
             name = f"{preset} full {split[0]}+{split[1]}+{split[2]}" + (" (now)" if split == PRESETS[preset] else "")
             rows.append((preset, Row(name, config=replace(base, preset=preset, stages=split))))
-    for preset, splits in LOCKED_SPLITS.items():
-        for coarse in splits:
+    for preset in presets:
+        for coarse in LOCKED_SPLITS[preset]:
             name = f"{preset} locked {coarse}+{preset - coarse}" + (" (now)" if coarse == PRESETS[preset][0] else "")
             config = replace(base, preset=preset, finish="locked", stages=(coarse, preset - coarse, 0))
             rows.append((preset, Row(name, config=config)))
@@ -266,7 +266,7 @@ def search_stages(args, runner, judge, threshold, say):
     say(f"{len(edits)} edits for the stages; plain run: right {right.float().mean():.3f}")
     results = []
     header = {"setting": setting(args, runner.device), "edits": len(edits), "threshold": threshold}
-    for preset, row in split_rows(threshold):
+    for preset, row in split_rows(threshold, args.presets):
         figures = {}
         try:
             for rows in torch.arange(len(edits)).split(args.batch):
@@ -318,6 +318,8 @@ def main():
     add_arguments(parser, "out/calibration")
     parser.add_argument("--part", choices=("thresholds", "stages", "both"), default="both")
     parser.add_argument("--threshold", type=float, help="of the stages' runs; default: the one just recommended")
+    parser.add_argument("--presets", type=int, nargs="+", choices=tuple(PRESETS), default=sorted(PRESETS),
+                        help="whose splits to try")
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run")
     args = parser.parse_args()
     device = prepare(args)

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge: is the edit that was asked for the one that was made?
 
-A small classifier looks at one crop of the output and names the object in its middle (60 objects, or none) and the
-object's colour (its own, or one of the six that can be asked for). An edit is right if
+Where an instruction leaves the pose open, a small classifier looks at one crop of the output and names the object in its
+middle (60 objects, or none); where there is one right answer, the output must be nearer to it than to every wrong
+answer that could be drawn. An edit is right if
 
 * replace, add: the crop at the edit's place shows the new object;
 * add without a place: the crop around the largest connected area that differs from the source shows the new object;
-* remove: the crop where the object stood shows none;
-* recolour: the crop shows the same object in the asked colour;
+* remove: the crop where the object stood shows none; or around its place the picture without it is nearest among that,
+  the unedited source and the pictures with any other object in its pose (what lies behind the object can only be
+  guessed, so the second alone would be too much to ask);
+* recolour: there, the object in the asked colour is nearest among that, the unedited source, the object in each other
+  colour, no object, and each other object in its pose in the asked colour;
 * a global edit: of the unedited source and the five global edits of it, the asked one is nearest in the colours of a
   12 x 12 reduction.
+
+Nearest: by the squared error in RGB at 128 x 128 pixels.
 """
 
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,21 +27,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scenes import GLOBAL_FACTORS, GLOBAL_OFFSETS, LOCAL_TASKS, NEW_SIZES, TASKS
+from scenes import GLOBAL_FACTORS, GLOBAL_OFFSETS, LOCAL_TASKS, NEW_SIZES, TASKS, Renderer, color_matrix
 from text import COLORS, GLOBALS, NAMES
 
 CROP = 64  # pixels a side that the classifier sees
 FRAME = 256  # pictures are reduced to this side before a crop is cut
 MARGIN = 1.25  # a crop's side against the object's
 NONE = len(NAMES)
-OWN_COLOR = len(COLORS)
 WEIGHTS = Path(__file__).parent / "data" / "judge.safetensors"
 DIFFERENCE = 0.1  # of [0, 1]: what counts as changed when an object is looked for
+CANDIDATE_FRAME = 128  # pixels a side at which answers are compared
+CANDIDATES_AT_ONCE = 128  # drawn together
 SNOW_COVER = 0.06  # the mean share of the frame under flakes
 
 
 class Judge(nn.Module):
-    """Crops [n, 3, CROP, CROP] in [0, 1] -> (object logits [n, 61], colour logits [n, 7])."""
+    """Crops [n, 3, CROP, CROP] in [0, 1] -> object logits [n, 61]."""
 
     def __init__(self):
         super().__init__()
@@ -43,11 +52,9 @@ class Judge(nn.Module):
             width = out
         self.body = nn.Sequential(*layers)
         self.object = nn.Linear(width, len(NAMES) + 1)
-        self.color = nn.Linear(width, len(COLORS) + 1)
 
     def forward(self, crops):
-        features = self.body(crops * 2 - 1).mean((2, 3))
-        return self.object(features), self.color(features)
+        return self.object(self.body(crops * 2 - 1).mean((2, 3)))
 
     def save(self, path=WEIGHTS):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -123,21 +130,65 @@ def global_candidates(source):
     return torch.stack([F.adaptive_avg_pool2d(x.float(), 12) for x in out], 1)
 
 
+@lru_cache(maxsize=2)
+def _renderer(device):
+    return Renderer(device)
+
+
+def answers(edits):
+    """Of n edits that remove or recolour: the asked answer and the wrong ones, as edits [n * k], k; the asked one is
+    the first of each k. Others may draw the same picture as the asked one."""
+    n, total = len(edits), len(NAMES)
+    subject, own = edits.subject, edits.matrix[:, 0]
+    recolor = edits.task == TASKS.index("recolor")
+    asked = torch.where(recolor[:, None, None], color_matrix(edits.color.clamp(min=0)), own)
+    every = torch.arange(total).expand(n, total)
+    colors = color_matrix(torch.arange(len(COLORS))).expand(n, -1, 3, 4)
+    after = torch.cat([torch.where(recolor, subject, -1)[:, None], torch.where(recolor, -1, subject)[:, None],
+                       subject[:, None], subject[:, None].expand(n, len(COLORS)), every], 1)
+    matrix = torch.cat([asked[:, None], own[:, None], own[:, None], colors, asked[:, None].expand(n, total, 3, 4)], 1)
+    k = after.shape[1]
+    drawn = edits[torch.arange(n).repeat_interleave(k)]
+    return replace(drawn, after=after.flatten(), after_matrix=matrix.flatten(0, 1)), k
+
+
+def nearest_is_asked(edits, output, held_out):
+    """[n] bool: of `answers`, the asked one is nearest to `output` [n, 3, H, H] around the object's place."""
+    dev = output.device
+    drawn, k = answers(edits)
+    frame = CANDIDATE_FRAME
+    reduced = F.interpolate(output, size=(frame, frame), mode="area")
+    boxes = known_boxes(edits).to(dev)
+    axis = (torch.arange(frame, device=dev) + 0.5) / frame
+    near = (axis[None, None] - boxes[:, :2, None]).abs() <= boxes[:, 2, None, None] / 2  # [n, (x, y), frame]
+    box = (near[:, 1, :, None] & near[:, 0, None, :]).float()
+    error = []
+    for part in torch.arange(len(drawn)).split(CANDIDATES_AT_ONCE):
+        target = _renderer(dev)(drawn[part], frame, held_out=held_out).target
+        of = (part // k).to(dev)
+        error.append(((target - reduced[of]).square().mean(1) * box[of]).sum((1, 2)))
+    error = torch.cat(error).view(-1, k)
+    return error[:, 0] <= error.amin(1) * (1 + 1e-5)  # the asked one may be drawn twice, with other rounding
+
+
 @torch.no_grad()
-def judge_edits(judge, edits, source, output):
-    """[n] bool on the CPU: which outputs are right. source, output: [n, 3, H, H] in [0, 1]."""
+def judge_edits(judge, edits, source, output, held_out=True):
+    """[n] bool on the CPU: which outputs are right. source, output: [n, 3, H, H] in [0, 1]. held_out: of which
+    photographs `edits` speaks."""
     dev = next(judge.parameters()).device
     source, output = source.to(dev).float(), output.to(dev).float()
-    task, new, subject = edits.task.to(dev), edits.new.to(dev), edits.subject.to(dev)
+    task, new = edits.task.to(dev), edits.new.to(dev)
     found, any_change = found_boxes(source, output)
     is_open = task == TASKS.index("add_open")
     boxes = torch.where(is_open[:, None], found, known_boxes(edits).to(dev))
-    objects, colors = (logits.argmax(1) for logits in judge(cut(output, boxes)))
-    right = objects == new
-    right &= ~is_open | any_change
-    right = torch.where(task == TASKS.index("remove"), objects == NONE, right)
-    recolored = (objects == subject) & (colors == edits.color.to(dev))
-    right = torch.where(task == TASKS.index("recolor"), recolored, right)
+    shown = judge(cut(output, boxes)).argmax(1)
+    right = (shown == new) & (~is_open | any_change)
+    one = torch.isin(edits.task, torch.tensor([TASKS.index("remove"), TASKS.index("recolor")]))
+    if one.any():
+        rows = one.nonzero()[:, 0]
+        nearest = nearest_is_asked(edits[rows], output[rows.to(dev)], held_out)
+        removed = (task == TASKS.index("remove")) & (shown == NONE)
+        right[rows.to(dev)] = nearest | removed[rows.to(dev)]
     reduced = F.adaptive_avg_pool2d(output, 12)[:, None]
     nearest = (global_candidates(source) - reduced).square().mean((2, 3, 4)).argmin(1) - 1
     right = torch.where(task >= len(LOCAL_TASKS), nearest == task - len(LOCAL_TASKS), right)

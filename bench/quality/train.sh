@@ -29,10 +29,27 @@ say() { echo "$(date +%H:%M:%S) train.sh: $*" >> "$log"; }
 mode="${COMPILE:-static}"
 "$python" "$here/train_vae.py" --seconds "${VAE_SECONDS:-220}" ${VAE_ARGS:-} >> "$log" 2>&1 &
 vae=$!
+
+# The judge needs the autoencoder alone.
+(
+    while kill -0 "$vae" 2>/dev/null; do sleep 1; done
+    "$python" "$here/train_judge.py" --seconds "${JUDGE_SECONDS:-90}" ${JUDGE_ARGS:-} >> "$log" 2>&1 \
+        || say "the judge failed"
+) &
+judge=$!
+
+compile_all() {
+    tries=()
+    for size in 512 256 128; do
+        timeout "${TRY_SECONDS:-240}" "$python" "$here/train_editor.py" --try-only --compile "$1" --sizes "$size" \
+            ${EDITOR_ARGS:-} >> "$log" 2>&1 &
+        tries+=($!)
+    done
+    for try in "${tries[@]}"; do wait "$try" || return 1; done
+}
 if [ "$mode" != none ] && [ ! -e "$SPECEDIT_RUN_DIR/compile_mode" ]; then
     for candidate in $(printf '%s\n' "$mode" static | uniq); do
-        if timeout "${TRY_SECONDS:-240}" "$python" "$here/train_editor.py" --try-only --compile "$candidate" \
-            ${EDITOR_ARGS:-} >> "$log" 2>&1; then
+        if compile_all "$candidate"; then
             echo "$candidate" > "$SPECEDIT_RUN_DIR/compile_mode"
             break
         fi
@@ -44,9 +61,6 @@ fi
 mode="$(cat "$SPECEDIT_RUN_DIR/compile_mode")"
 wait "$vae" || { say "the autoencoder failed"; exit 1; }
 
-# The editor; the judge trains while the editor starts.
-"$python" "$here/train_judge.py" --seconds "${JUDGE_SECONDS:-90}" ${JUDGE_ARGS:-} >> "$log" 2>&1 &
-judge=$!
 say "editor starts, compile mode $mode"
 "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$mode" ${EDITOR_ARGS:-} >> "$log" 2>&1
 code=$?
@@ -55,7 +69,7 @@ if [ "$code" -ne 0 ] && [ "$mode" != none ]; then
     echo none > "$SPECEDIT_RUN_DIR/compile_mode"
     "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile none ${EDITOR_ARGS:-} >> "$log" 2>&1
 fi
-wait "$judge" || say "the judge failed"
+wait "$judge"
 if [ "${EVALUATE:-1}" != 0 ]; then
     "$python" "$here/evaluate.py" ${EVALUATE_ARGS:-} >> "$log" 2>&1 || say "the evaluation failed"
 fi

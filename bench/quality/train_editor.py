@@ -28,13 +28,14 @@ from stream import EditStream
 from text import PHRASE_LENGTH
 
 SIZES = (512, 256, 128)
-EARLY = 0.40  # the share of the time spent on small pictures
-MIX = {"early": (0.0, 0.72, 0.28), "late": (0.62, 0.23, 0.15)}  # of SIZES
+MIX = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # of SIZES
 # Padded lengths of T5's prompt. Users' pipelines pad to 512 by default; nothing masks the padding.
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LENGTH_SHARES = {512: (0.26, 0.14, 0.10, 0.10, 0.12, 0.28), 256: (0.40, 0.20, 0.12, 0.10, 0.08, 0.10),
                  128: (0.40, 0.20, 0.12, 0.12, 0.08, 0.08)}
-STATIC_LENGTHS = (32, 512)
+# Where each shape is compiled by itself: two lengths, the command's and the pipelines' default.
+STATIC_LENGTHS = (64, 512)
+STATIC_SHARES = {512: (0.7, 0.3), 256: (0.75, 0.25), 128: (0.75, 0.25)}
 MAX_TEXT_TOKENS = 32_768  # of a batch: T5's attention keeps a matrix a head
 MAX_BATCH = 300
 
@@ -172,6 +173,7 @@ def main():
     parser.add_argument("--fresh", type=float, default=0.12, help="share of each batch that is newly rendered")
     parser.add_argument("--capacity", type=int, nargs=3, default=(12_000, 30_000, 30_000), help="of the rings")
     parser.add_argument("--compile", choices=("dynamic", "static", "none"), default="dynamic")
+    parser.add_argument("--early", type=float, default=0.40, help="the share of the time spent on small pictures alone")
     parser.add_argument("--muon-lr", type=float, default=2e-3)
     parser.add_argument("--adam-lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
@@ -183,6 +185,7 @@ def main():
                         "autoencoder must be RUN_DIR/vae (train.sh copies it there)")
     parser.add_argument("--try-only", action="store_true",
                         help="one step of every size on noise, to compile and to see that nothing fails; no files")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, help="that --try-only tries")
     args = parser.parse_args()
     dev = device()
     torch.manual_seed(args.seed)
@@ -240,12 +243,10 @@ def main():
         log(f"editor: exported {'at the end' if final else ''} at step {step}, {size / 1e6:.2f} MB")
 
     while not clock.done() or step == 0:
-        mix = MIX["early" if clock.fraction < EARLY else "late"]
+        mix = MIX["early" if clock.fraction < args.early else "late"]
         size = SIZES[torch.multinomial(torch.tensor(mix), 1, generator=generator).item()]
-        shares = torch.tensor([LENGTH_SHARES[size][LENGTHS.index(length)] for length in lengths])
+        shares = torch.tensor((STATIC_SHARES if args.compile == "static" else LENGTH_SHARES)[size])
         length = lengths[torch.multinomial(shares, 1, generator=generator).item()]
-        if args.compile == "static" and size < 512:
-            length = lengths[0]
         if first:  # the same shape as --try-only's first, so that its compiled kernels are found again
             size, length, first = SIZES[-1], lengths[0], False
         count = batch_size(size, length, args.tokens, factor[size])
@@ -319,8 +320,8 @@ def main():
 
 def try_steps(editor, lengths, args, dev, scheduler):
     """Forward and backward of each size with two text lengths, on noise; raises where the loss is not finite."""
-    for size in reversed(SIZES):
-        for length in {lengths[0], lengths[-1]} if args.compile != "static" or size == 512 else {lengths[0]}:
+    for size in sorted(args.sizes):
+        for length in (lengths[0], lengths[-1]):
             started = time.perf_counter()
             count = batch_size(size, length, args.tokens)
             side = size // 8

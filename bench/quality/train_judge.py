@@ -13,18 +13,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from judge import CROP, DIFFERENCE, FRAME, MARGIN, NONE, OWN_COLOR, Judge, cut, judge_edits, known_boxes
+from judge import CROP, DIFFERENCE, FRAME, MARGIN, NONE, Judge, cut, judge_edits, known_boxes
 from runtime import RUN_DIR, Clock, autocast, device, log
 from scenes import LOCAL_TASKS, TASKS, Renderer, evaluation_set
 from stream import EditStream
 
 REUSE = 3  # steps on the same pictures, degraded and cut anew
-SHARES = (0.25, 0.2, 0.3, 0.15, 0.1)  # of LOCAL_TASKS
+SHARES = (0.4, 0.15, 0.05, 0.25, 0.15)  # of LOCAL_TASKS
 
 
 def examples(renderer, stream, count):
-    """Crops with labels from `count` edits: (images [2n], boxes [2n, 3], objects [2n], colours [2n]); sources, then
-    targets."""
+    """Crops with labels from `count` edits: (images [2n], boxes [2n, 3], objects [2n]); sources, then targets."""
     edits = stream.take(count)[0]
     tasks = edits.task
     rendered = renderer(edits, FRAME)
@@ -35,10 +34,7 @@ def examples(renderer, stream, count):
     adding = tasks >= TASKS.index("add")
     before = torch.where(adding, NONE, edits.subject)
     after = torch.where(edits.after < 0, NONE, edits.after)
-    own = torch.full_like(before, OWN_COLOR)
-    recolored = torch.where(tasks == TASKS.index("recolor"), edits.color, own)
-    return (torch.cat([rendered.source, rendered.target]), torch.cat([boxes, boxes]), torch.cat([before, after]),
-            torch.cat([own, recolored]))
+    return torch.cat([rendered.source, rendered.target]), torch.cat([boxes, boxes]), torch.cat([before, after])
 
 
 def shake(boxes, generator):
@@ -48,12 +44,12 @@ def shake(boxes, generator):
                         boxes[:, 2] * jitter[:, 2].exp()], 1)
 
 
-def degrade(images, vae, dev):
-    """An eighth through the autoencoder, a third blurred, the rest as they are; faint noise on all."""
-    coded, third = len(images) // 8, len(images) // 3
+def degrade(images, vae, dev, share):
+    """A share through the autoencoder, a third blurred, the rest as they are; faint noise on all."""
+    coded, third = round(len(images) * share), len(images) // 3
     order = torch.randperm(len(images), device=images.device)
     images = images.clone()
-    if vae is not None:
+    if coded:
         chosen = order[:coded]
         with torch.no_grad(), autocast(dev):
             # Latent noise stands for a sampler's own errors.
@@ -98,6 +94,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--edits", type=int, default=128, help="edits a step; two crops of each")
+    parser.add_argument("--coded", type=float, default=0.125, help="share of the crops that went through the autoencoder")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
@@ -122,22 +119,19 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate
         if step % REUSE == 0:
-            images, boxes, objects, colors = examples(renderer, stream, args.edits)
-            objects, colors = objects.to(dev), colors.to(dev)
-        crops = cut(degrade(images, vae, dev), shake(boxes, generator).to(dev))
+            images, boxes, objects = examples(renderer, stream, args.edits)
+            objects = objects.to(dev)
+        crops = cut(degrade(images, vae, dev, args.coded), shake(boxes, generator).to(dev))
         with autocast(dev):
-            object_logits, color_logits = judge(crops)
-        seen = (objects != NONE).float()  # there is no colour where there is no object
-        color_loss = F.cross_entropy(color_logits.float(), colors, reduction="none")
-        loss = F.cross_entropy(object_logits.float(), objects, label_smoothing=0.02) \
-            + (color_loss * seen).sum() / seen.sum().clamp(min=1)
+            logits = judge(crops)
+        loss = F.cross_entropy(logits.float(), objects, label_smoothing=0.02)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
         optimizer.step()
         step, since = step + 1, since + 1
         total = total + loss.detach()
-        hits = hits + (object_logits.argmax(1) == objects).float().mean().detach()
+        hits = hits + (logits.argmax(1) == objects).float().mean().detach()
         now = time.perf_counter()
         if now - logged > 10:
             log(f"judge step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s loss {total.item() / since:.3f} "

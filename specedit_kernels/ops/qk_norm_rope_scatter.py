@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``qk_norm_rope_scatter_``: what stands between the q, k, v projections and attention, in one launch."""
+
+from specedit_kernels.ops import _backends, _checks
+from specedit_kernels.ops._library import register
+
+_OP = "qk_norm_rope_scatter_"
+
+
+def _check(
+    q_out, k_out, v_out, q, k, v, cos, sin, *,
+    q_weight=None, k_weight=None, split=None, q_out_index=None, kv_out_index=None, eps=1e-6,
+):  # fmt: skip
+    _checks.check_dtype(_OP, "q", q, _checks.FLOATS)
+    _checks.check_shape(_OP, "q", q, (None,) * 4, "[B, N, H, D]")
+    batch, rows, heads, dim = q.shape
+    if dim % 2 or dim == 0:
+        _checks.value_error(_OP, "q", "an even last dimension (rotary pairs)", _checks.shape_of(q))
+    _checks.check_shape(_OP, "k", k, (batch, rows, None, dim), f"[{batch}, {rows}, Hk, {dim}] (q's B, N and D)")
+    kv_heads = k.shape[2]
+    if (heads % kv_heads if kv_heads else heads) != 0:
+        _checks.value_error(_OP, "k", f"a number of heads that divides q's {heads}", kv_heads)
+    _checks.check_shape(_OP, "v", v, k.shape, f"{_checks.shape_of(k)} (k's)")
+    _checks.check_shape(_OP, "q_out", q_out, (batch, None, heads, dim), f"[{batch}, rows, {heads}, {dim}]")
+    _checks.check_shape(_OP, "k_out", k_out, (batch, None, kv_heads, dim), f"[{batch}, rows, {kv_heads}, {dim}]")
+    _checks.check_shape(_OP, "v_out", v_out, k_out.shape, f"{_checks.shape_of(k_out)} (k_out's)")
+    for name, tensor in (("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
+        if tensor.dtype != q.dtype:
+            _checks.type_error(_OP, name, f"q's dtype {q.dtype}", tensor.dtype)
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
+        _checks.check_last_contiguous(_OP, name, tensor)
+
+    for name, table in (("cos", cos), ("sin", sin)):
+        _checks.check_dtype(_OP, name, table, _checks.FP32)
+        _checks.check_shape(_OP, name, table, (None, rows, dim // 2), f"[B or 1, {rows}, {dim // 2}]")
+        if table.shape[0] != batch and table.shape[0] != 1:
+            _checks.value_error(_OP, name, f"shape [{batch} or 1, {rows}, {dim // 2}]", _checks.shape_of(table))
+
+    two_sets = False
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is None:
+            continue
+        _checks.check_dtype(_OP, name, weight, _checks.FLOATS)
+        if weight.dim() == 2:
+            _checks.check_shape(_OP, name, weight, (2, dim), f"[{dim}] or [2, {dim}]")
+            two_sets = True
+        else:
+            _checks.check_shape(_OP, name, weight, (dim,), f"[{dim}] or [2, {dim}]")
+        _checks.check_last_contiguous(_OP, name, weight)
+    if two_sets and split is None:
+        _checks.value_error(_OP, "split", f"a row from 0 to {rows}, since a weight has two sets", None)
+    if split is not None:
+        if not two_sets:
+            _checks.value_error(_OP, "split", f"None, since no weight has shape [2, {dim}]", split)
+        if split < 0 or split > rows:
+            _checks.value_error(_OP, "split", f"a row from 0 to {rows}", split)
+
+    for name, index, out_name, out in (
+        ("q_out_index", q_out_index, "q_out", q_out), ("kv_out_index", kv_out_index, "k_out", k_out)
+    ):  # fmt: skip
+        if index is None:
+            if out.shape[1] < rows:
+                _checks.value_error(_OP, out_name, f">= {rows} rows, since {name} is None", _checks.shape_of(out))
+            continue
+        _checks.check_dtype(_OP, name, index, _checks.INT32)
+        if index.dim() != 2 or index.shape[0] != batch or index.shape[1] < rows:
+            _checks.value_error(_OP, name, f"shape [B={batch}, >= {rows}]", _checks.shape_of(index))
+
+    others = dict(
+        k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight
+    )
+    for name, tensor in {**others, "q_out_index": q_out_index, "kv_out_index": kv_out_index}.items():
+        if tensor is not None:
+            _checks.check_device(_OP, name, tensor, q.device)
+    _checks.check_no_grad(_OP, q=q, **others)
+
+
+def _implementation(
+    q_out, k_out, v_out, q, k, v, cos, sin, *,
+    q_weight=None, k_weight=None, split=None, q_out_index=None, kv_out_index=None, eps=1e-6,
+):  # fmt: skip
+    _check(q_out, k_out, v_out, q, k, v, cos, sin, q_weight=q_weight, k_weight=k_weight, split=split,
+           q_out_index=q_out_index, kv_out_index=kv_out_index, eps=eps)  # fmt: skip
+    rows = q.shape[1]
+    for name, index, out in (("q_out_index", q_out_index, q_out), ("kv_out_index", kv_out_index, k_out)):
+        if index is None:
+            continue
+        if q.device.type == "cpu" or _checks.debugging():
+            _checks.check_index_range(_OP, name, index[:, :rows], out.shape[1])
+        if _checks.debugging():
+            _checks.check_no_duplicates(_OP, name, index[:, :rows])
+    _backends.implementation(_OP, q.device)(
+        q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, split or 0, q_out_index, kv_out_index, eps
+    )
+
+
+_op = register(
+    "qk_norm_rope_scatter_(Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!) v_out, Tensor q, Tensor k, Tensor v, "
+    "Tensor cos, Tensor sin, *, Tensor? q_weight=None, Tensor? k_weight=None, SymInt? split=None, "
+    "Tensor? q_out_index=None, Tensor? kv_out_index=None, float eps=1e-6) -> ()",
+    _implementation,
+    _check,
+)
+_backends.add(_OP, "qk_norm_rope_scatter")
+
+
+def qk_norm_rope_scatter_(
+    q_out, k_out, v_out, q, k, v, cos, sin, *,
+    q_weight=None, k_weight=None, split=None, q_out_index=None, kv_out_index=None, eps=1e-6,
+):  # fmt: skip
+    """RMSNorm of q and k per head, rotary embedding of both, and the write of q, k and v to their rows, in place.
+
+        n(x, w) = x / sqrt(mean(x^2) + eps) * w                                          (over the head's D channels)
+        r(x)[2j], r(x)[2j + 1] = x[2j] cos[j] - x[2j + 1] sin[j],  x[2j + 1] cos[j] + x[2j] sin[j]
+        q_out[b, q_out_index[b, i]] = r(n(q[b, i], q_weight))
+        k_out[b, kv_out_index[b, i]] = r(n(k[b, i], k_weight)),    v_out[b, kv_out_index[b, i]] = v[b, i]
+
+    for the N fresh rows i. A -1 is skipped; rows that no index names keep their bits. The outputs are the caller's:
+    a per-layer K/V buffer of the whole sequence that only fresh rows are written to, a compact q (``q_out_index``
+    None), or views of longer ones. They may not overlap the inputs.
+
+    The streams of a double block (text, image) have weights of their own. Either call once a stream, with views of
+    the joint outputs (``q_out[:, :T]``, ``q_out[:, T:]``): no concatenation, any linear layers. Or, where the two
+    projections were written side by side into one tensor, call once with weights [2, D] and ``split`` = T: one launch.
+
+    Args:
+        q_out: [B, >= 1 row, H, D]; k_out, v_out: [B, rows, Hk, D]. q's dtype. Written.
+        q: [B, N, H, D]; k, v: [B, N, Hk, D], Hk divides H, D even; bf16, fp16 or fp32, any strides with the last
+            dimension contiguous: views of one [B, N, (H + 2 Hk) D] projection are read where they lie.
+        cos, sin: fp32 [B or 1, N, D/2], the tables of row i (of each sample, or of all), any strides. diffusers' FLUX
+            tables ([N, D], each value twice): ``cos[None, :, ::2]``, ``sin[None, :, ::2]``; its Qwen tables (complex
+            [N, D/2]): ``freqs.real[None]``, ``freqs.imag[None]``. Both are views, and give the same numbers. A row
+            without a position has cos 1 and sin 0.
+        q_weight, k_weight: RMSNorm weights [D], or [2, D]: set 0 for the rows i < split, set 1 for the others. Any of
+            the float dtypes. None: no weight.
+        split: given if and only if a weight is [2, D].
+        q_out_index, kv_out_index: int32 [B, >= N], the row of q_out (of k_out and v_out) that row i goes to, values
+            from -1 to rows - 1, no destination twice (SPECEDIT_DEBUG=1 checks both; the range is checked on CPU
+            always). None: row i.
+        eps: added to the mean square.
+
+    All arithmetic is fp32 and a result is rounded once, when it is written; v's bits are copied. diffusers rounds the
+    norm's result to the model's dtype (Qwen's before its weight, too) before it rotates in fp32: in bf16 its error
+    against float64 is larger.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; the outputs are then untouched.
+
+    Source: RMSNorm, arXiv 1910.07467; rotary embedding, arXiv 2104.09864, pairs of neighbouring channels.
+    """
+    _op(
+        q_out, k_out, v_out, q, k, v, cos, sin, q_weight=q_weight, k_weight=k_weight, split=split,
+        q_out_index=q_out_index, kv_out_index=kv_out_index, eps=eps,
+    )  # fmt: skip
