@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend serves a call: ``cuda`` (csrc) before ``triton`` before ``reference``.
 
-A CPU tensor is served by the reference. ``SPECEDIT_BACKEND=reference|triton|cuda`` forces one; a forced backend that
-cannot serve the call raises and says why. Under ``TRITON_INTERPRET=1`` a forced triton serves CPU tensors too.
+A CPU tensor is served by the reference. ``SPECEDIT_BACKEND=reference|triton|cuda`` forces one, for all ops or, written
+``op=backend,op=backend``, for some; a forced backend that cannot serve the call raises and says why. Under ``TRITON_INTERPRET=1`` a forced triton serves CPU tensors too.
 """
 
 import functools
@@ -24,12 +24,13 @@ class _Op:
     refuses: object
     arch: str
     scope: str
+    opt_in: str
 
 
 _OPS = {}
 
 
-def add(op, stem, csrc=None, refuses=None, arch="", scope=""):
+def add(op, stem, csrc=None, refuses=None, arch="", scope="", opt_in=""):
     """Make ``op`` known.
 
     stem: names its file in reference/ and triton_kernels/.
@@ -37,8 +38,9 @@ def add(op, stem, csrc=None, refuses=None, arch="", scope=""):
     refuses: called with the arguments of one call, says why csrc does not serve it, or "". None: it serves all.
     arch: an architecture that the extension must be built for, such as "90a"; "": any.
     scope: which calls csrc serves, in words, where it does not serve all.
+    opt_in: why csrc serves only where SPECEDIT_BACKEND asks for it, or "".
     """
-    _OPS[op] = _Op(stem, csrc, refuses, arch, scope)
+    _OPS[op] = _Op(stem, csrc, refuses, arch, scope, opt_in)
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def _triton_refuses(device):
     return None if major >= 8 else f"Triton kernels need compute capability 8.0, {device} has {major}.{minor}"
 
 
-def _cuda_refuses(op, device, call=None):
+def _cuda_refuses(op, device):
     known = _OPS[op]
     if known.csrc is None:
         return "no CUDA C++ kernel for this op"
@@ -92,17 +94,34 @@ def _cuda_refuses(op, device, call=None):
         return reason
     if known.arch and known.arch not in _extension.architectures():
         return f"the kernel needs sm_{known.arch}, the extension is built for {_extension.architectures()}"
-    return known.refuses(*call) if known.refuses and call is not None else ""
+    return ""
+
+
+def _call_refused(op, call):
+    refuses = _OPS[op].refuses
+    return refuses(*call) if refuses and call is not None else ""
+
+
+def _forced(op):
+    """The backend that SPECEDIT_BACKEND forces for ``op``, or ""."""
+    text = os.environ.get("SPECEDIT_BACKEND", "")
+    if not text:
+        return ""
+    if text in BACKENDS:
+        return text
+    pairs = dict(entry.strip().split("=", 1) for entry in text.split(",") if "=" in entry)
+    if len(pairs) < text.count(",") + 1 or not (pairs.keys() <= _OPS.keys() and set(pairs.values()) <= set(BACKENDS)):
+        expected = f"one of {', '.join(BACKENDS)}, or op=backend for some ops, separated by commas"
+        raise ValueError(f"SPECEDIT_BACKEND: expected {expected}, got {text!r}")
+    return pairs.get(op, "")
 
 
 def choose(op, device, call=None):
     """Return (backend, why not a faster one or ""). ``call``: the arguments, or None for ordinary ones."""
-    forced = os.environ.get("SPECEDIT_BACKEND", "")
+    forced = _forced(op)
     if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"SPECEDIT_BACKEND: expected one of {', '.join(BACKENDS)}, got {forced!r}")
         refused = {
-            "cuda": lambda: _cuda_refuses(op, device, call),
+            "cuda": lambda: _cuda_refuses(op, device) or _call_refused(op, call),
             "triton": lambda: _triton_refuses(device),
             "reference": lambda: None,
         }[forced]()
@@ -111,7 +130,7 @@ def choose(op, device, call=None):
         return forced, "forced by SPECEDIT_BACKEND"
     if device.type == "cpu":
         return "reference", "CPU tensors are served by the reference"
-    cuda = _cuda_refuses(op, device, call)
+    cuda = _cuda_refuses(op, device) or _OPS[op].opt_in or _call_refused(op, call)
     if not cuda:
         return "cuda", _OPS[op].scope if call is None else ""
     triton = _triton_refuses(device)
