@@ -17,7 +17,6 @@
 
 #include <cmath>
 
-#include "common.h"
 #include "mixed_res_attn/params.h"
 #include "mixed_res_attn/sm90.cuh"
 
@@ -854,9 +853,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using SharedT = Shared<T, D, GATHER>;
   using S = typename SharedT::S;
-  extern __shared__ __align__(1024) uint8_t memory[];
-  SharedT& s = *reinterpret_cast<SharedT*>(memory);
-  if (sm90::shared_address(memory) % 1024 != 0) __trap();
+  SharedT& s = *static_cast<SharedT*>(sm90::block_memory());
+  if (sm90::shared_address(&s) % 1024 != 0) __trap();
   if (threadIdx.x == 0) {
     // A buffer is given back by each of the warps that read it.
     for (int g = 0; g < 2; ++g) {
@@ -979,30 +977,6 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Param
       target * p.out_strides.row + cut.head * p.out_strides.head + lane * kEach;
   if constexpr (kEach == 4) *reinterpret_cast<uint2*>(at) = make_uint2(word[0], word[1]);
   else *reinterpret_cast<uint32_t*>(at) = word[0];
-}
-
-template <typename T, int D, bool GATHER>
-void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<T, D, GATHER>);
-  static_assert(kBytes <= 232448);
-  check_cuda(
-      cudaFuncSetAttribute(attention_kernel<T, D, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-      "mixed_res_attn");
-  attention_kernel<T, D, GATHER><<<blocks, kThreads, kBytes, stream>>>(p);
-  check_cuda(cudaGetLastError(), "mixed_res_attn");
-  if (cut_tiles > 0) {
-    // Started while the attention still runs; it waits for its end by itself.
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cut_tiles, kBlockM / 8);
-    config.blockDim = dim3(256);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
-    check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
-  }
 }
 
 }  // namespace specedit::attn

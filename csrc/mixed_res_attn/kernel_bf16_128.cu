@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "mixed_res_attn/kernel.cuh"
+#include "mixed_res_attn/launch.cuh"
 
 namespace specedit::attn {
 

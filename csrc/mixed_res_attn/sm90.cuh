@@ -17,6 +17,12 @@ __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
+// The block's dynamic shared memory.
+__device__ inline void* block_memory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
 
 __device__ inline void barrier_init(uint64_t* bar, uint32_t arrivals) {
