@@ -2,11 +2,13 @@
 // The CUDA implementations of internal ops whose schemas specedit_kernels/ops defines.
 #include <torch/csrc/stable/library.h>
 
+#include "mixed_res_attn/mixed_res_attn.h"
 #include "select_tokens/select_tokens.h"
 #include "token_discrepancy/token_discrepancy.h"
 
 STABLE_TORCH_LIBRARY_IMPL(specedit, CUDA, m) {
   m.impl("token_discrepancy_csrc", TORCH_BOX(&specedit::token_discrepancy));
+  m.impl("mixed_res_attn_csrc", TORCH_BOX(&specedit::mixed_res_attn));
   m.impl("select_tokens_csrc", TORCH_BOX(&specedit::select_tokens));
 }
 

@@ -32,3 +32,9 @@ def build_info():
     function = ctypes.CDLL(str(PATH)).specedit_build_info
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+@functools.cache
+def architectures():
+    """The architectures that the extension was built for, as setup.py was told, such as "90a"; "" without one."""
+    return (build_info() or "").rpartition(", sm ")[2]

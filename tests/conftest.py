@@ -32,7 +32,7 @@ def _backends():
 
 
 BACKENDS = _backends()
-WITH_CSRC = ("token_discrepancy", "select_tokens")
+WITH_CSRC = ("token_discrepancy", "select_tokens", "mixed_res_attn")
 
 
 def pytest_generate_tests(metafunc):

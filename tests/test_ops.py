@@ -203,7 +203,7 @@ def test_score_select_gather_is_few_launches(device):
 def test_forced_backends(monkeypatch):
     x = torch.randn(1, 4, 8)
     monkeypatch.setenv("SPECEDIT_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="SPECEDIT_BACKEND: expected one of cuda, triton, reference, got 'fastest'"):
+    with pytest.raises(ValueError, match="SPECEDIT_BACKEND: expected one of cuda, triton, reference.*got 'fastest'"):
         ops.token_discrepancy(x, x, (2, 2))
     monkeypatch.setenv("SPECEDIT_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="SPECEDIT_BACKEND=cuda cannot serve token_discrepancy: .*CUDA tensor"):
@@ -214,6 +214,19 @@ def test_forced_backends(monkeypatch):
     monkeypatch.setenv("SPECEDIT_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="SPECEDIT_BACKEND=triton cannot serve token_discrepancy"):
         ops.token_discrepancy(x, x, (2, 2))
+
+
+def test_backend_forced_for_one_op(monkeypatch):
+    x = torch.randn(1, 4, 8)
+    monkeypatch.setenv("SPECEDIT_BACKEND", "merge_attn=reference, token_discrepancy=cuda")
+    assert ops.backend_of("merge_attn", "cpu") == ("reference", "forced by SPECEDIT_BACKEND")
+    assert ops.backend_of("select_tokens", "cpu") == ("reference", "CPU tensors are served by the reference")
+    with pytest.raises(RuntimeError, match="SPECEDIT_BACKEND=cuda cannot serve token_discrepancy"):
+        ops.token_discrepancy(x, x, (2, 2))
+    for wrong in ("merge_attn=fast", "attention=cuda", "cuda,triton", "merge_attn=cuda,merge_attn=triton", "=cuda"):
+        monkeypatch.setenv("SPECEDIT_BACKEND", wrong)
+        with pytest.raises(ValueError, match="SPECEDIT_BACKEND: expected one of .*or op=backend"):
+            ops.backend_of("merge_attn", "cpu")
 
 
 def test_backend_of():

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs, float64 check and library baselines of the attention benchmarks."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # (queries, keys): the whole of a 1024² Kontext edit, then what a SpecEdit step leaves of it.
-SHAPES = ((8704, 8704), (4608, 4608), (1536, 8704), (922, 8704), (512, 8704))
+SHAPES = ((8704, 8704), (4608, 4608), (1536, 8704), (922, 8704), (922, 5120), (512, 8704), (1536, 1536))
 HEADS, HEAD_DIM = 24, 128
 
 
@@ -56,6 +58,22 @@ class Check:
         if lse is not None:
             ok = ok and (lse[:, :, self.rows].double() - self.lse).abs().max().item() < 1e-4
         return error, ok
+
+
+def forced(backend, fn):
+    """`fn` with attention served by ``backend``; a CUDA graph keeps what was chosen at its capture."""
+
+    def call():
+        before = os.environ.get("SPECEDIT_BACKEND")
+        os.environ["SPECEDIT_BACKEND"] = f"mixed_res_attn={backend},mixed_res_attn_scatter_={backend}"
+        try:
+            return fn()
+        finally:
+            os.environ.pop("SPECEDIT_BACKEND")
+            if before is not None:
+                os.environ["SPECEDIT_BACKEND"] = before
+
+    return call
 
 
 def baselines(q, k, v, bias):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend serves a call: ``cuda`` (csrc) before ``triton`` before ``reference``.
 
-A CPU tensor is served by the reference. ``SPECEDIT_BACKEND=reference|triton|cuda`` forces one; a forced backend that
-cannot serve the call raises and says why. Under ``TRITON_INTERPRET=1`` a forced triton serves CPU tensors too.
+A CPU tensor is served by the reference. ``SPECEDIT_BACKEND=reference|triton|cuda`` forces one, for all ops or, written
+``op=backend,op=backend``, for some; a forced backend that cannot serve the call raises and says why. Under ``TRITON_INTERPRET=1`` a forced triton serves CPU tensors too.
 """
 
 import functools
 import importlib
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -15,20 +16,38 @@ from specedit_kernels import _extension
 
 BACKENDS = ("cuda", "triton", "reference")
 
-# op -> (stem of its file in reference/ and triton_kernels/, its csrc twin or None)
+
+@dataclass(frozen=True)
+class _Op:
+    stem: str
+    csrc: object
+    refuses: object
+    arch: str
+    scope: str
+    opt_in: str
+
+
 _OPS = {}
 
 
-def add(op, stem, csrc=None):
-    """Make ``op`` known: ``stem`` names its file in the other rooms, ``csrc`` is the overload of its csrc twin."""
-    _OPS[op] = (stem, csrc)
+def add(op, stem, csrc=None, refuses=None, arch="", scope="", opt_in=""):
+    """Make ``op`` known.
+
+    stem: names its file in reference/ and triton_kernels/.
+    csrc: the callable that launches its csrc kernel, or None.
+    refuses: called with the arguments of one call, says why csrc does not serve it, or "". None: it serves all.
+    arch: an architecture that the extension must be built for, such as "90a"; "": any.
+    scope: which calls csrc serves, in words, where it does not serve all.
+    opt_in: why csrc serves only where SPECEDIT_BACKEND asks for it, or "".
+    """
+    _OPS[op] = _Op(stem, csrc, refuses, arch, scope, opt_in)
 
 
 @functools.cache
 def _load(op, backend):
-    stem, csrc = _OPS[op]
+    stem = _OPS[op].stem
     if backend == "cuda":
-        return csrc
+        return _OPS[op].csrc
     room = "reference" if backend == "reference" else "triton_kernels"
     return getattr(importlib.import_module(f"specedit_kernels.{room}.{stem}"), op)
 
@@ -62,7 +81,8 @@ def _triton_refuses(device):
 
 
 def _cuda_refuses(op, device):
-    if _OPS[op][1] is None:
+    known = _OPS[op]
+    if known.csrc is None:
         return "no CUDA C++ kernel for this op"
     if device.type != "cuda":
         return "the CUDA C++ kernel needs a CUDA tensor"
@@ -70,17 +90,38 @@ def _cuda_refuses(op, device):
     if major != 9:
         return f"the extension is built for compute capability 9.0, {device} has {major}.{minor}"
     loaded, reason = _extension.load()
-    return None if loaded else reason
+    if not loaded:
+        return reason
+    if known.arch and known.arch not in _extension.architectures():
+        return f"the kernel needs sm_{known.arch}, the extension is built for {_extension.architectures()}"
+    return ""
 
 
-def choose(op, device):
-    """Return (backend, why not a faster one or "")."""
-    forced = os.environ.get("SPECEDIT_BACKEND", "")
+def _call_refused(op, call):
+    refuses = _OPS[op].refuses
+    return refuses(*call) if refuses and call is not None else ""
+
+
+def _forced(op):
+    """The backend that SPECEDIT_BACKEND forces for ``op``, or ""."""
+    text = os.environ.get("SPECEDIT_BACKEND", "")
+    if not text:
+        return ""
+    if text in BACKENDS:
+        return text
+    pairs = dict(entry.strip().split("=", 1) for entry in text.split(",") if "=" in entry)
+    if len(pairs) < text.count(",") + 1 or not (pairs.keys() <= _OPS.keys() and set(pairs.values()) <= set(BACKENDS)):
+        expected = f"one of {', '.join(BACKENDS)}, or op=backend for some ops, separated by commas"
+        raise ValueError(f"SPECEDIT_BACKEND: expected {expected}, got {text!r}")
+    return pairs.get(op, "")
+
+
+def choose(op, device, call=None):
+    """Return (backend, why not a faster one or ""). ``call``: the arguments, or None for ordinary ones."""
+    forced = _forced(op)
     if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"SPECEDIT_BACKEND: expected one of {', '.join(BACKENDS)}, got {forced!r}")
         refused = {
-            "cuda": lambda: _cuda_refuses(op, device),
+            "cuda": lambda: _cuda_refuses(op, device) or _call_refused(op, call),
             "triton": lambda: _triton_refuses(device),
             "reference": lambda: None,
         }[forced]()
@@ -89,18 +130,18 @@ def choose(op, device):
         return forced, "forced by SPECEDIT_BACKEND"
     if device.type == "cpu":
         return "reference", "CPU tensors are served by the reference"
-    cuda = _cuda_refuses(op, device)
+    cuda = _cuda_refuses(op, device) or _OPS[op].opt_in or _call_refused(op, call)
     if not cuda:
-        return "cuda", ""
+        return "cuda", _OPS[op].scope if call is None else ""
     triton = _triton_refuses(device)
     if not triton:
         return "triton", cuda
     return "reference", f"{cuda}; {triton}"
 
 
-def implementation(op, device):
-    """The callable that serves ``op`` on ``device``."""
-    return _load(op, choose(op, device)[0])
+def implementation(op, device, call=None):
+    """The callable that serves ``op`` on ``device``; ``call``: its arguments, where the choice depends on them."""
+    return _load(op, choose(op, device, call)[0])
 
 
 def backend_of(op, device="cuda"):

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launch of the attention on sm_90a. The kernels stand apart, so that a test can run them without a GPU.
+#pragma once
+
+#include "common.h"
+#include "mixed_res_attn/kernel.cuh"
+
+namespace specedit::attn {
+
+template <typename T, int D, bool GATHER>
+void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(Shared<T, D, GATHER>);
+  static_assert(kBytes <= 232448);
+  check_cuda(
+      cudaFuncSetAttribute(attention_kernel<T, D, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+      "mixed_res_attn");
+  attention_kernel<T, D, GATHER><<<blocks, kThreads, kBytes, stream>>>(p);
+  check_cuda(cudaGetLastError(), "mixed_res_attn");
+  if (cut_tiles > 0) {
+    // Started while the attention still runs; it waits for its end by itself.
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cut_tiles, kBlockM / 8);
+    config.blockDim = dim3(256);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
+    check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
+  }
+}
+
+}  // namespace specedit::attn

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// csrc/mixed_res_attn/kernel.cuh on the CPU against the definition in double: mixed_res_attn CASE SEED SLOW_WARP.
+// SLOW_WARP (-1: none) runs one turn in 200. Prints the errors; exit code 1 where a result is wrong or nothing moves.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "emulator.h"
+
+#define __CUDA_ARCH_FEAT_SM90_ALL 1
+#ifndef __launch_bounds__
+#define __launch_bounds__(...)
+#endif
+#ifndef __grid_constant__
+#define __grid_constant__
+#endif
+
+#include <map>
+#include <string>
+
+#include "mixed_res_attn/kernel.cuh"
+
+using namespace specedit::attn;
+using specedit::sm90::element;
+
+namespace {
+
+using Ints = std::vector<int>;
+constexpr int kSlowness = 200;
+constexpr float kUntouched = 123.0f;
+
+enum class Bias { kNone, kAlternating, kSorted, kRandom };
+
+struct Case {
+  bool half;    // fp16, else bf16
+  int dim;
+  int batch, rows_q, rows_k, heads, heads_k, workers;
+  Bias bias = Bias::kNone;
+  Ints q_lens = {}, kv_lens = {}, cu_q = {}, cu_k = {};
+  int q_slots = 0, k_slots = 0;  // > 0: by index, so many slots
+  bool scatter = false;
+};
+
+const std::map<std::string, Case> kCases = {
+    {"one_tile", {false, 128, 1, 100, 900, 1, 1, 1, Bias::kAlternating}},
+    {"few_rows_d64", {false, 64, 1, 44, 1500, 1, 1, 1, Bias::kAlternating}},
+    {"rounds", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
+    {"parts", {false, 128, 1, 150, 3000, 1, 1, 4, Bias::kRandom}},
+    {"lengths", {true, 128, 2, 200, 500, 2, 2, 3, Bias::kSorted, {130, 5}, {499, 17}}},
+    {"lengths_0", {false, 128, 2, 200, 500, 1, 1, 2, Bias::kNone, {0, 200}, {499, 0}}},
+    {"packed",
+     {false, 64, 4, 260, 700, 2, 1, 3, Bias::kRandom, {}, {}, {0, 130, 130, 133, 250}, {0, 300, 300, 301, 690}}},
+    {"scatter", {false, 128, 1, 150, 400, 2, 2, 2, Bias::kAlternating, {140}, {}, {}, {}, 170, 0, true}},
+    {"kv_index", {false, 128, 1, 150, 700, 2, 1, 3, Bias::kRandom, {}, {}, {}, {}, 0, 600}},
+    {"kv_index_parts", {false, 128, 1, 150, 2000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 3000}},
+    {"all_indices", {true, 64, 2, 150, 700, 2, 1, 3, Bias::kSorted, {120, 60}, {800, 333}, {}, {}, 130, 900, true}},
+};
+
+template <typename T>
+T make(float x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16(x);
+  else return __float2half(x);
+}
+
+template <typename T>
+float read(const T& x) {
+  uint16_t bits;
+  std::memcpy(&bits, &x, 2);
+  return element<T>(bits);
+}
+
+const int* data_or_null(const Ints& x) { return x.empty() ? nullptr : x.data(); }
+
+template <typename T, int D>
+struct Problem {
+  const Case& c;
+  bool packed;
+  int entries, q_slots, k_slots, rows_out;
+  std::vector<T> q, k, v, out;
+  std::vector<float> bias, lse, part_out, part_lse;
+  Ints q_index, kv_index, out_index;
+  std::vector<CutTile> cut_tiles;
+  int cut_count[2] = {0, 1};
+  Params p{};
+
+  Problem(const Case& c, std::mt19937& random) : c(c), packed(!c.cu_q.empty()), entries(packed ? 1 : c.batch) {
+    q_slots = c.q_slots ? c.q_slots : c.rows_q;
+    k_slots = c.k_slots ? c.k_slots : c.rows_k;
+    rows_out = c.scatter ? q_slots + 20 : q_slots;
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<T>& x, int rows, int heads) {
+      x.resize(static_cast<size_t>(entries) * rows * heads * D);
+      for (T& value : x) value = make<T>(normal(random));
+    };
+    fill(q, c.rows_q, c.heads);
+    fill(k, c.rows_k, c.heads_k);
+    fill(v, c.rows_k, c.heads_k);
+    for (int i = 0; i < entries * c.rows_k; ++i) {
+      const bool coarse = c.bias == Bias::kSorted ? i % c.rows_k * 2 > c.rows_k : i % 2;
+      const float any = i % 7 ? normal(random) : -INFINITY;
+      bias.push_back(c.bias == Bias::kRandom ? any : coarse ? std::log(4.0f) : 0.0f);
+    }
+    // Rows -1 (empty) to one past the last: an index out of range counts as empty.
+    const auto index = [&](Ints& x, int slots, int rows) {
+      for (int i = 0; i < c.batch * slots; ++i) x.push_back(static_cast<int>(random() % (rows + 2)) - 1);
+    };
+    if (c.q_slots) index(q_index, q_slots, c.rows_q);
+    if (c.k_slots) index(kv_index, k_slots, c.rows_k);
+    for (int b = 0; c.scatter && b < c.batch; ++b) {
+      Ints order(rows_out);
+      for (int i = 0; i < rows_out; ++i) order[i] = i;
+      std::shuffle(order.begin(), order.end(), random);
+      for (int i = 0; i < q_slots; ++i) out_index.push_back(i % 5 ? order[i] : -1);
+    }
+    out.assign(static_cast<size_t>(entries) * rows_out * c.heads * D, make<T>(kUntouched));
+    lse.assign(static_cast<size_t>(entries) * c.heads * q_slots, kUntouched);
+
+    const auto strides = [](int rows, int heads) { return Strides{int64_t{rows} * heads * D, int64_t{heads} * D, D}; };
+    const auto map = [&](CUtensorMap& target, const std::vector<T>& x, int rows, int heads, int box) {
+      const specedit::sm90::TensorMap m{
+          reinterpret_cast<const uint16_t*>(x.data()),
+          {64, rows, D / 64, heads, entries},
+          {1, int64_t{heads} * D, 64, D, int64_t{rows} * heads * D},
+          box,
+          D / 64};
+      std::memcpy(&target, &m, sizeof(m));
+    };
+    map(p.q_map, q, c.rows_q, c.heads, kRows);
+    map(p.k_map, k, c.rows_k, c.heads_k, kBlockN);
+    map(p.v_map, v, c.rows_k, c.heads_k, kBlockN);
+    p.q = q.data();
+    p.k = k.data();
+    p.v = v.data();
+    p.q_strides = strides(c.rows_q, c.heads);
+    p.k_strides = p.v_strides = strides(c.rows_k, c.heads_k);
+    p.out_strides = strides(rows_out, c.heads);
+    p.bias = c.bias == Bias::kNone ? nullptr : bias.data();
+    p.q_index = data_or_null(q_index);
+    p.kv_index = data_or_null(kv_index);
+    p.out_index = data_or_null(out_index);
+    p.q_lens = data_or_null(c.q_lens);
+    p.kv_lens = data_or_null(c.kv_lens);
+    p.cu_q = data_or_null(c.cu_q);
+    p.cu_k = data_or_null(c.cu_k);
+    p.bias_batch = c.rows_k;
+    p.q_index_batch = p.out_index_batch = q_slots;
+    p.kv_index_batch = k_slots;
+    p.lse_batch = packed ? 0 : int64_t{c.heads} * q_slots;
+    p.lse_head = q_slots;
+    p.out = out.data();
+    p.lse = lse.data();
+    p.slots = 4 * c.workers;
+    part_out.assign(static_cast<size_t>(p.slots) * kBlockM * D, NAN);
+    part_lse.assign(static_cast<size_t>(p.slots) * kBlockM, NAN);
+    cut_tiles.resize(c.workers);
+    p.part_out = part_out.data();
+    p.part_lse = part_lse.data();
+    p.cut_tiles = cut_tiles.data();
+    p.cut_count = cut_count;
+    p.score_unit = 1.4426950408889634f / std::sqrt(static_cast<float>(D));
+    p.bias_unit = std::sqrt(static_cast<float>(D));
+    p.slack = kSlack / p.score_unit;
+    p.batch = c.batch;
+    p.heads = c.heads;
+    p.group = c.heads / c.heads_k;
+    p.num_q = q_slots;
+    p.num_k = k_slots;
+    p.rows_q = c.rows_q;
+    p.rows_k = c.rows_k;
+    p.rows_out = rows_out;
+  }
+
+  template <bool GATHER>
+  void run(int slow_warp) {
+    emulated_grid = {static_cast<uint32_t>(c.workers), 1, 1};
+    for (int block = 0; block < c.workers; ++block) {
+      emulated_block = {static_cast<uint32_t>(block), 0, 0};
+      std::memset(emulator::shared_memory, 0xff, emulator::kSharedBytes);
+      for (auto& bar : specedit::sm90::named_barriers) bar = {};
+      const auto kernel = [&] { attention_kernel<T, D, GATHER>(p); };
+      if (!emulator::run_block(kThreads, kernel, slow_warp, kSlowness)) emulator::fail("deadlock");
+    }
+    for (int tile = 0; cut_count[1] > 1 && tile < cut_count[0]; ++tile) {
+      for (int rows = 0; rows < kBlockM / 8; ++rows) {
+        emulated_block = {static_cast<uint32_t>(tile), static_cast<uint32_t>(rows), 0};
+        if (!emulator::run_block(256, [&] { join_kernel<T, D>(p); }, -1, 1)) emulator::fail("deadlock in join");
+      }
+    }
+  }
+
+  // One query against the definition; the largest error of its output, of its lse beyond a hundredth of that rule.
+  double error_of(int b, int first_q, int slot, int q_len, int first_k, int k_len) const {
+    const int entry = packed ? 0 : b;
+    const int row = q_index.empty() ? first_q + slot : q_index[b * q_slots + slot];
+    const bool live = slot < q_len && row >= 0 && row < c.rows_q;
+    const int target = out_index.empty() ? first_q + slot : out_index[b * q_slots + slot];
+    double worst = 0;
+    for (int h = 0; h < c.heads; ++h) {
+      const auto at = [&](int rows, int r, int heads, int head) {
+        return ((static_cast<size_t>(entry) * rows + r) * heads + head) * D;
+      };
+      const int head_k = h / p.group;
+      std::vector<double> weight(k_len, -INFINITY);
+      Ints rows(k_len);
+      for (int j = 0; j < k_len; ++j) {
+        rows[j] = kv_index.empty() ? first_k + j : kv_index[b * k_slots + j];
+        if (!live || rows[j] < 0 || rows[j] >= c.rows_k) continue;
+        double score = 0;
+        for (int d = 0; d < D; ++d) {
+          score += read(q[at(c.rows_q, row, c.heads, h) + d]) * read(k[at(c.rows_k, rows[j], c.heads_k, head_k) + d]);
+        }
+        weight[j] = score / std::sqrt(D) + (p.bias ? bias[entry * c.rows_k + rows[j]] : 0.0f);
+      }
+      double top = -INFINITY;
+      for (double x : weight) top = std::max(top, x);
+      double total = 0;
+      for (double& x : weight) total += x = top == -INFINITY ? 0 : std::exp(x - top);
+      const float got = lse[(packed ? 0 : static_cast<size_t>(b) * c.heads * q_slots) + h * q_slots + first_q + slot];
+      if (total == 0 ? got != -INFINITY : !(std::abs(got - top - std::log(total)) < 1e-4)) return INFINITY;
+      for (int d = 0; target >= 0 && d < D; ++d) {
+        double want = 0;
+        for (int j = 0; total > 0 && j < k_len; ++j) {
+          if (weight[j] > 0) want += weight[j] * read(v[at(c.rows_k, rows[j], c.heads_k, head_k) + d]) / total;
+        }
+        const double error = std::abs(want - read(out[at(rows_out, target, c.heads, h) + d]));
+        worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+      }
+    }
+    return worst;
+  }
+
+  double error() const {
+    double worst = 0;
+    for (int b = 0; b < c.batch; ++b) {
+      const int first_q = packed ? c.cu_q[b] : 0;
+      const int first_k = packed ? c.cu_k[b] : 0;
+      const int slots = packed ? c.cu_q[b + 1] - first_q : q_slots;
+      const int keys = packed ? c.cu_k[b + 1] - first_k : k_slots;
+      const int q_len = c.q_lens.empty() ? slots : std::min(c.q_lens[b], slots);
+      const int k_len = c.kv_lens.empty() ? keys : std::min(c.kv_lens[b], keys);
+      // Every row near the edges of a warp group's 64, every fifth of the others.
+      for (int slot = 0; slot < slots; ++slot) {
+        if (slot % 64 < 2 || slot % 64 > 61 || slot % 5 == 0 || slot + 2 > q_len) {
+          worst = std::max(worst, error_of(b, first_q, slot, q_len, first_k, k_len));
+        }
+      }
+    }
+    return worst;
+  }
+
+  // Rows that no slot names keep their value; packed rows past the last sequence are empty.
+  bool rest_is_right() const {
+    for (int b = 0; b < entries; ++b) {
+      for (int row = 0; row < rows_out; ++row) {
+        float want = kUntouched;
+        if (packed && row >= c.cu_q.back()) want = 0;
+        else if (!c.scatter) continue;
+        else if (std::count(out_index.begin() + b * q_slots, out_index.begin() + (b + 1) * q_slots, row)) continue;
+        const T* at = out.data() + (static_cast<size_t>(b) * rows_out + row) * c.heads * D;
+        for (int i = 0; i < c.heads * D; ++i) {
+          if (read(at[i]) != want) return false;
+        }
+        for (int h = 0; packed && h < c.heads; ++h) {
+          if (lse[h * q_slots + row] != -INFINITY) return false;
+        }
+      }
+    }
+    return true;
+  }
+};
+
+template <typename T, int D>
+bool passes(const Case& c, int seed, int slow_warp) {
+  std::mt19937 random(seed);
+  emulator::random_engine.seed(seed + 1);
+  Problem<T, D> problem(c, random);
+  if (c.k_slots) problem.template run<true>(slow_warp);
+  else problem.template run<false>(slow_warp);
+  const double error = problem.error();
+  const bool rest = problem.rest_is_right();
+  std::printf("error %.1e, rest %s, %d tiles cut into %d parts\n", error, rest ? "right" : "wrong", problem.cut_count[0],
+              problem.cut_count[1]);
+  return error < 0.02 && rest;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4 || !kCases.count(argv[1])) {
+    for (const auto& entry : kCases) std::printf("%s\n", entry.first.c_str());
+    return argc == 1 ? 0 : 2;
+  }
+  emulator::shared_memory = static_cast<uint8_t*>(std::aligned_alloc(1024, emulator::kSharedBytes));
+  const Case& c = kCases.at(argv[1]);
+  const int seed = std::atoi(argv[2]);
+  const int slow_warp = std::atoi(argv[3]);
+  bool ok;
+  if (c.half) ok = (c.dim == 64 ? passes<__half, 64> : passes<__half, 128>)(c, seed, slow_warp);
+  else ok = (c.dim == 64 ? passes<__nv_bfloat16, 64> : passes<__nv_bfloat16, 128>)(c, seed, slow_warp);
+  return ok ? 0 : 1;
+}

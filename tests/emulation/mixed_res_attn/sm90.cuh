@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions of csrc/mixed_res_attn/sm90.cuh on the CPU. Asynchronous ones act late: box copies some turns after
+// their issue, row copies and products when they are waited for, from what memory and registers then hold.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "emulator.h"
+
+namespace specedit::sm90 {
+
+constexpr uint32_t kSharedStart = 1024;
+constexpr int kThreadsMax = 384;
+
+inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(at) - emulator::shared_memory) + kSharedStart;
+}
+
+inline uint8_t* at_shared(uint32_t address) {
+  if (address < kSharedStart || address >= kSharedStart + emulator::kSharedBytes) emulator::fail("shared memory bounds");
+  return emulator::shared_memory + address - kSharedStart;
+}
+
+// The 128-byte swizzle: address bits 4 to 6 are turned by bits 7 to 9.
+inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void* block_memory() { return emulator::shared_memory; }
+
+// ---- mbarrier -------------------------------------------------------------------------------------------------------
+
+struct Barrier {
+  uint16_t arrivals : 15;
+  uint16_t parity : 1;
+  int16_t missing;
+  int32_t bytes;
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline Barrier& barrier_of(uint64_t* bar) { return *reinterpret_cast<Barrier*>(bar); }
+
+inline void end_phase(Barrier& bar) {
+  if (bar.missing < 0) emulator::fail("more arrivals than a phase has");
+  if (bar.missing > 0 || bar.bytes != 0) return;
+  bar.parity ^= 1;
+  bar.missing = bar.arrivals;
+  ++emulator::progress;
+}
+
+inline void barrier_init(uint64_t* bar, uint32_t arrivals) {
+  barrier_of(bar) = {static_cast<uint16_t>(arrivals), 0, static_cast<int16_t>(arrivals), 0};
+}
+
+inline void barrier_init_fence() {}
+
+inline void barrier_arrive(uint64_t* bar) {
+  --barrier_of(bar).missing;
+  end_phase(barrier_of(bar));
+  if (emulator::random_engine() % 4 == 0) emulator::yield();
+}
+
+inline void barrier_expect(uint64_t* bar, uint32_t bytes) {
+  barrier_of(bar).bytes += bytes;
+  --barrier_of(bar).missing;
+  end_phase(barrier_of(bar));
+}
+
+inline bool barrier_try(uint64_t* bar, uint32_t parity) {
+  emulator::yield();
+  return barrier_of(bar).parity != parity;
+}
+
+inline void barrier_wait(uint64_t* bar, uint32_t parity) {
+  while (!barrier_try(bar, parity)) {
+  }
+}
+
+struct Named {
+  int arrived = 0;
+  uint64_t meetings = 0;
+  bool all = true;
+  bool result = true;
+};
+
+inline Named named_barriers[16];
+
+inline void named_arrive(int id, int threads) {
+  Named& bar = named_barriers[id];
+  if (++bar.arrived < threads) return;
+  bar = {0, bar.meetings + 1, true, bar.all};
+  ++emulator::progress;
+}
+
+inline void named_sync(int id, int threads) {
+  const uint64_t before = named_barriers[id].meetings;
+  named_arrive(id, threads);
+  while (named_barriers[id].meetings == before) emulator::yield();
+}
+
+inline bool named_sync_all(int id, int threads, bool value) {
+  named_barriers[id].all = named_barriers[id].all && value;
+  named_sync(id, threads);
+  return named_barriers[id].result;
+}
+
+// ---- What the CPU need not do ---------------------------------------------------------------------------------------
+
+inline void let_grid_after_start() {}
+inline void wait_for_grid_before() {}
+inline void proxy_fence() {}
+inline void pause() {}
+inline void prefetch_map(const CUtensorMap*) {}
+inline uint32_t opaque(uint32_t x) { return x; }
+
+template <int N>
+void more_registers() {}
+
+template <int N>
+void fewer_registers() {}
+
+template <int N>
+void pin(float (&)[N]) {}
+
+// ---- Copies ---------------------------------------------------------------------------------------------------------
+
+// What stands in a CUtensorMap here; strides in elements.
+struct TensorMap {
+  const uint16_t* data;
+  int64_t dims[5], strides[5];
+  int rows, panels;
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+
+inline void copy_box(void* target, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, int c3, int c4) {
+  TensorMap m;
+  std::memcpy(&m, map, sizeof(m));
+  const uint32_t base = shared_address(target);
+  emulator::later([=] {
+    for (int i = 0; i < m.panels * m.rows * 64; ++i) {
+      const int64_t at[5] = {c0 + i % 64, int64_t{c1} + i / 64 % m.rows, c2 + i / 64 / m.rows, c3, c4};
+      int64_t offset = 0;
+      bool inside = true;
+      for (int d = 0; d < 5; ++d) {
+        offset += at[d] * m.strides[d];
+        inside = inside && at[d] >= 0 && at[d] < m.dims[d];
+      }
+      const uint16_t value = inside ? m.data[offset] : 0;
+      std::memcpy(at_shared(swizzle(base + i * 2)), &value, 2);
+    }
+    barrier_of(bar).bytes -= m.panels * m.rows * 128;
+    end_phase(barrier_of(bar));
+  });
+}
+
+// Operations of one thread, in groups that are waited for.
+struct Queue {
+  std::vector<std::function<void()>> open;
+  std::vector<std::vector<std::function<void()>>> groups;
+
+  void commit() {
+    groups.push_back(std::move(open));
+    open.clear();
+  }
+
+  void wait(size_t left) {
+    for (; groups.size() > left; groups.erase(groups.begin())) {
+      for (const auto& run : groups.front()) run();
+    }
+  }
+};
+
+inline Queue copies[kThreadsMax];
+inline Queue products[kThreadsMax];
+
+inline void copy_16(uint32_t target, const void* source, bool valid) {
+  copies[emulator::current].open.push_back([=] {
+    if (valid) std::memcpy(at_shared(target), source, 16);
+    else std::memset(at_shared(target), 0, 16);
+  });
+}
+
+inline void copies_commit() { copies[emulator::current].commit(); }
+
+template <int PENDING>
+void copies_wait() {
+  copies[emulator::current].wait(PENDING);
+}
+
+// ---- wgmma ----------------------------------------------------------------------------------------------------------
+
+inline void products_fence() { __syncwarp(); }
+inline void products_commit() { products[emulator::current].commit(); }
+
+template <int PENDING>
+void products_wait() {
+  __syncwarp();
+  products[emulator::current].wait(PENDING);
+  __syncwarp();
+}
+
+inline uint32_t tile_descriptor(const void* tile, uint32_t panel) {
+  return (shared_address(tile) >> 4) | (panel >> 4) << 16;
+}
+
+template <typename T>
+float element(uint16_t bits) {
+  T value;
+  std::memcpy(&value, &bits, 2);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(value);
+  else return __half2float(value);
+}
+
+template <typename T>
+float element_at(uint32_t address) {
+  uint16_t bits;
+  std::memcpy(&bits, at_shared(swizzle(address)), 2);
+  return element<T>(bits);
+}
+
+// A thread computes its own elements: columns 8 i + 2 (lane % 4) and the next, of rows lane / 4 and lane / 4 + 8 of
+// its warp's 16. b(column, k): the address of an element of b.
+template <typename T, int N, typename Address>
+void multiply(float* d, const float (&a)[2][16], int lane, bool add, Address b) {
+  for (int i = 0; i < N / 2; ++i) {
+    const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += a[i / 2 % 2][k] * element_at<T>(b(column, k));
+    d[i] = (add ? d[i] : 0) + sum;
+  }
+}
+
+template <typename T, int N>
+struct Products {
+  static void shared_shared(float (&d)[N / 2], uint32_t a, uint32_t b, int add) {
+    float* const target = d;
+    const int lane = emulator::current % 32;
+    const int warp = emulator::current % 128 / 32;
+    products[emulator::current].open.push_back([=] {
+      const uint32_t a_start = (a & 0x3fff) << 4;
+      const uint32_t b_start = (b & 0x3fff) << 4;
+      const auto address = [](uint32_t start, int row, int k) { return start + row / 8 * 1024 + row % 8 * 128 + k * 2; };
+      float rows[2][16];
+      for (int i = 0; i < 32; ++i) {
+        rows[i / 16][i % 16] = element_at<T>(address(a_start, warp * 16 + lane / 4 + i / 16 * 8, i % 16));
+      }
+      multiply<T, N>(target, rows, lane, add, [=](int column, int k) { return address(b_start, column, k); });
+    });
+  }
+
+  // Lane c of four holds columns 2 c and 2 c + 1, and those plus 8, of its two rows.
+  static void registers_shared(float (&d)[N / 2], const uint32_t* a, uint32_t b) {
+    static const uint32_t* registers[kThreadsMax][32];
+    static int issued[kThreadsMax];
+    float* const target = d;
+    const int thread = emulator::current;
+    const int slot = issued[thread]++ % 32;
+    registers[thread][slot] = a;
+    products[thread].open.push_back([=] {
+      float rows[2][16];
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t* words = registers[thread - thread % 4 + c][slot];
+        for (int i = 0; i < 8; ++i) {
+          rows[i / 2 % 2][i / 4 * 8 + 2 * c + i % 2] = element<T>(static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
+        }
+      }
+      const uint32_t start = (b & 0x3fff) << 4;
+      const uint32_t panel = (b >> 16) << 4;
+      multiply<T, N>(target, rows, thread % 32, true, [=](int column, int k) {
+        return start + column / 64 * panel + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2;
+      });
+    });
+  }
+};
+
+// ---- Arithmetic -----------------------------------------------------------------------------------------------------
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  T halves[2];
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    halves[0] = __float2bfloat16(low);
+    halves[1] = __float2bfloat16(high);
+  } else {
+    halves[0] = __float2half(low);
+    halves[1] = __float2half(high);
+  }
+  uint32_t word;
+  std::memcpy(&word, halves, 4);
+  return word;
+}
+
+}  // namespace specedit::sm90

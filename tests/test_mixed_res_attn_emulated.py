@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA C++ attention kernel on the CPU: its own source, compiled by the host's compiler over tests/emulation.
+
+The threads of a block are fibers that a seeded scheduler runs in random order, with one warp slower than the others:
+a wait that can be overtaken, a buffer that is given back too early and a wrong index show as a deadlock or an error.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+# None, the loader, the biases', one that computes.
+SLOW_WARPS = (-1, 0, 1, 4)
+CASES = (
+    "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "scatter", "kv_index",
+    "kv_index_parts", "all_indices",
+)  # fmt: skip
+
+
+def _cuda_headers():
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        homes.append(Path(nvcc).resolve().parents[1])
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def _compile(target, *include):
+    command = ["g++", "-O2", "-std=c++17", "-U_FORTIFY_SOURCE", "-w"]
+    folders = [f"-I{folder}" for folder in (*include, HERE / "emulation", CSRC)]
+    source = str(HERE / "emulation" / "mixed_res_attn.cpp")
+    done = subprocess.run(
+        [*command, *folders, "-isystem", str(_cuda_headers()), source, "-o", str(target)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def _run(program, case, seed, slow_warp):
+    command = [str(program), case, str(seed), str(slow_warp)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def usable():
+    if not CSRC.exists():
+        pytest.skip("the tests run from an installed package, without the sources")
+    if shutil.which("g++") is None or _cuda_headers() is None:
+        pytest.skip("needs g++ and CUDA's headers")
+
+
+@pytest.fixture(scope="module")
+def program(usable, tmp_path_factory):
+    return _compile(tmp_path_factory.mktemp("emulation") / "mixed_res_attn")
+
+
+def test_every_case_is_listed(program):
+    listed = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(listed) == sorted(CASES)
+
+
+@pytest.mark.parametrize("slow_warp", SLOW_WARPS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_on_the_cpu(program, case, slow_warp):
+    done = _run(program, case, SLOW_WARPS.index(slow_warp), slow_warp)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "before, after, case, slow_warp",
+    [
+        # The biases' warp waits on K's barrier, which can go two phases on without it: the deadlock of the first build.
+        ("sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);",
+         "sm90::barrier_wait(&s.k_empty[slot.stage % S::kStages], (slot.stage / S::kStages) ^ 1);", "one_tile", 1),
+        # The bias of the neighbouring key.
+        ("column % 8 / 2 * S::kBiasStride + column / 8 * 2 + column % 2",
+         "column % 8 / 2 * S::kBiasStride + column / 8 * 2 + 1 - column % 2", "one_tile", -1),
+    ],
+    ids=["a_wait_that_can_be_overtaken", "bias_of_another_key"],
+)  # fmt: skip
+def test_a_broken_kernel_fails(usable, tmp_path, before, after, case, slow_warp):
+    """The emulation can tell: the same test on a kernel with one line wrong."""
+    source = (CSRC / "mixed_res_attn" / "kernel.cuh").read_text()
+    assert source.count(before) == 1
+    (tmp_path / "mixed_res_attn").mkdir()
+    (tmp_path / "mixed_res_attn" / "kernel.cuh").write_text(source.replace(before, after))
+    program = _compile(tmp_path / "broken", tmp_path)
+    assert any(_run(program, case, seed, slow_warp).returncode != 0 for seed in range(3))
