@@ -285,10 +285,11 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(plus, zero, seen, g
 
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, guided):
-    image = pictures(2) if isinstance(pipe, QwenImageEditPlusPipeline) else tiny_image()
+@pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
+def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(plus, zero, seen, guided):
+    shape = dict(image=image_of(plus, seen), height=128, width=128)
     config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3)
-    run = make_run(pipe, config, guided=guided, image=image, height=128, width=128)
+    run = make_run(pair(plus, zero)[1], config, guided=guided, **shape)
     _, state = mixed_state(run, 5)
     at = torch.tensor(700.0)
     whole = run.velocity(state.tokens, at, state.layouts)
