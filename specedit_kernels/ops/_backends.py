@@ -2,7 +2,8 @@
 """Which backend serves a call: ``cuda`` (csrc) before ``triton`` before ``reference``.
 
 A CPU tensor is served by the reference. ``SPECEDIT_BACKEND=reference|triton|cuda`` forces one, for all ops or, written
-``op=backend,op=backend``, for some; a forced backend that cannot serve the call raises and says why. Under ``TRITON_INTERPRET=1`` a forced triton serves CPU tensors too.
+``op=backend,op=backend``, for some; a forced backend that cannot serve the call raises and says why. Under
+``TRITON_INTERPRET=1`` a forced triton serves CPU tensors too.
 """
 
 import functools
