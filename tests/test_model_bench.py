@@ -30,11 +30,13 @@ def test_rows_of_every_kind(bench, tmp_path):
     rows = report["rows"]
     assert set(rows) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28", "inpaint-28, 10 %",
                          "specedit-9-full, 10%", "specedit-9-full, 10% scattered", "specedit-9-locked, 10%",
-                         "specedit-9-locked, 10% scattered"}  # fmt: skip
+                         "specedit-9-locked, 10% scattered", "specedit-9-locked-cached, 10%",
+                         "specedit-9-locked-cached, 10% scattered"}  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
     edit = rows["specedit-9-locked, 10%"]
     assert edit["nfe"] == 9 and edit["fallback"] is None and edit["stages"]["mixed"] > 0
     assert 0.1 <= edit["active"] < rows["specedit-9-locked, 10% scattered"]["active"]
+    assert rows["specedit-9-locked-cached, 10%"]["flops"] < edit["flops"]
     table = (tmp_path / "flux_kontext.md").read_text()
     assert "against plain-28" in table and " 1.00 x" in table
 

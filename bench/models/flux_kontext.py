@@ -139,14 +139,16 @@ class Bench:
         rows["taylorseer-28"] = lambda: self.cached(TaylorSeerCacheConfig(cache_interval=5), 28)
         tenth = region(self.args.side, 0.1)
         rows["inpaint-28, 10 %"] = lambda: self.inpaint(tenth, 28)
-        for finish in ("full", "locked"):
+        # cached: after the first mixed step only text and edited tokens are computed
+        for kind, options in (("full", {}), ("locked", dict(finish="locked")),
+                              ("locked-cached", dict(finish="locked", kv_refresh=9))):  # fmt: skip
+            config = SpecEditConfig(preset=9, max_active=0.95, **options)
             for scattered in (False, True):
                 for share in self.args.areas:
                     if scattered and share != 0.1:
                         continue
-                    name = f"specedit-9-{finish}, {share:.0%}" + (" scattered" if scattered else "")
+                    name = f"specedit-9-{kind}, {share:.0%}" + (" scattered" if scattered else "")
                     mask = region(self.args.side, share, scattered)
-                    config = SpecEditConfig(preset=9, finish=finish, max_active=0.95)
                     rows[name] = lambda c=config, m=mask: self.specedit(c, m)
         if self.args.compiled:
             for n in (28, 9):

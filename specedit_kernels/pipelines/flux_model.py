@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +33,7 @@ class FluxLayout:
 
 
 class FluxKontextModel(EditModel):
-    """FluxTransformer2DModel with AutoencoderKL.
-
-    guidance: fp32 [B], the distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
-    """
-
-    def __init__(self, transformer, vae, guidance: Tensor | None, attention_kwargs: dict[str, Any]):
-        super().__init__(transformer, vae)
-        self.guidance = guidance
-        self.attention_kwargs = attention_kwargs
+    """FluxTransformer2DModel with AutoencoderKL."""
 
     @property
     def blocks(self) -> int:

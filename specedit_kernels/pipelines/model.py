@@ -55,11 +55,17 @@ class EditModel(ABC):
 
     A layout is what an adapter makes for one branch's text and one kind of sequence, and what it gets back with the
     tokens of that sequence; the stages do not look into it.
+    guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
     """
 
-    def __init__(self, transformer: torch.nn.Module, vae: torch.nn.Module):
+    def __init__(
+        self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
+        attention_kwargs: dict[str, Any],
+    ):  # fmt: skip
         self.transformer = transformer
         self.codec = codec_of(vae)
+        self.guidance = guidance
+        self.attention_kwargs = attention_kwargs
 
     @property
     @abstractmethod

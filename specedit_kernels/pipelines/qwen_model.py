@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,15 +72,7 @@ def rotary_table(positions: Tensor, axes: Sequence[int], theta: float) -> tuple[
 
 
 class QwenImageEditModel(EditModel):
-    """QwenImageTransformer2DModel with AutoencoderKLQwenImage.
-
-    guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
-    """
-
-    def __init__(self, transformer, vae, guidance: Tensor | None, attention_kwargs: dict[str, Any]):
-        super().__init__(transformer, vae)
-        self.guidance = guidance
-        self.attention_kwargs = attention_kwargs
+    """QwenImageTransformer2DModel with AutoencoderKLQwenImage."""
 
     @property
     def blocks(self) -> int:
