@@ -56,6 +56,15 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny models are faster on one thread than on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def no_interpreted_bf16(request):
     """Skips what the interpreter cannot do: matrix products of bfloat16."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}

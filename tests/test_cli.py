@@ -17,15 +17,7 @@ from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa:
 
 from specedit_kernels import cli  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

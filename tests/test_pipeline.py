@@ -31,6 +31,7 @@ from specedit_kernels.pipelines.attention import (  # noqa: E402
 )
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (8, 8)
 EVERYTHING = dict(stages=(0, 3, 3), draft="quarter", draft_steps=2, threshold=-1.0)
 
@@ -56,14 +57,6 @@ def pipe(plain):
     pipe = SpecEditFluxKontextPipeline.from_pipe(plain)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # proofs

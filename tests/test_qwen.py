@@ -35,17 +35,13 @@ EVERYTHING = dict(stages=(0, 2, 2), draft="quarter", draft_steps=1, threshold=-1
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, one_thread):
     """Both stock pipelines work on a megapixel whatever they are given; here on 128 x 128 pixels, one thread."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         real = module.calculate_dimensions
         smaller = lambda area, ratio, real=real: real(AREA if area == 1024 * 1024 else area, ratio)  # noqa: E731
         monkeypatch.setattr(module, "calculate_dimensions", smaller)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed=1):

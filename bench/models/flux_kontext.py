@@ -96,6 +96,7 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe = build(args.tiny, self.device, self.dtype)
+        self.is_compiled = False
         config = self.pipe.transformer.config
         generator = torch.Generator().manual_seed(0)
 
@@ -156,7 +157,7 @@ class Bench:
         return rows
 
     def compiled(self, steps):
-        if not getattr(self, "is_compiled", False):
+        if not self.is_compiled:
             self.pipe.transformer.compile_repeated_blocks(fullgraph=True)
             self.is_compiled = True
         self.plain(steps)

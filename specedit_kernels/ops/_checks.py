@@ -54,6 +54,17 @@ def check_last_contiguous(op, name, tensor):
         value_error(op, name, "a contiguous last dimension", f"strides {list(tensor.stride())}")
 
 
+def check_head_dim(op, name, dim):
+    if dim % 16 or not 16 <= dim <= 256:
+        value_error(op, name, "a head dimension that is a multiple of 16, 16 to 256", dim)
+
+
+def check_scale(op, scale):
+    """``scale``: of attention scores, None for the default."""
+    if scale is not None and not (scale == scale and abs(scale) != float("inf")):
+        value_error(op, "scale", "a finite number", scale)
+
+
 def check_no_grad(op, **tensors):
     """Kernels have no backward: an input that needs one is refused, never silently detached."""
     if torch.is_grad_enabled():

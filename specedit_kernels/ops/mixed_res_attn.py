@@ -41,8 +41,7 @@ def _check(
             _checks.type_error(op, name, f"q's dtype {q.dtype}", tensor.dtype)
         _checks.check_device(op, name, tensor, device)
     heads, dim = q.shape[-2:]
-    if dim % 16 or not 16 <= dim <= 256:
-        _checks.value_error(op, "q", "a head dimension that is a multiple of 16, 16 to 256", dim)
+    _checks.check_head_dim(op, "q", dim)
     if k.shape[-1] != dim or (not packed and k.shape[0] != q.shape[0]):
         batch = "" if packed else f"B={q.shape[0]}, "
         _checks.value_error(op, "k", f"shape [{batch}S, Hk, D={dim}] as q has it", _checks.shape_of(k))
@@ -81,8 +80,7 @@ def _check(
         _checks.check_shape(op, "key_bias", key_bias, shape, f"{list(shape)}, one value a row of k")
         _checks.check_device(op, "key_bias", key_bias, device)
         _checks.check_last_contiguous(op, "key_bias", key_bias)
-    if scale is not None and not (scale == scale and abs(scale) != float("inf")):
-        _checks.value_error(op, "scale", "a finite number", scale)
+    _checks.check_scale(op, scale)
     _checks.check_no_grad(op, q=q, k=k, v=v, key_bias=key_bias)
 
 

@@ -13,8 +13,7 @@ def _check(q, k, v, region, text_mask, scale):
     _checks.check_dtype(_OP, "q", q, _checks.FLOATS)
     _checks.check_shape(_OP, "q", q, (None,) * 4, "[B, Sq, H, D]")
     batch, queries, heads, dim = q.shape
-    if dim % 16 or not 16 <= dim <= 256:
-        _checks.value_error(_OP, "q", "a head dimension that is a multiple of 16, 16 to 256", dim)
+    _checks.check_head_dim(_OP, "q", dim)
     _checks.check_shape(_OP, "k", k, (batch, None, heads, dim), f"[{batch}, St, {heads}, {dim}] (q's B, H and D)")
     if v.shape != k.shape:
         _checks.value_error(_OP, "v", f"k's shape {_checks.shape_of(k)}", _checks.shape_of(v))
@@ -30,8 +29,7 @@ def _check(q, k, v, region, text_mask, scale):
     _checks.check_last_contiguous(_OP, "text_mask", text_mask)
     for name, tensor in (("k", k), ("v", v), ("region", region), ("text_mask", text_mask)):
         _checks.check_device(_OP, name, tensor, q.device)
-    if scale is not None and not (scale == scale and abs(scale) != float("inf")):
-        _checks.value_error(_OP, "scale", "a finite number", scale)
+    _checks.check_scale(_OP, scale)
     _checks.check_no_grad(_OP, q=q, k=k, v=v)
 
 

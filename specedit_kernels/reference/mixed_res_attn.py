@@ -5,7 +5,7 @@ from specedit_kernels.reference.gather_tokens import gather_tokens
 from specedit_kernels.reference.scatter_tokens import scatter_tokens_
 
 # Scores held at once: keeps a full-size call (24 heads, 8704 x 8704) within about 256 MB of fp32.
-_SCORES = 1 << 26
+SCORES_AT_ONCE = 1 << 26
 
 
 def _attend(q, k, v, key_bias, key_valid, query_valid, scale):
@@ -24,7 +24,7 @@ def _attend(q, k, v, key_bias, key_valid, query_valid, scale):
     v = v.permute(0, 2, 1, 3).unsqueeze(2)  # [B, Hk, 1, Nk, D]
     out = torch.empty((batch, queries, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=dtype, device=q.device)
-    chunk = max(1, _SCORES // max(1, batch * heads * keys))
+    chunk = max(1, SCORES_AT_ONCE // max(1, batch * heads * keys))
     for start in range(0, queries, chunk):
         rows = slice(start, start + chunk)
         part = q[:, rows].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hk, G, n, D]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-# Scores held at once, as in the reference of mixed_res_attn.
-_SCORES = 1 << 26
+from specedit_kernels.reference.mixed_res_attn import SCORES_AT_ONCE
 
 
 def sparse_cross_attn(q, k, v, region, text_mask, scale):
@@ -21,7 +20,7 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
     seen = torch.cat([text_mask, torch.zeros_like(text_mask[:, :1])] if regions else
                      [text_mask.new_zeros((batch, 1, tokens))], 1)
     row = torch.where(known, region, regions).long()
-    chunk = max(1, _SCORES // max(1, batch * heads * tokens))
+    chunk = max(1, SCORES_AT_ONCE // max(1, batch * heads * tokens))
     for start in range(0, queries, chunk):
         part = slice(start, start + chunk)
         sees = seen.gather(1, row[:, part, None].expand(-1, -1, tokens))  # [B, n, St]
