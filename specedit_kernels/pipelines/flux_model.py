@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sampling.grid import Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
-from .attention import AttentionLayout
+from .attention import AttentionLayout, TextWatch
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
 
 
@@ -48,6 +48,14 @@ class FluxKontextModel(EditModel):
             place = token_positions(grid, device)
             ids.append(torch.cat([torch.full_like(place[:, :1], image), place], dim=1))
         return FluxLayout(torch.cat(ids).to(text.embeds.dtype), None)
+
+    def watched_layout(
+        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> FluxLayout:
+        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
+        table = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
+        cos, sin = (x.expand(batch, *x.shape) for x in table)
+        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
 
     def mixed_layout(
         self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool

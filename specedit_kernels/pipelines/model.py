@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .. import ops
 from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
+from .attention import TextWatch
 from .vae import bring_in, codec_of
 
 
@@ -67,6 +69,12 @@ class EditModel(ABC):
         self.guidance = guidance
         self.attention_kwargs = attention_kwargs
 
+    def using(self, transformer: torch.nn.Module) -> EditModel:
+        """The same model with other weights: a transformer of the same class."""
+        other = copy.copy(self)
+        other.transformer = transformer
+        return other
+
     @property
     @abstractmethod
     def blocks(self) -> int:
@@ -75,6 +83,10 @@ class EditModel(ABC):
     @abstractmethod
     def dense_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid]) -> Any:
         """Layout of whole pictures: the target's grid, then each reference's, all at one reduction of `pictures`."""
+
+    @abstractmethod
+    def watched_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> Any:
+        """`dense_layout` with attention of our own, which records what `watch` asks for."""
 
     @abstractmethod
     def mixed_layout(
@@ -88,6 +100,10 @@ class EditModel(ABC):
     @abstractmethod
     def first_layout(self, text: Text, layout: Any, first: int) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all."""
+
+    def with_attention(self, layout: Any, **changes) -> Any:
+        """A mixed layout with fields of its AttentionLayout changed."""
+        return replace(layout, attention=replace(layout.attention, **changes))
 
     @abstractmethod
     def velocity(self, text: Text, tokens: Tensor, timestep: Tensor, layout: Any) -> Tensor:

@@ -35,6 +35,8 @@ class SpecEditStats:
     active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
+    key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None. inverted: whether the
+    noise came from an inversion network.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
     """
 
@@ -47,6 +49,8 @@ class SpecEditStats:
     edited: list[float] = field(default_factory=list)
     fallbacks: list[str | None] = field(default_factory=list)
     threshold: float | None = None
+    key_tokens: Tensor | None = None
+    inverted: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     backend: str | None = None
 

@@ -35,10 +35,11 @@ logger = logging.getLogger("specedit_kernels")
 class SpecEditMixin:
     """The part of a SpecEdit pipeline that knows no model; a class has it before its diffusers pipeline.
 
-    STEPS_OF_PLAIN: the diffusers pipeline's own default number of steps.
+    STEPS_OF_PLAIN: the diffusers pipeline's own default number of steps. CONFIG: the class of a call's options.
     """
 
     STEPS_OF_PLAIN: int
+    CONFIG = SpecEditConfig
 
     _specedit_default: SpecEditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
@@ -48,9 +49,10 @@ class SpecEditMixin:
     ) -> tuple[SpecEditConfig, tuple[int, int, int]]:
         """The config of a call and its (coarse, mixed, full) steps, checked against each other and the pipeline."""
         if specedit is None or specedit is True:
-            specedit = self._specedit_default or SpecEditConfig()
-        if not isinstance(specedit, SpecEditConfig):
-            raise TypeError(f"specedit: expected SpecEditConfig, None or a bool, got {type(specedit).__name__}")
+            specedit = self._specedit_default or self.CONFIG()
+        if not isinstance(specedit, self.CONFIG):
+            expected = f"{self.CONFIG.__name__}, None or a bool"
+            raise TypeError(f"specedit: expected {expected}, got {type(specedit).__name__}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if specedit.preserve == "pixels" and output_type == "latent":
@@ -226,10 +228,7 @@ class SpecEditMixin:
             else:
                 clean = stages.finish_full(run, state, plan.mixed[-1], plan.full, selection)
             clock.mark("finish")
-        if not all(selection.changed):
-            changed = torch.tensor(selection.changed, device=run.device)[:, None, None, None]
-            clean = torch.where(changed, clean, run.source)
-        return clean, selection, scores
+        return stages.keep_unchanged(run, clean, selection), selection, scores
 
     def _verify_select(self, run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
         run.clock.mark(stage)

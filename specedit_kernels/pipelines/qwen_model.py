@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_positions
-from .attention import AttentionLayout
+from .attention import AttentionLayout, TextWatch
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
 
 
@@ -90,6 +90,21 @@ class QwenImageEditModel(EditModel):
         image, _ = table([list(shapes)], device=text.embeds.device, **options)
         _, words = table([list(full)], device=text.embeds.device, **options)
         return QwenLayout(shapes, (image, words), None)
+
+    def watched_layout(
+        self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> QwenLayout:
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        image, words = layout.rotary or self.transformer.pos_embed(
+            [list(layout.shapes)], device=text.embeds.device, max_txt_seq_len=length
+        )
+        turn = torch.cat([words, image])
+        cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
+        bias = None
+        if text.mask is not None:
+            bias = cos.new_zeros(cos.shape[:2])
+            bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
+        return replace(layout, rotary=None, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
 
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool

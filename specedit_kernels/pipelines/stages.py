@@ -471,6 +471,24 @@ def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
     return torch.where(_on_pixels(selection.edited, run.grid, PATCH), fine, run.source)
 
 
+def everything(run: Run) -> Selection:
+    """The selection of all blocks, for a run that looks for no region."""
+    blocks, tokens = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
+    all_of = torch.ones(run.batch, tokens, dtype=torch.bool, device=run.device)
+    order = torch.arange(blocks, dtype=torch.int32, device=run.device).expand(run.batch, blocks)
+    count = torch.full((run.batch,), blocks, dtype=torch.int32, device=run.device)
+    yes = (True,) * run.batch
+    return Selection(all_of, all_of, order, count, (blocks,) * run.batch, changed=yes, dense=yes)
+
+
+def keep_unchanged(run: Run, clean: Tensor, selection: Selection) -> Tensor:
+    """Clean latents, but the source's in samples where nothing changes."""
+    if all(selection.changed):
+        return clean
+    changed = torch.tensor(selection.changed, device=run.device)[:, None, None, None]
+    return torch.where(changed, clean, run.source)
+
+
 def edit_alpha(edited: Tensor, grid: Grid, pixel: int, feather: int) -> Tensor:
     """Weight of the edit at each pixel, fp32 [B, 1, H, W]: 1 in the region, exactly 0 from `feather` pixels off.
 

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of FlashEdit (arXiv 2509.22244) on a transformer that sees its source as condition tokens.
+
+draft -> select -> invert -> source branch -> edit. Each is one step of the model. The paper's U-Net has self-attention
+and cross-attention apart; here both are parts of one joint attention over [text | target | condition].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..sampling import noise as algebra
+from ..sampling.grid import coarse_grid, from_blocks, pack, unpack
+from ..sampling.layout import CHILDREN, build_layout, sequence_length
+from . import stages
+from .attention import TextWatch
+from .model import EditModel, Text
+from .one_step import complete_noise, predict_noise
+from .stages import Run, Selection
+
+
+@dataclass(frozen=True)
+class FlashDraft:
+    """change: fp32 [B, N], how far the draft departs from the source, over its mean. mass: fp32 [B, blocks, T],
+    attention of each block's token to each text token in the watched layer, or None."""
+
+    change: Tensor
+    mass: Tensor | None
+
+
+def draft(run: Run, layer: int | None) -> FlashDraft:
+    """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
+
+    change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
+    The source stands for the source branch's prediction, which is to be it.
+    layer: index of the watched block among all of the transformer, None to watch none.
+    """
+    grid = coarse_grid(run.grid)
+    source = stages.source_at(run, grid)
+    references = stages.references_at(run, 2, source)
+    noise = algebra.pool_noise(run.noise).to(run.source.dtype)
+    tokens = pack(noise)
+    grids = [grid, *((x.shape[-2] // 2, x.shape[-1] // 2) for x in references)]
+    watch, count = None, tokens.shape[1]
+    if layer is None:
+        layout = run.model.dense_layout(run.positive, run.pictures, grids)
+    else:
+        watch = TextWatch(watched_module(run.model.transformer, layer), run.positive.embeds.shape[1])
+        layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
+    every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
+    velocity = run.model.velocity(run.positive, every, torch.tensor(1000.0, device=run.device), layout)
+    run.record("draft", 1.0, [every.shape[1]] * run.batch)
+    difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
+    change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
+    return FlashDraft(from_blocks(change, run.grid), None if watch is None else watch.mass[:, :count])
+
+
+def watched_module(transformer: torch.nn.Module, layer: int) -> torch.nn.Module:
+    """The attention of the block with that index, double-stream blocks first; negative counts from the end."""
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+    if not -len(blocks) <= layer < len(blocks):
+        raise ValueError(f"layer: expected an index of one of {len(blocks)} blocks, got {layer}")
+    return blocks[layer].attn
+
+
+def key_tokens(mass: Tensor, edited: Tensor, ratio: float) -> Tensor:
+    """The key semantic tokens of an instruction: bool [B, T].
+
+    mass: fp32 [B, n, T]; edited: bool [B, n]. Those whose mean attention mass from the edit region's queries is over
+    `ratio` times the background's.
+    """
+    inside = edited[..., None].float()
+    fore = (mass * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+    back = (mass * (1 - inside)).sum(dim=1) / (1 - inside).sum(dim=1).clamp(min=1)
+    return fore > ratio * back
+
+
+def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
+    """Noise of the source in one step of the inversion network (COSI), fp32 [B, C, H, W]."""
+    told = predict_noise(inverter, text, run.source)
+    run.record("invert", 0.0, [math.prod(run.grid)] * run.batch)
+    return complete_noise(told, run.noise).float()
+
+
+def one_step_edit(
+    run: Run, source_text: Text, noise: Tensor, selection: Selection, words: Tensor | None, shield: bool
+) -> Tensor:
+    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape.
+
+    words: bool [B, T], key semantic tokens that the background does not see (SSCA), or None: all see all.
+    shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
+    computes text and edit region alone over these, and the background is the source branch's prediction.
+    The edit region is its target tokens, the condition tokens at their places, and pictures that lie on another grid.
+    """
+    model, pictures, batch, device = run.model, run.pictures, run.batch, run.device
+    blocks, fine = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
+    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
+    behind = sum(math.prod(grid) for _, grid in pictures.others)
+    parts = dict(condition=pictures.aligned, others=behind)
+    target, capacity = sequence_length(blocks, run.grid, **parts)
+    layout = build_layout(selection.order, torch.full_like(selection.count, blocks), run.grid, capacity, **parts)
+
+    # every block is fine, and those of the edit region come first in both halves; bring the region to the front
+    slot = torch.arange(capacity, device=device)[None]
+    inside = CHILDREN * selection.count[:, None]
+    region = slot < inside
+    region = region | ((slot >= target) & (slot - target < inside)) if pictures.aligned else region
+    region = region | (slot >= capacity - behind)
+    order = (~region).int().argsort(dim=1, stable=True)
+    region = region.gather(1, order)
+    layout = replace(layout, index=layout.index.gather(1, order))
+    edited = [(2 if pictures.aligned else 1) * CHILDREN * n + behind for n in selection.counts]
+    first = max(edited)
+
+    start, source = pack(noise.to(run.source.dtype)), pack(run.source)
+    unused = start.new_zeros(batch, blocks, start.shape[2])
+    table = torch.cat([start, unused, source, unused, *(pack(x) for x in others)], dim=1)
+    tokens = ops.gather_tokens(table, layout.index, capacity)
+    timestep = torch.tensor(1000.0, device=device)
+
+    def laid_out(text: Text, cached: bool):
+        made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=cached)
+        if made.attention.modulate is not None:
+            made = model.with_attention(made, modulate=(layout.index >= fine).int())
+        return made
+
+    length = run.positive.embeds.shape[1]
+    edit, changes = laid_out(run.positive, False), {}
+    if words is not None:
+        changes["region"] = region.int()
+        changes["text_mask"] = torch.stack([~words, torch.ones_like(words)], dim=1)
+        if edit.attention.key_bias is not None:  # some of the words are padding
+            changes["text_mask"] &= edit.attention.key_bias[:, None, :length] > float("-inf")
+    if shield:
+        branch = laid_out(source_text, True)
+        clean = tokens - model.velocity(source_text, tokens, timestep, branch)
+        run.record("source", 1.0, [capacity] * batch)
+        changes["cache"] = _with_text_slots(branch.attention.cache, source_text.embeds.shape[1], length)
+        if min(edited) < first:
+            changes["shielded"] = torch.cat([region.new_zeros(batch, length), ~region[:, :first]], dim=1)
+        edit = model.first_layout(run.positive, model.with_attention(edit, **changes), first)
+        velocity = model.velocity(run.positive, tokens[:, :first], timestep, edit)
+        clean[:, :first] = torch.where(region[:, :first, None], tokens[:, :first] - velocity, clean[:, :first])
+        run.record("edit", 1.0, edited, [capacity] * batch)
+    else:
+        clean = tokens - model.velocity(run.positive, tokens, timestep, model.with_attention(edit, **changes))
+        run.record("edit", 1.0, [capacity] * batch)
+    ops.scatter_tokens_(table, clean, layout.index)
+    return unpack(table[:, :fine], run.grid)
+
+
+def _with_text_slots(cache: dict, have: int, need: int) -> dict:
+    """A cache whose sequences begin with `need` text slots, to be written, in place of `have`."""
+    if have == need:
+        return cache
+    return {
+        module: tuple(torch.cat([x.new_zeros(x.shape[0], need, *x.shape[2:]), x[:, have:]], dim=1) for x in pair)
+        for module, pair in cache.items()
+    }
+
+
+def multi_step_edit(run: Run, source_text: Text, levels: list[float]) -> Tensor:
+    """The baseline: Euler inversion under the source's text, then Euler editing, len(levels) - 1 steps each.
+
+    levels: from 1 down to 0. Clean latents [B, C, H, W].
+    """
+    behind = [r.latents for r in run.references]
+    branch = replace(run, positive=source_text, on_draft_step=lambda: None)
+    noise, _ = stages.dense_steps(branch, run.source, levels[::-1], behind, "invert", main=False)
+    return stages.dense_steps(run, noise, levels, behind, "edit")[0]
