@@ -51,5 +51,5 @@ def complete_noise(told: Tensor, noise: Tensor) -> Tensor:
     told + sqrt(1 - mean(told^2)) noise, for each sample. A network trained by the squared error gives the mean of the
     noise given the picture. Where an edit model sees its source, that is little, and would be no noise by itself.
     """
-    left = (1 - told.float().square().mean(dim=(1, 2, 3), keepdim=True)).clamp(min=0).sqrt()
+    left = (1 - told.float().square().mean(dim=(1, 2, 3), keepdim=True)).clamp(min=1e-6).sqrt()
     return (told.float() + left * noise.float()).to(told.dtype)
