@@ -38,9 +38,10 @@ class FlashEditConfig:
     ssca: text reaches the background without the key semantic tokens of the instruction.
     mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture.
     dilation: radius, in fine tokens, by which that region is grown.
-    layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; negative
-        counts from the end.
-    token_ratio: a text token is a key one if the edit region's attention to it is over this many times the background's.
+    layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; None: the
+        block at 3/8 of the depth, where the tiny editor's words stood out most clearly from the padding.
+    token_ratio: a text token is a key one if the attention that the edit region gives it beyond the background's is
+        over this many times the mean over all text tokens.
     max_active: above this share of active blocks the whole picture is edited.
     preserve, feather: as in SpecEditConfig.
     """
@@ -50,9 +51,9 @@ class FlashEditConfig:
     cosi: bool = True
     bg_shield: bool = True
     ssca: bool = True
-    mask_ratio: float = 1.5
+    mask_ratio: float = 2.5
     dilation: int = 1
-    layer: int = 0
+    layer: int | None = None
     token_ratio: float = 1.5
     max_active: float = 0.8
     preserve: str | None = None
@@ -73,7 +74,8 @@ class FlashEditConfig:
         _integer("steps", self.steps, 1)
         _integer("dilation", self.dilation, 0)
         _integer("feather", self.feather, 0)
-        _integer("layer", self.layer, -(10**6))
+        if self.layer is not None:
+            _integer("layer", self.layer, 0)
         _number("mask_ratio", self.mask_ratio, 0.0, float("inf"))
         _number("token_ratio", self.token_ratio, 0.0, float("inf"))
         _number("max_active", self.max_active, 0.0, 1.0)
@@ -147,7 +149,8 @@ class FlashEditMixin(SpecEditMixin):
 
         scores = mass = None
         if user_mask is None or config.ssca:
-            draft = flash_stages.draft(run, config.layer if config.ssca else None)
+            watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
+            draft = flash_stages.draft(run, watched)
             mass = draft.mass
             clock.mark("draft")
         if user_mask is not None:

@@ -33,12 +33,12 @@ class FlashDraft:
     mass: Tensor | None
 
 
-def draft(run: Run, layer: int | None) -> FlashDraft:
+def draft(run: Run, watched: torch.nn.Module | None) -> FlashDraft:
     """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
 
     change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
     The source stands for the source branch's prediction, which is to be it.
-    layer: index of the watched block among all of the transformer, None to watch none.
+    watched: the attention whose text is watched (`watched_module`), or None.
     """
     grid = coarse_grid(run.grid)
     source = stages.source_at(run, grid)
@@ -47,10 +47,10 @@ def draft(run: Run, layer: int | None) -> FlashDraft:
     tokens = pack(noise)
     grids = [grid, *((x.shape[-2] // 2, x.shape[-1] // 2) for x in references)]
     watch, count = None, tokens.shape[1]
-    if layer is None:
+    if watched is None:
         layout = run.model.dense_layout(run.positive, run.pictures, grids)
     else:
-        watch = TextWatch(watched_module(run.model.transformer, layer), run.positive.embeds.shape[1])
+        watch = TextWatch(watched, run.positive.embeds.shape[1])
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
     velocity = run.model.velocity(run.positive, every, torch.tensor(1000.0, device=run.device), layout)
@@ -60,10 +60,12 @@ def draft(run: Run, layer: int | None) -> FlashDraft:
     return FlashDraft(from_blocks(change, run.grid), None if watch is None else watch.mass[:, :count])
 
 
-def watched_module(transformer: torch.nn.Module, layer: int) -> torch.nn.Module:
-    """The attention of the block with that index, double-stream blocks first; negative counts from the end."""
+def watched_module(transformer: torch.nn.Module, layer: int | None) -> torch.nn.Module:
+    """The attention of the block with that index, double-stream blocks first; None: the one at 3/8 of the depth."""
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
-    if not -len(blocks) <= layer < len(blocks):
+    if layer is None:
+        layer = 3 * len(blocks) // 8
+    if not 0 <= layer < len(blocks):
         raise ValueError(f"layer: expected an index of one of {len(blocks)} blocks, got {layer}")
     return blocks[layer].attn
 
@@ -71,13 +73,14 @@ def watched_module(transformer: torch.nn.Module, layer: int) -> torch.nn.Module:
 def key_tokens(mass: Tensor, edited: Tensor, ratio: float) -> Tensor:
     """The key semantic tokens of an instruction: bool [B, T].
 
-    mass: fp32 [B, n, T]; edited: bool [B, n]. Those whose mean attention mass from the edit region's queries is over
-    `ratio` times the background's.
+    mass: fp32 [B, n, T]; edited: bool [B, n]. A token stands out by the mean attention mass that the edit region's
+    queries give it beyond what the background's do; key ones stand out more than `ratio` times the mean over all T.
     """
     inside = edited[..., None].float()
     fore = (mass * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
     back = (mass * (1 - inside)).sum(dim=1) / (1 - inside).sum(dim=1).clamp(min=1)
-    return fore > ratio * back
+    beyond = (fore - back).clamp(min=0)
+    return beyond > ratio * beyond.mean(dim=1, keepdim=True)
 
 
 def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
