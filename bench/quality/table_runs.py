@@ -295,7 +295,7 @@ def fingerprint(model):
     if str(model) == "random":
         return "random"
     digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*.safetensors")):
+    for path in sorted(p for p in Path(model).rglob("*.safetensors") if p.parent.name != "cosi"):  # FlashEdit's
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 

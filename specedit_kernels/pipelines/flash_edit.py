@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..sampling.grid import pack, to_blocks, unpack
+from ..sampling.grid import from_blocks, pack, to_blocks, unpack
 from . import flash_stages, stages
 from .attention import wrap_processors
 from .config import _flag, _integer, _number, _one_of
@@ -20,6 +21,8 @@ from .low_rank import merged_copy
 from .pipeline import SpecEditMixin
 from .qwen_image_edit import SpecEditQwenImageEditPipeline, SpecEditQwenImageEditPlusPipeline
 from .stages import Run, Selection
+
+logger = logging.getLogger("specedit_kernels")
 
 METHODS = ("flash", "inversion")
 GENERATOR, INVERTER = "generator.safetensors", "inverter.safetensors"
@@ -33,8 +36,8 @@ class FlashEditConfig:
         the source's text and Euler editing, without any of the options below.
     steps: of the inversion and of the editing of "inversion", each.
     cosi: the noise is the source's, from the inversion network; False, or without its weights: white noise.
-    bg_shield: outside the edit region keys, values and the prediction are the source branch's, and only the edit
-        region is computed; False: the whole picture is.
+    bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and the
+        edit computes its region alone; False: the whole picture.
     ssca: text reaches the background without the key semantic tokens of the instruction.
     mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture.
     dilation: radius, in fine tokens, by which that region is grown.
@@ -147,7 +150,7 @@ class FlashEditMixin(SpecEditMixin):
             wrap_processors(self._generator)
             run.model = run.model.using(self._generator)
 
-        scores = mass = None
+        scores = mass = reach = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
             draft = flash_stages.draft(run, watched)
@@ -158,6 +161,9 @@ class FlashEditMixin(SpecEditMixin):
         else:
             scores, run.stats.threshold = draft.change, config.mask_ratio
             selection = stages.select(run, scores, config.mask_ratio, config.dilation)
+            # without the growth; a picture that is edited whole has no other part
+            reach = scores > config.mask_ratio
+            reach = from_blocks(to_blocks(reach, run.grid), run.grid) | selection.edited.all(dim=1, keepdim=True)
         if not any(selection.changed):
             return run.source, selection, scores
 
@@ -166,14 +172,17 @@ class FlashEditMixin(SpecEditMixin):
             noise = flash_stages.invert(run, run.model.using(self._inverter), source_text)
             run.stats.inverted = True
             clock.mark("invert")
+        elif config.cosi:
+            logger.warning("cosi: no inversion network is loaded (load_cosi): the noise is white")
         words, whole = None, all(selection.dense)
         if config.ssca and not whole:
-            words = flash_stages.key_tokens(mass, to_blocks(selection.edited, run.grid), config.token_ratio)
+            reach = selection.edited if reach is None else reach
+            words = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
             run.stats.key_tokens = words
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
-        clean = flash_stages.one_step_edit(run, source_text, noise, selection, words, shield)
+        clean = flash_stages.one_step_edit(run, source_text, noise, selection, reach, words, shield)
         tokens = run.on_step(0, torch.tensor(1000.0, device=run.device), pack(clean))
         run.step = 1
         clock.mark("edit")

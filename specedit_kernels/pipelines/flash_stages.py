@@ -91,13 +91,14 @@ def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
 
 
 def one_step_edit(
-    run: Run, source_text: Text, noise: Tensor, selection: Selection, words: Tensor | None, shield: bool
+    run: Run, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor, words: Tensor | None, shield: bool
 ) -> Tensor:
     """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape.
 
-    words: bool [B, T], key semantic tokens that the background does not see (SSCA), or None: all see all.
+    words: bool [B, T], key semantic tokens, which are seen within `reach`, bool [B, N], alone (SSCA); None: all see all.
     shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
-    computes text and edit region alone over these, and the background is the source branch's prediction.
+    computes text and edit region alone over these. The background's latents are the source's own, as in SpecEdit's
+    locked finish, where the paper has the source branch's reconstruction of them.
     The edit region is its target tokens, the condition tokens at their places, and pictures that lie on another grid.
     """
     model, pictures, batch, device = run.model, run.pictures, run.batch, run.device
@@ -135,19 +136,27 @@ def one_step_edit(
     length = run.positive.embeds.shape[1]
     edit, changes = laid_out(run.positive, False), {}
     if words is not None:
-        changes["region"] = region.int()
+        # a condition row is as far behind its target row as the halves of the table are long
+        place = torch.where(layout.index < fine, layout.index, layout.index - fine - blocks).clamp(0, fine - 1)
+        sees = reach.gather(1, place.long()) | (layout.index >= 2 * (fine + blocks))
+        changes["region"] = sees.int()
         changes["text_mask"] = torch.stack([~words, torch.ones_like(words)], dim=1)
         if edit.attention.key_bias is not None:  # some of the words are padding
             changes["text_mask"] &= edit.attention.key_bias[:, None, :length] > float("-inf")
     if shield:
         branch = laid_out(source_text, True)
-        clean = tokens - model.velocity(source_text, tokens, timestep, branch)
+        rebuilt = tokens - model.velocity(source_text, tokens, timestep, branch)
         run.record("source", 1.0, [capacity] * batch)
+        # condition rows hold the source of the target rows, in the same order
+        wanted = ops.gather_tokens(table, torch.where(layout.index < fine, layout.index + fine + blocks, -1), capacity)
+        error = (rebuilt.float() - wanted.float()).square().mean(dim=2)
+        run.stats.source_error = error.masked_fill(layout.index >= fine, 0).sum(dim=1) / fine
         changes["cache"] = _with_text_slots(branch.attention.cache, source_text.embeds.shape[1], length)
         if min(edited) < first:
             changes["shielded"] = torch.cat([region.new_zeros(batch, length), ~region[:, :first]], dim=1)
         edit = model.first_layout(run.positive, model.with_attention(edit, **changes), first)
         velocity = model.velocity(run.positive, tokens[:, :first], timestep, edit)
+        clean = wanted
         clean[:, :first] = torch.where(region[:, :first, None], tokens[:, :first] - velocity, clean[:, :first])
         run.record("edit", 1.0, edited, [capacity] * batch)
     else:

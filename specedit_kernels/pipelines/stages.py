@@ -478,6 +478,8 @@ def everything(run: Run) -> Selection:
     order = torch.arange(blocks, dtype=torch.int32, device=run.device).expand(run.batch, blocks)
     count = torch.full((run.batch,), blocks, dtype=torch.int32, device=run.device)
     yes = (True,) * run.batch
+    run.stats.active = run.stats.edited = [1.0] * run.batch
+    run.stats.fallbacks = [None] * run.batch
     return Selection(all_of, all_of, order, count, (blocks,) * run.batch, changed=yes, dense=yes)
 
 
