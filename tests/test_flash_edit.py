@@ -57,7 +57,8 @@ def pipe(plain):
 
 @pytest.fixture(scope="module")
 def one_step(plain):
-    return plain(height=128, width=128, num_inference_steps=1, generator=seeded(), **call_options(image=tiny_image()))[0]
+    options = call_options(image=tiny_image(), height=128, width=128)
+    return plain(num_inference_steps=1, generator=seeded(), **options)[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of a whole FlashEdit edit on FLUX.1-Kontext at the published sizes, with random weights, autoencoder included,
-beside the multi-step inversion that it replaces.
+"""Seconds of a whole FlashEdit edit on FLUX.1-Kontext at the published sizes, with random weights, autoencoder
+included, beside the multi-step inversion that it replaces.
 
     python bench/models/flash_edit.py --out runs/models              # one GPU with 40 GB or more
     python bench/models/flash_edit.py --tiny --out /tmp/models       # a tiny model on any machine, to try the script
@@ -50,10 +50,10 @@ class FlashBench(Bench):
 
 
 def markdown(head, rows, baseline):
-    lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens ({head['source_length']}"
-             f" of the source branch), batch 1; {head['device']}, "
-             + ", ".join(f"{k} {v}" for k, v in head["versions"].items())
-             + f", commit {head['commit']}, {head['date']}. Seconds with the autoencoder; text embeddings given.", "",
+    versions = ", ".join(f"{k} {v}" for k, v in head["versions"].items())
+    lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens"
+             f" ({head['source_length']} of the source branch), batch 1; {head['device']}, {versions}, commit"
+             f" {head['commit']}, {head['date']}. Seconds with the autoencoder; text embeddings given.", "",
              "| row | seconds | calls | against the inversion | peak GiB | stages, s |", "|---|---:|---:|---:|---:|---|"]
     for name, row in rows.items():
         if "error" in row:

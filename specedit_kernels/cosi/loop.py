@@ -77,7 +77,10 @@ class Loop:
         """Train until the budget is spent, then save."""
         begun, saved = time.perf_counter() - self.elapsed, time.perf_counter()
         writer, sums = _board(self.folder / self.name), {}
-        bar = tqdm(total=100, initial=int(100 * self.fraction), desc=self.name, unit="%", mininterval=2, disable=not self.progress)
+        bar = tqdm(
+            total=100, initial=int(100 * self.fraction), desc=self.name, unit="%", mininterval=2,
+            disable=not self.progress,
+        )  # fmt: skip
         with open(self.folder / f"{self.name}.csv", "a", newline="", encoding="utf-8") as file, bar:
             log = csv.writer(file)
             while self.fraction < 1:

@@ -83,7 +83,7 @@ class FlashEditConfig:
         _number("token_ratio", self.token_ratio, 0.0, float("inf"))
         _number("max_active", self.max_active, 0.0, 1.0)
         if self.method == "inversion" and self.preserve is not None:
-            raise ValueError(f"preserve: expected None with method='inversion', which has no mask, got {self.preserve!r}")
+            raise ValueError(f"preserve: expected None with method='inversion' (no mask), got {self.preserve!r}")
 
     def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
         """(coarse, mixed, full) steps of the edit."""
@@ -120,7 +120,9 @@ class FlashEditMixin(SpecEditMixin):
                 raise FileNotFoundError(f"folder: expected {path.name} in {folder}")
         self._generator, self._inverter = (merged_copy(self.transformer, path) for path in paths)
 
-    def __call__(self, image=None, prompt=None, *, source_prompt: str | list[str] = "", specedit=None, **options) -> Any:
+    def __call__(
+        self, image=None, prompt=None, *, source_prompt: str | list[str] = "", specedit=None, **options
+    ) -> Any:
         if specedit is False or image is None:
             return super().__call__(image=image, prompt=prompt, specedit=specedit, **options)
         for name in ("negative_prompt", "true_cfg_scale"):
@@ -150,7 +152,7 @@ class FlashEditMixin(SpecEditMixin):
             wrap_processors(self._generator)
             run.model = run.model.using(self._generator)
 
-        scores = mass = reach = None
+        scores = mass = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
             draft = flash_stages.draft(run, watched)
@@ -158,6 +160,7 @@ class FlashEditMixin(SpecEditMixin):
             clock.mark("draft")
         if user_mask is not None:
             selection = stages.select(run, user_mask.to(run.device).float(), 0.5, 0)
+            reach = selection.edited
         else:
             scores, run.stats.threshold = draft.change, config.mask_ratio
             selection = stages.select(run, scores, config.mask_ratio, config.dilation)
@@ -176,7 +179,6 @@ class FlashEditMixin(SpecEditMixin):
             logger.warning("cosi: no inversion network is loaded (load_cosi): the noise is white")
         words, whole = None, all(selection.dense)
         if config.ssca and not whole:
-            reach = selection.edited if reach is None else reach
             words = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
             run.stats.key_tokens = words
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]

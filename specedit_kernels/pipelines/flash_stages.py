@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..sampling import noise as algebra
 from ..sampling.grid import coarse_grid, from_blocks, pack, unpack
-from ..sampling.layout import CHILDREN, build_layout, sequence_length
+from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, sequence_length
 from . import stages
 from .attention import TextWatch
 from .model import EditModel, Text
@@ -90,80 +90,107 @@ def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
     return complete_noise(told, run.noise).float()
 
 
+@dataclass(frozen=True)
+class RegionFirst:
+    """The whole full-resolution sequence with the edit region's slots first.
+
+    The region is its target tokens, the condition tokens at their places, and all of pictures that lie on another grid.
+    layout: every block is fine. region: bool [B, slots]. counts: slots of the region, of each sample. reached: bool
+    [B, slots], those that key text tokens reach. fine, blocks: target tokens, and blocks of them; table: rows
+    [target noise | unused | source | unused | others], the rows of `layout`.
+    """
+
+    layout: SequenceLayout
+    region: Tensor
+    counts: tuple[int, ...]
+    reached: Tensor
+    fine: int
+    blocks: int
+    table: Tensor
+
+    def rows(self, of_source: bool = False) -> Tensor:
+        """Tokens of all slots [B, slots, 4C]; of_source: the source's in target slots, zeros in the others."""
+        index = self.layout.index
+        if of_source:
+            index = torch.where(index < self.fine, index + self.fine + self.blocks, -1)
+        return ops.gather_tokens(self.table, index, self.layout.capacity)
+
+
+def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -> RegionFirst:
+    """Lay out `noise` [B, C, H, W] and the condition; reach: bool [B, N], where key text tokens reach."""
+    pictures, device = run.pictures, run.device
+    blocks, fine = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
+    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
+    behind = sum(math.prod(grid) for _, grid in pictures.others)
+    parts = dict(condition=pictures.aligned, others=behind)
+    _, capacity = sequence_length(blocks, run.grid, **parts)
+    layout = build_layout(selection.order, torch.full_like(selection.count, blocks), run.grid, capacity, **parts)
+    # a condition row is as far behind its target row as the halves of the table are long
+    half = fine + blocks
+    place = torch.where(layout.index < fine, layout.index, layout.index - half).clamp(0, fine - 1).long()
+    apart = layout.index >= 2 * half
+    region, reached = (x.gather(1, place) | apart for x in (selection.edited, reach))
+    order = (~region).int().argsort(dim=1, stable=True)
+    layout = replace(layout, index=layout.index.gather(1, order))
+    start, source = pack(noise.to(run.source.dtype)), pack(run.source)
+    unused = start.new_zeros(run.batch, blocks, start.shape[2])
+    table = torch.cat([start, unused, source, unused, *(pack(x) for x in others)], dim=1)
+    halves = 2 if pictures.aligned else 1
+    counts = tuple(halves * CHILDREN * n + behind for n in selection.counts)
+    return RegionFirst(layout, region.gather(1, order), counts, reached.gather(1, order), fine, blocks, table)
+
+
+def _layout_of(run: Run, text: Text, sequence: RegionFirst, cached: bool = False):
+    model, layout = run.model, sequence.layout
+    made = model.mixed_layout(text, run.pictures, layout, padded=False, key_bias=False, cached=cached)
+    if made.attention.modulate is None:
+        return made
+    # target slots are not the first ones here
+    return model.with_attention(made, modulate=(layout.index >= sequence.fine).int())
+
+
 def one_step_edit(
     run: Run, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor, words: Tensor | None, shield: bool
 ) -> Tensor:
     """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape.
 
-    words: bool [B, T], key semantic tokens, which are seen within `reach`, bool [B, N], alone (SSCA); None: all see all.
+    words: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
     shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
     computes text and edit region alone over these. The background's latents are the source's own, as in SpecEdit's
     locked finish, where the paper has the source branch's reconstruction of them.
-    The edit region is its target tokens, the condition tokens at their places, and pictures that lie on another grid.
     """
-    model, pictures, batch, device = run.model, run.pictures, run.batch, run.device
-    blocks, fine = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
-    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
-    behind = sum(math.prod(grid) for _, grid in pictures.others)
-    parts = dict(condition=pictures.aligned, others=behind)
-    target, capacity = sequence_length(blocks, run.grid, **parts)
-    layout = build_layout(selection.order, torch.full_like(selection.count, blocks), run.grid, capacity, **parts)
-
-    # every block is fine, and those of the edit region come first in both halves; bring the region to the front
-    slot = torch.arange(capacity, device=device)[None]
-    inside = CHILDREN * selection.count[:, None]
-    region = slot < inside
-    region = region | ((slot >= target) & (slot - target < inside)) if pictures.aligned else region
-    region = region | (slot >= capacity - behind)
-    order = (~region).int().argsort(dim=1, stable=True)
-    region = region.gather(1, order)
-    layout = replace(layout, index=layout.index.gather(1, order))
-    edited = [(2 if pictures.aligned else 1) * CHILDREN * n + behind for n in selection.counts]
-    first = max(edited)
-
-    start, source = pack(noise.to(run.source.dtype)), pack(run.source)
-    unused = start.new_zeros(batch, blocks, start.shape[2])
-    table = torch.cat([start, unused, source, unused, *(pack(x) for x in others)], dim=1)
-    tokens = ops.gather_tokens(table, layout.index, capacity)
-    timestep = torch.tensor(1000.0, device=device)
-
-    def laid_out(text: Text, cached: bool):
-        made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=cached)
-        if made.attention.modulate is not None:
-            made = model.with_attention(made, modulate=(layout.index >= fine).int())
-        return made
-
-    length = run.positive.embeds.shape[1]
-    edit, changes = laid_out(run.positive, False), {}
+    model, sequence = run.model, region_first(run, noise, selection, reach)
+    tokens, region = sequence.rows(), sequence.region
+    capacity, length = tokens.shape[1], run.positive.embeds.shape[1]
+    timestep = torch.tensor(1000.0, device=run.device)
+    edit, changes = _layout_of(run, run.positive, sequence), {}
     if words is not None:
-        # a condition row is as far behind its target row as the halves of the table are long
-        place = torch.where(layout.index < fine, layout.index, layout.index - fine - blocks).clamp(0, fine - 1)
-        sees = reach.gather(1, place.long()) | (layout.index >= 2 * (fine + blocks))
-        changes["region"] = sees.int()
-        changes["text_mask"] = torch.stack([~words, torch.ones_like(words)], dim=1)
+        heard = torch.stack([~words, torch.ones_like(words)], dim=1)
         if edit.attention.key_bias is not None:  # some of the words are padding
-            changes["text_mask"] &= edit.attention.key_bias[:, None, :length] > float("-inf")
+            heard &= edit.attention.key_bias[:, None, :length] > float("-inf")
+        changes |= dict(region=sequence.reached.int(), text_mask=heard)
     if shield:
-        branch = laid_out(source_text, True)
+        branch = _layout_of(run, source_text, sequence, cached=True)
         rebuilt = tokens - model.velocity(source_text, tokens, timestep, branch)
-        run.record("source", 1.0, [capacity] * batch)
-        # condition rows hold the source of the target rows, in the same order
-        wanted = ops.gather_tokens(table, torch.where(layout.index < fine, layout.index + fine + blocks, -1), capacity)
-        error = (rebuilt.float() - wanted.float()).square().mean(dim=2)
-        run.stats.source_error = error.masked_fill(layout.index >= fine, 0).sum(dim=1) / fine
+        run.record("source", 1.0, [capacity] * run.batch)
+        clean, target = sequence.rows(of_source=True), (sequence.layout.index < sequence.fine)[..., None]
+        error = (rebuilt.float() - clean.float()).square() * target
+        run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
+
         changes["cache"] = _with_text_slots(branch.attention.cache, source_text.embeds.shape[1], length)
-        if min(edited) < first:
-            changes["shielded"] = torch.cat([region.new_zeros(batch, length), ~region[:, :first]], dim=1)
-        edit = model.first_layout(run.positive, model.with_attention(edit, **changes), first)
-        velocity = model.velocity(run.positive, tokens[:, :first], timestep, edit)
-        clean = wanted
-        clean[:, :first] = torch.where(region[:, :first, None], tokens[:, :first] - velocity, clean[:, :first])
-        run.record("edit", 1.0, edited, [capacity] * batch)
+        first = max(sequence.counts)
+        own = region[:, :first]
+        if min(sequence.counts) < first:
+            changes["shielded"] = torch.cat([own.new_zeros(run.batch, length), ~own], dim=1)
+        layout = model.first_layout(run.positive, model.with_attention(edit, **changes), first)
+        edited = tokens[:, :first] - model.velocity(run.positive, tokens[:, :first], timestep, layout)
+        clean[:, :first] = torch.where(own[..., None], edited, clean[:, :first])
+        run.record("edit", 1.0, sequence.counts, [capacity] * run.batch)
     else:
         clean = tokens - model.velocity(run.positive, tokens, timestep, model.with_attention(edit, **changes))
-        run.record("edit", 1.0, [capacity] * batch)
-    ops.scatter_tokens_(table, clean, layout.index)
-    return unpack(table[:, :fine], run.grid)
+        run.record("edit", 1.0, [capacity] * run.batch)
+    ops.scatter_tokens_(sequence.table, clean, sequence.layout.index)
+    return unpack(sequence.table[:, : sequence.fine], run.grid)
 
 
 def _with_text_slots(cache: dict, have: int, need: int) -> dict:

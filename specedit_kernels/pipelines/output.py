@@ -36,8 +36,8 @@ class SpecEditStats:
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
     key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None. inverted: whether the
-    noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction of
-    the source's latents (BG-Shield), or None.
+    noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
+    of the source's latents (BG-Shield), or None.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
     """
 
