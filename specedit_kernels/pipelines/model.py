@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,26 @@ class EditModel(ABC):
     def first_layout(self, text: Text, layout: Any, first: int) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all."""
 
+    def slots(self, count: int) -> int:
+        """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
+        return count
+
+    def moments(self, text: Text, timesteps: Tensor) -> Iterable[Any]:
+        """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""
+        return timesteps.unbind()
+
     @abstractmethod
-    def velocity(self, text: Text, tokens: Tensor, timestep: Tensor, layout: Any) -> Tensor:
-        """Velocity for image tokens [B, S, 4C] at a timestep in [0, 1000] (0-dim tensor): the shape of tokens."""
+    def velocity(self, text: Text, tokens: Tensor, moment: Any, layout: Any) -> Tensor:
+        """Velocity for image tokens [B, S, 4C] at one of the `moments`: the shape of tokens."""
+
+    def kv_bytes(self, layouts: Sequence[Any]) -> int:
+        """Bytes of the keys and values that these cached mixed layouts keep."""
+        kept = (x for layout in layouts for pair in layout.attention.cache.values() for x in pair)
+        return sum(x.numel() * x.element_size() for x in kept)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents [B, C, h, w] -> pixels in [-1, 1], [B, 3, H, W]."""
+        return self.codec.decode(latents)
 
     @abstractmethod
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -36,6 +36,8 @@ class SpecEditStats:
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
+    runner: what ran the transformer's steps. captures: CUDA graphs that this run had to capture. graph_bytes: device
+    memory of all graphs that the pipeline keeps; kv_cache_bytes: of the keys and values that the mixed steps kept.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -49,6 +51,10 @@ class SpecEditStats:
     threshold: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     backend: str | None = None
+    runner: str = "eager"
+    captures: int = 0
+    graph_bytes: int = 0
+    kv_cache_bytes: int = 0
 
     @property
     def flops(self) -> int:
