@@ -45,11 +45,9 @@ class Sequence:
     rows: Tensor | None = None
 
 
-def cache_shape(transformer: FluxTransformer2DModel, batch: int, keys: int) -> tuple[int, ...]:
-    """Shape of the keys and values of all blocks, [blocks, 2, B, keys, H, D]."""
-    config = transformer.config
-    blocks = config.num_layers + config.num_single_layers
-    return blocks, 2, batch, keys, config.num_attention_heads, config.attention_head_dim
+# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views of
+# one tensor at several offsets for views at the first of them.
+Kept = tuple[Tensor, Tensor]
 
 
 def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
@@ -82,12 +80,11 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
-def _buffers(part: Tensor, tokens: int, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _buffers(part: Tensor, tokens: int, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
     """Where q, k and v of a block's tokens go, k and v to `kept` where that is given; part: one of them."""
     batch, _, heads, dim = part.shape
     q = part.new_empty(batch, tokens, heads, dim)
-    k, v = (torch.empty_like(q), torch.empty_like(q)) if kept is None else kept.unbind()
-    return q, k, v
+    return q, *((torch.empty_like(q), torch.empty_like(q)) if kept is None else kept)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | None = None) -> Tensor:
@@ -104,11 +101,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | 
 
 
 def double_block(
-    block: FluxTransformerBlock, x: Tensor, sequence: Sequence, kept: Tensor | None, image_mod: Tensor, text_mod: Tensor
+    block: FluxTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
 ) -> None:
     """FluxTransformerBlock on text and image tokens x [B, N, C], in place.
 
-    kept: [2, B, keys, H, D], keys and values that outlive the step, or None. image_mod, text_mod: [B, 6 C].
+    kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
     attn, n = block.attn, sequence.text
     streams = (slice(0, n), slice(n, None))
@@ -138,7 +135,7 @@ def double_block(
 
 
 def single_block(
-    block: FluxSingleTransformerBlock, x: Tensor, sequence: Sequence, kept: Tensor | None, mod: Tensor
+    block: FluxSingleTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, mod: Tensor
 ) -> None:
     """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
     attn = block.attn
@@ -155,7 +152,11 @@ def single_block(
     width = q.shape[2] * q.shape[3]
     both = wide.new_empty((*wide.shape[:2], width + wide.shape[2]))
     _attend(q, k, v, sequence, both[..., :width].unflatten(-1, q.shape[2:]))
-    torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
+    if torch.compiler.is_compiling():
+        # the compiler traces no `out` that is a view, and makes one kernel of the two
+        both[..., width:].copy_(F.gelu(wide, approximate="tanh"))
+    else:
+        torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
     ops.gated_residual_add_(x, block.proj_out(both), gate)
 
 
@@ -175,13 +176,13 @@ def forward(
     embeds: Tensor,
     modulation: Tensor,
     sequence: Sequence,
-    cache: Tensor | None = None,
+    cache: list[Kept] | None = None,
     blocks: Blocks = BLOCKS,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: FluxTransformer2DModel.forward.
 
-    embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: keys and values that
-    outlive the step, of `cache_shape`: the step writes those of its tokens, and attends to all.
+    embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: of each block, where its
+    keys and values outlive the step: it writes those of its tokens, and attends to all.
     """
     x = torch.cat([transformer.context_embedder(embeds), transformer.x_embedder(tokens)], dim=1)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))

@@ -106,13 +106,13 @@ SLOTS = 128
 class FusedLayout:
     """sequence: the step's. fresh: int32 [B], the tokens that an active step computes, text included, or None.
 
-    cache: the keys and values of all blocks, and the name of the runner's buffer that holds them; None to keep none.
+    cache: where the keys and values of each block are kept, None to keep none; buffers: the runner's name for them.
     """
 
     sequence: fused.Sequence
     fresh: Tensor | None = None
-    cache: Tensor | None = None
-    buffer: str = ""
+    cache: list[fused.Kept] | None = None
+    buffers: str = ""
 
 
 class FusedFluxModel(FluxKontextModel):
@@ -158,10 +158,11 @@ class FusedFluxModel(FluxKontextModel):
         sequence = fused.Sequence(length, cos, sin, same.key_bias, same.lengths, same.lengths)
         if not cached:
             return FusedLayout(sequence)
-        shape = fused.cache_shape(self.transformer, batch, length + layout.capacity)
+        config = self.transformer.config
+        shape = (batch, length + layout.capacity, config.num_attention_heads, config.attention_head_dim)
         name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        cache = self.runner.buffer(name, shape, 3, text.embeds.dtype, cos.device)
-        return FusedLayout(sequence, layout.fine_lengths + length, cache, name)
+        kept = iter(self.runner.buffers(name, 2 * self.blocks, shape, text.embeds.dtype, cos.device))
+        return FusedLayout(sequence, layout.fine_lengths + length, list(zip(kept, kept)), name)
 
     def first_layout(self, text: FluxText, layout: FusedLayout, first: int) -> FusedLayout:
         # each sample's own fine tokens alone are computed anew
@@ -198,9 +199,9 @@ class FusedFluxModel(FluxKontextModel):
                     self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks
                 )
 
-        place = None if cache is None else (cache.data_ptr(), cache.shape)
-        tag = ("step", sequence.text, self.attention_kwargs.get("scale"), place)
-        return self.runner(tag, step, inputs, layout.buffer)
+        rows = None if cache is None else cache[0][0].shape[1]
+        tag = ("step", sequence.text, self.attention_kwargs.get("scale"), rows)
+        return self.runner(tag, step, inputs, layout.buffers)
 
     def kv_bytes(self, layouts: Sequence[FusedLayout]) -> int:
         return self.runner.buffer_bytes

@@ -28,7 +28,7 @@ from .attention import wrap_processors
 from .config import SpecEditConfig
 from .model import EditModel, Text
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
-from .runner import StepRunner, refusal
+from .runner import StepRunner, inspect
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
@@ -70,16 +70,15 @@ class SpecEditMixin:
         name = config.runner
         if name == "eager":
             return None
-        if name not in self.RUNNERS:
-            reason = f"{type(self).__name__} has no other"
-        else:
-            reason = refusal(name, self.transformer, self.vae)
+        reason, signature = f"{type(self).__name__} has no other", []
+        if name in self.RUNNERS:
+            reason, signature = inspect(name, self.transformer, self.vae)
         if reason:
             _warn_once(f"runner={name!r}: steps run eagerly: {reason}")
             return None
         if self._specedit_runner is None or self._specedit_runner.name != name:
             self._specedit_runner = StepRunner(name)
-        self._specedit_runner.watch(self.transformer, self.vae)
+        self._specedit_runner.watch(signature)
         return self._specedit_runner
 
     def _edit(

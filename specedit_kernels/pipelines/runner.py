@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -31,35 +30,34 @@ def _hooked(module: torch.nn.Module) -> bool:
     return by_library or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def refusal(name: str, *modules: torch.nn.Module) -> str:
-    """Why the runner of that name cannot run the forward of these modules, or ""."""
-    paths = (path or type(root).__name__ for root in modules for path, m in root.named_modules() if _hooked(m))
-    hooked = next(paths, None)
-    if hooked is not None:
-        return f"{hooked} has hooks (offloading, caches), which it would leave out"
-    if getattr(modules[0], "_parallel_config", None) is not None:
-        return "the transformer is parallelised"
-    if name == "fused":
-        return ""
-    devices = {p.device for root in modules for p in root.parameters()}
-    if {d.type for d in devices} != {"cuda"} or len(devices) > 1:
-        return f"it needs one CUDA device, the weights are on {', '.join(sorted(map(str, devices)))}"
-    odd = next((type(p).__name__ for r in modules for p in r.parameters() if is_traceable_wrapper_subclass(p)), None)
-    return "" if odd is None else f"a weight is a {odd}, whose memory cannot be watched"
+def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
+    """(why the runner of that name cannot run these, or "", what its graphs take for granted).
 
-
-def _signature(modules: Sequence[torch.nn.Module]) -> list[Hashable]:
-    """What a captured graph takes for granted: where weights lie, and the numbers that adapters (PEFT) multiply by."""
+    The latter: where weights lie, and the numbers that adapters (PEFT) multiply by. One pass, since a run waits for it.
+    """
+    if getattr(transformer, "_parallel_config", None) is not None:
+        return "the transformer is parallelised", []
     found: list[Hashable] = []
-    for root in modules:
-        for module in root.modules():
-            found.append(type(module))
-            tensors = (*module._parameters.values(), *module._buffers.values())
-            found += [(x.data_ptr(), x.dtype, x.device) for x in tensors if x is not None]
-            if hasattr(module, "scaling"):
-                active = tuple(getattr(module, n, None) for n in ("active_adapters", "disable_adapters", "merged"))
-                found.append(repr((module.scaling, active)))
-    return found
+    devices = set()
+    for module in (*transformer.modules(), *vae.modules()):
+        if _hooked(module):
+            return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
+        if name == "fused":
+            continue
+        found.append(type(module))
+        for x in (*module._parameters.values(), *module._buffers.values()):
+            if x is None:
+                continue
+            if is_traceable_wrapper_subclass(x):
+                return f"a weight is a {type(x).__name__}, whose memory cannot be watched", []
+            devices.add(x.device)
+            found.append((x.data_ptr(), x.dtype))
+        if hasattr(module, "scaling"):
+            active = tuple(getattr(module, n, None) for n in ("active_adapters", "disable_adapters", "merged"))
+            found.append(repr((module.scaling, active)))
+    if name != "fused" and ({d.type for d in devices} != {"cuda"} or len(devices) > 1):
+        return f"it needs one CUDA device, the weights are on {', '.join(sorted(map(str, devices)))}", []
+    return "", found
 
 
 class CapturedStep:
@@ -85,9 +83,8 @@ class CapturedStep:
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 before = torch.cuda.memory_reserved()
                 self.output = function(**self.inputs)
-                grown = torch.cuda.memory_reserved() - before
-        held = (x for x in self.inputs.values() if x is not None)
-        self.bytes = grown + sum(x.numel() * x.element_size() for x in held)
+                self.pool_bytes = torch.cuda.memory_reserved() - before
+        self.input_bytes = sum(x.numel() * x.element_size() for x in self.inputs.values() if x is not None)
 
     def _fill(self, inputs: Inputs) -> None:
         for name, x in inputs.items():
@@ -116,65 +113,74 @@ class StepRunner:
         self._capturing = name != "fused"
         self._graphs: OrderedDict[Hashable, CapturedStep] = OrderedDict()
         self._pool: Any = None
-        self._buffers: dict[str, Tensor] = {}
+        self._pool_bytes = 0
+        self._buffers: dict[str, list[Tensor]] = {}
         self._signature: list[Hashable] | None = None
 
     @property
     def graph_bytes(self) -> int:
-        """Device memory of the graphs that are kept: their pool as far as it grew for them, and their inputs."""
-        return sum(step.bytes for step in self._graphs.values())
+        """Device memory of the graphs: their pool, and the inputs of each."""
+        return self._pool_bytes + sum(step.input_bytes for step in self._graphs.values())
 
     @property
     def buffer_bytes(self) -> int:
         """Device memory of the buffers."""
-        return sum(x.numel() * x.element_size() for x in self._buffers.values())
+        return sum(x.numel() * x.element_size() for kept in self._buffers.values() for x in kept)
 
-    def watch(self, *modules: torch.nn.Module) -> None:
-        """Forget the graphs where the weights moved, or adapters changed, since the last call of this."""
-        if not self._capturing:
-            return
-        now = _signature(modules)
-        if now != self._signature:
+    def watch(self, signature: list[Hashable]) -> None:
+        """Forget all where it is not what it was at the last call."""
+        if signature != self._signature:
             self.clear()
-        self._signature = now
+        self._signature = signature
 
     def clear(self) -> None:
         """Free the graphs and their pool, and the buffers."""
-        self._graphs.clear()
+        self._drop(list(self._graphs))
         self._buffers.clear()
-        self._pool = None
 
-    def buffer(self, name: str, shape: Sequence[int], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory of that name and shape, the same one at each call; what it holds stays until the next one grows it.
+    def _drop(self, keys: Sequence[Hashable]) -> None:
+        if not keys:
+            return
+        # one of them may still be running
+        torch.cuda.synchronize()
+        for key in keys:
+            del self._graphs[key]
+        if not self._graphs:
+            self._pool, self._pool_bytes = None, 0
 
-        rows: the dimension that may be cut from a longer buffer. Another size of any other ends the old one.
+    def buffers(
+        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor]:
+        """`count` tensors [B, rows, ...], the same memory at each call: longer ones serve where fewer rows are needed.
+
+        Any other difference ends the old ones.
         """
-        kept = self._buffers.get(name)
-        wanted = [math.ceil(n / BUFFER_ROWS) * BUFFER_ROWS if i == rows else n for i, n in enumerate(shape)]
-        fits = kept is not None and kept.dtype == dtype and kept.device == device and all(
-            have >= want if i == rows else have == want for i, (have, want) in enumerate(zip(kept.shape, wanted))
-        )  # fmt: skip
+        batch, rows, *rest = shape
+        kept = self._buffers.get(name, [])
+        fits = len(kept) == count and all(
+            (x.dtype, x.device, x.shape[0], *x.shape[2:]) == (dtype, device, batch, *rest) and x.shape[1] >= rows
+            for x in kept[:1]
+        )
         if not fits:
-            # graphs write to the old one
-            self._graphs = OrderedDict((k, v) for k, v in self._graphs.items() if k[1] != name)
-            self._buffers.pop(name, None)
+            # graphs write to the old ones, which go before there are new ones
+            self._drop([key for key in self._graphs if key[1] == name])
+            kept = self._buffers[name] = []
+            whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
-                kept = self._buffers[name] = torch.empty(wanted, dtype=dtype, device=device)
-        return kept.narrow(rows, 0, shape[rows])
+                kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
+        return [x[:, :rows] for x in kept]
 
-    def __call__(self, tag: Hashable, function: Callable[..., Tensor], inputs: Inputs, buffer: str = "") -> Tensor:
+    def __call__(self, tag: Hashable, function: Callable[..., Tensor], inputs: Inputs, buffers: str = "") -> Tensor:
         """function(**inputs).
 
-        tag: stands for all that the function depends on besides its inputs. buffer: the name of the one that it uses.
+        tag: stands for all that the function depends on besides its inputs. buffers: the name of those that it uses.
         """
         if not self._capturing:
             return function(**inputs)
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items() if x is not None)
-        key = (tag, buffer, shapes)
+        key = (tag, buffers, shapes)
         step = self._graphs.get(key)
         if step is None:
-            while len(self._graphs) >= self._limit:
-                self._graphs.popitem(last=False)
             try:
                 if self._pool is None:
                     self._pool = torch.cuda.graph_pool_handle()
@@ -182,9 +188,11 @@ class StepRunner:
             except RuntimeError as error:
                 logger.warning("runner=%r: capturing failed, steps go on uncaptured: %s", self.name, error)
                 self._capturing = False
-                self._graphs.clear()
+                self._drop(list(self._graphs))
                 return function(**inputs)
             self._graphs[key] = step
+            self._pool_bytes += step.pool_bytes
             self.captures += 1
+            self._drop(list(self._graphs)[: -self._limit])
         self._graphs.move_to_end(key)
         return step(inputs)
