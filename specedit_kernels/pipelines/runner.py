@@ -55,9 +55,10 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
         if hasattr(module, "scaling"):
             active = tuple(getattr(module, n, None) for n in ("active_adapters", "disable_adapters", "merged"))
             found.append(repr((module.scaling, active)))
+    reason = ""
     if name != "fused" and ({d.type for d in devices} != {"cuda"} or len(devices) > 1):
-        return f"it needs one CUDA device, the weights are on {', '.join(sorted(map(str, devices)))}", []
-    return "", found
+        reason = f"it needs one CUDA device, the weights are on {', '.join(sorted(map(str, devices)))}"
+    return reason, found
 
 
 class CapturedStep:
