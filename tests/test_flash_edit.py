@@ -23,7 +23,7 @@ from specedit_kernels import (  # noqa: E402
     cli,
 )
 from specedit_kernels.pipelines import flash_stages  # noqa: E402
-from specedit_kernels.pipelines.attention import AttentionLayout, joint_attention  # noqa: E402
+from specedit_kernels.pipelines.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
 from specedit_kernels.pipelines.flash_edit import GENERATOR, INVERTER  # noqa: E402
 from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
@@ -127,14 +127,17 @@ def test_shielded_slots_keep_the_keys_and_values_of_the_cache():
     layout = replace(layout, cache={})
     joint_attention("m", None, (q, k, v), layout)
     kept = [x.clone() for x in layout.cache["m"]]
-    part = layout.of_first(11)
-    shielded = torch.zeros(2, 11, dtype=torch.bool)
-    shielded[1, 8:] = True
-    joint_attention("m", None, tuple(x[:, :11] + 1 for x in (q, k, v)), replace(part, shielded=shielded))
-    for before, after in zip(kept, layout.cache["m"]):
-        same = (before == after).all(dim=-1).all(dim=-1)
-        assert not same[0, :11].any() and same[0, 11:].all()
-        assert not same[1, :8].any() and same[1, 8:].all()
+    # a call with 3 text slots in place of 5, and of 12 image slots the first 6, of which sample 1 owns 4
+    own = torch.arange(6) < torch.tensor([[6], [4]])
+    part = replace(layout, cos=layout.cos[:, 2:], sin=layout.sin[:, 2:], cached_text=5, own=own).of_first(9)
+    fresh = [x[:, 2:11] + 1 for x in (q, k, v)]
+    keys, values = (over_another_text(old, new, part) for old, new in zip(kept, fresh[1:]))
+    for old, new, found in zip(kept, fresh[1:], (keys, values)):
+        for i, count in enumerate((6, 4)):
+            expected = torch.cat([new[i, : 3 + count], old[i, 5 + count :]])
+            assert torch.equal(found[i], expected)
+    out = joint_attention("m", None, tuple(fresh), part)
+    assert out.shape == (2, 9, 32) and all(torch.equal(a, b) for a, b in zip(kept, layout.cache["m"]))
 
 
 def test_the_watched_mass_is_the_softmax_weight(pipe):

@@ -45,7 +45,8 @@ class AttentionLayout:
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
     A call that brings the whole sequence fills it; one that brings its first slots alone, with `first` of them, text
     included, renews those and attends to all.
-    shielded: bool [B, first], of these, slots whose keys and values stay the cache's; None: none.
+    cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
+    slots are read, none renewed. own: bool [B, first image slots], those whose keys and values are this call's.
     region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot
     attends to; None: all attend to all. Text attends to everything.
     watch: a module's attention to the text is recorded there.
@@ -58,7 +59,8 @@ class AttentionLayout:
     modulate: Tensor | None = None
     cache: dict[Any, tuple[Tensor, Tensor]] | None = None
     first: int | None = None
-    shielded: Tensor | None = None
+    cached_text: int | None = None
+    own: Tensor | None = None
     region: Tensor | None = None
     text_mask: Tensor | None = None
     watch: TextWatch | None = None
@@ -94,9 +96,12 @@ def joint_attention(
     queries = layout.lengths
     if layout.first is not None:
         cached = layout.cache[module]
-        for kept, fresh in zip(cached, (k, v)):
-            kept[:, : layout.first] = shielded(kept, fresh, layout)
-        k, v = cached
+        if layout.cached_text is None:
+            for kept, fresh in zip(cached, (k, v)):
+                kept[:, : layout.first] = fresh
+            k, v = cached
+        else:
+            k, v = (over_another_text(kept, fresh, layout) for kept, fresh in zip(cached, (k, v)))
         queries = None if queries is None else queries.clamp(max=layout.first)
     elif layout.cache is not None:
         # a copy where v is a view of more than itself
@@ -111,11 +116,13 @@ def joint_attention(
     return out.flatten(2, 3)
 
 
-def shielded(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> Tensor:
-    """Keys or values of a call's slots, [B, first, Hk, D]: the fresh ones, but the cache's where slots are shielded."""
-    if layout.shielded is None:
-        return fresh
-    return torch.where(layout.shielded[..., None, None], kept[:, : layout.first], fresh)
+def over_another_text(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> Tensor:
+    """Keys or values of [text | image slots]: `fresh` [B, first, Hk, D], and of the slots that are not its own, the
+    cache's, `kept` [B, cached_text + image slots, Hk, D]."""
+    image, count = kept[:, layout.cached_text :], layout.own.shape[1]
+    text = fresh.shape[1] - count
+    own = torch.where(layout.own[..., None, None], fresh[:, text:], image[:, :count])
+    return torch.cat([fresh[:, :text], own, image[:, count:]], dim=1)
 
 
 def sparse_text_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, queries: Tensor | None) -> Tensor:

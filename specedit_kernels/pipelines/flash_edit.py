@@ -15,7 +15,7 @@ from .. import ops
 from ..sampling.grid import from_blocks, pack, to_blocks, unpack
 from . import flash_stages, stages
 from .attention import wrap_processors
-from .config import _flag, _integer, _number, _one_of
+from .config import RUNNERS, _flag, _integer, _number, _one_of
 from .flux_kontext import SpecEditFluxKontextPipeline
 from .low_rank import merged_copy
 from .pipeline import SpecEditMixin
@@ -46,7 +46,7 @@ class FlashEditConfig:
     token_ratio: a text token is a key one if the attention that the edit region gives it beyond the background's is
         over this many times the mean over all text tokens.
     max_active: above this share of active blocks the whole picture is edited.
-    preserve, feather: as in SpecEditConfig.
+    preserve, feather, runner: as in SpecEditConfig.
     """
 
     method: str = "flash"
@@ -61,6 +61,7 @@ class FlashEditConfig:
     max_active: float = 0.8
     preserve: str | None = None
     feather: int = 8
+    runner: str = "eager"
 
     # what the stages shared with SpecEdit ask of a config
     draft: ClassVar[str] = "one_step"
@@ -71,6 +72,7 @@ class FlashEditConfig:
 
     def __post_init__(self):
         _one_of("method", self.method, METHODS)
+        _one_of("runner", self.runner, RUNNERS)
         _one_of("preserve", self.preserve, (None, "pixels"))
         for name in ("cosi", "bg_shield", "ssca"):
             _flag(name, getattr(self, name))
@@ -119,6 +121,8 @@ class FlashEditMixin(SpecEditMixin):
             if not path.is_file():
                 raise FileNotFoundError(f"folder: expected {path.name} in {folder}")
         self._generator, self._inverter = (merged_copy(self.transformer, path) for path in paths)
+        # its graphs are of the weights before
+        self._specedit_runner = None
 
     def __call__(
         self, image=None, prompt=None, *, source_prompt: str | list[str] = "", specedit=None, **options

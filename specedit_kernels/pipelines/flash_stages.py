@@ -53,7 +53,8 @@ def draft(run: Run, watched: torch.nn.Module | None) -> FlashDraft:
         watch = TextWatch(watched, run.positive.embeds.shape[1])
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
-    velocity = run.model.velocity(run.positive, every, torch.tensor(1000.0, device=run.device), layout)
+    [moment] = run.model.moments(run.positive, torch.tensor([1000.0], device=run.device))
+    velocity = run.model.velocity(run.positive, every, moment, layout)
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
     change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
@@ -95,7 +96,7 @@ class RegionFirst:
     """The whole full-resolution sequence with the edit region's slots first.
 
     The region is its target tokens, the condition tokens at their places, and all of pictures that lie on another grid.
-    layout: every block is fine. region: bool [B, slots]. counts: slots of the region, of each sample. reached: bool
+    layout: every block is fine; its fine_lengths are the region's. region: bool [B, slots]. counts: slots of the region, of each sample. reached: bool
     [B, slots], those that key text tokens reach. fine, blocks: target tokens, and blocks of them; table: rows
     [target noise | unused | source | unused | others], the rows of `layout`.
     """
@@ -112,7 +113,7 @@ class RegionFirst:
         """Tokens of all slots [B, slots, 4C]; of_source: the source's in target slots, zeros in the others."""
         index = self.layout.index
         if of_source:
-            index = torch.where(index < self.fine, index + self.fine + self.blocks, -1)
+            index = torch.where(self.layout.targets, index + self.fine + self.blocks, -1)
         return ops.gather_tokens(self.table, index, self.layout.capacity)
 
 
@@ -131,22 +132,14 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
     apart = layout.index >= 2 * half
     region, reached = (x.gather(1, place) | apart for x in (selection.edited, reach))
     order = (~region).int().argsort(dim=1, stable=True)
-    layout = replace(layout, index=layout.index.gather(1, order))
+    index, region = layout.index.gather(1, order), region.gather(1, order)
+    layout = replace(layout, index=index, targets=index < fine, fine_lengths=region.sum(dim=1).int())
     start, source = pack(noise.to(run.source.dtype)), pack(run.source)
     unused = start.new_zeros(run.batch, blocks, start.shape[2])
     table = torch.cat([start, unused, source, unused, *(pack(x) for x in others)], dim=1)
     halves = 2 if pictures.aligned else 1
     counts = tuple(halves * CHILDREN * n + behind for n in selection.counts)
-    return RegionFirst(layout, region.gather(1, order), counts, reached.gather(1, order), fine, blocks, table)
-
-
-def _layout_of(run: Run, text: Text, sequence: RegionFirst, cached: bool = False):
-    model, layout = run.model, sequence.layout
-    made = model.mixed_layout(text, run.pictures, layout, padded=False, key_bias=False, cached=cached)
-    if made.attention.modulate is None:
-        return made
-    # target slots are not the first ones here
-    return model.with_attention(made, modulate=(layout.index >= sequence.fine).int())
+    return RegionFirst(layout, region, counts, reached.gather(1, order), fine, blocks, table)
 
 
 def one_step_edit(
@@ -159,48 +152,31 @@ def one_step_edit(
     computes text and edit region alone over these. The background's latents are the source's own, as in SpecEdit's
     locked finish, where the paper has the source branch's reconstruction of them.
     """
-    model, sequence = run.model, region_first(run, noise, selection, reach)
-    tokens, region = sequence.rows(), sequence.region
-    capacity, length = tokens.shape[1], run.positive.embeds.shape[1]
-    timestep = torch.tensor(1000.0, device=run.device)
-    edit, changes = _layout_of(run, run.positive, sequence), {}
+    model, text, sequence = run.model, run.positive, region_first(run, noise, selection, reach)
+    tokens, layout = sequence.rows(), sequence.layout
+    capacity, level = tokens.shape[1], torch.tensor([1000.0], device=run.device)
+    heard = (None, None)
     if words is not None:
-        heard = torch.stack([~words, torch.ones_like(words)], dim=1)
-        if edit.attention.key_bias is not None:  # some of the words are padding
-            heard &= edit.attention.key_bias[:, None, :length] > float("-inf")
-        changes |= dict(region=sequence.reached.int(), text_mask=heard)
+        heard = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
+    [moment] = model.moments(text, level)
     if shield:
-        branch = _layout_of(run, source_text, sequence, cached=True)
-        rebuilt = tokens - model.velocity(source_text, tokens, timestep, branch)
+        first = min(model.slots(max(sequence.counts)), capacity)
+        branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *heard)
+        [source_moment] = model.moments(source_text, level)
+        rebuilt = tokens - model.velocity(source_text, tokens, source_moment, branch)
         run.record("source", 1.0, [capacity] * run.batch)
-        clean, target = sequence.rows(of_source=True), (sequence.layout.index < sequence.fine)[..., None]
-        error = (rebuilt.float() - clean.float()).square() * target
+        clean = sequence.rows(of_source=True)
+        error = (rebuilt.float() - clean.float()).square() * layout.targets[..., None]
         run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
-
-        changes["cache"] = _with_text_slots(branch.attention.cache, source_text.embeds.shape[1], length)
-        first = max(sequence.counts)
-        own = region[:, :first]
-        if min(sequence.counts) < first:
-            changes["shielded"] = torch.cat([own.new_zeros(run.batch, length), ~own], dim=1)
-        layout = model.first_layout(run.positive, model.with_attention(edit, **changes), first)
-        edited = tokens[:, :first] - model.velocity(run.positive, tokens[:, :first], timestep, layout)
-        clean[:, :first] = torch.where(own[..., None], edited, clean[:, :first])
+        edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], moment, edit)
+        clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])
         run.record("edit", 1.0, sequence.counts, [capacity] * run.batch)
     else:
-        clean = tokens - model.velocity(run.positive, tokens, timestep, model.with_attention(edit, **changes))
+        edit = model.edit_layout(text, run.pictures, layout, *heard)
+        clean = tokens - model.velocity(text, tokens, moment, edit)
         run.record("edit", 1.0, [capacity] * run.batch)
-    ops.scatter_tokens_(sequence.table, clean, sequence.layout.index)
+    ops.scatter_tokens_(sequence.table, clean, layout.index)
     return unpack(sequence.table[:, : sequence.fine], run.grid)
-
-
-def _with_text_slots(cache: dict, have: int, need: int) -> dict:
-    """A cache whose sequences begin with `need` text slots, to be written, in place of `have`."""
-    if have == need:
-        return cache
-    return {
-        module: tuple(torch.cat([x.new_zeros(x.shape[0], need, *x.shape[2:]), x[:, have:]], dim=1) for x in pair)
-        for module, pair in cache.items()
-    }
 
 
 def multi_step_edit(run: Run, source_text: Text, levels: list[float]) -> Tensor:

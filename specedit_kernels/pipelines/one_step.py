@@ -26,7 +26,8 @@ def velocity_of(
     """Velocity [B, C, H, W] of a state at a noise level (0-dim tensor in [0, 1]), behind it the clean references."""
     grids = [grid_of(x) for x in (state, *references)]
     tokens = torch.cat([pack(x) for x in (state, *references)], dim=1)
-    found = model.velocity(text, tokens, level * 1000, model.dense_layout(text, pictures, grids))
+    [moment] = model.moments(text, level[None] * 1000)
+    found = model.velocity(text, tokens, moment, model.dense_layout(text, pictures, grids))
     return unpack(found[:, : grids[0][0] * grids[0][1]], grids[0])
 
 

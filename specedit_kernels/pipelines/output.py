@@ -39,6 +39,8 @@ class SpecEditStats:
     noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
     of the source's latents (BG-Shield), or None.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
+    runner: what ran the transformer's steps. captures: CUDA graphs that this run had to capture. graph_bytes: device
+    memory of all graphs that the pipeline keeps; kv_cache_bytes: of the keys and values that the mixed steps kept.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -55,6 +57,10 @@ class SpecEditStats:
     source_error: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     backend: str | None = None
+    runner: str = "eager"
+    captures: int = 0
+    graph_bytes: int = 0
+    kv_cache_bytes: int = 0
 
     @property
     def flops(self) -> int:

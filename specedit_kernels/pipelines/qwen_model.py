@@ -136,7 +136,7 @@ class QwenImageEditModel(EditModel):
     def first_layout(self, text: QwenText, layout: QwenLayout, first: int) -> QwenLayout:
         return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1] + first))
 
-    def velocity(self, text: QwenText, tokens: Tensor, timestep: Tensor, layout: QwenLayout) -> Tensor:
+    def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.rotary is not None:
             kwargs["specedit_rotary"] = layout.rotary
@@ -144,7 +144,7 @@ class QwenImageEditModel(EditModel):
             kwargs["specedit_layout"] = layout.attention
         return self.transformer(
             hidden_states=tokens,
-            timestep=timestep.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
             guidance=self.guidance,
             # in a mixed sequence the key bias holds the mask
             encoder_hidden_states_mask=text.mask if layout.attention is None else None,

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX's transformer in few launches: its own modules and weights, with torch.ops.specedit between the linear layers.
+
+Text and image lie in one tensor [B, text | image, C] from the first block to the last. A block's modulation depends on
+the timestep alone, so that of all blocks and of all steps of a stage is computed at once (`modulation`), and a step
+(`forward`) is left with what depends on its tokens. Every linear layer is called as a module: adapters and quantised
+weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation and residuals
+round once, where that one rounds after each operation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+    FluxTransformerBlock,
+)
+from torch import Tensor
+
+from .. import ops
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What a step has to know of its sequence: `text` tokens, then image tokens; N tokens in all.
+
+    cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
+    tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
+    left as it is; None: in order.
+    """
+
+    text: int
+    cos: Tensor
+    sin: Tensor
+    key_bias: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    rows: Tensor | None = None
+
+
+# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views of
+# one tensor at several offsets for views at the first of them.
+Kept = tuple[Tensor, Tensor]
+
+
+def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
+    """The norms that have a modulation, in the order of its vectors."""
+    double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
+    return [*(n for b in double for n in (b.norm1, b.norm1_context)), *(b.norm for b in single), transformer.norm_out]
+
+
+def modulation(
+    transformer: FluxTransformer2DModel, timestep: Tensor, guidance: Tensor | None, pooled: Tensor
+) -> Tensor:
+    """Scales, shifts and gates of all blocks: [R, sum of their widths], for R (sample, timestep) pairs.
+
+    timestep: [R] in [0, 1000]. guidance: [R] or None. pooled: [R, P].
+    """
+    # the roundings of the pipeline and of the model's forward
+    at = (timestep.to(pooled.dtype) / 1000) * 1000
+    about = (at, pooled) if guidance is None else (at, guidance.to(pooled.dtype) * 1000, pooled)
+    emb = F.silu(transformer.time_text_embed(*about))
+    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+
+
+def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
+    """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
+    if attn.fused_projections:
+        parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
+    else:
+        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
+        parts = [layer(x) for layer in layers]
+    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+
+
+def _buffers(part: Tensor, tokens: int, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where q, k and v of a block's tokens go, k and v to `kept` where that is given; part: one of them."""
+    batch, _, heads, dim = part.shape
+    q = part.new_empty(batch, tokens, heads, dim)
+    return q, *((torch.empty_like(q), torch.empty_like(q)) if kept is None else kept)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | None = None) -> Tensor:
+    """Attention [B, N, H, D], written to `into` where that is given."""
+    if sequence.key_bias is None and sequence.keys is None:
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return out if into is None else into.copy_(out)
+    options = dict(key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys)
+    if into is None:
+        return ops.mixed_res_attn(q, k, v, **options)[0]
+    order = torch.arange(q.shape[1], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
+    ops.mixed_res_attn_scatter_(into, q, k, v, order, **options)
+    return into
+
+
+def double_block(
+    block: FluxTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
+) -> None:
+    """FluxTransformerBlock on text and image tokens x [B, N, C], in place.
+
+    kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
+    """
+    attn, n = block.attn, sequence.text
+    streams = (slice(0, n), slice(n, None))
+    text, image = (x[:, s] for s in streams)
+    (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
+    (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
+
+    words = _project(attn, ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps), text=True)
+    spots = _project(attn, ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps))
+    q, k, v = _buffers(spots[0], x.shape[1], kept)
+    for part, (norm_q, norm_k), at in zip(
+        (words, spots), ((attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)), streams
+    ):
+        rows = None if sequence.rows is None else sequence.rows[:, at]
+        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
+        ops.qk_norm_rope_scatter_(
+            q[:, at], k_out, v_out, *part, sequence.cos[:, at], sequence.sin[:, at],
+            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
+        )  # fmt: skip
+    out = _attend(q, k, v, sequence).flatten(2)
+    ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+    ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
+    words = block.ff_context(ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps))
+    ops.gated_residual_add_(text, words, t_gate2)
+    spots = block.ff(ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps))
+    ops.gated_residual_add_(image, spots, i_gate2)
+
+
+def single_block(
+    block: FluxSingleTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, mod: Tensor
+) -> None:
+    """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
+    attn = block.attn
+    shift, scale, gate = mod.chunk(3, dim=1)
+    y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
+    parts = _project(attn, y)
+    q, k, v = _buffers(parts[0], x.shape[1], kept)
+    ops.qk_norm_rope_scatter_(
+        q, k, v, *parts, sequence.cos, sequence.sin,
+        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
+    )  # fmt: skip
+    # attention and the activation write side by side what the last layer reads
+    wide = block.proj_mlp(y)
+    width = q.shape[2] * q.shape[3]
+    both = wide.new_empty((*wide.shape[:2], width + wide.shape[2]))
+    _attend(q, k, v, sequence, both[..., :width].unflatten(-1, q.shape[2:]))
+    if torch.compiler.is_compiling():
+        # the compiler traces no `out` that is a view, and makes one kernel of the two
+        both[..., width:].copy_(F.gelu(wide, approximate="tanh"))
+    else:
+        torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
+    ops.gated_residual_add_(x, block.proj_out(both), gate)
+
+
+Blocks = tuple[Callable[..., None], Callable[..., None]]
+BLOCKS: Blocks = (double_block, single_block)
+
+
+@functools.cache
+def compiled_blocks() -> Blocks:
+    """`double_block` and `single_block` under torch.compile, without a graph break."""
+    return tuple(torch.compile(block, fullgraph=True) for block in BLOCKS)
+
+
+def forward(
+    transformer: FluxTransformer2DModel,
+    tokens: Tensor,
+    embeds: Tensor,
+    modulation: Tensor,
+    sequence: Sequence,
+    cache: list[Kept] | None = None,
+    blocks: Blocks = BLOCKS,
+) -> Tensor:
+    """Velocity of image tokens [B, S, 4C]: FluxTransformer2DModel.forward.
+
+    embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: of each block, where its
+    keys and values outlive the step: it writes those of its tokens, and attends to all.
+    """
+    x = torch.cat([transformer.context_embedder(embeds), transformer.x_embedder(tokens)], dim=1)
+    mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
+    double, single = blocks
+    layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for i, layer in enumerate(layers):
+        kept = None if cache is None else cache[i]
+        if i < len(transformer.transformer_blocks):
+            double(layer, x, sequence, kept, next(mods), next(mods))
+        else:
+            single(layer, x, sequence, kept, next(mods))
+        if x.dtype == torch.float16:
+            # sums beyond its range end at its ends, as in the blocks of diffusers
+            x.clip_(-65504, 65504)
+    scale, shift = next(mods).chunk(2, dim=1)
+    image = x[:, sequence.text :]
+    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
