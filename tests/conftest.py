@@ -4,6 +4,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
 """
 
+import logging
 import os
 
 import torch
@@ -53,6 +54,15 @@ def backend(request, monkeypatch):
     """Forces one backend for the ops that the test calls."""
     monkeypatch.setenv("SPECEDIT_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def package_log():
+    """The command quietens the package's logger; other tests read it."""
+    package = logging.getLogger("specedit_kernels")
+    before = package.level
+    yield
+    package.setLevel(before)
 
 
 @pytest.fixture

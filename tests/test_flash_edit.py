@@ -391,3 +391,32 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
         (model / "cosi" / name).write_bytes((weights / name).read_bytes())
     code, text, _ = command()
     assert code == 0 and "noise       of the source" in text and "1 x invert 64" in text
+
+
+# steps of few launches
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(ssca=False), dict(bg_shield=False), dict(ssca=False, bg_shield=False), dict(token_ratio=0.0),
+])  # fmt: skip
+def test_fused_steps_are_the_eager_ones(pipe, options):
+    text = torch.randn(1, 5, 32, generator=seeded()), torch.randn(1, 16, generator=seeded())
+    call = dict(negative_prompt_embeds=text[0], negative_pooled_prompt_embeds=text[1])
+    eager, fused = (run(pipe, white(4), runner=r, call=call, **options) for r in ("eager", "fused"))
+    assert fused.stats.runner == "fused" and eager.stats.runner == "eager"
+    torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
+    if options.get("ssca", True):
+        assert torch.equal(fused.stats.key_tokens, eager.stats.key_tokens)
+
+
+def test_fused_batches_and_weights(plain, weights):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    masks = torch.zeros(2, 128, 128)
+    masks[0, :32, :32] = 1
+    masks[1, :, :64] = 1
+    call = dict(image=[tiny_image(), tiny_image(seed=3)], prompt=["make the cat blue", "remove the dog"])
+    eager, fused = (run(pipe, masks, runner=r, call=call) for r in ("eager", "fused"))
+    assert fused.stats.inverted
+    torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)

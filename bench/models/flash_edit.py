@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 
 import torch
-from flux_kontext import Bench, region, setting
+from flux_kontext import Bench, Row, region, setting
 
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline
+from specedit_kernels.pipelines.config import RUNNERS
 
 
 class FlashBench(Bench):
@@ -40,12 +41,18 @@ class FlashBench(Bench):
         return stats
 
     def rows(self):
-        tenth = region(self.args.side, 0.1)
-        every = {"flash, 10 %": {}, "flash, no cosi, 10 %": dict(cosi=False), "flash, no ssca, 10 %": dict(ssca=False),
-                 "flash, no bg_shield, 10 %": dict(bg_shield=False)}  # fmt: skip
-        rows = {name: lambda o=options: self.edit(tenth, **o) for name, options in every.items()}
-        steps = self.args.steps
-        rows[f"inversion-{steps}+{steps}"] = lambda: self.edit(method="inversion", steps=steps)
+        tenth, steps, rows = region(self.args.side, 0.1), self.args.steps, {}
+        for runner in self.args.runners:
+            every = {"": {}, ", no cosi": dict(cosi=False), ", no ssca": dict(ssca=False),
+                     ", no bg_shield": dict(bg_shield=False)}  # fmt: skip
+            for name, options in every.items():
+                options |= dict(runner=runner)
+                rows[f"flash {runner}, 10 %{name}"] = Row(lambda o=options: self.edit(tenth, **o))
+            if runner == self.args.runners[0]:
+                baseline = dict(method="inversion", runner="eager")
+                rows[f"inversion-{steps}+{steps} eager"] = Row(
+                    lambda b=baseline: self.edit(steps=steps, **b), lambda b=baseline: self.edit(steps=1, **b)
+                )
         return rows
 
 
@@ -54,7 +61,8 @@ def markdown(head, rows, baseline):
     lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens"
              f" ({head['source_length']} of the source branch), batch 1; {head['device']}, {versions}, commit"
              f" {head['commit']}, {head['date']}. Seconds with the autoencoder; text embeddings given.", "",
-             "| row | seconds | calls | against the inversion | peak GiB | stages, s |", "|---|---:|---:|---:|---:|---|"]
+             "| row | seconds | calls | against the inversion | peak GiB | stages, s |",
+             "|---|---:|---:|---:|---:|---|"]
     for name, row in rows.items():
         if "error" in row:
             lines.append(f"| {name} | failed: {row['error'][:120]} | | | | |")
@@ -77,6 +85,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=50, help="of the inversion and of the editing it is held against")
     parser.add_argument("--repeat", type=int, default=7, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=3.0, help="seconds after which a row is not repeated")
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["graph", "eager"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -87,14 +96,14 @@ def main(argv=None):
     bench = FlashBench(args)
     args.out.mkdir(parents=True, exist_ok=True)
     head, rows = {**setting(args), "source_length": args.source_length}, {}
-    for name, run in bench.rows().items():
+    for name, row in bench.rows().items():
         try:
-            rows[name] = bench.measure(run)
+            rows[name] = bench.measure(row)
         except Exception as error:  # a row that fails is reported as failed, and the others go on
             rows[name] = {"error": f"{type(error).__name__}: {error}"}
         print(name, json.dumps(rows[name]), flush=True)
         (args.out / "flash_edit.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
-    (args.out / "flash_edit.md").write_text(markdown(head, rows, f"inversion-{args.steps}+{args.steps}"))
+        (args.out / "flash_edit.md").write_text(markdown(head, rows, f"inversion-{args.steps}+{args.steps} eager"))
     print((args.out / "flash_edit.md").read_text())
     return int(any("error" in row for row in rows.values()))
 

@@ -30,9 +30,13 @@ class TextWatch:
     def see(self, module: Any, q: Tensor, k: Tensor, lse: Tensor) -> None:
         """q, k: rotated, [B, S, H, D], text first; lse: fp32 [B, H, S], of the softmax over all keys."""
         if module is self.module:
-            text, scale = self.length, q.shape[-1] ** -0.5
-            score = torch.einsum("bqhd,bkhd->bhqk", q[:, text:].float(), k[:, :text].float())
-            self.mass = (score * scale - lse[:, :, text:, None]).exp().mean(dim=1)
+            self.mass = text_mass(q, k, lse, self.length)
+
+
+def text_mass(q: Tensor, k: Tensor, lse: Tensor, text: int) -> Tensor:
+    """Softmax weight that image queries give to the `text` first keys, mean over heads: fp32 [B, Sq - text, text]."""
+    score = torch.einsum("bqhd,bkhd->bhqk", q[:, text:].float(), k[:, :text].float())
+    return (score * q.shape[-1] ** -0.5 - lse[:, :, text:, None]).exp().mean(dim=1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from .. import ops
+from .attention import text_mass
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Sequence:
 
     cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
     tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
-    left as it is; None: in order.
+    left as it is; None: in order. text_at: the key of the first text token, behind those of the image or 0. used: keys
+    there are where that is known beforehand, None: all.
+    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token sees;
+    None: all see all. watched: what attention the image gives to the text is asked for.
     """
 
     text: int
@@ -43,6 +47,11 @@ class Sequence:
     queries: Tensor | None = None
     keys: Tensor | None = None
     rows: Tensor | None = None
+    text_at: int = 0
+    used: int | None = None
+    region: Tensor | None = None
+    text_mask: Tensor | None = None
+    watched: bool = False
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views of
@@ -89,6 +98,10 @@ def _buffers(part: Tensor, tokens: int, kept: Kept | None) -> tuple[Tensor, Tens
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | None = None) -> Tensor:
     """Attention [B, N, H, D], written to `into` where that is given."""
+    k, v = k[:, : sequence.used], v[:, : sequence.used]
+    if sequence.region is not None:
+        out = _attend_by_region(q, k, v, sequence)
+        return out if into is None else into.copy_(out)
     if sequence.key_bias is None and sequence.keys is None:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         return out if into is None else into.copy_(out)
@@ -100,10 +113,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | 
     return into
 
 
+def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """Attention [B, N, H, D] whose image -> text part goes by region, as `attention.sparse_text_attention` has it."""
+    n, at = sequence.text, sequence.text_at
+    text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
+    asking = sequence.queries
+    words = ops.mixed_res_attn(q[:, :n], k, v)[0]
+    picture = ops.mixed_res_attn(q[:, n:], k[:, image], v[:, image], q_lens=None if asking is None else asking - n)
+    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, sequence.text_mask)
+    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
+
+
+def _watched(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor | None:
+    """What `attention.TextWatch` records, where it is asked for: fp32 [B, image tokens, text tokens]."""
+    if not sequence.watched:
+        return None
+    return text_mass(q, k, ops.mixed_res_attn(q, k, v)[1], sequence.text)
+
+
 def double_block(
     block: FluxTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
-) -> None:
-    """FluxTransformerBlock on text and image tokens x [B, N, C], in place.
+) -> Tensor | None:
+    """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `_watched` does.
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
@@ -132,11 +163,12 @@ def double_block(
     ops.gated_residual_add_(text, words, t_gate2)
     spots = block.ff(ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps))
     ops.gated_residual_add_(image, spots, i_gate2)
+    return _watched(q, k, v, sequence)
 
 
 def single_block(
     block: FluxSingleTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, mod: Tensor
-) -> None:
+) -> Tensor | None:
     """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
@@ -158,9 +190,10 @@ def single_block(
     else:
         torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
     ops.gated_residual_add_(x, block.proj_out(both), gate)
+    return _watched(q, k, v, sequence)
 
 
-Blocks = tuple[Callable[..., None], Callable[..., None]]
+Blocks = tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]
 BLOCKS: Blocks = (double_block, single_block)
 
 
@@ -178,11 +211,13 @@ def forward(
     sequence: Sequence,
     cache: list[Kept] | None = None,
     blocks: Blocks = BLOCKS,
+    watch: tuple[int, list[Tensor]] | None = None,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: FluxTransformer2DModel.forward.
 
     embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: of each block, where its
-    keys and values outlive the step: it writes those of its tokens, and attends to all.
+    keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
+    and where what its attention gives to the text is added.
     """
     x = torch.cat([transformer.context_embedder(embeds), transformer.x_embedder(tokens)], dim=1)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
@@ -190,10 +225,13 @@ def forward(
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for i, layer in enumerate(layers):
         kept = None if cache is None else cache[i]
+        known = replace(sequence, watched=True) if watch and i == watch[0] else sequence
         if i < len(transformer.transformer_blocks):
-            double(layer, x, sequence, kept, next(mods), next(mods))
+            seen = double(layer, x, known, kept, next(mods), next(mods))
         else:
-            single(layer, x, sequence, kept, next(mods))
+            seen = single(layer, x, known, kept, next(mods))
+        if seen is not None:
+            watch[1].append(seen)
         if x.dtype == torch.float16:
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)

@@ -115,12 +115,14 @@ class FusedLayout:
     """sequence: the step's. fresh: int32 [B], the tokens that an active step computes, text included, or None.
 
     cache: where the keys and values of each block are kept, None to keep none; buffers: the runner's name for them.
+    watch: a module's attention to the text is recorded there.
     """
 
     sequence: fused.Sequence
     fresh: Tensor | None = None
     cache: list[fused.Kept] | None = None
     buffers: str = ""
+    watch: TextWatch | None = None
 
 
 class FusedFluxModel(FluxKontextModel):
@@ -155,6 +157,50 @@ class FusedFluxModel(FluxKontextModel):
         ids = super().dense_layout(text, pictures, grids).ids
         cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
         return FusedLayout(fused.Sequence(len(text.text_ids), *(x[None, :, ::2].contiguous() for x in (cos, sin))))
+
+    def watched_layout(
+        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> FusedLayout:
+        return replace(self.dense_layout(text, pictures, grids), watch=watch)
+
+    def edit_layout(
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, region: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> FusedLayout:  # fmt: skip
+        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+        # no slot is empty
+        whole = replace(made.sequence, queries=None, keys=None, region=region, text_mask=text_mask)
+        return replace(made, sequence=whole)
+
+    def shield_layouts(
+        self, source: FluxText, text: FluxText, pictures: Pictures, layout: SequenceLayout, first: int,
+        region: Tensor | None, text_mask: Tensor | None,
+    ) -> tuple[FusedLayout, FusedLayout]:  # fmt: skip
+        # keys and values of the image first, then the text's: the two texts differ in length
+        batch, image = layout.index.shape
+        device, lengths = layout.index.device, [x.embeds.shape[1] for x in (source, text)]
+        config, slot = self.transformer.config, torch.arange(image, dtype=torch.int32, device=device)
+        shape = (batch, image + max(lengths), config.num_attention_heads, config.attention_head_dim)
+        name = "keys and values of the source"
+        kept = iter(self.runner.buffers(name, 2 * self.blocks, shape, text.embeds.dtype, device))
+        cache, made = list(zip(kept, kept)), []
+        own = torch.where(slot[:first] < layout.fine_lengths[:, None], slot[:first], -1)
+        for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
+            whole = self.edit_layout(x, pictures, layout, None, None).sequence
+            words = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
+            tokens = length + rows.shape[1]
+            sequence = replace(
+                whole, cos=whole.cos[:, :tokens], sin=whole.sin[:, :tokens], rows=torch.cat([words, rows], dim=1),
+                text_at=image, used=image + length,
+            )  # fmt: skip
+            made.append(FusedLayout(sequence, None, cache, name))
+        branch, edit = made
+        if region is not None:
+            region = region[:, :first].contiguous()
+        fresh = layout.fine_lengths + lengths[1]
+        keys = torch.full_like(fresh, image + lengths[1])
+        sequence = replace(edit.sequence, queries=fresh, keys=keys, region=region, text_mask=text_mask)
+        return branch, replace(edit, sequence=sequence)
 
     def mixed_layout(
         self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
@@ -197,19 +243,30 @@ class FusedFluxModel(FluxKontextModel):
 
     def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FusedLayout) -> Tensor:
         sequence, cache = layout.sequence, layout.cache
-        names = ("cos", "sin", "key_bias", "queries", "keys", "rows")
+        names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
+        blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+        watched = None
+        if layout.watch is not None:
+            watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
         inputs = dict(tokens=tokens, embeds=text.embeds, modulation=moment)
         inputs |= {name: getattr(sequence, name) for name in names}
 
-        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> Tensor:
+        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:
             with self._scaled():
-                return fused.forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks
-                )
+                seen: list[Tensor] = []
+                found = fused.forward(
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks,
+                    None if watched is None else (watched, seen),
+                )  # fmt: skip
+                return (found, *seen)
 
         rows = None if cache is None else cache[0][0].shape[1]
-        tag = ("step", sequence.text, self.attention_kwargs.get("scale"), rows)
-        return self.runner(tag, step, inputs, layout.buffers)
+        scale, transformer = self.attention_kwargs.get("scale"), id(self.transformer)
+        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, scale, rows, watched)
+        found, *seen = self.runner(tag, step, inputs, layout.buffers)
+        if seen:
+            [layout.watch.mass] = seen
+        return found
 
     def kv_bytes(self, layouts: Sequence[FusedLayout]) -> int:
         return self.runner.buffer_bytes

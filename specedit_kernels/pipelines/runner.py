@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -64,7 +65,7 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
 class CapturedStep:
     """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Inputs, pool: Any):
+    def __init__(self, function: Callable[..., Any], inputs: Inputs, pool: Any):
         device = next(x.device for x in inputs.values() if x is not None)
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False):
@@ -92,11 +93,11 @@ class CapturedStep:
             if x is not None:
                 self.inputs[name].copy_(x)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Any:
         self._fill(inputs)
         self.graph.replay()
         # the next replay writes over the output
-        return self.output.clone()
+        return tree_map(torch.clone, self.output)
 
 
 class StepRunner:
@@ -171,7 +172,7 @@ class StepRunner:
                 kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
         return [x[:, :rows] for x in kept]
 
-    def __call__(self, tag: Hashable, function: Callable[..., Tensor], inputs: Inputs, buffers: str = "") -> Tensor:
+    def __call__(self, tag: Hashable, function: Callable[..., Any], inputs: Inputs, buffers: str = "") -> Any:
         """function(**inputs).
 
         tag: stands for all that the function depends on besides its inputs. buffers: the name of those that it uses.
