@@ -68,7 +68,7 @@ def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed)
     [long, _] = steps.buffers("a", 2, (1, 1000, 2, 4), *floats)
     [short, _] = steps.buffers("a", 2, (1, 7, 2, 4), *floats)
     assert long.shape[1] == 1000 and short.shape[1] == 7 and short.data_ptr() == long.data_ptr()
-    assert steps.buffer_bytes == 2 * runner.BUFFER_ROWS * 2 * 4 * 4
+    assert steps.buffer_bytes == 2 * 1024 * 2 * 4 * 4
     call(steps, 3, buffers="a")
     call(steps, 3)
     for shape, dtype in (((1, 1025, 2, 4), torch.float32), ((2, 7, 2, 4), torch.float32), ((2, 7, 2, 4), torch.half)):
