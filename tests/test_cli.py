@@ -98,7 +98,7 @@ def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, 
     assert (np.array(edited)[:, 64 + 8 :] == expected[:, 64 + 8 :]).all()
     assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
     assert sorted(p.name for p in out.parent.iterdir()) == ["edited.png", "mask.png"]
-    for word in ("24 of 48 tokens", "50.0 %", "3 x coarse 24", "3 x mixed 60", "3 x full 96", "reference", "28 steps"):
+    for word in ("24 of 48 tokens", "50.0 %", "2 x coarse 24", "4 x mixed 60", "3 x full 96", "reference", "28 steps"):
         assert word in text
     assert len(text.splitlines()) <= 12
 

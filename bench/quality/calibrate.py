@@ -2,13 +2,14 @@
 """Thresholds and step splits, measured on held-out edits that the quality table does not use.
 
     python bench/quality/calibrate.py                     # both parts: OUT/thresholds.{md,json}, OUT/stages.{md,json}
-    python bench/quality/calibrate.py --part stages --limit 100 --threshold 0.08
+    python bench/quality/calibrate.py --part stages --limit 100    # with the thresholds in OUT/thresholds.json
 
 thresholds: for every draft, metric and reference the scores' AUC, what share of the tokens a recall costs, and recall,
 precision, share and whole misses over thresholds and dilations. stages: presets' steps split in other ways.
 """
 
 import argparse
+import json
 import math
 from dataclasses import replace
 
@@ -40,7 +41,8 @@ from table_runs import (
     write_text,
 )
 
-COUNTS = {"local": 120, "small": 60, "ambiguous": 60}
+# Ambiguous edits set no threshold: a draft and the plain run of the same noise choose places of their own.
+COUNTS = {"local": 140, "small": 60}
 STAGE_COUNTS = {"local": 60, "small": 20, "ambiguous": 20}
 DILATIONS = (0, 1, 2)
 THRESHOLDS = [0.003 * 1000 ** (i / 95) for i in range(96)]  # .003 to 3
@@ -146,7 +148,8 @@ def point_text(point):
 
 
 def calibrate_thresholds(args, runner, judge, say):
-    """Writes thresholds.json and thresholds.md; gives {(metric, reference, draft): threshold} at dilation 1."""
+    """Writes thresholds.json and thresholds.md: every draft's, and (by_share) those of the coarse draft's decoder
+    features by the share of a run's steps that it takes."""
     edits = make_set(runner.device, args.size, args.limit, COUNTS, CALIBRATION_SEED)
     say(f"{len(edits)} calibration edits are drawn")
     right = hold_against_plain(args, runner, judge, edits)
@@ -159,7 +162,7 @@ def calibrate_thresholds(args, runner, judge, say):
     reference, kinds = edits.reference, edits.edits.kind
     pipe = Probe(**runner.pipe.components)
     pipe.set_progress_bar_config(disable=True)
-    results, table = [], {}
+    results, table, by_share = [], {}, []
     header = {"setting": setting(args, runner.device), "edits": len(edits),
               "true_share": edits.tokens.float().mean().item(), "reference_share": reference.float().mean().item()}
     for draft, probes in PROBES.items():
@@ -177,14 +180,19 @@ def calibrate_thresholds(args, runner, judge, say):
                     "points": {d: [operating_point(effective_scores(scores, d), reference, t) for t in SHOWN]
                                for d in DILATIONS},
                 })
-                if place == 0 and best[1] is not None:
-                    table[metric, form, draft] = two_digits(best[1]["threshold"])
+                if best[1] is None:
+                    continue
+                threshold = two_digits(best[1]["threshold"])
+                if place == 0:
+                    table[metric, form, draft] = threshold
+                if draft == "coarse" and (metric, form) == ("decoder", "matched"):
+                    by_share.append({"share": change["stages"][0] / sum(change["stages"]), "threshold": threshold})
             say(f"{label}: AUC " + ", ".join(f"{r['metric']}/{r['reference']} {r['auc']:.4f}"
                                              for r in results if r["draft"] == label))
-            write_json(args.out / "thresholds.json", jsonable({**header, "results": results, "recommended": [
+            write_json(args.out / "thresholds.json", jsonable({**header, "results": results, "by_share": by_share,
+                                                               "recommended": [
                 {"metric": m, "reference": f, "draft": d, "threshold": t} for (m, f, d), t in table.items()]}))
             write_text(args.out / "thresholds.md", thresholds_markdown(header, results, table))
-    return table
 
 
 def thresholds_markdown(header, results, table):
@@ -242,31 +250,40 @@ def hold_against_plain(args, runner, judge, edits):
     return torch.cat(right)
 
 
-def split_rows(threshold, presets):
-    """The rows of the search for some presets, with the plain ones to compare with."""
+def split_rows(threshold_at, presets):
+    """The rows of the search for some presets, with the plain ones to compare with.
+
+    threshold_at: share of a run's steps that are coarse -> threshold."""
     rows = [(0, Row(f"plain-{n}", steps=n)) for n in (28, 9, 4)]
-    base = SpecEditConfig(draft="coarse", threshold=threshold)
+    base = SpecEditConfig(draft="coarse")
     for preset in presets:
         for split in FULL_SPLITS[preset]:
             name = f"{preset} full {split[0]}+{split[1]}+{split[2]}" + (" (now)" if split == PRESETS[preset] else "")
-            rows.append((preset, Row(name, config=replace(base, preset=preset, stages=split))))
+            config = replace(base, preset=preset, stages=split, threshold=threshold_at(split[0] / preset))
+            rows.append((preset, Row(name, config=config)))
     for preset in presets:
         for coarse in LOCKED_SPLITS[preset]:
             name = f"{preset} locked {coarse}+{preset - coarse}" + (" (now)" if coarse == PRESETS[preset][0] else "")
-            config = replace(base, preset=preset, finish="locked", stages=(coarse, preset - coarse, 0))
+            config = replace(base, preset=preset, finish="locked", stages=(coarse, preset - coarse, 0),
+                             threshold=threshold_at(coarse / preset))
             rows.append((preset, Row(name, config=config)))
     return rows
 
 
-def search_stages(args, runner, judge, threshold, say):
+def nearest_threshold(by_share, share):
+    """The threshold measured at the nearest share."""
+    return min(by_share, key=lambda point: abs(point["share"] - share))["threshold"]
+
+
+def search_stages(args, runner, judge, threshold_at, say):
     """Writes stages.json and stages.md."""
     counts = STAGE_COUNTS
     edits = make_set(runner.device, args.size, args.limit, counts, CALIBRATION_SEED + 1)
     right = hold_against_plain(args, runner, judge, edits)
     say(f"{len(edits)} edits for the stages; plain run: right {right.float().mean():.3f}")
     results = []
-    header = {"setting": setting(args, runner.device), "edits": len(edits), "threshold": threshold}
-    for preset, row in split_rows(threshold, args.presets):
+    header = {"setting": setting(args, runner.device), "edits": len(edits)}
+    for preset, row in split_rows(threshold_at, args.presets):
         figures = {}
         try:
             for rows in torch.arange(len(edits)).split(args.batch):
@@ -279,6 +296,8 @@ def search_stages(args, runner, judge, threshold, say):
             continue
         figures = {name: torch.cat(values) for name, values in figures.items()}
         result = {"preset": preset, "row": row.name, "tflop": mean(figures["flops"]) / 1e12}
+        if row.config is not None:
+            result["threshold"] = row.config.threshold
         for name in ("right", "psnr_in", "psnr_out", "drift", "recall", "missed", "active"):
             if name in figures:
                 result[name] = mean(figures[name])
@@ -293,11 +312,11 @@ def search_stages(args, runner, judge, threshold, say):
 
 def stages_markdown(header, results):
     """The report of search_stages."""
-    columns = {"right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3, "missed": 3,
+    columns = {"threshold": 3, "right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3, "missed": 3,
                "active": 3, "tflop": 3, "score": 1}
     text = ["# How a preset's steps are split", "",
-            f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, threshold"
-            f" {header['threshold']}): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
+            f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, the threshold of the"
+            " share of coarse steps): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
             " 100 right + 4 psnr_in + 50 sharpness: two points of right, half a dB and .04 of sharpness weigh alike.",
             ""]
     for preset in sorted({r["preset"] for r in results}):
@@ -317,7 +336,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "out/calibration")
     parser.add_argument("--part", choices=("thresholds", "stages", "both"), default="both")
-    parser.add_argument("--threshold", type=float, help="of the stages' runs; default: the one just recommended")
+    parser.add_argument("--threshold", type=float, help="of the stages' runs; default: those in OUT/thresholds.json")
     parser.add_argument("--presets", type=int, nargs="+", choices=tuple(FULL_SPLITS), default=sorted(FULL_SPLITS),
                         help="whose splits to try")
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run")
@@ -326,14 +345,14 @@ def main():
     say = stopwatch()
     judge = load_judge(args.judge, device)
     runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
-    threshold = args.threshold
     if args.part != "stages":
-        table = calibrate_thresholds(args, runner, judge, say)
-        if threshold is None:
-            threshold = table.get(("decoder", "matched", "coarse"))
+        calibrate_thresholds(args, runner, judge, say)
         print((args.out / "thresholds.md").read_text(), flush=True)
     if args.part != "thresholds":
-        search_stages(args, runner, judge, threshold, say)
+        by_share = [{"share": 0.0, "threshold": args.threshold}]
+        if args.threshold is None:
+            by_share = json.loads((args.out / "thresholds.json").read_text())["by_share"]
+        search_stages(args, runner, judge, lambda share: nearest_threshold(by_share, share), say)
         print((args.out / "stages.md").read_text())
     return 0
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training scripts share: the run directory, the log, the clock, and files that are never half written."""
 
+import math
 import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 RUN_DIR = Path(os.environ.get("SPECEDIT_RUN_DIR", "runs/editor"))
 
@@ -53,21 +55,49 @@ def memory():
     return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "cpu"
 
 
+class Ranks:
+    """The processes that train one model, each on a GPU of its own: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in
+    the environment, as torchrun sets them. Without them, one process alone."""
+
+    def __init__(self):
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if self.count > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def share(self, values):
+        """Rank 0's floats on every rank."""
+        if self.count == 1:
+            return values
+        told = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(told, 0)
+        return told.tolist()
+
+    @torch.no_grad()
+    def mean_(self, tensors):
+        """Means over the ranks of tensors of one dtype, in place."""
+        if self.count == 1:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors]) / self.count
+        dist.all_reduce(flat)
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]),
+                                                                          tensors)])
+
+
 class Clock:
-    """Seconds of training so far, over all pieces of a run, against the budget.
+    """Seconds of training so far, over all pieces of a run, against the budget. done() reads it, on rank 0 for all.
 
     Where a file STOP appears in the run directory, the run ends `tail` seconds later, and the learning rate falls to
     its end over that time.
     """
 
-    def __init__(self, seconds, elapsed=0.0, tail=45.0):
-        self.seconds, self.tail = seconds, tail
+    def __init__(self, seconds, elapsed=0.0, tail=45.0, ranks=None):
+        self.seconds, self.elapsed, self.tail, self._ranks = seconds, elapsed, tail, ranks
         self._start = time.perf_counter() - elapsed
         self._stopped_at = None
-
-    @property
-    def elapsed(self):
-        return time.perf_counter() - self._start
 
     @property
     def fraction(self):
@@ -79,6 +109,11 @@ class Clock:
             self._stopped_at = self.elapsed
 
     def done(self):
+        self.elapsed = time.perf_counter() - self._start
+        if self._ranks is not None:
+            stopped = math.nan if self._stopped_at is None else self._stopped_at
+            self.elapsed, stopped = self._ranks.share([self.elapsed, stopped])
+            self._stopped_at = None if math.isnan(stopped) else stopped
         if self._stopped_at is not None and self.elapsed - self._stopped_at >= self.tail:
             return True
         return self.elapsed >= self.seconds

@@ -3,6 +3,7 @@
 # Trains the whole tiny editor into $SPECEDIT_RUN_DIR (default runs/editor), then measures it. About 20 minutes on an
 # H100. Run it again to go on where it stopped; touch $SPECEDIT_RUN_DIR/STOP to end the training early.
 #
+# GPUS=2 trains the transformer on the first two GPUs, each with a batch of its own.
 # START=FOLDER goes on from an exported editor (specedit_kernels/assets/tiny_kontext, say) and keeps its autoencoder.
 #
 #   SPECEDIT_RUN_DIR=/tmp/run VAE_SECONDS=220 EDITOR_SECONDS=720 JUDGE_SECONDS=90 bash bench/quality/train.sh
@@ -61,13 +62,32 @@ fi
 mode="$(cat "$SPECEDIT_RUN_DIR/compile_mode")"
 wait "$vae" || { say "the autoencoder failed"; exit 1; }
 
-say "editor starts, compile mode $mode"
-"$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$mode" ${EDITOR_ARGS:-} >> "$log" 2>&1
+# One process a GPU; each sees its own alone, so that all find the kernels compiled above.
+train_editor() {
+    local count="${GPUS:-1}" ranks=() rank code=0
+    if [ "$count" = 1 ]; then
+        "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" ${EDITOR_ARGS:-} >> "$log" 2>&1
+        return
+    fi
+    for rank in $(seq 0 $((count - 1))); do
+        RANK=$rank WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-29577}" CUDA_VISIBLE_DEVICES=$rank \
+            "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" ${EDITOR_ARGS:-} \
+            >> "$log" 2>&1 &
+        ranks+=($!)
+    done
+    for rank in "${ranks[@]}"; do  # where one fails, the others lose their connection and fail too
+        wait "$rank" || code=$?
+    done
+    return $code
+}
+
+say "editor starts, compile mode $mode, ${GPUS:-1} processes"
+train_editor "$mode"
 code=$?
 if [ "$code" -ne 0 ] && [ "$mode" != none ]; then
     say "the editor stopped with $code; going on from its last checkpoint without compiling"
     echo none > "$SPECEDIT_RUN_DIR/compile_mode"
-    "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile none ${EDITOR_ARGS:-} >> "$log" 2>&1
+    train_editor none
 fi
 wait "$judge"
 if [ "${EVALUATE:-1}" != 0 ]; then

@@ -4,7 +4,9 @@
     python bench/quality/train_editor.py --seconds 860
 
 Writes RUN_DIR/editor (the whole pipeline, bf16, averaged weights) every two minutes and at the end, and
-RUN_DIR/editor.pt, from which the same command goes on; with more --seconds also after the end.
+RUN_DIR/editor.pt, from which the same command goes on; with more --seconds also after the end. Several processes, a GPU
+each, train one model (torchrun, or GPUS=2 train.sh): each has its own edits, all draw the same sizes, gradients are
+averaged.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from diffusers import AutoencoderKL, FluxKontextPipeline
 from export import export
 from models import make_clip, make_scheduler, make_t5, make_transformer, parameter_count
 from muon import Muon
-from runtime import RUN_DIR, Clock, autocast, device, load_checkpoint, log, memory, save_checkpoint
+from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
 from sampler import joint_ids, shift_mu
 from scenes import Renderer
 from specedit_kernels.sampling.grid import pack
@@ -188,6 +190,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, help="that --try-only tries")
     args = parser.parse_args()
     dev = device()
+    ranks = Ranks()
     torch.manual_seed(args.seed)
     editor = Editor()
     if args.start is not None and not args.try_only:
@@ -199,7 +202,8 @@ def main():
     if args.try_only:
         try_steps(editor, lengths, args, dev, scheduler)
         return
-    generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed + ranks.rank)
+    generator = torch.Generator().manual_seed(args.seed)  # of the sizes: all ranks draw the same
     vae = AutoencoderKL.from_pretrained(RUN_DIR / "vae").to(dev).eval().requires_grad_(False)
     blocks = [p for name, p in editor.transformer.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
     inner = {id(p) for p in blocks}
@@ -208,7 +212,7 @@ def main():
     adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=dev.type == "cuda")
     average = {name: {k: v.clone() for k, v in part.items()} for name, part in editor.state().items()}
     log(f"editor: {parameter_count(editor) / 1e6:.2f} M parameters ({sum(p.numel() for p in blocks) / 1e6:.2f} M by "
-        f"Muon) on {dev}, compile {args.compile}")
+        f"Muon) on {dev}, rank {ranks.rank} of {ranks.count}, compile {args.compile}")
 
     checkpoint = RUN_DIR / "editor.pt"
     step, elapsed = 0, 0.0
@@ -227,15 +231,15 @@ def main():
     if checkpoint.exists():
         step, elapsed = restore()
         log(f"editor: resumed at step {step}, {elapsed:.0f} s")
-    clock = Clock(args.seconds, elapsed, args.tail)
-    stream = EditStream(args.seed + 1 + step, 64, args.workers)
+    clock = Clock(args.seconds, elapsed, args.tail, ranks)
+    stream = EditStream(args.seed + 1 + step + 100_000 * ranks.rank, 64, args.workers)
     feeder = Feeder(vae, stream, dev, args.capacity, args.fresh)
     live = [p for part in editor.state().values() for p in part.values() if p.is_floating_point()]
     smooth = [p for part in average.values() for p in part.values() if p.is_floating_point()]
     export_vae = AutoencoderKL.from_pretrained(RUN_DIR / "vae")
     factor = {size: 1.0 for size in SIZES}
     sums = {size: torch.zeros(4, device=dev) for size in SIZES}
-    logged = exported = saved = time.perf_counter()
+    logged = exported = saved = elapsed
     since, bad_logs, first = 0, 0, True
 
     def write(final=False):
@@ -262,6 +266,8 @@ def main():
                 loss, apart = editor.loss(fields, length, sigma, torch.randn_like(fields[0]), guidance)
             loss.backward()
         except torch.cuda.OutOfMemoryError:
+            if ranks.count > 1:  # the others wait for this rank's gradients
+                raise
             muon.zero_grad(set_to_none=True)
             adam.zero_grad(set_to_none=True)
             fields = loss = None
@@ -272,6 +278,7 @@ def main():
                 raise
             continue
         grads = [p.grad for p in editor.parameters() if p.grad is not None]
+        ranks.mean_(grads)
         norm = torch.nn.utils.get_total_norm(grads)
         scale = torch.where(norm.isfinite(), (1.0 / (norm + 1e-6)).clamp(max=1.0), torch.zeros_like(norm))
         torch._foreach_mul_(grads, scale)
@@ -285,9 +292,11 @@ def main():
         with torch.no_grad():
             torch._foreach_lerp_(smooth, live, 1 - min(args.ema, step / (10 + step)))
             sums[size] += torch.stack([loss.detach(), apart[0], apart[1], torch.ones_like(apart[0])])
-        now = time.perf_counter()
+        now = clock.elapsed
         if now - logged > 10 or step == 1:
-            clock.poll_stop()
+            if ranks.first:
+                clock.poll_stop()
+            ranks.mean_(list(sums.values()))
             report, broken = [], False
             for name, value in sums.items():
                 total, inside, outside, n = value.tolist()
@@ -295,8 +304,9 @@ def main():
                     broken |= not math.isfinite(total)
                     report.append(f"{name}px {total / n:.4f} (in {inside / n:.4f} out {outside / n:.4f}, {n:.0f})")
                 value.zero_()
-            log(f"editor step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s {' '.join(report)} lr {rate:.3f} "
-                f"{(now - logged) / since * 1e3:.0f} ms/step {memory()}")
+            if ranks.first:
+                log(f"editor step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s {' '.join(report)} lr {rate:.3f} "
+                    f"{(now - logged) / since * 1e3:.0f} ms/step {memory()}")
             bad_logs = bad_logs + 1 if broken else 0
             if bad_logs >= 2:
                 if not checkpoint.exists():
@@ -306,13 +316,15 @@ def main():
                 args.muon_lr, args.adam_lr = args.muon_lr * 0.7, args.adam_lr * 0.7
                 log(f"editor: the loss is not finite; back to step {step} with smaller rates")
             logged, since = now, 0
-            if not broken and now - exported > args.export_every:
+            if ranks.first and not broken and now - exported > args.export_every:
                 write()
-                exported = time.perf_counter()
-            if not broken and now - saved > args.save_every:
+                exported = now
+            if ranks.first and not broken and now - saved > args.save_every:
                 save_checkpoint({"editor": editor.state(), "average": average, "muon": muon.state_dict(),
                                  "adam": adam.state_dict(), "step": step, "elapsed": clock.elapsed}, checkpoint)
-                saved = time.perf_counter()
+                saved = now
+    if not ranks.first:
+        return
     write(final=True)
     save_checkpoint({"editor": editor.state(), "average": average, "muon": muon.state_dict(),
                      "adam": adam.state_dict(), "step": step, "elapsed": clock.elapsed}, checkpoint)
