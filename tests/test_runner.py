@@ -68,7 +68,7 @@ def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed)
     [long, _] = steps.buffers("a", 2, (1, 1000, 2, 4), *floats)
     [short, _] = steps.buffers("a", 2, (1, 7, 2, 4), *floats)
     assert long.shape[1] == 1000 and short.shape[1] == 7 and short.data_ptr() == long.data_ptr()
-    assert steps.buffer_bytes == 2 * runner.BUFFER_ROWS * 2 * 4 * 4
+    assert steps.buffer_bytes == 2 * 1024 * 2 * 4 * 4
     call(steps, 3, buffers="a")
     call(steps, 3)
     for shape, dtype in (((1, 1025, 2, 4), torch.float32), ((2, 7, 2, 4), torch.float32), ((2, 7, 2, 4), torch.half)):
@@ -249,20 +249,22 @@ def test_moved_weights_are_captured_anew():
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["eager", "fused", "graph"])
-def test_stages_do_not_wait_for_the_device(cuda_pipe, monkeypatch, name):
+def test_nothing_after_select_waits_for_the_device(cuda_pipe, monkeypatch, name):
     options = dict(finish="full", stages=(2, 3, 2), kv_refresh=2)
     edit(cuda_pipe, name, **options)  # kernels are compiled and steps captured on first use, which synchronises
+    select, run = stages.select, cuda_pipe._run
 
-    def strict(function):
-        def run(*arguments, **named):
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return function(*arguments, **named)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    def strict_from_here(*arguments):
+        selection = select(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        return selection
 
-        return run
+    def to_here(*arguments):
+        try:
+            return run(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
-    for stage in ("dense_steps", "expand", "mixed_steps"):
-        monkeypatch.setattr(stages, stage, strict(getattr(stages, stage)))
+    monkeypatch.setattr(stages, "select", strict_from_here)
+    monkeypatch.setattr(cuda_pipe, "_run", to_here)
     assert edit(cuda_pipe, name, **options).stats.captures == 0

@@ -10,6 +10,7 @@ round once, where that one rounds after each operation.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -89,11 +90,38 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
-def _buffers(part: Tensor, tokens: int, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where q, k and v of a block's tokens go, k and v to `kept` where that is given; part: one of them."""
-    batch, _, heads, dim = part.shape
-    q = part.new_empty(batch, tokens, heads, dim)
+def _buffers(x: Tensor, attn: FluxAttention, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
+    q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
     return q, *((torch.empty_like(q), torch.empty_like(q)) if kept is None else kept)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _side(x: Tensor) -> torch.cuda.Stream | None:
+    """The stream of a captured step's second branch, None outside of a capture.
+
+    A few hundred rows through one linear layer are tiles for half of a GPU: branches of a graph run at one time. What
+    was allocated before the fork and is used in the branch has to live until the join.
+    """
+    if torch.compiler.is_compiling() or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return None
+    return _stream(x.device)
+
+
+def _branch(side: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
+    if side is None:
+        return contextlib.nullcontext()
+    side.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(side)
+
+
+def _join(side: torch.cuda.Stream | None) -> None:
+    if side is not None:
+        torch.cuda.current_stream().wait_stream(side)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | None = None) -> Tensor:
@@ -138,31 +166,35 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.text
-    streams = (slice(0, n), slice(n, None))
-    text, image = (x[:, s] for s in streams)
+    attn, n, side = block.attn, sequence.text, _side(x)
+    text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
+    q, k, v = _buffers(x, attn, kept)
 
-    words = _project(attn, ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps), text=True)
-    spots = _project(attn, ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps))
-    q, k, v = _buffers(spots[0], x.shape[1], kept)
-    for part, (norm_q, norm_k), at in zip(
-        (words, spots), ((attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)), streams
-    ):
+    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *part, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
+
+    with _branch(side):
+        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
+        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
+    spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
+    place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
+    _join(side)
     out = _attend(q, k, v, sequence).flatten(2)
-    ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+    with _branch(side):
+        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
+        ops.gated_residual_add_(text, block.ff_context(words), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
-    words = block.ff_context(ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps))
-    ops.gated_residual_add_(text, words, t_gate2)
-    spots = block.ff(ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps))
-    ops.gated_residual_add_(image, spots, i_gate2)
+    spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
+    ops.gated_residual_add_(image, block.ff(spots), i_gate2)
+    _join(side)
     return _watched(q, k, v, sequence)
 
 
@@ -170,25 +202,26 @@ def single_block(
     block: FluxSingleTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, mod: Tensor
 ) -> Tensor | None:
     """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
-    attn = block.attn
+    attn, side = block.attn, _side(x)
     shift, scale, gate = mod.chunk(3, dim=1)
     y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    parts = _project(attn, y)
-    q, k, v = _buffers(parts[0], x.shape[1], kept)
+    # attention and the activation write side by side what the last layer reads
+    width = attn.inner_dim
+    both = y.new_empty(*y.shape[:2], width + block.mlp_hidden_dim)
+    with _branch(side):
+        wide = block.proj_mlp(y)
+        if torch.compiler.is_compiling():
+            # the compiler traces no `out` that is a view, and makes one kernel of the two
+            both[..., width:].copy_(F.gelu(wide, approximate="tanh"))
+        else:
+            torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
+    q, k, v = _buffers(y, attn, kept)
     ops.qk_norm_rope_scatter_(
-        q, k, v, *parts, sequence.cos, sequence.sin,
+        q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
-    # attention and the activation write side by side what the last layer reads
-    wide = block.proj_mlp(y)
-    width = q.shape[2] * q.shape[3]
-    both = wide.new_empty((*wide.shape[:2], width + wide.shape[2]))
     _attend(q, k, v, sequence, both[..., :width].unflatten(-1, q.shape[2:]))
-    if torch.compiler.is_compiling():
-        # the compiler traces no `out` that is a view, and makes one kernel of the two
-        both[..., width:].copy_(F.gelu(wide, approximate="tanh"))
-    else:
-        torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
+    _join(side)
     ops.gated_residual_add_(x, block.proj_out(both), gate)
     return _watched(q, k, v, sequence)
 

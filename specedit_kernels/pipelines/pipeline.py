@@ -80,9 +80,15 @@ class SpecEditMixin:
             _warn_once(f"runner={name!r}: steps run eagerly: {reason}")
             return None
         if self._specedit_runner is None or self._specedit_runner.name != name:
+            self._free_runner()
             self._specedit_runner = StepRunner(name)
         self._specedit_runner.watch(signature)
         return self._specedit_runner
+
+    def _free_runner(self) -> None:
+        if self._specedit_runner is not None:
+            self._specedit_runner.clear()
+            self._specedit_runner = None
 
     def _edit(
         self,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +23,7 @@ Inputs = dict[str, Tensor | None]
 # 20 MB at 1024 x 1024) and what the driver keeps of it.
 GRAPHS = 16
 # Kept buffers grow in steps of so many rows, so that few edits outgrow the last one.
-BUFFER_ROWS = 1024
+BUFFER_ROWS = 512
 
 
 def _hooked(module: torch.nn.Module) -> bool:
@@ -62,6 +63,12 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
     return reason, found
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # one for all captures: cuBLAS keeps a workspace for each stream that it has seen
+    return torch.cuda.Stream(device)
+
+
 class CapturedStep:
     """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes."""
 
@@ -76,13 +83,13 @@ class CapturedStep:
         self._fill(inputs)
         with torch.cuda.device(device):
             # once without: kernels are compiled and libraries make their plans on their first call
-            aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside, current = _stream(device), torch.cuda.current_stream()
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 function(**self.inputs)
             current.wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 before = torch.cuda.memory_reserved()
                 self.output = function(**self.inputs)
                 self.pool_bytes = torch.cuda.memory_reserved() - before

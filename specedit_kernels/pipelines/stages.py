@@ -110,7 +110,13 @@ class Run:
 
     def fresh_noise(self, shape: Sequence[int]) -> Tensor:
         """White fp32 noise from the call's generators."""
-        return randn_tensor(tuple(shape), generator=self.generator, device=self.device, dtype=torch.float32)
+        generator = self.generator[0] if isinstance(self.generator, list) else self.generator
+        device = self.device if generator is None else generator.device
+        noise = randn_tensor(tuple(shape), generator=self.generator, device=device, dtype=torch.float32)
+        if noise.device.type == self.device.type:
+            return noise
+        # from pinned memory: another copy would wait for the stage before
+        return noise.pin_memory().to(self.device, non_blocking=True)
 
     def flops(self, tokens: Sequence[int], keys: Sequence[int] | None = None) -> int:
         """Useful FLOPs of one step over sequences with that many image tokens, which attend to `keys` of them."""
