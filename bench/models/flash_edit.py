@@ -84,7 +84,7 @@ def main(argv=None):
     parser.add_argument("--source-length", type=int, help="text tokens of the source branch (default: the same)")
     parser.add_argument("--steps", type=int, default=50, help="of the inversion and of the editing it is held against")
     parser.add_argument("--repeat", type=int, default=7, help="timed calls of a row at most")
-    parser.add_argument("--patience", type=float, default=3.0, help="seconds after which a row is not repeated")
+    parser.add_argument("--patience", type=float, default=2.0, help="seconds after which a row is not repeated")
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["graph", "eager"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -5,8 +5,8 @@
     python bench/quality/flash_table.py --cosi runs/cosi --limit 12 --rows flash 'flash, *'
 
 Columns: right, by the judge; PSNR and SSIM outside the edit against the source; PSNR inside against the true target, of
-edits with one right answer; recall of the true region and share of the tokens of the mask; and the mean change of the
-source through the source branch's inversion and back, where there is one.
+edits with one right answer; recall of the true region and share of the tokens of the mask; and, of the source branch,
+how far it is from giving the source back: the cycle that COSI trains.
 """
 
 import argparse
@@ -97,19 +97,19 @@ class Flash(FlashEditFluxKontextPipeline):
 
 @torch.no_grad()
 def run(row, part, runner, pipes):
-    """(pictures [n, 3, H, W] in [0, 1], mask bool [n, rows, columns] or None)."""
+    """(pictures [n, 3, H, W] in [0, 1], mask bool [n, rows, columns] or None, source_error [n] or None)."""
     options = runner.options(part)
     if isinstance(row.config, FlashEditConfig):
         mask = grow(part.tokens, 1).float() if row.oracle else None
         out = pipes[row.distilled](specedit=row.config, mask_image=mask, **options)
-        return out.images.float(), out.mask if row.config.method == "flash" else None
+        return out.images.float(), out.mask if row.config.method == "flash" else None, out.stats.source_error
     if row.config is None:
-        return runner.pipe(num_inference_steps=row.steps, specedit=False, **options).images.float(), None
+        return runner.pipe(num_inference_steps=row.steps, specedit=False, **options).images.float(), None, None
     out = runner.pipe(specedit=row.config, **options)
-    return out.images.float(), out.mask
+    return out.images.float(), out.mask, None
 
 
-def measure(part, images, mask, judge):
+def measure(part, images, mask, source_error, judge):
     source, target = part.pictures()
     outside = ~to_pixels(grow(part.reach, 1))
     unique = part.edits.unique().to(images.device)
@@ -122,11 +122,13 @@ def measure(part, images, mask, judge):
     if mask is not None:
         figures["recall"] = recall_precision(mask, part.tokens)[0].masked_fill(~unique, torch.nan)
         figures["share"] = 100 * mask.flatten(1).float().mean(1)
+    if source_error is not None:
+        figures["cycle"] = 1000 * source_error
     return {name: values.double().cpu() for name, values in figures.items()}
 
 
 COLUMNS = {"right": ("right", 3), "psnr_out": ("out dB", 2), "ssim_out": ("out SSIM", 4), "psnr_in": ("in dB", 2),
-           "recall": ("recall", 3), "share": ("tokens %", 1)}
+           "recall": ("recall", 3), "share": ("tokens %", 1), "cycle": ("cycle", 2)}
 
 
 def markdown(header, records):
@@ -140,7 +142,8 @@ def markdown(header, records):
         markdown_table(["row", *(title for title, _ in COLUMNS.values())], lines), "",
         "right: the judge's share; out: outside the edit (and a token around it) against the source; in: inside the"
         " exact mask against the true target, of edits with one right answer; recall of the true region, of the same"
-        " edits; tokens: share of the mask.", ""])
+        " edits; tokens: share of the mask; cycle: mean squared error of the source branch's latents against the"
+        " source's, in thousandths.", ""])
 
 
 def main(argv=None):
@@ -167,8 +170,8 @@ def main(argv=None):
             continue
         begun, columns = time.perf_counter(), {}
         for rows in torch.arange(len(edits)).split(args.batch):
-            images, mask = run(row, edits[rows], runner, pipes)
-            for key, values in measure(edits[rows], images, mask, judge).items():
+            made = run(row, edits[rows], runner, pipes)
+            for key, values in measure(edits[rows], *made, judge).items():
                 columns.setdefault(key, []).append(values)
         records[name] = {key: mean(torch.cat(values)) for key, values in columns.items()}
         say(f"{name}: {time.perf_counter() - begun:.1f} s; "

@@ -189,7 +189,7 @@ class FlashEditMixin(SpecEditMixin):
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
         clean = flash_stages.one_step_edit(run, source_text, noise, selection, reach, words, shield)
-        tokens = run.on_step(0, torch.tensor(1000.0, device=run.device), pack(clean))
+        tokens = run.on_step(0, torch.full((), 1000.0, device=run.device), pack(clean))
         run.step = 1
         clock.mark("edit")
         return stages.keep_unchanged(run, unpack(tokens, run.grid), selection), selection, scores

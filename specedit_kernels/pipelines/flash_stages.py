@@ -53,7 +53,7 @@ def draft(run: Run, watched: torch.nn.Module | None) -> FlashDraft:
         watch = TextWatch(watched, run.positive.embeds.shape[1])
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
-    [moment] = run.model.moments(run.positive, torch.tensor([1000.0], device=run.device))
+    [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
     velocity = run.model.velocity(run.positive, every, moment, layout)
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
@@ -96,8 +96,8 @@ class RegionFirst:
     """The whole full-resolution sequence with the edit region's slots first.
 
     The region is its target tokens, the condition tokens at their places, and all of pictures that lie on another grid.
-    layout: every block is fine; its fine_lengths are the region's. region: bool [B, slots]. counts: slots of the region, of each sample. reached: bool
-    [B, slots], those that key text tokens reach. fine, blocks: target tokens, and blocks of them; table: rows
+    layout: every block is fine; its fine_lengths are the region's. region: bool [B, slots]. counts: slots of the
+    region, of each sample. reached: bool [B, slots], those that key text tokens reach. fine, blocks: target tokens, and blocks of them; table: rows
     [target noise | unused | source | unused | others], the rows of `layout`.
     """
 
@@ -154,7 +154,7 @@ def one_step_edit(
     """
     model, text, sequence = run.model, run.positive, region_first(run, noise, selection, reach)
     tokens, layout = sequence.rows(), sequence.layout
-    capacity, level = tokens.shape[1], torch.tensor([1000.0], device=run.device)
+    capacity, level = tokens.shape[1], torch.full((1,), 1000.0, device=run.device)
     heard = (None, None)
     if words is not None:
         heard = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)

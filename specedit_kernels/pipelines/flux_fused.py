@@ -37,8 +37,8 @@ class Sequence:
     tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
     left as it is; None: in order. text_at: the key of the first text token, behind those of the image or 0. used: keys
     there are where that is known beforehand, None: all.
-    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token sees;
-    None: all see all. watched: what attention the image gives to the text is asked for.
+    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
+    sees; None: all see all. watched: what attention the image gives to the text is asked for.
     """
 
     text: int
