@@ -420,3 +420,15 @@ def test_fused_batches_and_weights(plain, weights):
     eager, fused = (run(pipe, masks, runner=r, call=call) for r in ("eager", "fused"))
     assert fused.stats.inverted
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_replay_the_fused_steps(weights):
+    pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    for columns in (4, 2, 4):  # one bucket of slots
+        for options in ({}, dict(ssca=False)):
+            fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
+            assert graph.stats.runner == "graph"
+            torch.testing.assert_close(graph.images, fused.images, atol=1e-4, rtol=1e-3)

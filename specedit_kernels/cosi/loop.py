@@ -90,8 +90,9 @@ class Loop:
                 terms = self.loss(self.generator)
                 self.optimizer.zero_grad(set_to_none=True)
                 terms["loss"].backward()
-                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                self.optimizer.step()
+                # a batch whose gradient is not finite is left out
+                if torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite():
+                    self.optimizer.step()
                 self.step, self.elapsed = self.step + 1, time.perf_counter() - begun
                 for key, value in terms.items():
                     sums[key] = sums.get(key, 0.0) + value.detach()
