@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a runner keeps and forgets, when steps stay eager, and on a GPU that a replayed step is the step it stands for."""
+"""What a runner keeps and forgets, when steps stay eager, and on a GPU that a replayed step is what it stands for."""
 
 import logging
 
