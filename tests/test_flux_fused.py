@@ -157,9 +157,8 @@ def test_fused_edits_are_eager_ones(pipe, options, guided):
     def edit(runner):
         config = SpecEditConfig(runner=runner, **options)
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
-        return pipe(
-            image=[tiny_image(seed=0), tiny_image(seed=1)], prompt=prompts, generator=generators, specedit=config, **text
-        )
+        images = [tiny_image(seed=0), tiny_image(seed=1)]
+        return pipe(image=images, prompt=prompts, generator=generators, specedit=config, **text)
 
     got, expected = edit("fused"), edit("eager")
     assert got.stats.runner == "fused" and expected.stats.runner == "eager"

@@ -29,8 +29,9 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
-    edits = [f"specedit-9-{kind} {runner}{scattered}, 10%" for runner in ("eager", "fused")
-             for kind in ("full", "full-cached", "locked", "locked-cached") for scattered in ("", " scattered")]  # fmt: skip
+    kinds = ("full", "full-cached", "locked", "locked-cached")
+    edits = [f"specedit-9-{kind} {runner}{scattered}, 10%" for runner in ("eager", "fused") for kind in kinds
+             for scattered in ("", " scattered")]  # fmt: skip
     # in the order asked for
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
     assert set(rows) - set(edits) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a runner keeps and forgets, when steps stay eager, and on a GPU that replayed steps are the steps they stand for."""
+"""What a runner keeps and forgets, when steps stay eager, and on a GPU that a replayed step is what it stands for."""
 
 import logging
 
@@ -200,7 +200,9 @@ def cuda_pipe():
 
 
 @needs_gpu
-@pytest.mark.parametrize("options", [dict(), dict(finish="full", stages=(1, 2, 2), kv_refresh=1), dict(preserve="pixels")])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(finish="full", stages=(1, 2, 2), kv_refresh=1), dict(preserve="pixels")], ids=str
+)
 def test_replayed_steps_are_the_steps_to_the_last_bit(cuda_pipe, options):
     def run(name, columns):
         return edit(cuda_pipe, name, columns, columns, **options)

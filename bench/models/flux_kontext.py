@@ -325,7 +325,7 @@ def markdown(head, rows):
     peers = [name for name in PEERS if rows.get(name, {}).get("seconds")]
     lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens, batch 1;"
              f" {head['device']}, " + ", ".join(f"{k} {v}" for k, v in head["versions"].items())
-             + f", commit {head['commit']}, {head['date']}. Seconds of denoising and autoencoder; text embeddings given.",
+             + f", commit {head['commit']}, {head['date']}. Seconds of denoising and autoencoder; text given.",
              "", "| row | seconds | calls | " + "".join(f"against {name} | " for name in peers)
              + "peak GiB | stages, s |",
              "|---|---:|---:|" + "---:|" * (len(peers) + 1) + "---|"]  # fmt: skip
@@ -391,7 +391,7 @@ def main(argv=None):
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
     parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
-    parser.add_argument("--fused-projections", action="store_true", help="rows with one linear layer for q, k and v too")
+    parser.add_argument("--fused-projections", action="store_true", help="rows with one layer for q, k and v too")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -55,8 +55,8 @@ class Sequence:
     watched: bool = False
 
 
-# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views of
-# one tensor at several offsets for views at the first of them.
+# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
+# of one tensor at several offsets for views at the first of them.
 Kept = tuple[Tensor, Tensor]
 
 
