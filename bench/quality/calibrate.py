@@ -36,6 +36,7 @@ from table_runs import (
     prepare,
     set_reference,
     setting,
+    setting_text,
     stopwatch,
     write_json,
     write_text,
@@ -210,7 +211,7 @@ def thresholds_markdown(header, results, table):
             f" {header['true_share']:.1%}, of the reference masks {header['reference_share']:.1%}. Reference mask: the"
             " true one where there is one right answer, else what the plain run of the same noise changed."
             " Tokens are dilated and rounded up to 2x2 blocks, as a run selects them; recall is the mean over edits.",
-            "",
+            "", setting_text(header["setting"]) + ".", "",
             markdown_table(head, lines), "",
             f"## Recommended: recall >= {WANTED_RECALL}, whole misses <= {WANTED_MISSES:.1%}, tokens <="
             f" {WANTED_SHARE:.0%}", "",
@@ -318,7 +319,7 @@ def stages_markdown(header, results):
             f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, the threshold of the"
             " share of coarse steps): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
             " 100 right + 4 psnr_in + 50 sharpness: two points of right, half a dB and .04 of sharpness weigh alike.",
-            ""]
+            "", setting_text(header["setting"]) + ".", ""]
     for preset in sorted({r["preset"] for r in results}):
         found = [r for r in results if r["preset"] == preset]
         for kind in ("plain", " full ", " locked "):

@@ -36,6 +36,7 @@ from table_runs import (
     prepare,
     set_reference,
     setting,
+    setting_text,
     stopwatch,
     write_json,
     write_text,
@@ -216,11 +217,9 @@ def pairs(records, against=REFERENCE):
 def markdown(header, records, names):
     """The whole report."""
     kinds = header["edits"]["kind"]
-    place = header["setting"]
     text = ["# Quality of edits with known answers", "",
-            f"{len(kinds)} held-out edits ({', '.join(f'{kinds.count(k)} {k}' for k in KINDS)}), {place['size']} px,"
-            f" editor {place['model']}, commit {place['commit'][:10]}, {place['date']}, {place['device']},"
-            f" {place['dtype']}, " + ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v) + ".", ""]
+            f"{len(kinds)} held-out edits ({', '.join(f'{kinds.count(k)} {k}' for k in KINDS)}),"
+            f" {setting_text(header['setting'])}.", ""]
     for kind in KINDS:
         if kind in kinds:
             text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", kind_table(kind, records, names), ""]

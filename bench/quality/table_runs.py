@@ -322,6 +322,13 @@ def setting(args, device):
     }
 
 
+def setting_text(place):
+    """What `setting` gave, as one phrase of a report."""
+    return (f"{place['size']} px, editor {place['model']}, commit {place['commit'][:10]}, {place['date']},"
+            f" {place['device']}, {place['dtype']}, "
+            + ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v))
+
+
 def add_arguments(parser, out):
     """Options that the scripts share."""
     parser.add_argument("--model", default=str(SHIPPED), help="folder of the editor, or 'random'")
