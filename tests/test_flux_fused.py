@@ -107,6 +107,19 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
 
 
 @torch.no_grad()
+def test_half_precision_sums_end_at_the_ends_of_their_range():
+    transformer = tiny_transformer().half()
+    for block in transformer.single_transformer_blocks:
+        block.norm.linear.bias[-WIDTH:] = 2.0  # the gate
+        block.proj_out.bias[0] = 6e4
+    tokens, embeds = torch.randn(1, IMAGE, 64).half(), torch.randn(1, TEXT, WIDTH).half()
+    pooled, timestep, scale = torch.randn(1, 16).half(), torch.tensor([700.0]), torch.tensor([2.5])
+    sequence = fused.Sequence(TEXT, *tables(1, TEXT + IMAGE))
+    got = fused.forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, scale, pooled), sequence)
+    assert got.dtype == torch.float16 and got.isfinite().all()
+
+
+@torch.no_grad()
 def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
     transformer, blocks = tiny_transformer(), tuple(
         torch.compile(b, fullgraph=True, backend="aot_eager") for b in fused.BLOCKS

@@ -401,7 +401,7 @@ def test_preserve_without_an_edge_blends_the_picture(pipe):
 
 
 def test_stats_count_steps_tokens_and_flops(pipe):
-    config = SpecEditConfig(preset=11, draft="quarter", max_active=1.0)
+    config = SpecEditConfig(stages=(3, 5, 3), draft="quarter", max_active=1.0)
     out = pipe(image=tiny_image(), mask_image=half_mask(4), generator=seeded(), specedit=config, **call_options())
     stats = out.stats
     assert stats.nfe == 11 and stats.draft_nfe == 0  # the mask replaces the draft

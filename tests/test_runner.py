@@ -80,7 +80,15 @@ def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed)
     assert steps.captures == 3
 
 
-def test_a_failed_capture_goes_on_uncaptured(stubbed, monkeypatch, caplog):
+@pytest.fixture
+def warnings(caplog):
+    # the command line silences this logger for its process
+    with caplog.at_level(logging.WARNING, "specedit_kernels"):
+        pipeline._warn_once.cache_clear()
+        yield caplog
+
+
+def test_a_failed_capture_goes_on_uncaptured(stubbed, monkeypatch, warnings):
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
@@ -89,9 +97,7 @@ def test_a_failed_capture_goes_on_uncaptured(stubbed, monkeypatch, caplog):
     monkeypatch.setattr(runner, "CapturedStep", fail)
     call(steps, 3)
     call(steps, 4)
-    assert [r.message for r in caplog.records] == [
-        "runner='graph': capturing failed, steps go on uncaptured: out of memory"
-    ]
+    assert warnings.messages == ["runner='graph': capturing failed, steps go on uncaptured: out of memory"]
     assert steps.graph_bytes == 0 and steps.captures == 1
 
 
@@ -124,8 +130,7 @@ def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
 
 
 @pytest.mark.parametrize("hooked", [None, "transformer_blocks.0", "vae"])
-def test_steps_stay_eager_where_the_runner_cannot_run_them(caplog, hooked):
-    pipeline._warn_once.cache_clear()
+def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
     pipe.set_progress_bar_config(disable=True)
     module = None
@@ -134,25 +139,23 @@ def test_steps_stay_eager_where_the_runner_cannot_run_them(caplog, hooked):
         module.register_forward_pre_hook(lambda *arguments: None)
     name = "fused" if hooked else "graph"
     expected = edit(pipe, "eager")
-    caplog.clear()
+    warnings.clear()
     for _ in range(2):
         out = edit(pipe, name)
         assert out.stats.runner == "eager" and torch.equal(out.images, expected.images)
     reason = f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out"
     reason = reason if hooked else "it needs one CUDA device, the weights are on cpu"
-    assert [r.message for r in caplog.records] == [f"runner={name!r}: steps run eagerly: {reason}"]
+    assert warnings.messages == [f"runner={name!r}: steps run eagerly: {reason}"]
 
 
-def test_qwen_has_no_other_runner(caplog):
-    pipeline._warn_once.cache_clear()
+def test_qwen_has_no_other_runner(warnings):
     pipe = SpecEditQwenImageEditPlusPipeline.from_pipe(tiny_qwen(plus=True))
     pipe.set_progress_bar_config(disable=True)
     config = SpecEditConfig(stages=(1, 1, 1), runner="graph")
-    with caplog.at_level(logging.WARNING):
-        out = pipe(image=tiny_image(), mask_image=mask(2), specedit=config, height=128, width=128,
-                   output_type="latent", **qwen_text())  # fmt: skip
+    out = pipe(image=tiny_image(), mask_image=mask(2), specedit=config, height=128, width=128,
+               output_type="latent", **qwen_text())  # fmt: skip
     assert out.stats.runner == "eager"
-    assert "runner='graph': steps run eagerly: SpecEditQwenImageEditPlusPipeline has no other" in caplog.messages
+    assert "runner='graph': steps run eagerly: SpecEditQwenImageEditPlusPipeline has no other" in warnings.messages
 
 
 @torch.no_grad()

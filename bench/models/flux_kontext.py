@@ -223,7 +223,7 @@ class Bench:
         tenth = region(self.args.side, 0.1)
         rows["inpaint-28, 10 %"] = lambda: Row(lambda: self.inpaint(tenth, 28), lambda: self.plain(1))
         # cached: after the first mixed step only text and edited tokens are computed
-        kinds = {"full": {}, "full-cached": dict(kv_refresh=3), "locked": dict(finish="locked"),
+        kinds = {"full": {}, "full-cached": dict(kv_refresh=9), "locked": dict(finish="locked"),
                  "locked-cached": dict(finish="locked", kv_refresh=9)}  # fmt: skip
         for runner in self.args.runners:
             for kind, options in kinds.items():

@@ -110,7 +110,7 @@ class SpecEditMixin:
         output_type: str | None,
         return_dict: bool,
         clock: StageClock,
-        runner: StepRunner | None,
+        runner: StepRunner | None = None,
     ) -> SpecEditPipelineOutput | tuple:
         """A call from the point where text and pictures are ready.
 
