@@ -4,7 +4,6 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
 """
 
-import logging
 import os
 
 import torch
@@ -54,15 +53,6 @@ def backend(request, monkeypatch):
     """Forces one backend for the ops that the test calls."""
     monkeypatch.setenv("SPECEDIT_BACKEND", request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def package_log():
-    """The command quietens the package's logger; other tests read it."""
-    package = logging.getLogger("specedit_kernels")
-    before = package.level
-    yield
-    package.setLevel(before)
 
 
 @pytest.fixture
