@@ -65,3 +65,16 @@ def test_regions(bench):
             assert mask.mean() == pytest.approx(share, rel=0.15)
             tokens = mask.reshape(32, 16, 32, 16)
             assert (tokens.all((1, 3)) == tokens.any((1, 3))).all()
+
+
+def test_flash_edit_rows(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("flash_edit")
+    options = ("--runners", "fused", "--source-length", "8", "--steps", "2")
+    assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "flash_edit.json").read_text())
+    assert {name: row["nfe"] for name, row in report["rows"].items()} == {
+        "flash fused, 10 %": 1, "flash fused, 10 %, no cosi": 1, "flash fused, 10 %, no ssca": 1,
+        "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
+    }  # fmt: skip
+    assert "against the inversion" in (tmp_path / "flash_edit.md").read_text()
