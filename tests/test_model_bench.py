@@ -67,6 +67,7 @@ def test_regions(bench):
             assert (tokens.all((1, 3)) == tokens.any((1, 3))).all()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_flash_edit_rows(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     bench = importlib.import_module("flash_edit")
