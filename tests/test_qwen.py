@@ -541,7 +541,7 @@ def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
 
 def test_stats_count_both_branches(edit):
     call = options(True, image=tiny_image(), mask_image=half_mask(4))
-    stats = edit(generator=seeded(), specedit=SpecEditConfig(preset=11), **call).stats
+    stats = edit(generator=seeded(), specedit=SpecEditConfig(stages=(3, 5, 3)), **call).stats
     assert [s.tokens for s in stats.steps] == [(32,)] * 3 + [(80,)] * 5 + [(128,)] * 3
     cost = lambda n: sum(2 * (24 * 32**2 * (t + n) + 4 * 32 * (t + n) ** 2) for t in (12, 7))  # noqa: E731
     assert stats.flops == 3 * cost(32) + 5 * cost(80) + 3 * cost(128)

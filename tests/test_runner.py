@@ -98,7 +98,7 @@ def test_a_failed_capture_goes_on_uncaptured(stubbed, monkeypatch, warnings):
     call(steps, 3)
     call(steps, 4)
     assert warnings.messages == ["runner='graph': capturing failed, steps go on uncaptured: out of memory"]
-    assert steps.graph_bytes == 0 and steps.captures == 1
+    assert steps.graph_bytes == 0 and steps.captures == 1 and (steps.name, steps.mode) == ("graph", "fused")
 
 
 def mask(columns):

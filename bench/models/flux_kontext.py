@@ -240,8 +240,8 @@ class Bench:
         rows["encode"], rows["decode"] = lambda: self.autoencoder(False), lambda: self.autoencoder(True)
         if self.args.fused_projections:
             config = SpecEditConfig(preset=9, runner="graph", **kinds["locked-cached"])
-            rows["active step graph, fused q k v"] = lambda: self.fused() or self.active_step("graph")
-            rows["specedit-9-locked-cached graph, 10%, fused q k v"] = lambda: self.fused() or Row(
+            rows["fused q k v: active step graph"] = lambda: self.fused() or self.active_step("graph")
+            rows["fused q k v: specedit-9-locked-cached graph, 10%"] = lambda: self.fused() or Row(
                 lambda: self.specedit(config, tenth)
             )
         if self.args.compiled:
@@ -282,7 +282,8 @@ class Bench:
             seconds.append((time.perf_counter() - started) / row.times)
             stages.append({} if stats is None else stats.seconds)
         middle = seconds.index(statistics.median_low(seconds))
-        figures = {"seconds": seconds[middle], "calls": len(seconds), "stages": stages[middle], **row.facts}
+        figures = {"seconds": seconds[middle], "calls": len(seconds), "stages": stages[middle],
+                   "times": row.times, **row.facts}  # fmt: skip
         if row.warm is None:
             figures["first_seconds"] = warm
         if "roofline_seconds" in row.facts:
@@ -334,7 +335,7 @@ def markdown(head, rows):
             lines.append(f"| {name} | failed: {row['error'][:120]} |" + " |" * (len(peers) + 3))
             continue
         ratios = "".join(
-            " – |" if "roofline_seconds" in row else f" {rows[other]['seconds'] / row['seconds']:.2f} x |"
+            " – |" if row["times"] > 1 else f" {rows[other]['seconds'] / row['seconds']:.2f} x |"
             for other in peers
         )
         peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "–"

@@ -184,7 +184,7 @@ class SpecEditMixin:
         self.maybe_free_model_hooks()
         run.stats.seconds = clock.seconds()
         if runner:
-            run.stats.runner, run.stats.graph_bytes = runner.name, runner.graph_bytes
+            run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
             run.stats.captures = runner.captures - captures
         self._specedit_stats = run.stats
         if not return_dict:

@@ -127,6 +127,11 @@ class StepRunner:
         self._signature: list[Hashable] | None = None
 
     @property
+    def mode(self) -> str:
+        """The name, or "fused" since a capture failed."""
+        return self.name if self._capturing else "fused"
+
+    @property
     def graph_bytes(self) -> int:
         """Device memory of the graphs: their pool, and the inputs of each."""
         return self._pool_bytes + sum(step.input_bytes for step in self._graphs.values())
