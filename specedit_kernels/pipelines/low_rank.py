@@ -53,15 +53,6 @@ def low_rank_state(module: torch.nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_low_rank_state(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Put saved changes into a module that `add_low_rank` prepared with the same rank."""
-    own = low_rank_state(module)
-    if own.keys() != state.keys():
-        raise ValueError(f"state: expected changes of {len(own) // 2} layers of this module, got {len(state) // 2}")
-    for name, value in own.items():
-        value.copy_(state[name])
-
-
 def save_low_rank(state: dict[str, Tensor], path: str | Path) -> None:
     """Write changes to a safetensors file, in bf16."""
     save_file({name: x.to("cpu", torch.bfloat16).contiguous() for name, x in state.items()}, path)
