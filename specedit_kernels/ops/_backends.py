@@ -25,13 +25,12 @@ class _Op:
     refuses: object
     arch: str
     scope: str
-    opt_in: str
 
 
 _OPS = {}
 
 
-def add(op, stem, csrc=None, refuses=None, arch="", scope="", opt_in=""):
+def add(op, stem, csrc=None, refuses=None, arch="", scope=""):
     """Make ``op`` known.
 
     stem: names its file in reference/ and triton_kernels/.
@@ -39,9 +38,8 @@ def add(op, stem, csrc=None, refuses=None, arch="", scope="", opt_in=""):
     refuses: called with the arguments of one call, says why csrc does not serve it, or "". None: it serves all.
     arch: an architecture that the extension must be built for, such as "90a"; "": any.
     scope: which calls csrc serves, in words, where it does not serve all.
-    opt_in: why csrc serves only where SPECEDIT_BACKEND asks for it, or "".
     """
-    _OPS[op] = _Op(stem, csrc, refuses, arch, scope, opt_in)
+    _OPS[op] = _Op(stem, csrc, refuses, arch, scope)
 
 
 @functools.cache
@@ -131,7 +129,7 @@ def choose(op, device, call=None):
         return forced, "forced by SPECEDIT_BACKEND"
     if device.type == "cpu":
         return "reference", "CPU tensors are served by the reference"
-    cuda = _cuda_refuses(op, device) or _OPS[op].opt_in or _call_refused(op, call)
+    cuda = _cuda_refuses(op, device) or _call_refused(op, call)
     if not cuda:
         return "cuda", _OPS[op].scope if call is None else ""
     triton = _triton_refuses(device)

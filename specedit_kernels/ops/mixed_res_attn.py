@@ -256,13 +256,8 @@ def _csrc_scatter_refuses(out, q, k, v, out_index, *rest):
 
 
 _SCOPE = "bf16 and fp16, D 64 or 128, rows on a 16-byte grid, scale > 0, B up to 512; other calls: triton"
-# An earlier build of the kernel was right and faster than Triton on an H100, and hung at some lengths; the cause is
-# found and mended, and the mended build has not run on a GPU yet (bench/LOG.md). Until it has, who wants it asks.
-_OPT_IN = "the CUDA C++ kernel serves on request, until its last change has run on a GPU: SPECEDIT_BACKEND={}=cuda"
-_backends.add(_OP, "mixed_res_attn", _csrc, _csrc_refuses, "90a", _SCOPE, _OPT_IN.format(_OP))
-_backends.add(
-    _SCATTER_OP, "mixed_res_attn", _csrc_scatter, _csrc_scatter_refuses, "90a", _SCOPE, _OPT_IN.format(_SCATTER_OP)
-)
+_backends.add(_OP, "mixed_res_attn", _csrc, _csrc_refuses, "90a", _SCOPE)
+_backends.add(_SCATTER_OP, "mixed_res_attn", _csrc_scatter, _csrc_scatter_refuses, "90a", _SCOPE)
 
 
 def mixed_res_attn(

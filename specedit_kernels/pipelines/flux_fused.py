@@ -10,7 +10,6 @@ round once, where that one rounds after each operation.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -96,49 +95,18 @@ def _buffers(x: Tensor, attn: FluxAttention, kept: Kept | None) -> tuple[Tensor,
     return q, *((torch.empty_like(q), torch.empty_like(q)) if kept is None else kept)
 
 
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _side(x: Tensor) -> torch.cuda.Stream | None:
-    """The stream of a captured step's second branch, None outside of a capture.
-
-    A few hundred rows through one linear layer are tiles for half of a GPU: branches of a graph run at one time. What
-    was allocated before the fork and is used in the branch has to live until the join.
-    """
-    if torch.compiler.is_compiling() or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
-        return None
-    return _stream(x.device)
-
-
-def _branch(side: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
-    if side is None:
-        return contextlib.nullcontext()
-    side.wait_stream(torch.cuda.current_stream())
-    return torch.cuda.stream(side)
-
-
-def _join(side: torch.cuda.Stream | None) -> None:
-    if side is not None:
-        torch.cuda.current_stream().wait_stream(side)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, into: Tensor | None = None) -> Tensor:
-    """Attention [B, N, H, D], written to `into` where that is given."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """Attention [B, N, H * D]."""
     k, v = k[:, : sequence.used], v[:, : sequence.used]
     if sequence.region is not None:
         out = _attend_by_region(q, k, v, sequence)
-        return out if into is None else into.copy_(out)
-    if sequence.key_bias is None and sequence.keys is None:
+    elif sequence.key_bias is None and sequence.keys is None:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        return out if into is None else into.copy_(out)
-    options = dict(key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys)
-    if into is None:
-        return ops.mixed_res_attn(q, k, v, **options)[0]
-    order = torch.arange(q.shape[1], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
-    ops.mixed_res_attn_scatter_(into, q, k, v, order, **options)
-    return into
+    else:
+        out = ops.mixed_res_attn(
+            q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
+        )[0]  # fmt: skip
+    return out.flatten(2)
 
 
 def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
@@ -166,7 +134,7 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n, side = block.attn, sequence.text, _side(x)
+    attn, n = block.attn, sequence.text
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
@@ -180,21 +148,17 @@ def double_block(
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
-    with _branch(side):
-        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
-        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
+    words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
+    place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
     spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
     place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
-    _join(side)
-    out = _attend(q, k, v, sequence).flatten(2)
-    with _branch(side):
-        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
-        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
-        ops.gated_residual_add_(text, block.ff_context(words), t_gate2)
+    out = _attend(q, k, v, sequence)
+    ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+    words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
+    ops.gated_residual_add_(text, block.ff_context(words), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
     spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
     ops.gated_residual_add_(image, block.ff(spots), i_gate2)
-    _join(side)
     return _watched(q, k, v, sequence)
 
 
@@ -202,26 +166,15 @@ def single_block(
     block: FluxSingleTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, mod: Tensor
 ) -> Tensor | None:
     """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
-    attn, side = block.attn, _side(x)
+    attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    # attention and the activation write side by side what the last layer reads
-    width = attn.inner_dim
-    both = y.new_empty(*y.shape[:2], width + block.mlp_hidden_dim)
-    with _branch(side):
-        wide = block.proj_mlp(y)
-        if torch.compiler.is_compiling():
-            # the compiler traces no `out` that is a view, and makes one kernel of the two
-            both[..., width:].copy_(F.gelu(wide, approximate="tanh"))
-        else:
-            torch.ops.aten.gelu.out(wide, approximate="tanh", out=both[..., width:])
     q, k, v = _buffers(y, attn, kept)
     ops.qk_norm_rope_scatter_(
         q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
-    _attend(q, k, v, sequence, both[..., :width].unflatten(-1, q.shape[2:]))
-    _join(side)
+    both = torch.cat([_attend(q, k, v, sequence), F.gelu(block.proj_mlp(y), approximate="tanh")], dim=-1)
     ops.gated_residual_add_(x, block.proj_out(both), gate)
     return _watched(q, k, v, sequence)
 
