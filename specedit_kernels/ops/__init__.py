@@ -6,6 +6,7 @@ from specedit_kernels.ops._library import NAMESPACE
 from specedit_kernels.ops.adaln_modulate import adaln_modulate
 from specedit_kernels.ops.gated_residual_add import gated_residual_add_
 from specedit_kernels.ops.gather_tokens import gather_tokens
+from specedit_kernels.ops.group_norm import group_norm
 from specedit_kernels.ops.merge_attn import merge_attn
 from specedit_kernels.ops.mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
 from specedit_kernels.ops.qk_norm_rope_scatter import qk_norm_rope_scatter_
@@ -21,6 +22,7 @@ __all__ = [
     "backend_of",
     "gated_residual_add_",
     "gather_tokens",
+    "group_norm",
     "merge_attn",
     "mixed_res_attn",
     "mixed_res_attn_scatter_",

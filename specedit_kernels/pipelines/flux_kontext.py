@@ -196,8 +196,13 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
             at = at.to(dtype)
             if runner is None:
                 return per_image(encode_whole(at), "image", batch)
+
+            def run(pixels: Tensor) -> Tensor:
+                with fused_norms(self.vae):
+                    return encode_whole(pixels)
+
             tag = ("encode", isinstance(generator, list), self.vae.use_slicing, self.vae.use_tiling)
-            return per_image(runner(tag, encode_whole, {"pixels": at}), "image", batch)
+            return per_image(runner(tag, run, {"pixels": at}), "image", batch)
 
         guidance = None
         if self.transformer.config.guidance_embeds:

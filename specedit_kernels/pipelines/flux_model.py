@@ -22,6 +22,7 @@ from . import flux_fused as fused
 from .attention import AttentionLayout, TextWatch
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from .runner import StepRunner
+from .vae import fused_norms
 
 
 @dataclass
@@ -272,5 +273,9 @@ class FusedFluxModel(FluxKontextModel):
         return self.runner.buffer_bytes
 
     def decode(self, latents: Tensor) -> Tensor:
+        def run(latents: Tensor) -> Tensor:
+            with fused_norms(self.codec.vae):
+                return self.codec.decode(latents)
+
         tag = ("decode", self.codec.vae.use_slicing, self.codec.vae.use_tiling)
-        return self.runner(tag, self.codec.decode, {"latents": latents})
+        return self.runner(tag, run, {"latents": latents})

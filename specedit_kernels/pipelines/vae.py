@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from .. import ops
 from ..sampling.grid import PATCH
 
 
@@ -15,6 +21,54 @@ def bring_in(module: torch.nn.Module) -> None:
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and hasattr(hook, "pre_forward"):
         hook.pre_forward(module)
+
+
+class _GroupNorm(torch.nn.Module):
+    """Stands for a group norm, and for the SiLU behind it."""
+
+    def __init__(self, norm: torch.nn.GroupNorm, silu: bool):
+        super().__init__()
+        self.norm = norm
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=self.silu)
+
+
+def _activated(owner: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
+    """(name of a SiLU, names of the group norms that it follows at once) in a module of diffusers, or ("", ())."""
+    name, norms = "", ()
+    if isinstance(owner, (Encoder, Decoder)):
+        name, norms = "conv_act", ("conv_norm_out",)
+    # elsewhere the activation is the time embedding's too, or a shift comes between
+    elif isinstance(owner, ResnetBlock2D) and owner.time_emb_proj is None and owner.time_embedding_norm == "default":
+        name, norms = "nonlinearity", ("norm1", "norm2")
+    if norms and type(getattr(owner, name)) is torch.nn.SiLU and all(_served(getattr(owner, n)) for n in norms):
+        return name, norms
+    return "", ()
+
+
+def _served(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.GroupNorm and module.affine
+
+
+@contextlib.contextmanager
+def fused_norms(vae: torch.nn.Module) -> Iterator[None]:
+    """Within it the op `group_norm` serves the group norms of `vae`, with the SiLU of those that one follows."""
+    swaps = []
+    for owner in vae.modules():
+        name, norms = _activated(owner)
+        swaps += [(owner, n, m, _GroupNorm(m, n in norms)) for n, m in owner.named_children() if _served(m)]
+        if name:
+            swaps.append((owner, name, getattr(owner, name), torch.nn.Identity()))
+    try:
+        for owner, name, _, stand_in in swaps:
+            setattr(owner, name, stand_in)
+        yield
+    finally:
+        for owner, name, module, _ in swaps:
+            setattr(owner, name, module)
 
 
 def _decoder_features(decoder: torch.nn.Module, x: Tensor) -> list[Tensor]:

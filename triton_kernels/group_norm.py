@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group norm in Triton: statistics of each channel by chunks, then of each group, then the norm. Bound by memory.
+
+Tiles are channels x pixels in either layout. With channels last a group is a few bytes of each pixel, so that a tile
+has channels of many groups: hence statistics of channels, which a small launch of its own makes those of groups.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_TILE_BYTES = 8192  # 128 threads with four 16-byte vectors each
+# Programs that take the statistics: several for each multiprocessor, yet few partial results.
+_PROGRAMS = 2048
+
+
+@triton.jit
+def _merge(count, mean, squares, more, more_mean, more_squares):
+    """(count, mean, sum of squared deviations) of two sets together: Chan's update, in which nothing large cancels."""
+    share = more / (count + more)
+    delta = more_mean - mean
+    return count + more, mean + delta * share, squares + more_squares + delta * delta * count * share
+
+
+@triton.jit(do_not_specialize=["blocks", "chunks", "tiles"])
+def _statistics_kernel(
+    x_ptr, mean_ptr, squares_ptr, stride_c, stride_s, size, blocks, chunks, tiles,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    c = pid % tl.cdiv(CHANNELS, ROWS) * ROWS + tl.arange(0, ROWS)
+    chunk = pid // tl.cdiv(CHANNELS, ROWS) % chunks
+    b = (pid // tl.cdiv(CHANNELS, ROWS) // chunks).to(tl.int64)
+    x_row = x_ptr + b * CHANNELS * size + c.to(tl.int64)[:, None] * stride_c
+
+    count = tl.zeros([1], dtype=tl.float32)
+    mean = tl.zeros([ROWS], dtype=tl.float32)
+    squares = tl.zeros([ROWS], dtype=tl.float32)
+    for i in range(tl.minimum(tiles, blocks - chunk * tiles)):
+        start = (chunk * tiles + i).to(tl.int64) * BLOCK
+        s = start + tl.arange(0, BLOCK)
+        mask = (c < CHANNELS)[:, None] & (s < size)[None, :]
+        x = tl.load(x_row + s[None, :] * stride_s, mask=mask, other=0.0).to(tl.float32)
+        pixels = tl.minimum(size - start, BLOCK).to(tl.float32)
+        tile_mean = tl.sum(x, axis=1) / pixels
+        centred = tl.where(mask, x - tile_mean[:, None], 0.0)
+        tile_squares = tl.sum(centred * centred, axis=1)
+        count, mean, squares = _merge(count, mean, squares, pixels, tile_mean, tile_squares)
+
+    at = (b * CHANNELS + c) * chunks + chunk
+    tl.store(mean_ptr + at, mean, mask=c < CHANNELS)
+    tl.store(squares_ptr + at, squares, mask=c < CHANNELS)
+
+
+@triton.jit(do_not_specialize=["chunks", "span"])
+def _combine_kernel(
+    mean_ptr, squares_ptr, group_mean_ptr, group_scale_ptr, size, chunks, span, eps,
+    GROUP_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    parts = GROUP_CHANNELS * chunks
+    count = tl.zeros([1], dtype=tl.float32)
+    mean = tl.zeros([1], dtype=tl.float32)
+    squares = tl.zeros([1], dtype=tl.float32)
+    for i in range(0, parts, BLOCK):
+        part = i + tl.arange(0, BLOCK)
+        filled = part < parts
+        pixels = tl.minimum(size - (part % chunks).to(tl.int64) * span, span)
+        pixels = tl.where(filled, pixels, 0).to(tl.float32)
+        part_mean = tl.load(mean_ptr + group * parts + part, mask=filled, other=0.0)
+        part_squares = tl.load(squares_ptr + group * parts + part, mask=filled, other=0.0)
+        more = tl.sum(pixels, axis=0)
+        more_mean = tl.sum(pixels * part_mean, axis=0) / more
+        delta = part_mean - more_mean
+        more_squares = tl.sum(part_squares + pixels * delta * delta, axis=0)
+        count, mean, squares = _merge(count, mean, squares, more, more_mean, more_squares)
+    here = group + tl.arange(0, 1)
+    tl.store(group_mean_ptr + here, mean)
+    tl.store(group_scale_ptr + here, tl.rsqrt(squares / count + eps))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _normalise_kernel(
+    x_ptr, weight_ptr, bias_ptr, group_mean_ptr, group_scale_ptr, y_ptr, stride_c, stride_s, size, blocks,
+    CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    c = pid % tl.cdiv(CHANNELS, ROWS) * ROWS + tl.arange(0, ROWS)
+    block = pid // tl.cdiv(CHANNELS, ROWS) % blocks
+    b = (pid // tl.cdiv(CHANNELS, ROWS) // blocks).to(tl.int64)
+    s = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    known = c < CHANNELS
+    mask = known[:, None] & (s < size)[None, :]
+    at = b * CHANNELS * size + c.to(tl.int64)[:, None] * stride_c + s[None, :] * stride_s
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    group = b * (CHANNELS // GROUP_CHANNELS) + c // GROUP_CHANNELS
+    mean = tl.load(group_mean_ptr + group, mask=known, other=0.0)
+    scale = tl.load(group_scale_ptr + group, mask=known, other=0.0)
+    weight = tl.load(weight_ptr + c, mask=known, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)
+    y = (x - mean[:, None]) * (scale * weight)[:, None] + bias[:, None]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def tile(channels, size, channels_last, element_size):
+    """(ROWS, BLOCK): the channels and pixels of a tile. Lanes run along what is contiguous."""
+    elements = _TILE_BYTES // element_size
+    if channels_last:
+        # whole cache lines of a pixel, of few channels: a chunk is then many pixels, and partial results are few
+        rows = min(triton.next_power_of_2(channels), 128 // element_size)
+        return rows, min(triton.next_power_of_2(size), elements // rows)
+    block = min(triton.next_power_of_2(size), elements)
+    return min(triton.next_power_of_2(channels), elements // block), block
+
+
+def group_norm(x, num_groups, weight, bias, eps, silu):
+    """x [B, C, ...], contiguous or with channels last; weight, bias [C]. Returns the same, as x lies."""
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    batch, channels = x.shape[:2]
+    size = x[0, 0].numel()
+    channels_last = not x.is_contiguous()
+    strides = (1, channels) if channels_last else (size, 1)
+    rows, block = tile(channels, size, channels_last, x.element_size())
+    blocks, columns = triton.cdiv(size, block), batch * triton.cdiv(channels, rows)
+    tiles = triton.cdiv(columns * blocks, _PROGRAMS)
+    chunks = triton.cdiv(blocks, tiles)
+    by_channel = torch.empty((2, batch, channels, chunks), dtype=torch.float32, device=x.device)
+    by_group = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
+    of_group = channels // num_groups
+    with torch.cuda.device_of(x):
+        _statistics_kernel[(columns * chunks,)](
+            x, *by_channel, *strides, size, blocks, chunks, tiles,
+            CHANNELS=channels, ROWS=rows, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+        _combine_kernel[(batch * num_groups,)](
+            *by_channel, *by_group, size, chunks, tiles * block, eps, GROUP_CHANNELS=of_group,
+            BLOCK=min(triton.next_power_of_2(of_group * chunks), 4096), num_warps=4,
+        )  # fmt: skip
+        _normalise_kernel[(columns * blocks,)](
+            x, weight, bias, *by_group, y, *strides, size, blocks,
+            CHANNELS=channels, GROUP_CHANNELS=of_group, SILU=silu, ROWS=rows, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return y
