@@ -3,12 +3,14 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from tiny_models import call_options, tiny_image, tiny_pipeline
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
 from specedit_kernels.pipelines import flux_fused as fused
 from specedit_kernels.pipelines.attention import AttentionLayout, wrap_processors
+from specedit_kernels.pipelines.vae import fused_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT, IMAGE, WIDTH, HEADS, DIM = 5, 12, 32, 2, 16
@@ -141,6 +143,79 @@ def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def norms(monkeypatch):
+    """Whether the SiLU was in it, for each call of the op `group_norm`."""
+    called, op = [], ops.group_norm
+    monkeypatch.setattr(ops, "group_norm", lambda *args, **kwargs: (called.append(kwargs["silu"]), op(*args, **kwargs))[1])
+    return called
+
+
+def with_norms(module):
+    """Norms start with weights of one and biases of zero, and would hide which belongs to which."""
+    with torch.no_grad():
+        for norm in module.modules():
+            if isinstance(norm, torch.nn.GroupNorm):
+                norm.weight.normal_(1, 0.3)
+                norm.bias.normal_(0, 0.3)
+    return module.eval()
+
+
+def tiny_vae():
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    return with_norms(AutoencoderKL(**blocks, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("served", ["reference", "triton"])
+def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, served):
+    vae = tiny_vae()
+    pixels, latents = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12)
+
+    def run():
+        return vae.encode(pixels).latent_dist.parameters, vae.decode(latents).sample
+
+    expected, before = run(), dict(vae.named_modules())
+    if served == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("SPECEDIT_BACKEND", "group_norm=triton")
+    with fused_norms(vae):
+        got = run()
+    # of each attention one norm has no activation
+    assert norms.count(False) == 2 and norms.count(True) == sum(
+        isinstance(m, torch.nn.GroupNorm) for m in before.values()
+    ) - 2
+    for a, b in zip(got, expected):
+        assert torch.allclose(a, b, atol=1e-5) and b.std() > 0.1
+    assert list(vae.named_modules()) == list(before.items())
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected))
+
+
+def test_norms_are_restored_after_an_error():
+    vae = tiny_vae()
+    before = list(vae.named_modules())
+    with pytest.raises(RuntimeError), fused_norms(vae):
+        vae.decode(torch.zeros(1, 3, 4, 4))
+    assert list(vae.named_modules()) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [dict(temb_channels=12), dict(temb_channels=12, time_embedding_norm="scale_shift"),
+                dict(temb_channels=None, non_linearity="gelu"), dict(temb_channels=None, up=True)],
+    ids=["embedding", "shifted", "gelu", "up"],
+)  # fmt: skip
+def test_an_activation_with_other_uses_stays_apart(norms, options):
+    torch.manual_seed(0)
+    block = with_norms(ResnetBlock2D(in_channels=8, groups=4, **options))
+    x, temb = torch.randn(2, 8, 6, 6), None if options["temb_channels"] is None else torch.randn(2, 12)
+    expected = block(x, temb)
+    with fused_norms(block):
+        assert torch.allclose(block(x, temb), expected, atol=1e-5)
+    assert norms == [options == dict(temb_channels=None, up=True)] * 2
+
+
 @pytest.fixture(scope="module")
 def pipe():
     return SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
@@ -158,7 +233,7 @@ def mask(columns):
     [dict(stages=(2, 2, 2)), dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), dict(draft="quarter", preset=4)],
     ids=["full", "cached", "dense"],
 )
-def test_fused_edits_are_eager_ones(pipe, options, guided):
+def test_fused_edits_are_eager_ones(pipe, norms, options, guided):
     extra = dict(negative_prompt=["red"] * 2, true_cfg_scale=2.0) if guided else {}
     if "draft" in options:
         options = dict(options, threshold=-1.0)
@@ -173,7 +248,10 @@ def test_fused_edits_are_eager_ones(pipe, options, guided):
         images = [tiny_image(seed=0), tiny_image(seed=1)]
         return pipe(image=images, prompt=prompts, generator=generators, specedit=config, **text)
 
-    got, expected = edit("fused"), edit("eager")
+    expected = edit("eager")
+    assert not norms
+    got = edit("fused")
+    assert norms
     assert got.stats.runner == "fused" and expected.stats.runner == "eager"
     assert [s.flops for s in got.stats.steps] == [s.flops for s in expected.stats.steps]
     # eager, the shorter sample of a batch computes a few more tokens anew in active steps

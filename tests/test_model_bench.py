@@ -23,7 +23,7 @@ TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
 
 
 def test_rows_of_every_kind(bench, tmp_path, one_thread):
-    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode", "specedit*")
+    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", "specedit*")
     options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
     assert bench.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
@@ -35,7 +35,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     # in the order asked for
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
     assert set(rows) - set(edits) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28",
-                                      "inpaint-28, 10 %", "active step fused", "decode"}  # fmt: skip
+                                      "inpaint-28, 10 %", "active step fused", "decode", "decode, fused norms"}  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
     edit = rows["specedit-9-locked eager, 10%"]
     assert edit["nfe"] == 9 and edit["fallback"] is None and edit["stages"]["mixed"] > 0

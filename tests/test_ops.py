@@ -64,6 +64,10 @@ def samples(device):
         options = dict(modulation_index=targets.clamp_max(2), index=index) if chosen else {}
         vector = rows if chosen else rows[:, 0]
         yield specedit.adaln_modulate, (x, vector, vector + 1), options
+        maps = normal(2, 48, 5, 3, dtype=dtype)
+        if chosen:
+            maps = maps.contiguous(memory_format=torch.channels_last)
+        yield specedit.group_norm, (maps, 4, normal(48), normal(48)), dict(silu=chosen)
         yield specedit.gated_residual_add_, (x, normal(2, 3 if chosen else 5, 48, dtype=dtype), vector), options
 
 

@@ -44,7 +44,7 @@ def _compile(fn, capability, types, constants, options, source):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or (name.startswith("stride") and signature[name] == "i32")
+        if signature[name].startswith("*") or (name.startswith(("stride", "size")) and signature[name] == "i32")
     }
     constants = {(names.index(name),): value for name, value in constants.items() if name in names}
     options = {**options, "enable_fp_fusion": True}
@@ -112,6 +112,26 @@ def _beside_attention(capability):
     return jobs
 
 
+def _group_norm(capability):
+    """{kernel: job} at the size of FLUX's decoder, 32 groups of bf16 1024 x 1024, in both layouts."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import group_norm
+
+    types = dict.fromkeys(("mean_ptr", "squares_ptr", "group_mean_ptr", "group_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*bf16")
+    jobs = {}
+    for fn in (group_norm._statistics_kernel, group_norm._combine_kernel, group_norm._normalise_kernel):
+        for layout, stride in (("channels first", "stride_s"), ("channels last", "stride_c")):
+            rows, block = group_norm.tile(128, 1024 * 1024, layout == "channels last", 2)
+            block = 4096 if fn is group_norm._combine_kernel else block
+            constants = {"CHANNELS": 128, "GROUP_CHANNELS": 4, "SILU": True, "ROWS": rows, "BLOCK": block, stride: 1}
+            jobs[f"{fn.__name__} {layout} {capability}"] = lambda f=fn, c=constants: _compile(
+                f, capability, types, c, {"num_warps": 4}, ASTSource
+            )
+    return jobs
+
+
 def compile_all():
     """{kernel: shared memory and size of the machine code, or the error}."""
     from triton.compiler import ASTSource
@@ -138,7 +158,7 @@ def compile_all():
     for fn in (mixed_res_attn._combine_kernel, merge_attn._merge_kernel):
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
-    jobs.update(_beside_attention(80) | _beside_attention(90))
+    jobs.update(_beside_attention(80) | _beside_attention(90) | _group_norm(80) | _group_norm(90))
     packing = {"mask_ptr": "*u8", "token_ptr": "*i32", "count_ptr": "*i32"}
     jobs["_pack_kernel"] = lambda: _compile(
         sparse_cross_attn._pack_kernel, 90, packing, {"BLOCK_T": sparse_cross_attn.BLOCK_T}, {"num_warps": 4}, ASTSource
@@ -173,9 +193,11 @@ def test_every_config_compiles_and_fits(tmp_path):
     }
     assert not wrong
     # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
-    # two tokens and a gate.
+    # two tokens and a gate; a tile of a picture, with channels last its weight and bias too.
     expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],
-                "_gated_residual_add_kernel": [9, 3]}  # fmt: skip
+                "_gated_residual_add_kernel": [9, 3], "_statistics_kernel channels first": [4, 0],
+                "_statistics_kernel channels last": [4, 0], "_normalise_kernel channels first": [4, 4],
+                "_normalise_kernel channels last": [6, 4]}  # fmt: skip
     for name, vectors in expected.items():
         for capability in (80, 90):
             assert results[f"{name} {capability}"]["vectors"] == vectors

@@ -43,7 +43,7 @@ from specedit_kernels.pipelines import flux_fused
 from specedit_kernels.pipelines.config import RUNNERS
 from specedit_kernels.pipelines.flux_model import FluxText, FusedFluxModel, FusedLayout
 from specedit_kernels.pipelines.runner import StepRunner
-from specedit_kernels.pipelines.vae import KLCodec
+from specedit_kernels.pipelines.vae import KLCodec, fused_norms
 from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side
@@ -201,14 +201,15 @@ class Bench:
         roofline = max(flops / FLOPS_A_SECOND, moved / BYTES_A_SECOND)
         return Row(step, times=10, facts={"flops": flops, "bytes": moved, "roofline_seconds": roofline})
 
-    def autoencoder(self, decode):
+    def autoencoder(self, decode, fused):
         pixels = torch.rand(1, 3, self.args.side, self.args.side, device=self.device, dtype=self.dtype) * 2 - 1
         latents = self.pipe._encode_vae_image(pixels, None)
         codec = KLCodec(self.pipe.vae)
 
         def run():
-            for _ in range(5):
-                codec.decode(latents) if decode else self.pipe._encode_vae_image(pixels, None)
+            with fused_norms(self.pipe.vae) if fused else contextlib.nullcontext():
+                for _ in range(5):
+                    codec.decode(latents) if decode else self.pipe._encode_vae_image(pixels, None)
 
         return Row(run, times=5)
 
@@ -237,7 +238,10 @@ class Bench:
                         )
             if runner != "eager":
                 rows[f"active step {runner}"] = lambda r=runner: self.active_step(r)
-        rows["encode"], rows["decode"] = lambda: self.autoencoder(False), lambda: self.autoencoder(True)
+        for fused in (False, True):
+            for decode in (False, True):
+                name = ("decode" if decode else "encode") + (", fused norms" if fused else "")
+                rows[name] = lambda d=decode, f=fused: self.autoencoder(d, f)
         if self.args.fused_projections:
             config = SpecEditConfig(preset=9, runner="graph", **kinds["locked-cached"])
             rows["fused q k v: active step graph"] = lambda: self.fused() or self.active_step("graph")

@@ -19,6 +19,7 @@ from .config import RUNNERS, SpecEditConfig
 from .flux_model import FluxKontextModel, FluxText, FusedFluxModel
 from .output import SpecEditPipelineOutput, StageClock
 from .pipeline import SpecEditMixin, per_image
+from .vae import fused_norms
 
 logger = logging.getLogger("specedit_kernels")
 

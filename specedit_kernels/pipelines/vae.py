@@ -36,21 +36,21 @@ class _GroupNorm(torch.nn.Module):
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=self.silu)
 
 
+def _served(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.GroupNorm and module.affine
+
+
 def _activated(owner: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
     """(name of a SiLU, names of the group norms that it follows at once) in a module of diffusers, or ("", ())."""
     name, norms = "", ()
     if isinstance(owner, (Encoder, Decoder)):
         name, norms = "conv_act", ("conv_norm_out",)
-    # elsewhere the activation is the time embedding's too, or a shift comes between
-    elif isinstance(owner, ResnetBlock2D) and owner.time_emb_proj is None and owner.time_embedding_norm == "default":
+    # with a time embedding the activation is that one's too, or a shift comes between
+    elif isinstance(owner, ResnetBlock2D) and owner.time_emb_proj is None and owner.time_embedding_norm != "scale_shift":
         name, norms = "nonlinearity", ("norm1", "norm2")
     if norms and type(getattr(owner, name)) is torch.nn.SiLU and all(_served(getattr(owner, n)) for n in norms):
         return name, norms
     return "", ()
-
-
-def _served(module: torch.nn.Module) -> bool:
-    return type(module) is torch.nn.GroupNorm and module.affine
 
 
 @contextlib.contextmanager

@@ -6,9 +6,8 @@ def group_norm(x, num_groups, weight, bias, eps, silu):
     """Group norm, and SiLU where asked for, in fp32 (float64 stays float64), rounded once."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     of_channel = (-1, *[1] * (x.dim() - 2))
-    groups = x.to(dtype).unflatten(1, (num_groups, -1))
-    dims = tuple(range(2, groups.dim()))
-    y = groups - groups.mean(dims, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(dims, keepdim=True) + eps)
-    y = y.flatten(1, 2) * weight.to(dtype).view(of_channel) + bias.to(dtype).view(of_channel)
+    groups = x.to(dtype).unflatten(1, (num_groups, -1)).flatten(2)
+    y = groups - groups.mean(2, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(2, keepdim=True) + eps)
+    y = y.view(x.shape) * weight.to(dtype).view(of_channel) + bias.to(dtype).view(of_channel)
     return torch.empty_like(x).copy_(torch.nn.functional.silu(y) if silu else y)
