@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""group_norm with its SiLU: read twice and written once; bound by memory. bf16, 32 groups, maps of FLUX's autoencoder."""
+"""group_norm with its SiLU: two reads and a write; bound by memory. bf16, 32 groups, maps of FLUX's autoencoder."""
 
 import pytest
 import torch

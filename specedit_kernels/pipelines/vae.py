@@ -45,9 +45,10 @@ def _activated(owner: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
     name, norms = "", ()
     if isinstance(owner, (Encoder, Decoder)):
         name, norms = "conv_act", ("conv_norm_out",)
-    # with a time embedding the activation is that one's too, or a shift comes between
-    elif isinstance(owner, ResnetBlock2D) and owner.time_emb_proj is None and owner.time_embedding_norm != "scale_shift":
-        name, norms = "nonlinearity", ("norm1", "norm2")
+    elif isinstance(owner, ResnetBlock2D):
+        # with a time embedding the activation is that one's too, or a shift comes between
+        if owner.time_emb_proj is None and owner.time_embedding_norm != "scale_shift":
+            name, norms = "nonlinearity", ("norm1", "norm2")
     if norms and type(getattr(owner, name)) is torch.nn.SiLU and all(_served(getattr(owner, n)) for n in norms):
         return name, norms
     return "", ()
