@@ -79,7 +79,8 @@ def main():
     parser.add_argument("--steps", type=int, default=50, help="of the plain run")
     args = parser.parse_args()
     device, say = prepare(args), stopwatch()
-    runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
     judge = load_judge(args.judge, device)
     edits = make_set(device, args.size, args.limit)
     if args.edits:

@@ -15,6 +15,7 @@ import json
 import time
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -71,6 +72,16 @@ def all_rows():
             variants["unselected-coarse"] = dict(unselected="coarse")
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
     return rows
+
+
+def with_thresholds(rows, calibration):
+    """The rows with the thresholds that calibrate.py recommends for a metric, reference and draft."""
+    table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in calibration["recommended"]}
+
+    def changed(config):
+        return replace(config, threshold=table.get((config.metric, config.reference, config.draft), config.threshold))
+
+    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
 
 
 # column -> (title, from figure, how edits are put together, decimals, factor)
@@ -257,7 +268,9 @@ def read_records(path, header, rows):
     lines = path.read_text().splitlines()
     try:
         former = json.loads(lines[0])
-        same = all(former["setting"][k] == header["setting"][k] for k in ("model", "size", "text_length", "dtype"))
+        former["setting"].setdefault("true_cfg_scale", 1.0)  # before there was a choice
+        same = all(former["setting"][k] == header["setting"][k]
+                   for k in ("model", "size", "text_length", "dtype", "true_cfg_scale"))
         if not same or former["edits"] != header["edits"]:
             return {}
         found = [json.loads(line) for line in lines[1:]]
@@ -360,9 +373,12 @@ def main():
     add_arguments(parser, "out/table")
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"], help="names or patterns of rows")
     parser.add_argument("--redo", action="store_true", help="run rows again that OUT/records.jsonl holds")
+    parser.add_argument("--thresholds", type=Path, help="calibrate.py's thresholds.json, in place of the config's own")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     args = parser.parse_args()
     rows = all_rows()
+    if args.thresholds is not None:
+        rows = with_thresholds(rows, json.loads(args.thresholds.read_text()))
     names = [row.name for row in rows]
     chosen = [n for n in names if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
     if args.list:
@@ -375,7 +391,7 @@ def main():
     say = stopwatch()
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
-    runner = Runner(pipe, args.text_length)
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
     edits = make_set(device, args.size, args.limit)
     say(f"{len(edits)} edits are drawn")
     local = {k: edits.edits.kind == i for i, k in enumerate(KINDS)}
