@@ -101,7 +101,7 @@ class Flux:
 
     @staticmethod
     def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
-        """Of packed target tokens, with the source's behind them; grid: (rows, columns) of both; sigma, guidance [n]."""
+        """Of packed target tokens, with the source's behind them; grid: both's (rows, columns); sigma, guidance [n]."""
         states, pooled = text
         ids = torch.cat([image_ids(*grid, index, tokens.device) for index in (0, 1)])
         return transformer(
@@ -136,7 +136,8 @@ class Qwen:
 
     pipeline, vae = QwenImageEditPipeline, AutoencoderKLQwenImage
     encoder = QwenPhraseEncoder
-    parts = {"transformer": ("transformer", models.make_qwen_transformer), "text": ("text_encoder", models.make_qwen_text)}
+    parts = {"transformer": ("transformer", models.make_qwen_transformer),
+             "text": ("text_encoder", models.make_qwen_text)}
     make_scheduler = staticmethod(models.make_qwen_scheduler)
     settings = {"true_cfg_scale": 1.0}
     ids_width = default_length = QWEN_LENGTH

@@ -219,8 +219,8 @@ class Runner:
         config = self.pipe.transformer.config
         length = self.text_length + image_tokens
         blocks = config.num_layers + config.get("num_single_layers", 0)
-        passes = 2 if self.true_cfg_scale > 1 else 1
-        return passes * transformer_flops(length, length, config.num_attention_heads * config.attention_head_dim, blocks)
+        dim, passes = config.num_attention_heads * config.attention_head_dim, 2 if self.true_cfg_scale > 1 else 1
+        return passes * transformer_flops(length, length, dim, blocks)
 
     def vae(self, images):
         """Pictures through the VAE and back."""
@@ -361,8 +361,8 @@ def setting(args, device):
 
 def setting_text(place):
     """What `setting` gave, as one phrase of a report."""
-    return (f"{place['size']} px, true_cfg_scale {place['true_cfg_scale']:g}, editor {place['model']}, commit {place['commit'][:10]}, {place['date']},"
-            f" {place['device']}, {place['dtype']}, "
+    return (f"{place['size']} px, true_cfg_scale {place['true_cfg_scale']:g}, editor {place['model']},"
+            f" commit {place['commit'][:10]}, {place['date']}, {place['device']}, {place['dtype']}, "
             + ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v))
 
 

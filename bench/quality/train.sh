@@ -75,8 +75,8 @@ train_editor() {
         return
     fi
     for rank in $(seq 0 $((count - 1))); do
-        RANK=$rank WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-29577}" CUDA_VISIBLE_DEVICES=$rank \
-            "$python" "$here/train_editor.py" --family "$family" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" \
+        RANK=$rank WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-29577}" \
+            CUDA_VISIBLE_DEVICES=$rank "$python" "$here/train_editor.py" --family "$family" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" \
             ${EDITOR_ARGS:-} >> "$log" 2>&1 &
         ranks+=($!)
     done
