@@ -179,18 +179,19 @@ def test_the_training_script_goes_on_where_it_stopped(tmp_path, monkeypatch, cap
     assert pipe.transformer.config.num_layers == 1
 
 
-def test_own_sampler_is_the_pipeline(pipe):
-    """In two plain steps, where a call of SpecEdit with everything selected is the stock pipeline at any size."""
+@pytest.mark.parametrize("steps", [1, 2])
+def test_own_sampler_is_the_pipeline(pipe, steps):
+    """In plain steps, where a call of SpecEdit with everything selected is the stock pipeline at any size."""
     ours = runs.BatchedQwenPipeline(**pipe.components)
     ours.set_progress_bar_config(disable=True)
     runner = runs.Runner(ours, text.QWEN_LENGTH)
     edits = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
-    expected = runner.run(runs.Row("plain", steps=2), edits)
+    expected = runner.run(runs.Row("plain", steps=steps), edits)
     z = sampler.encode_images(pipe.vae, edits.pictures()[0])
     states, mask = sampler.encode_text(pipe, edits.edits.phrases(), None, "cpu")
-    z = sampler.euler(pipe, z, states, mask, 2, sampler.noise_like(edits.seeds, 16, 8, 8))
+    z = sampler.euler(pipe, z, states, mask, steps, sampler.noise_like(edits.seeds, 16, 8, 8))
     assert torch.allclose(sampler.decode_latents(pipe.vae, z), expected.images, atol=1e-4)
-    assert expected.nfe == 2 and expected.flops == [2 * runner.step_flops(32)] * 2
+    assert expected.nfe == steps and expected.flops == [steps * runner.step_flops(32)] * 2
 
 
 def test_rows_of_the_table(pipe):
@@ -210,8 +211,8 @@ def test_rows_of_the_table(pipe):
 
 
 def test_thresholds_of_another_editor():
-    rows = table.with_thresholds(table.all_rows(), {"recommended": [
-        {"metric": "decoder", "reference": "matched", "draft": "coarse", "threshold": 0.5}]})
+    rows = runs.with_thresholds(table.all_rows(), [
+        {"metric": "decoder", "reference": "matched", "draft": "coarse", "threshold": 0.5}])
     by_name = {row.name: row.config for row in rows}
     assert by_name["9-coarse-full"].threshold == by_name["30-coarse-locked"].threshold == 0.5
     assert by_name["9-quarter-full"].threshold is None and by_name["plain-50"] is None

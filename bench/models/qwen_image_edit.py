@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds of a whole Qwen-Image-Edit edit at the published sizes, with random weights: SpecEdit beside plain steps.
 
-    python bench/models/qwen_image_edit.py --out runs/models             # one GPU with 80 GB
-    python bench/models/qwen_image_edit.py --true-cfg-scale 1            # one guidance branch, as distilled weights need
-    python bench/models/qwen_image_edit.py --tiny --out /tmp/models      # a tiny model on any machine
+    python bench/models/qwen_image_edit.py --out runs/models        # one GPU with 80 GB
+    python bench/models/qwen_image_edit.py --true-cfg-scale 1       # one guidance branch
+    python bench/models/qwen_image_edit.py --tiny --out /tmp/models # a tiny model on any machine
 
 Denoising and the autoencoder are timed; embeddings of text and vision tokens are given, as many for either guidance
 branch. The edit's region is a user's mask, a square block of tokens. All rows come from one process. Writes

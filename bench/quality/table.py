@@ -15,7 +15,6 @@ import json
 import time
 import traceback
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from table_runs import (
     Row,
     Runner,
     add_arguments,
+    add_thresholds,
     cell,
     edit_columns,
     jsonable,
@@ -39,6 +39,7 @@ from table_runs import (
     setting,
     setting_text,
     stopwatch,
+    with_thresholds,
     write_json,
     write_text,
 )
@@ -72,16 +73,6 @@ def all_rows():
             variants["unselected-coarse"] = dict(unselected="coarse")
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
     return rows
-
-
-def with_thresholds(rows, calibration):
-    """The rows with the thresholds that calibrate.py recommends for a metric, reference and draft."""
-    table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in calibration["recommended"]}
-
-    def changed(config):
-        return replace(config, threshold=table.get((config.metric, config.reference, config.draft), config.threshold))
-
-    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
 
 
 # column -> (title, from figure, how edits are put together, decimals, factor)
@@ -373,12 +364,12 @@ def main():
     add_arguments(parser, "out/table")
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"], help="names or patterns of rows")
     parser.add_argument("--redo", action="store_true", help="run rows again that OUT/records.jsonl holds")
-    parser.add_argument("--thresholds", type=Path, help="calibrate.py's thresholds.json, in place of the config's own")
+    add_thresholds(parser)
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     args = parser.parse_args()
     rows = all_rows()
     if args.thresholds is not None:
-        rows = with_thresholds(rows, json.loads(args.thresholds.read_text()))
+        rows = with_thresholds(rows, args.thresholds)
     names = [row.name for row in rows]
     chosen = [n for n in names if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
     if args.list:

@@ -380,6 +380,22 @@ def add_arguments(parser, out):
     parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="over 1: guidance, an empty negative prompt")
 
 
+def add_thresholds(parser):
+    """The option for an editor that SpecEditConfig's own thresholds were not measured on."""
+    parser.add_argument("--thresholds", type=lambda path: json.loads(Path(path).read_text())["recommended"],
+                        help="calibrate.py's thresholds.json, in place of the config's own")
+
+
+def with_thresholds(rows, recommended):
+    """The rows with the thresholds that calibrate.py recommends for a metric, reference and draft."""
+    table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in recommended}
+
+    def changed(config):
+        return replace(config, threshold=table.get((config.metric, config.reference, config.draft), config.threshold))
+
+    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
+
+
 def prepare(args):
     """The device; settles the defaults that depend on it."""
     device = torch.device(args.device)
