@@ -12,6 +12,10 @@ from specedit_kernels import ops
 __version__ = "0.1.0"
 
 _PIPELINE_NAMES = (
+    "FlashEditConfig",
+    "FlashEditFluxKontextPipeline",
+    "FlashEditQwenImageEditPipeline",
+    "FlashEditQwenImageEditPlusPipeline",
     "SpecEditConfig",
     "SpecEditFluxKontextPipeline",
     "SpecEditPipelineOutput",

@@ -213,22 +213,32 @@ def edit(arguments) -> None:
     if references and name != SEVERAL_PICTURES:
         raise UserError(f"--reference: {folder} is a {name}, which takes one picture")
     settings = model_settings(folder, name, arguments.true_cfg_scale)
+    flash = arguments.method == "flash"
+    if flash:
+        # its second branch is the source's, no guidance
+        settings = {k: v for k, v in settings.items() if k not in ("true_cfg_scale", "negative_prompt")}
     device, dtype = _device(arguments.device)
 
     _quiet()
     import torch
 
     from . import pipelines
-    from .pipelines import SpecEditConfig
+    from .pipelines import FlashEditConfig, SpecEditConfig
 
+    options = dict(preserve=None if arguments.preserve == "none" else arguments.preserve)
     try:
-        config = SpecEditConfig(
-            preset=arguments.preset,
-            draft=arguments.draft,
-            finish=arguments.finish,
-            preserve=None if arguments.preserve == "none" else arguments.preserve,
-            threshold=arguments.threshold,
-        )
+        if flash:
+            if arguments.threshold is not None:
+                options["mask_ratio"] = arguments.threshold
+            config = FlashEditConfig(**options)
+        else:
+            config = SpecEditConfig(
+                preset=arguments.preset,
+                draft=arguments.draft,
+                finish=arguments.finish,
+                threshold=arguments.threshold,
+                **options,
+            )
         config.step_counts(arguments.steps)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
@@ -236,11 +246,14 @@ def edit(arguments) -> None:
         "the model",
         folder,
         lambda: (
-            getattr(pipelines, f"SpecEdit{name}")
+            getattr(pipelines, f"{'FlashEdit' if flash else 'SpecEdit'}{name}")
             .from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
             .to(device)
         ),
     )
+    weights = folder / "cosi"
+    if flash and weights.is_dir():
+        _load("the one-step weights", weights, lambda: pipe.load_cosi(weights))
     if references:
         # the picture that is edited sets the size, not the last one
         settings["height"], settings["width"] = pipe.size_of(image, settings.get("max_area"))
@@ -310,6 +323,10 @@ def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path
         lines.append(
             f"draft       {config.draft}, scores over {stats.threshold:g} are edited, grown by {config.dilation}"
         )
+    if arguments.method == "flash":
+        noise = "of the source" if stats.inverted else "white: the model folder has no one-step weights (cosi/)"
+        words = "" if stats.key_tokens is None else f"; {int(stats.key_tokens[0].sum())} key text tokens"
+        lines.append(f"noise       {noise}{words}")
     if stats.fallback == "dense":
         lines.append("note        nearly everything changes: all tokens were computed at full resolution")
     if stats.fallback == "source":
@@ -450,12 +467,18 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="guidance against an empty negative prompt, none at 1 (default: the model's own)",
     )
+    p.add_argument(
+        "--method",
+        choices=("specedit", "flash"),
+        default="specedit",
+        help="flash: FlashEdit, one step; --preset, --draft and --finish are SpecEdit's",
+    )
     p.add_argument("--preset", type=int, choices=PRESETS, default=9, help="steps of the main trajectory")
     p.add_argument("--steps", type=int, default=None, help="scale the preset's stages to another number of steps")
     p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
     p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
     p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
-    p.add_argument("--threshold", type=float, default=None, help="score over which a token is edited")
+    p.add_argument("--threshold", type=float, default=None, help="score over which a token is edited (flash: times the mean)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")
     p.set_defaults(run=edit)

@@ -33,21 +33,30 @@ def qwen_bench():
 TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
 
 
-def test_rows_of_every_kind(bench, tmp_path):
-    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "specedit*")
-    assert bench.main([*TINY, "--out", str(tmp_path), "--areas", "0.1", "--rows", *rows]) == 0
+def test_rows_of_every_kind(bench, tmp_path, one_thread):
+    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode", "specedit*")
+    options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
+    assert bench.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
-    assert set(rows) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28", "inpaint-28, 10 %",
-                         "specedit-9-full, 10%", "specedit-9-full, 10% scattered", "specedit-9-locked, 10%",
-                         "specedit-9-locked, 10% scattered", "specedit-9-locked-cached, 10%",
-                         "specedit-9-locked-cached, 10% scattered"}  # fmt: skip
+    kinds = ("full", "full-cached", "locked", "locked-cached")
+    edits = [f"specedit-9-{kind} {runner}{scattered}, 10%" for runner in ("eager", "fused") for kind in kinds
+             for scattered in ("", " scattered")]  # fmt: skip
+    # in the order asked for
+    assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
+    assert set(rows) - set(edits) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28",
+                                      "inpaint-28, 10 %", "active step fused", "decode"}  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
-    edit = rows["specedit-9-locked, 10%"]
+    edit = rows["specedit-9-locked eager, 10%"]
     assert edit["nfe"] == 9 and edit["fallback"] is None and edit["stages"]["mixed"] > 0
-    assert 0.1 <= edit["active"] < rows["specedit-9-locked, 10% scattered"]["active"]
-    assert rows["specedit-9-locked-cached, 10%"]["flops"] < edit["flops"]
+    assert 0.1 <= edit["active"] < rows["specedit-9-locked eager scattered, 10%"]["active"]
+    assert rows["specedit-9-locked-cached eager, 10%"]["flops"] < edit["flops"]
+    fused = rows["specedit-9-locked-cached fused, 10%"]
+    assert (fused["runner"], fused["active"], fused["nfe"]) == ("fused", edit["active"], 9)
+    # 16 text and 6 of 64 image tokens, over all of them and of the condition, in 2 blocks of width 32
+    step = rows["active step fused"]
+    assert step["flops"] == 2 * (24 * 32**2 * 22 + 4 * 32 * 22 * 144) and step["of_roofline"] > 1
     table = (tmp_path / "flux_kontext.md").read_text()
     assert "against plain-28" in table and " 1.00 x" in table
 
@@ -78,3 +87,17 @@ def test_regions(bench):
             assert mask.mean() == pytest.approx(share, rel=0.15)
             tokens = mask.reshape(32, 16, 32, 16)
             assert (tokens.all((1, 3)) == tokens.any((1, 3))).all()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_flash_edit_rows(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("flash_edit")
+    options = ("--runners", "fused", "--source-length", "8", "--steps", "2")
+    assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "flash_edit.json").read_text())
+    assert {name: row["nfe"] for name, row in report["rows"].items()} == {
+        "flash fused, 10 %": 1, "flash fused, 10 %, no cosi": 1, "flash fused, 10 %, no ssca": 1,
+        "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
+    }  # fmt: skip
+    assert "against the inversion" in (tmp_path / "flash_edit.md").read_text()

@@ -270,8 +270,8 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, timestep, found, first=None):
-        level = timestep / 1000
+    def velocity(run, tokens, moment, found, first=None):
+        level = moment[0] / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
         if found[0].attention is None:
             clean = next(grids.pack(c) for c in clean if 2 * grids.pack(c).shape[1] == tokens.shape[1])
@@ -401,7 +401,7 @@ def test_preserve_without_an_edge_blends_the_picture(pipe):
 
 
 def test_stats_count_steps_tokens_and_flops(pipe):
-    config = SpecEditConfig(preset=11, draft="quarter", max_active=1.0)
+    config = SpecEditConfig(stages=(3, 5, 3), draft="quarter", max_active=1.0)
     out = pipe(image=tiny_image(), mask_image=half_mask(4), generator=seeded(), specedit=config, **call_options())
     stats = out.stats
     assert stats.nfe == 11 and stats.draft_nfe == 0  # the mask replaces the draft

@@ -467,7 +467,7 @@ def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, timestep, found, first=None):
+    def velocity(run, tokens, moment, found, first=None):
         clean = {188: target, 47: grids.pool(target), 14: grids.pool(grids.pool(target))}.get(tokens.shape[1])
         if found[0].attention is None:
             clean = grids.pack(clean)
@@ -475,7 +475,7 @@ def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected,
         else:
             table = torch.cat([grids.pack(target), grids.pack(grids.pool(target)), torch.zeros(1, 140, 64)], dim=1)
             clean = table[:, layouts[-1].index[0].clamp(min=0).long()]
-        return ((tokens - clean) / (timestep / 1000))[:, :first]
+        return ((tokens - clean) / (moment[0] / 1000))[:, :first]
 
     monkeypatch.setattr(stages, "expand", expand)
     monkeypatch.setattr(stages.Run, "velocity", velocity)
@@ -541,7 +541,7 @@ def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
 
 def test_stats_count_both_branches(edit):
     call = options(True, image=tiny_image(), mask_image=half_mask(4))
-    stats = edit(generator=seeded(), specedit=SpecEditConfig(preset=11), **call).stats
+    stats = edit(generator=seeded(), specedit=SpecEditConfig(stages=(3, 5, 3)), **call).stats
     assert [s.tokens for s in stats.steps] == [(32,)] * 3 + [(80,)] * 5 + [(128,)] * 3
     cost = lambda n: sum(2 * (24 * 32**2 * (t + n) + 4 * 32 * (t + n) ** 2) for t in (12, 7))  # noqa: E731
     assert stats.flops == 3 * cost(32) + 5 * cost(80) + 3 * cost(128)

@@ -5,8 +5,10 @@
     python bench/models/flux_kontext.py --tiny --out /tmp/models     # a tiny model on any machine, to try the script
 
 Denoising and the autoencoder are timed; text embeddings are given. The edit's region is a user's mask (a square block
-of tokens, or scattered ones), since random weights draw nothing that a draft could find. All rows of a table come from
-one process; ratios are printed between rows of it alone. Writes OUT/flux_kontext.json, .md and, with matplotlib, .png.
+of tokens, or scattered ones), since random weights draw nothing that a draft could find. "active step" rows time one
+step of a locked finish alone: text and a tenth of the fine tokens, over the keys of both whole pictures, beside its
+roofline. All rows of a table come from one process; ratios are printed between rows of it alone. Rows run in the order
+of --rows, and what is done is on disk after each. Writes OUT/flux_kontext.json, .md and, with matplotlib, .png.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -35,6 +39,12 @@ from diffusers import (
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
+from specedit_kernels.pipelines import flux_fused
+from specedit_kernels.pipelines.config import RUNNERS
+from specedit_kernels.pipelines.flux_model import FluxText, FusedFluxModel, FusedLayout
+from specedit_kernels.pipelines.runner import StepRunner
+from specedit_kernels.pipelines.vae import KLCodec
+from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side
 # black-forest-labs/FLUX.1-Kontext-dev: transformer/config.json, vae/config.json, scheduler/scheduler_config.json
@@ -89,8 +99,23 @@ def region(side, share, scattered=False):
     return Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST)
 
 
+# What an H100 gives at best in practice (bench/LOG.md): a long copy, and large products in bf16.
+BYTES_A_SECOND, FLOPS_A_SECOND = 3.0e12, 700e12
+
+
+@dataclass
+class Row:
+    """run: makes one edit, or `times` of whatever the row is; gives SpecEditStats or None. warm: called before, in
+    place of a first run. facts: what is known of the row beforehand; written beside its figures."""
+
+    run: Callable
+    warm: Callable | None = None
+    times: int = 1
+    facts: dict = field(default_factory=dict)
+
+
 class Bench:
-    """Rows of one process. Each row is a callable that makes one edit; None where it gives no SpecEdit stats."""
+    """Rows of one process."""
 
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
@@ -133,42 +158,118 @@ class Bench:
     def specedit(self, config, mask):
         return self.pipe(specedit=config, mask_image=mask, **self.options).stats
 
+    def active_step(self, runner):
+        """A Row of steps with text and a tenth of the fine target tokens as queries, all tokens as keys."""
+        text, image = self.args.text_length, 2 * (self.args.side // TOKEN) ** 2
+        active = round(0.1 * image / 2)
+        transformer, config = self.pipe.transformer, self.pipe.transformer.config
+        model = FusedFluxModel(transformer, self.pipe.vae, torch.full([1], 2.5, device=self.device), {},
+                               StepRunner(runner))  # fmt: skip
+        heads, dim = config.num_attention_heads, config.attention_head_dim
+        slots, keys = model.slots(active), text + image
+
+        def normal(*shape):
+            return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+        def lengths(n):
+            return torch.full([1], n, dtype=torch.int32, device=self.device)
+
+        order = torch.arange(text + slots, dtype=torch.int32, device=self.device)[None]
+        angle = normal(1, text + slots, dim // 2).float()
+        sequence = flux_fused.Sequence(
+            text, angle.cos(), angle.sin(), torch.zeros(1, keys, device=self.device), lengths(text + active),
+            lengths(keys), torch.where(order < text + active, order, -1),
+        )  # fmt: skip
+        words = FluxText(self.options["prompt_embeds"], self.options["pooled_prompt_embeds"],
+                         torch.zeros(text, 3, device=self.device))  # fmt: skip
+        [moment] = model.moments(words, torch.full([1], 500.0, device=self.device))
+        tokens = normal(1, slots, config.in_channels)
+        layouts = []
+
+        def step():
+            if not layouts:
+                kept = model.runner.buffers("kept", 2 * model.blocks, (1, keys, heads, dim), self.dtype, self.device)
+                for x in kept:
+                    x.normal_()
+                layouts.append(FusedLayout(sequence, None, list(zip(kept[::2], kept[1::2])), "kept"))
+            for _ in range(10):
+                model.velocity(words, tokens, moment, layouts[0])
+
+        flops = transformer_flops(text + active, keys, heads * dim, model.blocks)
+        moved = sum(p.numel() * p.element_size() for p in transformer.parameters())
+        moved += 2 * model.blocks * keys * heads * dim * tokens.element_size()
+        roofline = max(flops / FLOPS_A_SECOND, moved / BYTES_A_SECOND)
+        return Row(step, times=10, facts={"flops": flops, "bytes": moved, "roofline_seconds": roofline})
+
+    def autoencoder(self, decode):
+        pixels = torch.rand(1, 3, self.args.side, self.args.side, device=self.device, dtype=self.dtype) * 2 - 1
+        latents = self.pipe._encode_vae_image(pixels, None)
+        codec = KLCodec(self.pipe.vae)
+
+        def run():
+            for _ in range(5):
+                codec.decode(latents) if decode else self.pipe._encode_vae_image(pixels, None)
+
+        return Row(run, times=5)
+
     def rows(self):
-        """{name: callable}. The compiled ones come last: compiling changes the transformer for good."""
-        rows = {f"plain-{n}": lambda n=n: self.plain(n) for n in (50, 28, 9, 4)}
-        rows["first block cache-28"] = lambda: self.cached(FirstBlockCacheConfig(threshold=0.05), 28)
-        rows["taylorseer-28"] = lambda: self.cached(TaylorSeerCacheConfig(cache_interval=5), 28)
+        """{name: function that makes its Row}. Those that change the transformer for good come last."""
+        rows = {}
+        for n in (50, 28, 9, 4):
+            rows[f"plain-{n}"] = lambda n=n: Row(lambda: self.plain(n), lambda: self.plain(1))
+        for name, config in (("first block cache", FirstBlockCacheConfig(threshold=0.05)),
+                             ("taylorseer", TaylorSeerCacheConfig(cache_interval=5))):  # fmt: skip
+            rows[f"{name}-28"] = lambda c=config: Row(lambda: self.cached(c, 28), lambda: self.plain(1))
         tenth = region(self.args.side, 0.1)
-        rows["inpaint-28, 10 %"] = lambda: self.inpaint(tenth, 28)
+        rows["inpaint-28, 10 %"] = lambda: Row(lambda: self.inpaint(tenth, 28), lambda: self.plain(1))
         # cached: after the first mixed step only text and edited tokens are computed
-        for kind, options in (("full", {}), ("locked", dict(finish="locked")),
-                              ("locked-cached", dict(finish="locked", kv_refresh=9))):  # fmt: skip
-            config = SpecEditConfig(preset=9, max_active=0.95, **options)
-            for scattered in (False, True):
-                for share in self.args.areas:
-                    if scattered and share != 0.1:
-                        continue
-                    name = f"specedit-9-{kind}, {share:.0%}" + (" scattered" if scattered else "")
-                    mask = region(self.args.side, share, scattered)
-                    rows[name] = lambda c=config, m=mask: self.specedit(c, m)
+        kinds = {"full": {}, "full-cached": dict(kv_refresh=9), "locked": dict(finish="locked"),
+                 "locked-cached": dict(finish="locked", kv_refresh=9)}  # fmt: skip
+        for runner in self.args.runners:
+            for kind, options in kinds.items():
+                config = SpecEditConfig(preset=9, max_active=0.95, runner=runner, **options)
+                for scattered in (False, True):
+                    for share in self.args.areas:
+                        kind_of = f"specedit-9-{kind} {runner}" + (" scattered" if scattered else "")
+                        mask, facts = (share, scattered), {"kind": kind_of, "area": share}
+                        rows[f"{kind_of}, {share:.0%}"] = lambda c=config, m=mask, f=facts: Row(
+                            lambda: self.specedit(c, region(self.args.side, *m)), facts=f
+                        )
+            if runner != "eager":
+                rows[f"active step {runner}"] = lambda r=runner: self.active_step(r)
+        rows["encode"], rows["decode"] = lambda: self.autoencoder(False), lambda: self.autoencoder(True)
+        if self.args.fused_projections:
+            config = SpecEditConfig(preset=9, runner="graph", **kinds["locked-cached"])
+            rows["fused q k v: active step graph"] = lambda: self.fused() or self.active_step("graph")
+            rows["fused q k v: specedit-9-locked-cached graph, 10%"] = lambda: self.fused() or Row(
+                lambda: self.specedit(config, tenth)
+            )
         if self.args.compiled:
             for n in (28, 9):
-                rows[f"compiled plain-{n}"] = lambda n=n: self.compiled(n)
+                rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or Row(
+                    lambda: self.plain(n), lambda: self.plain(1)
+                )
         return rows
 
-    def compiled(self, steps):
+    def fused(self):
+        self.pipe.transformer.fuse_qkv_projections()
+
+    def compiled(self):
         if not self.is_compiled:
             self.pipe.transformer.compile_repeated_blocks(fullgraph=True)
             self.is_compiled = True
-        self.plain(steps)
 
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def measure(self, run):
-        """A row's figures: median seconds after one warm-up call, seconds of each stage, peak memory in bytes."""
-        run()
+    def measure(self, row):
+        """A row's figures: median seconds after a warm-up, seconds of each stage, peak memory in bytes."""
+        self.synchronize()
+        started = time.perf_counter()
+        (row.warm or row.run)()
+        self.synchronize()
+        warm = time.perf_counter() - started
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds, stages = [], []
@@ -176,17 +277,23 @@ class Bench:
         while not seconds or (len(seconds) < self.args.repeat and time.perf_counter() - begun < self.args.patience):
             self.synchronize()
             started = time.perf_counter()
-            stats = run()
+            stats = row.run()
             self.synchronize()
-            seconds.append(time.perf_counter() - started)
+            seconds.append((time.perf_counter() - started) / row.times)
             stages.append({} if stats is None else stats.seconds)
         middle = seconds.index(statistics.median_low(seconds))
-        figures = {"seconds": seconds[middle], "calls": len(seconds), "stages": stages[middle]}
+        figures = {"seconds": seconds[middle], "calls": len(seconds), "stages": stages[middle],
+                   "times": row.times, **row.facts}  # fmt: skip
+        if row.warm is None:
+            figures["first_seconds"] = warm
+        if "roofline_seconds" in row.facts:
+            figures["of_roofline"] = seconds[middle] / row.facts["roofline_seconds"]
         if self.device.type == "cuda":
             figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         if stats is not None:
             figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
-                        "backend": stats.backend}  # fmt: skip
+                        "backend": stats.backend, "runner": stats.runner, "graph_bytes": stats.graph_bytes,
+                        "kv_cache_bytes": stats.kv_cache_bytes}  # fmt: skip
         return figures
 
 
@@ -212,30 +319,35 @@ def setting(args):
     }  # fmt: skip
 
 
+PEERS = ("plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
+
+
 def markdown(head, rows):
+    peers = [name for name in PEERS if rows.get(name, {}).get("seconds")]
     lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens, batch 1;"
              f" {head['device']}, " + ", ".join(f"{k} {v}" for k, v in head["versions"].items())
-             + f", commit {head['commit']}, {head['date']}. Seconds of denoising and autoencoder; text embeddings given.",
-             "", "| row | seconds | calls | against plain-50 | against plain-28 | peak GiB | stages, s |",
-             "|---|---:|---:|---:|---:|---:|---|"]
+             + f", commit {head['commit']}, {head['date']}. Seconds of denoising and autoencoder; text given.",
+             "", "| row | seconds | calls | " + "".join(f"against {name} | " for name in peers)
+             + "peak GiB | stages, s |",
+             "|---|---:|---:|" + "---:|" * (len(peers) + 1) + "---|"]  # fmt: skip
     for name, row in rows.items():
         if "error" in row:
-            lines.append(f"| {name} | failed: {row['error'][:120]} | | | | | |")
+            lines.append(f"| {name} | failed: {row['error'][:120]} |" + " |" * (len(peers) + 3))
             continue
-
-        def ratio(other):
-            base = rows.get(other, {}).get("seconds")
-            return f"{base / row['seconds']:.2f} x" if base else "–"
-
+        ratios = "".join(
+            " – |" if row["times"] > 1 else f" {rows[other]['seconds'] / row['seconds']:.2f} x |"
+            for other in peers
+        )
         peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "–"
         stages = ", ".join(f"{k} {v:.3f}" for k, v in row["stages"].items())
-        lines.append(f"| {name} | {row['seconds']:.3f} | {row['calls']} | {ratio('plain-50')} | {ratio('plain-28')} |"
-                     f" {peak} | {stages} |")
+        if "of_roofline" in row:
+            stages = f"{row['of_roofline']:.2f} x its roofline of {row['roofline_seconds'] * 1000:.1f} ms"
+        lines.append(f"| {name} | {row['seconds']:.4g} | {row['calls']} |{ratios} {peak} | {stages} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows, path):
-    """Stacked bars of each SpecEdit row's stages; nothing without matplotlib."""
+    """Seconds over the edited area of each kind of row, and stacked bars of each row's stages; needs matplotlib."""
     with contextlib.suppress(ImportError):
         import matplotlib
 
@@ -245,15 +357,26 @@ def plot(rows, path):
         shown = {name: row for name, row in rows.items() if row.get("stages")}
         if not shown:
             return
-        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(shown)), layout="constrained")
+        figure, (lines, bars) = pyplot.subplots(
+            1, 2, figsize=(15, max(4, 1 + 0.3 * len(shown))), layout="constrained", width_ratios=(2, 3)
+        )
+        for kind in dict.fromkeys(row["kind"] for row in shown.values() if "kind" in row):
+            points = sorted((row["area"], row["seconds"]) for row in shown.values() if row.get("kind") == kind)
+            lines.plot([100 * area for area, _ in points], [s for _, s in points], marker="o", label=kind)
+        for name in PEERS:
+            if rows.get(name, {}).get("seconds"):
+                lines.axhline(rows[name]["seconds"], color="grey", linestyle=":")
+                lines.annotate(name, (0, rows[name]["seconds"]), fontsize="small")
+        lines.set(xlabel="edited area, %", ylabel="seconds", ylim=(0, None))
+        lines.legend(fontsize="small")
         left = np.zeros(len(shown))
         for stage in dict.fromkeys(s for row in shown.values() for s in row["stages"]):
             width = np.array([row["stages"].get(stage, 0.0) for row in shown.values()])
-            axes.barh(list(shown), width, left=left, label=stage)
+            bars.barh(list(shown), width, left=left, label=stage)
             left += width
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds")
-        axes.legend(loc="lower right", fontsize="small")
+        bars.invert_yaxis()
+        bars.set_xlabel("seconds")
+        bars.legend(loc="lower right", fontsize="small")
         figure.savefig(path, dpi=110)
 
 
@@ -263,11 +386,13 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/models"))
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
     parser.add_argument("--areas", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 1.0], help="edited shares")
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["eager", "graph"])
     parser.add_argument("--side", type=int, help="of the picture in pixels, a multiple of 64 (default 1024; tiny: 128)")
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
     parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
+    parser.add_argument("--fused-projections", action="store_true", help="rows with one layer for q, k and v too")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -276,14 +401,14 @@ def main(argv=None):
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
     bench = Bench(args)
     every = bench.rows()
-    chosen = [n for n in every if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
+    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
     if not chosen:
         parser.error(f"--rows: none of {list(every)} matches {args.rows}")
     args.out.mkdir(parents=True, exist_ok=True)
     head, rows = setting(args), {}
     for name in chosen:
         try:
-            rows[name] = bench.measure(every[name])
+            rows[name] = bench.measure(every[name]())
         except Exception as error:  # a peer that fails is reported as failed, and the others go on
             rows[name] = {"error": f"{type(error).__name__}: {error}"}
         print(name, json.dumps(rows[name]), flush=True)

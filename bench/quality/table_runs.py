@@ -197,10 +197,9 @@ class Runner:
         options = dict(
             prompt=part.edits.phrases(), height=size, width=size, max_area=size * size, output_type="pt",
             generator=[torch.Generator().manual_seed(int(seed)) for seed in part.seeds],
-            true_cfg_scale=self.true_cfg_scale,
         )
         if self.true_cfg_scale > 1:
-            options["negative_prompt"] = [" "] * len(part)
+            options |= dict(true_cfg_scale=self.true_cfg_scale, negative_prompt=[" "] * len(part))
         if self.family is Flux:
             return options | dict(image=part.pictures()[0], _auto_resize=False, max_sequence_length=self.text_length)
         return options | dict(image=[Image.fromarray(x) for x in part.source.permute(0, 2, 3, 1).cpu().numpy()])
@@ -332,7 +331,7 @@ def fingerprint(model):
     if str(model) in RANDOM:
         return str(model)
     digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*.safetensors")):
+    for path in sorted(p for p in Path(model).rglob("*.safetensors") if p.parent.name != "cosi"):  # FlashEdit's
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -15,6 +15,30 @@ from torch import Tensor
 from .. import ops  # noqa: F401  (registers torch.ops.specedit)
 
 
+@dataclass
+class TextWatch:
+    """Records how much of its attention each image query of one module gives to each text token.
+
+    module: whose attention is watched. length: text tokens. mass: fp32 [B, image slots, text tokens], softmax weight,
+    mean over heads; None before the module was called.
+    """
+
+    module: Any
+    length: int
+    mass: Tensor | None = None
+
+    def see(self, module: Any, q: Tensor, k: Tensor, lse: Tensor) -> None:
+        """q, k: rotated, [B, S, H, D], text first; lse: fp32 [B, H, S], of the softmax over all keys."""
+        if module is self.module:
+            self.mass = text_mass(q, k, lse, self.length)
+
+
+def text_mass(q: Tensor, k: Tensor, lse: Tensor, text: int) -> Tensor:
+    """Softmax weight that image queries give to the `text` first keys, mean over heads: fp32 [B, Sq - text, text]."""
+    score = torch.einsum("bqhd,bkhd->bhqk", q[:, text:].float(), k[:, :text].float())
+    return (score * q.shape[-1] ** -0.5 - lse[:, :, text:, None]).exp().mean(dim=1)
+
+
 @dataclass(frozen=True)
 class AttentionLayout:
     """What the attention of a mixed-resolution step has to know about its sequence [text | image slots].
@@ -25,6 +49,11 @@ class AttentionLayout:
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
     A call that brings the whole sequence fills it; one that brings its first slots alone, with `first` of them, text
     included, renews those and attends to all.
+    cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
+    slots are read, none renewed. own: bool [B, first image slots], those whose keys and values are this call's.
+    region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot
+    attends to; None: all attend to all. Text attends to everything.
+    watch: a module's attention to the text is recorded there.
     """
 
     cos: Tensor
@@ -34,12 +63,20 @@ class AttentionLayout:
     modulate: Tensor | None = None
     cache: dict[Any, tuple[Tensor, Tensor]] | None = None
     first: int | None = None
+    cached_text: int | None = None
+    own: Tensor | None = None
+    region: Tensor | None = None
+    text_mask: Tensor | None = None
+    watch: TextWatch | None = None
 
     def of_first(self, first: int) -> AttentionLayout:
         """The layout of a call that brings the first so many slots, text included."""
         behind = self.cos.shape[1] - first
         modulate = None if self.modulate is None else self.modulate[:, : self.modulate.shape[1] - behind]
-        return replace(self, cos=self.cos[:, :first], sin=self.sin[:, :first], modulate=modulate, first=first)
+        region = None if self.region is None else self.region[:, : self.region.shape[1] - behind]
+        return replace(
+            self, cos=self.cos[:, :first], sin=self.sin[:, :first], modulate=modulate, region=region, first=first
+        )
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,17 +100,55 @@ def joint_attention(
     queries = layout.lengths
     if layout.first is not None:
         cached = layout.cache[module]
-        for kept, fresh in zip(cached, (k, v)):
-            kept[:, : layout.first] = fresh
-        k, v = cached
+        if layout.cached_text is None:
+            for kept, fresh in zip(cached, (k, v)):
+                kept[:, : layout.first] = fresh
+            k, v = cached
+        else:
+            k, v = (over_another_text(kept, fresh, layout) for kept, fresh in zip(cached, (k, v)))
         queries = None if queries is None else queries.clamp(max=layout.first)
     elif layout.cache is not None:
         # a copy where v is a view of more than itself
         layout.cache[module] = k, v.contiguous()
-    out, _ = torch.ops.specedit.mixed_res_attn(
+    if layout.region is not None:
+        return sparse_text_attention(q, k, v, layout, queries).flatten(2, 3)
+    out, lse = torch.ops.specedit.mixed_res_attn(
         q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths
     )
+    if layout.watch is not None:
+        layout.watch.see(module, q, k, lse)
     return out.flatten(2, 3)
+
+
+def over_another_text(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> Tensor:
+    """Keys or values of [text | image slots]: `fresh` [B, first, Hk, D], and of the slots that are not its own, the
+    cache's, `kept` [B, cached_text + image slots, Hk, D]."""
+    image, count = kept[:, layout.cached_text :], layout.own.shape[1]
+    text = fresh.shape[1] - count
+    own = torch.where(layout.own[..., None, None], fresh[:, text:], image[:, :count])
+    return torch.cat([fresh[:, :text], own, image[:, count:]], dim=1)
+
+
+def sparse_text_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, queries: Tensor | None) -> Tensor:
+    """Joint attention whose image -> text part is sparse (SSCA, FlashEdit, arXiv 2509.22244): [B, Sq, H, D].
+
+    Image -> image is dense, image -> text goes by the slots' regions, and merge_attn makes one softmax of the two; text
+    attends to everything. queries: int32 [B], used slots of q, or None where all are.
+    """
+    attend, length = torch.ops.specedit.mixed_res_attn, layout.text_mask.shape[-1]
+    keys, bias = layout.lengths, layout.key_bias
+    words, _ = attend(q[:, :length], k, v, key_bias=bias, kv_lens=keys)
+    picture = attend(
+        q[:, length:], k[:, length:], v[:, length:],
+        key_bias=None if bias is None else bias[:, length:].contiguous(),
+        q_lens=None if queries is None else queries - length,
+        kv_lens=None if keys is None else keys - length,
+    )  # fmt: skip
+    text = torch.ops.specedit.sparse_cross_attn(
+        q[:, length:], k[:, :length], v[:, :length], layout.region, layout.text_mask
+    )
+    out, _ = torch.ops.specedit.merge_attn(*picture, *text)
+    return torch.cat([words, out], dim=1)
 
 
 class SpecEditAttnProcessor:

@@ -31,6 +31,7 @@ UNSELECTED = ("source", "coarse")
 METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
+RUNNERS = ("eager", "fused", "graph", "compile")
 
 # (metric, reference, draft) -> threshold on the [0, 4] scale of token_discrepancy, for use with dilation 1.
 # Found by bench/quality/calibrate.py on an H100 with the shipped editor, on 188 local and small calibration edits at
@@ -120,6 +121,12 @@ class SpecEditConfig:
         between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
         tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".
+    runner: how the transformer's steps run. "eager": its own forward; the default on every device, since its numbers
+        are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused"
+        (FLUX): the same modules in about a third of the launches, equal but for rounding. "graph" (FLUX on a CUDA
+        device): fused steps, and the autoencoder, captured as CUDA graphs at the first edit of a size and replayed from
+        then on; below about 1,000 tokens a step is bound by its launches without. "compile": the same with the blocks
+        under torch.compile. A pipeline that cannot have the runner asked for takes "eager", and warns why.
     """
 
     preset: int = 9
@@ -142,6 +149,7 @@ class SpecEditConfig:
     coarse_references: bool = False
     kv_refresh: int = 1
     selection: str = "score"
+    runner: str = "eager"
 
     def __post_init__(self):
         _one_of("preset", self.preset, tuple(PRESETS))
@@ -152,6 +160,7 @@ class SpecEditConfig:
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("selection", self.selection, SELECTIONS)
+        _one_of("runner", self.runner, RUNNERS)
         _integer("draft_steps", self.draft_steps, 1)
         _integer("feather", self.feather, 0)
         _integer("dilation", self.dilation, 0)

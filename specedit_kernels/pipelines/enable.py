@@ -67,6 +67,7 @@ def disable_specedit(pipe: DiffusionPipeline) -> None:
     if plain is None:
         return
     unwrap_processors(pipe.transformer)
-    for name in ("_specedit_default", "_specedit_stats"):
+    pipe._free_runner()
+    for name in ("_specedit_default", "_specedit_stats", "_specedit_runner"):
         pipe.__dict__.pop(name, None)
     pipe.__class__ = plain

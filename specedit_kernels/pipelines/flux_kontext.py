@@ -15,8 +15,8 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from torch import Tensor
 
 from ..sampling.grid import BLOCK, PATCH
-from .config import SpecEditConfig
-from .flux_model import FluxKontextModel, FluxText
+from .config import RUNNERS, SpecEditConfig
+from .flux_model import FluxKontextModel, FluxText, FusedFluxModel
 from .output import SpecEditPipelineOutput, StageClock
 from .pipeline import SpecEditMixin, per_image
 
@@ -46,6 +46,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     """
 
     STEPS_OF_PLAIN = 28
+    RUNNERS = RUNNERS
 
     @torch.no_grad()
     def __call__(
@@ -186,14 +187,24 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
         if pixels.shape[1] != 3:
             raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
 
+        runner = self._runner(specedit)
+
+        def encode_whole(pixels: Tensor) -> Tensor:
+            return self._encode_vae_image(image=pixels, generator=generator)
+
         def encode(at: Tensor) -> Tensor:
-            return per_image(self._encode_vae_image(image=at.to(dtype), generator=generator), "image", batch)
+            at = at.to(dtype)
+            if runner is None:
+                return per_image(encode_whole(at), "image", batch)
+            tag = ("encode", isinstance(generator, list), self.vae.use_slicing, self.vae.use_tiling)
+            return per_image(runner(tag, encode_whole, {"pixels": at}), "image", batch)
 
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
+        parts = (self.transformer, self.vae, guidance, self._joint_attention_kwargs)
         return self._edit(
-            model=FluxKontextModel(self.transformer, self.vae, guidance, self._joint_attention_kwargs),
+            model=FluxKontextModel(*parts) if runner is None else FusedFluxModel(*parts, runner),
             config=specedit,
             counts=counts,
             positive=positive,
@@ -211,6 +222,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
             output_type=output_type,
             return_dict=return_dict,
             clock=clock,
+            runner=runner,
         )
 
     def _output_size(

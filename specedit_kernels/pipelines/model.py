@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .. import ops
 from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
+from .attention import TextWatch
 from .vae import bring_in, codec_of
 
 
@@ -67,6 +69,12 @@ class EditModel(ABC):
         self.guidance = guidance
         self.attention_kwargs = attention_kwargs
 
+    def using(self, transformer: torch.nn.Module) -> EditModel:
+        """The same model with other weights: a transformer of the same class."""
+        other = copy.copy(self)
+        other.transformer = transformer
+        return other
+
     @property
     @abstractmethod
     def blocks(self) -> int:
@@ -75,6 +83,10 @@ class EditModel(ABC):
     @abstractmethod
     def dense_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid]) -> Any:
         """Layout of whole pictures: the target's grid, then each reference's, all at one reduction of `pictures`."""
+
+    @abstractmethod
+    def watched_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> Any:
+        """`dense_layout` with attention of our own, which records what `watch` asks for."""
 
     @abstractmethod
     def mixed_layout(
@@ -89,9 +101,55 @@ class EditModel(ABC):
     def first_layout(self, text: Text, layout: Any, first: int) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all."""
 
+    def edit_layout(
+        self, text: Text, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
+    ) -> Any:
+        """Layout of a sequence without empty slots whose image slots see text by their region: AttentionLayout's."""
+        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+        if region is None:
+            return made
+        bias = made.attention.key_bias
+        if bias is not None:  # some of the words are padding
+            text_mask = text_mask & (bias[:, None, : text_mask.shape[-1]] > float("-inf"))
+        return replace(made, attention=replace(made.attention, region=region, text_mask=text_mask))
+
+    def shield_layouts(
+        self, source: Text, text: Text, pictures: Pictures, layout: SequenceLayout, first: int, region: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """(layout of the source branch, that of an edit of its first so many slots over its keys and values).
+
+        The first `fine_lengths` slots of each sample are the edit's own; the others, and all behind, are the branch's.
+        """
+        branch = self.mixed_layout(source, pictures, layout, padded=False, key_bias=False, cached=True)
+        edit = self.edit_layout(text, pictures, layout, region, text_mask)
+        slot = torch.arange(first, device=layout.index.device)
+        changes = dict(
+            cache=branch.attention.cache, cached_text=source.embeds.shape[1], own=slot < layout.fine_lengths[:, None]
+        )
+        edit = replace(edit, attention=replace(edit.attention, **changes))
+        return branch, self.first_layout(text, edit, first)
+
+    def slots(self, count: int) -> int:
+        """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
+        return count
+
+    def moments(self, text: Text, timesteps: Tensor) -> Iterable[Any]:
+        """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""
+        return timesteps.unbind()
+
     @abstractmethod
-    def velocity(self, text: Text, tokens: Tensor, timestep: Tensor, layout: Any) -> Tensor:
-        """Velocity for image tokens [B, S, 4C] at a timestep in [0, 1000] (0-dim tensor): the shape of tokens."""
+    def velocity(self, text: Text, tokens: Tensor, moment: Any, layout: Any) -> Tensor:
+        """Velocity for image tokens [B, S, 4C] at one of the `moments`: the shape of tokens."""
+
+    def kv_bytes(self, layouts: Sequence[Any]) -> int:
+        """Bytes of the keys and values that these cached mixed layouts keep."""
+        kept = (x for layout in layouts for pair in layout.attention.cache.values() for x in pair)
+        return sum(x.numel() * x.element_size() for x in kept)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents [B, C, h, w] -> pixels in [-1, 1], [B, 3, H, W]."""
+        return self.codec.decode(latents)
 
     @abstractmethod
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -35,7 +35,12 @@ class SpecEditStats:
     active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
+    key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None. inverted: whether the
+    noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
+    of the source's latents (BG-Shield), or None.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
+    runner: what ran the transformer's steps. captures: CUDA graphs that this run had to capture. graph_bytes: device
+    memory of all graphs that the pipeline keeps; kv_cache_bytes: of the keys and values that the mixed steps kept.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -47,8 +52,15 @@ class SpecEditStats:
     edited: list[float] = field(default_factory=list)
     fallbacks: list[str | None] = field(default_factory=list)
     threshold: float | None = None
+    key_tokens: Tensor | None = None
+    inverted: bool = False
+    source_error: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     backend: str | None = None
+    runner: str = "eager"
+    captures: int = 0
+    graph_bytes: int = 0
+    kv_cache_bytes: int = 0
 
     @property
     def flops(self) -> int:

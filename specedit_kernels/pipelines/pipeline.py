@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from .attention import wrap_processors
 from .config import SpecEditConfig
 from .model import EditModel, Text
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
+from .runner import StepRunner, inspect
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
@@ -35,22 +37,27 @@ logger = logging.getLogger("specedit_kernels")
 class SpecEditMixin:
     """The part of a SpecEdit pipeline that knows no model; a class has it before its diffusers pipeline.
 
-    STEPS_OF_PLAIN: the diffusers pipeline's own default number of steps.
+    STEPS_OF_PLAIN: the diffusers pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG:
+    the class of a call's options.
     """
 
     STEPS_OF_PLAIN: int
+    RUNNERS: tuple[str, ...] = ("eager",)
+    CONFIG = SpecEditConfig
 
     _specedit_default: SpecEditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
+    _specedit_runner: StepRunner | None = None
 
     def _resolve(
         self, specedit: SpecEditConfig | bool | None, steps: int | None, needs_draft: bool, output_type: str | None
     ) -> tuple[SpecEditConfig, tuple[int, int, int]]:
         """The config of a call and its (coarse, mixed, full) steps, checked against each other and the pipeline."""
         if specedit is None or specedit is True:
-            specedit = self._specedit_default or SpecEditConfig()
-        if not isinstance(specedit, SpecEditConfig):
-            raise TypeError(f"specedit: expected SpecEditConfig, None or a bool, got {type(specedit).__name__}")
+            specedit = self._specedit_default or self.CONFIG()
+        if not isinstance(specedit, self.CONFIG):
+            expected = f"{self.CONFIG.__name__}, None or a bool"
+            raise TypeError(f"specedit: expected {expected}, got {type(specedit).__name__}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if specedit.preserve == "pixels" and output_type == "latent":
@@ -60,6 +67,28 @@ class SpecEditMixin:
         if needs_draft and specedit.draft == "coarse" and counts[0] == 0:
             raise ValueError(f"draft: 'coarse' needs at least one coarse step, or a mask_image; got stages {counts}")
         return specedit, counts
+
+    def _runner(self, config: SpecEditConfig) -> StepRunner | None:
+        """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
+        name = config.runner
+        if name == "eager":
+            return None
+        reason, signature = f"{type(self).__name__} has no other", []
+        if name in self.RUNNERS:
+            reason, signature = inspect(name, self.transformer, self.vae)
+        if reason:
+            _warn_once(f"runner={name!r}: steps run eagerly: {reason}")
+            return None
+        if self._specedit_runner is None or self._specedit_runner.name != name:
+            self._free_runner()
+            self._specedit_runner = StepRunner(name)
+        self._specedit_runner.watch(signature)
+        return self._specedit_runner
+
+    def _free_runner(self) -> None:
+        if self._specedit_runner is not None:
+            self._specedit_runner.clear()
+            self._specedit_runner = None
 
     def _edit(
         self,
@@ -81,13 +110,15 @@ class SpecEditMixin:
         output_type: str | None,
         return_dict: bool,
         clock: StageClock,
+        runner: StepRunner | None = None,
     ) -> SpecEditPipelineOutput | tuple:
         """A call from the point where text and pictures are ready.
 
         pixels: the edited pictures at the output's size, [n, 3, H, W]; references: pixels of every picture that the
         model sees, the edited ones first (the tensor `pixels` itself where they have the output's size). encode: pixels
-        [n, ...] -> clean latents [B, ...].
+        [n, ...] -> clean latents [B, ...]. runner: the model's, or None.
         """
+        captures = runner.captures if runner else 0
         batch, dtype = positive.embeds.shape[0], positive.embeds.dtype
         device = pixels.device
         if isinstance(generator, list) and len(generator) != batch:
@@ -152,6 +183,9 @@ class SpecEditMixin:
             clock.mark("decode")
         self.maybe_free_model_hooks()
         run.stats.seconds = clock.seconds()
+        if runner:
+            run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
+            run.stats.captures = runner.captures - captures
         self._specedit_stats = run.stats
         if not return_dict:
             return (images,)
@@ -226,10 +260,7 @@ class SpecEditMixin:
             else:
                 clean = stages.finish_full(run, state, plan.mixed[-1], plan.full, selection)
             clock.mark("finish")
-        if not all(selection.changed):
-            changed = torch.tensor(selection.changed, device=run.device)[:, None, None, None]
-            clean = torch.where(changed, clean, run.source)
-        return clean, selection, scores
+        return stages.keep_unchanged(run, clean, selection), selection, scores
 
     def _verify_select(self, run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
         run.clock.mark(stage)
@@ -273,7 +304,7 @@ class SpecEditMixin:
         if all(untouched):
             decoded = pixels
         else:
-            decoded = run.model.codec.decode(clean)
+            decoded = run.model.decode(clean)
         if not keep and not any(untouched):
             return self.image_processor.postprocess(decoded, output_type=output_type)
         alpha = torch.ones_like(pixels[:, :1])
@@ -292,6 +323,11 @@ class SpecEditMixin:
             return [PIL.Image.fromarray(a) for a in array]
         blend = blend / 255
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def per_image(x: Tensor, name: str, batch: int) -> Tensor:

@@ -190,6 +190,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
             output_type=output_type,
             return_dict=return_dict,
             clock=clock,
+            runner=self._runner(specedit),
         )
 
     def _check_batch(self, prompts: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_positions
-from .attention import AttentionLayout
+from .attention import AttentionLayout, TextWatch
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
 
 
@@ -91,6 +91,21 @@ class QwenImageEditModel(EditModel):
         _, words = table([list(full)], device=text.embeds.device, **options)
         return QwenLayout(shapes, (image, words), None)
 
+    def watched_layout(
+        self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> QwenLayout:
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        image, words = layout.rotary or self.transformer.pos_embed(
+            [list(layout.shapes)], device=text.embeds.device, max_txt_seq_len=length
+        )
+        turn = torch.cat([words, image])
+        cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
+        bias = None
+        if text.mask is not None:
+            bias = cos.new_zeros(cos.shape[:2])
+            bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
+        return replace(layout, rotary=None, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
+
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
     ) -> QwenLayout:
@@ -121,7 +136,7 @@ class QwenImageEditModel(EditModel):
     def first_layout(self, text: QwenText, layout: QwenLayout, first: int) -> QwenLayout:
         return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1] + first))
 
-    def velocity(self, text: QwenText, tokens: Tensor, timestep: Tensor, layout: QwenLayout) -> Tensor:
+    def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.rotary is not None:
             kwargs["specedit_rotary"] = layout.rotary
@@ -129,7 +144,7 @@ class QwenImageEditModel(EditModel):
             kwargs["specedit_layout"] = layout.attention
         return self.transformer(
             hidden_states=tokens,
-            timestep=timestep.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
             guidance=self.guidance,
             # in a mixed sequence the key bias holds the mask
             encoder_hidden_states_mask=text.mask if layout.attention is None else None,

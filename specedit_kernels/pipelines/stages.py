@@ -110,21 +110,35 @@ class Run:
 
     def fresh_noise(self, shape: Sequence[int]) -> Tensor:
         """White fp32 noise from the call's generators."""
-        return randn_tensor(tuple(shape), generator=self.generator, device=self.device, dtype=torch.float32)
+        generator = self.generator[0] if isinstance(self.generator, list) else self.generator
+        device = self.device if generator is None else generator.device
+        noise = randn_tensor(tuple(shape), generator=self.generator, device=device, dtype=torch.float32)
+        if noise.device.type == self.device.type:
+            return noise
+        # from pinned memory: another copy would wait for the stage before
+        return noise.pin_memory().to(self.device, non_blocking=True)
 
     def flops(self, tokens: Sequence[int], keys: Sequence[int] | None = None) -> int:
         """Useful FLOPs of one step over sequences with that many image tokens, which attend to `keys` of them."""
         pairs = zip(tokens, tokens if keys is None else keys)
         return sum(self.model.flops(text, n, m) for n, m in pairs for text in self.branches)
 
-    def velocity(self, tokens: Tensor, timestep: Tensor, layouts: Sequence[Any], first: int | None = None) -> Tensor:
+    def moments(self, timesteps: Tensor) -> list[tuple[Any, ...]]:
+        """The model's of each timestep, fp32 [n] in [0, 1000], one for each branch."""
+        return list(zip(*(self.model.moments(text, timesteps) for text in self.branches)))
+
+    def velocity(
+        self, tokens: Tensor, moment: tuple[Any, ...] | Tensor, layouts: Sequence[Any], first: int | None = None
+    ) -> Tensor:
         """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
 
-        timestep: in [0, 1000], 0-dim. layouts: the model's, one for each branch.
+        moment: one of `moments`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for each branch.
         """
+        if isinstance(moment, Tensor):
+            [moment] = self.moments(moment[None])
         found = [
-            self.model.velocity(text, tokens, timestep, layout)[:, :first]
-            for text, layout in zip(self.branches, layouts)
+            self.model.velocity(text, tokens, at, layout)[:, :first]
+            for text, at, layout in zip(self.branches, moment, layouts)
         ]
         return found[0] if len(found) == 1 else self.model.guide(*found, self.true_cfg_scale)
 
@@ -138,7 +152,8 @@ def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
 
 
 def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+    # a blocking copy would wait for the stage before
+    return torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def dense_steps(
@@ -152,13 +167,14 @@ def dense_steps(
     tokens, behind = pack(state), [pack(x) for x in condition]
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.branches]
     at = _device_levels(levels, run.device)
+    moments = run.moments(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     estimate = tokens
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
-        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), timestep, layouts, count)
+        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count)
         estimate = euler(tokens, velocity, -at[i])
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
         run.record(stage, levels[i], [total] * run.batch)
@@ -347,8 +363,8 @@ class MixedState:
 
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
-    layouts: the model's, one for each guidance branch. first: slots, the sequence's first ones, that hold all fine
-    target tokens of every sample. first_layouts: the model's for these alone, over cached keys and values.
+    layouts: the model's, one for each guidance branch. fine: the fine target tokens of each sample; first: slots, the
+    sequence's first ones, that hold them all. first_layouts: the model's for these alone, over cached keys and values.
     """
 
     tokens: Tensor
@@ -358,6 +374,7 @@ class MixedState:
     layout: SequenceLayout
     layouts: list[Any]
     lengths: tuple[int, ...]
+    fine: tuple[int, ...]
     first: int
     first_layouts: list[Any]
 
@@ -386,7 +403,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others),
     )
     lengths = tuple(sequence_length(c, run.grid, **parts)[1] for c in selection.counts)
-    layout = build_layout(selection.order, selection.count, run.grid, max(lengths), **parts)
+    layout = build_layout(selection.order, selection.count, run.grid, run.model.slots(max(lengths)), **parts)
     capacity = layout.capacity
     tokens = ops.gather_tokens(table, layout.index, capacity)
     if drift is None:
@@ -397,12 +414,13 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype))
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     padded = min(lengths) < capacity
-    cached, first = config.kv_refresh > 1, CHILDREN * max(selection.counts)
+    fine = tuple(CHILDREN * count for count in selection.counts)
+    cached, first = config.kv_refresh > 1, run.model.slots(max(fine))
     layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias, cached) for text in run.branches]
     first_layouts = []
     if cached:
         first_layouts = [run.model.first_layout(text, x, first) for text, x in zip(run.branches, layouts)]
-    return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths, first, first_layouts)
+    return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths, fine, first, first_layouts)
 
 
 def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
@@ -413,23 +431,26 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
     source, so nothing but their keys and values is missing.
     """
     at = _device_levels(levels, run.device)
+    moments = run.moments(at[:-1] * 1000)
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
         if i % run.config.kv_refresh == 0:
-            velocity = run.velocity(state.tokens, timestep, state.layouts)
+            velocity = run.velocity(state.tokens, moments[i], state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
             run.record("mixed", levels[i], state.lengths)
         else:
             n = state.first
-            velocity = run.velocity(state.tokens[:, :n], timestep, state.first_layouts)
+            velocity = run.velocity(state.tokens[:, :n], moments[i], state.first_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
-            run.record("active", levels[i], [min(n, length) for length in state.lengths], state.lengths)
+            run.record("active", levels[i], state.fine, state.lengths)
         state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
+    if state.first_layouts:
+        run.stats.kv_cache_bytes = run.model.kv_bytes(state.layouts)
 
 
 def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:
@@ -469,6 +490,26 @@ def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
     """The locked finish: clean latents of the edit region from the sequence, the source's everywhere else."""
     fine, _ = _scatter_back(run, state)
     return torch.where(_on_pixels(selection.edited, run.grid, PATCH), fine, run.source)
+
+
+def everything(run: Run) -> Selection:
+    """The selection of all blocks, for a run that looks for no region."""
+    blocks, tokens = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
+    all_of = torch.ones(run.batch, tokens, dtype=torch.bool, device=run.device)
+    order = torch.arange(blocks, dtype=torch.int32, device=run.device).expand(run.batch, blocks)
+    count = torch.full((run.batch,), blocks, dtype=torch.int32, device=run.device)
+    yes = (True,) * run.batch
+    run.stats.active = run.stats.edited = [1.0] * run.batch
+    run.stats.fallbacks = [None] * run.batch
+    return Selection(all_of, all_of, order, count, (blocks,) * run.batch, changed=yes, dense=yes)
+
+
+def keep_unchanged(run: Run, clean: Tensor, selection: Selection) -> Tensor:
+    """Clean latents, but the source's in samples where nothing changes."""
+    if all(selection.changed):
+        return clean
+    changed = torch.tensor(selection.changed, device=run.device)[:, None, None, None]
+    return torch.where(changed, clean, run.source)
 
 
 def edit_alpha(edited: Tensor, grid: Grid, pixel: int, feather: int) -> Tensor:

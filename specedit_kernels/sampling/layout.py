@@ -53,6 +53,7 @@ class SequenceLayout:
     index: int32 [B, capacity], the table row of each slot, -1 from `lengths` on.
     lengths: int32 [B], slots in use. target_lengths: int32 [B], how many of them (the first ones) are target tokens.
     fine_lengths: int32 [B], how many of the target tokens (the first ones) are fine.
+    targets: bool [B, capacity], which slots hold target tokens, where these are not the first ones.
     """
 
     index: Tensor
@@ -60,6 +61,7 @@ class SequenceLayout:
     target_lengths: Tensor
     fine_lengths: Tensor
     grid: Grid
+    targets: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -67,6 +69,8 @@ class SequenceLayout:
 
     def target_slots(self) -> Tensor:
         """bool [B, capacity]: slots that hold target tokens."""
+        if self.targets is not None:
+            return self.targets
         return torch.arange(self.capacity, device=self.index.device) < self.target_lengths[:, None]
 
     def fine_target_slots(self) -> Tensor:

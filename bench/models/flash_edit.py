@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds of a whole FlashEdit edit on FLUX.1-Kontext at the published sizes, with random weights, autoencoder
+included, beside the multi-step inversion that it replaces.
+
+    python bench/models/flash_edit.py --out runs/models              # one GPU with 40 GB or more
+    python bench/models/flash_edit.py --tiny --out /tmp/models       # a tiny model on any machine, to try the script
+
+Text embeddings and the edit region (a square block of tokens) are given; the draft runs all the same, since SSCA needs
+it. The inversion network is the transformer itself: its merged weights cost the same. All rows come from one process.
+Writes OUT/flash_edit.json and .md.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from flux_kontext import Bench, Row, region, setting
+
+from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline
+from specedit_kernels.pipelines.config import RUNNERS
+
+
+class FlashBench(Bench):
+    """The same model, pictures and clock for FlashEdit."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.flash = FlashEditFluxKontextPipeline(**self.pipe.components)
+        self.flash.set_progress_bar_config(disable=True)
+        self.flash._inverter = self.flash.transformer
+        wide, pooled = self.options["prompt_embeds"], self.options["pooled_prompt_embeds"]
+        self.options |= {
+            "negative_prompt_embeds": torch.randn_like(wide[:, : args.source_length]),
+            "negative_pooled_prompt_embeds": torch.randn_like(pooled),
+        }
+
+    def edit(self, mask=None, **options):
+        stats = self.flash(specedit=FlashEditConfig(**options), mask_image=mask, **self.options).stats
+        self.synchronize()
+        return stats
+
+    def rows(self):
+        tenth, steps, rows = region(self.args.side, 0.1), self.args.steps, {}
+        for runner in self.args.runners:
+            every = {"": {}, ", no cosi": dict(cosi=False), ", no ssca": dict(ssca=False),
+                     ", no bg_shield": dict(bg_shield=False)}  # fmt: skip
+            for name, options in every.items():
+                options |= dict(runner=runner)
+                rows[f"flash {runner}, 10 %{name}"] = Row(lambda o=options: self.edit(tenth, **o))
+            if runner == self.args.runners[0]:
+                baseline = dict(method="inversion", runner="eager")
+                rows[f"inversion-{steps}+{steps} eager"] = Row(
+                    lambda b=baseline: self.edit(steps=steps, **b), lambda b=baseline: self.edit(steps=1, **b)
+                )
+        return rows
+
+
+def markdown(head, rows, baseline):
+    versions = ", ".join(f"{k} {v}" for k, v in head["versions"].items())
+    lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens"
+             f" ({head['source_length']} of the source branch), batch 1; {head['device']}, {versions}, commit"
+             f" {head['commit']}, {head['date']}. Seconds with the autoencoder; text embeddings given.", "",
+             "| row | seconds | calls | against the inversion | peak GiB | stages, s |",
+             "|---|---:|---:|---:|---:|---|"]
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(f"| {name} | failed: {row['error'][:120]} | | | | |")
+            continue
+        base = rows.get(baseline, {}).get("seconds")
+        peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "–"
+        stages = ", ".join(f"{k} {v:.3f}" for k, v in row["stages"].items())
+        ratio = f"{base / row['seconds']:.1f} x" if base else "–"
+        lines.append(f"| {name} | {row['seconds']:.3f} | {row['calls']} | {ratio} | {peak} | {stages} |")
+    return "\n".join(lines) + "\n"
+
+
+@torch.inference_mode()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/models"))
+    parser.add_argument("--side", type=int, help="of the picture in pixels, a multiple of 64 (default 512; tiny: 128)")
+    parser.add_argument("--text-length", type=int, default=512)
+    parser.add_argument("--source-length", type=int, help="text tokens of the source branch (default: the same)")
+    parser.add_argument("--steps", type=int, default=50, help="of the inversion and of the editing it is held against")
+    parser.add_argument("--repeat", type=int, default=7, help="timed calls of a row at most")
+    parser.add_argument("--patience", type=float, default=2.0, help="seconds after which a row is not repeated")
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["graph", "eager"])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    args.side = args.side or (128 if args.tiny else 512)
+    args.source_length = args.source_length or args.text_length
+    if args.side % 64 or args.side < 64:
+        parser.error(f"--side: expected a multiple of 64, got {args.side}")
+    bench = FlashBench(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    head, rows = {**setting(args), "source_length": args.source_length}, {}
+    for name, row in bench.rows().items():
+        try:
+            rows[name] = bench.measure(row)
+        except Exception as error:  # a row that fails is reported as failed, and the others go on
+            rows[name] = {"error": f"{type(error).__name__}: {error}"}
+        print(name, json.dumps(rows[name]), flush=True)
+        (args.out / "flash_edit.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
+        (args.out / "flash_edit.md").write_text(markdown(head, rows, f"inversion-{args.steps}+{args.steps} eager"))
+    print((args.out / "flash_edit.md").read_text())
+    return int(any("error" in row for row in rows.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

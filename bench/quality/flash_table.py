@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashEdit on the held-out local edits: whole, without each of its parts, and beside the multi-step baselines.
+
+    python bench/quality/flash_table.py --cosi runs/cosi                 # OUT/flash_table.md and .json
+    python bench/quality/flash_table.py --cosi runs/cosi --limit 12 --rows flash 'flash, *'
+
+Columns: right, by the judge; PSNR and SSIM outside the edit against the source; PSNR inside against the true target, of
+edits with one right answer; recall of the true region and share of the tokens of the mask; and, of the source branch,
+how far it is from giving the source back: the cycle that COSI trains.
+"""
+
+import argparse
+import fnmatch
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from judge import judge_edits
+from scenes import KINDS
+from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
+from table_measures import grow, masked_psnr, mean, recall_precision, to_pixels
+from table_runs import (
+    SHIPPED,
+    Runner,
+    add_arguments,
+    cell,
+    jsonable,
+    load_judge,
+    load_pipeline,
+    make_set,
+    markdown_table,
+    prepare,
+    setting,
+    stopwatch,
+    write_json,
+    write_text,
+)
+
+FLASH = FlashEditConfig()
+
+
+@dataclass(frozen=True)
+class Row:
+    """config: a FlashEdit or SpecEdit run; steps: plain steps in its place; oracle: with the true mask, grown by a
+    token; distilled: with the generator of the COSI folder, or the editor's own first step."""
+
+    config: FlashEditConfig | SpecEditConfig | None = None
+    steps: int = 0
+    oracle: bool = False
+    distilled: bool = True
+
+
+def all_rows():
+    return {
+        "flash": Row(FLASH),
+        "flash, no cosi": Row(replace(FLASH, cosi=False)),
+        "flash, no bg_shield": Row(replace(FLASH, bg_shield=False)),
+        "flash, no ssca": Row(replace(FLASH, ssca=False)),
+        "flash, none of the three": Row(replace(FLASH, cosi=False, bg_shield=False, ssca=False)),
+        "flash, no ssca, no bg_shield": Row(replace(FLASH, bg_shield=False, ssca=False)),
+        "flash, true mask": Row(FLASH, oracle=True),
+        "flash, pixels kept": Row(replace(FLASH, preserve="pixels")),
+        "flash, editor's own step": Row(FLASH, distilled=False),
+        "specedit-9": Row(SpecEditConfig()),
+        "plain-1": Row(steps=1),
+        "plain-50": Row(steps=50),
+        "inversion-50+50": Row(FlashEditConfig(method="inversion")),
+    }
+
+
+def ssim(a, b, mask):
+    """[n]: mean structural similarity of the lumas over mask [n, H, W], Gaussian window 11, sigma 1.5 (Wang, 2004)."""
+    weights = a.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    place = torch.arange(11, device=a.device, dtype=a.dtype) - 5
+    window = (-place.square() / (2 * 1.5**2)).exp()
+    window = (window / window.sum()).view(1, 1, 1, 11)
+
+    def blur(x):
+        x = F.conv2d(F.pad(x, (5,) * 4, mode="reflect"), window)
+        return F.conv2d(x, window.transpose(2, 3))
+
+    x, y = ((i * weights).sum(1, keepdim=True) for i in (a, b))
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    found = (2 * mx * my + 0.01**2) * (2 * cov + 0.03**2) / ((mx**2 + my**2 + 0.01**2) * (vx + vy + 0.03**2))
+    return (found[:, 0] * mask).sum((1, 2)) / mask.sum((1, 2))
+
+
+class Flash(FlashEditFluxKontextPipeline):
+    """Encodes a batch of sources at once though each picture has its own generator: the mode needs none."""
+
+    def _encode_vae_image(self, image, generator):
+        return super()._encode_vae_image(image, None)
+
+
+@torch.no_grad()
+def run(row, part, runner, pipes):
+    """(pictures [n, 3, H, W] in [0, 1], mask bool [n, rows, columns] or None, source_error [n] or None)."""
+    options = runner.options(part)
+    if isinstance(row.config, FlashEditConfig):
+        mask = grow(part.tokens, 1).float() if row.oracle else None
+        out = pipes[row.distilled](specedit=row.config, mask_image=mask, **options)
+        return out.images.float(), out.mask if row.config.method == "flash" else None, out.stats.source_error
+    if row.config is None:
+        return runner.pipe(num_inference_steps=row.steps, specedit=False, **options).images.float(), None, None
+    out = runner.pipe(specedit=row.config, **options)
+    return out.images.float(), out.mask, None
+
+
+def measure(part, images, mask, source_error, judge):
+    source, target = part.pictures()
+    outside = ~to_pixels(grow(part.reach, 1))
+    unique = part.edits.unique().to(images.device)
+    figures = {
+        "psnr_out": masked_psnr(images, source, outside), "ssim_out": ssim(images, source, outside),
+        "psnr_in": masked_psnr(images, target, part.mask).masked_fill(~unique, torch.nan),
+    }  # fmt: skip
+    if judge is not None:
+        figures["right"] = judge_edits(judge, part.edits, source, images).float()
+    if mask is not None:
+        figures["recall"] = recall_precision(mask, part.tokens)[0].masked_fill(~unique, torch.nan)
+        figures["share"] = 100 * mask.flatten(1).float().mean(1)
+    if source_error is not None:
+        figures["cycle"] = 1000 * source_error
+    return {name: values.double().cpu() for name, values in figures.items()}
+
+
+COLUMNS = {"right": ("right", 3), "psnr_out": ("out dB", 2), "ssim_out": ("out SSIM", 4), "psnr_in": ("in dB", 2),
+           "recall": ("recall", 3), "share": ("tokens %", 1), "cycle": ("cycle", 2)}
+
+
+def markdown(header, records):
+    place = header["setting"]
+    lines = [[name, *(cell(record.get(c), d) for c, (_, d) in COLUMNS.items())] for name, record in records.items()]
+    return "\n".join([
+        "# FlashEdit on edits with known answers", "",
+        f"{header['edits']} held-out local edits, {place['size']} px, {place['text_length']} text tokens, editor"
+        f" {place['model']}, COSI {header['cosi']}, commit {place['commit'][:10]}, {place['date']}, {place['device']},"
+        f" {place['dtype']}.", "",
+        markdown_table(["row", *(title for title, _ in COLUMNS.values())], lines), "",
+        "right: the judge's share; out: outside the edit (and a token around it) against the source; in: inside the"
+        " exact mask against the true target, of edits with one right answer; recall of the true region, of the same"
+        " edits; tokens: share of the mask; cycle: mean squared error of the source branch's latents against the"
+        " source's, in thousandths.", ""])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "out/flash")
+    parser.add_argument("--cosi", default=str(SHIPPED / "cosi"), help="folder for load_cosi, or 'none'")
+    parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
+    args = parser.parse_args(argv)
+    device, say = prepare(args), stopwatch()
+    judge = load_judge(args.judge, device)
+    runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
+    pipes = {}
+    for distilled in (False, True):
+        pipes[distilled] = Flash(**runner.pipe.components)
+        pipes[distilled].set_progress_bar_config(disable=True)
+        if distilled and args.cosi != "none":
+            pipes[distilled].load_cosi(args.cosi)
+    edits = make_set(device, args.size, args.limit)
+    edits = edits[(edits.edits.kind == KINDS.index("local")).nonzero()[:, 0]]
+    say(f"{len(edits)} edits are drawn")
+    header, records = {"setting": setting(args, device), "edits": len(edits), "cosi": args.cosi}, {}
+    for name, row in all_rows().items():
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in args.rows):
+            continue
+        begun, columns = time.perf_counter(), {}
+        for rows in torch.arange(len(edits)).split(args.batch):
+            made = run(row, edits[rows], runner, pipes)
+            for key, values in measure(edits[rows], *made, judge).items():
+                columns.setdefault(key, []).append(values)
+        records[name] = {key: mean(torch.cat(values)) for key, values in columns.items()}
+        say(f"{name}: {time.perf_counter() - begun:.1f} s; "
+            + ", ".join(f"{k} {cell(v, 3)}" for k, v in records[name].items()))
+        write_json(args.out / "flash_table.json", jsonable({**header, "rows": records}))
+        write_text(args.out / "flash_table.md", markdown(header, records))
+    print((args.out / "flash_table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

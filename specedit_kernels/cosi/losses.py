@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of COSI. Latents are clean, scaled ones, [B, C, H, W]; losses are fp32 means over all but noted weights.
+
+The paper (FlashEdit, arXiv 2509.22244) gives the two stages' terms and neither lambda nor w(t); ours are `CosiWeights`
+and `teacher_loss`'s. Its explicit cycle is not given either. Here it is:
+
+    image -> noise -> image    z -> F(z) -> G(F(z)) against z, for real pictures, under the source branch's text
+    noise -> image -> noise    e -> G(e) -> F(G(e)) against e
+
+The second is stage 1's noise term, because stage 1's pictures are the generator's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pipelines.model import EditModel, Pictures, Text
+from ..pipelines.one_step import complete_noise, grid_of, predict_clean, predict_noise, velocity_of
+
+
+@dataclass(frozen=True)
+class CosiWeights:
+    """Weights of the terms: reconstruction and noise of stage 1, cycle: reconstruction of real pictures, teacher:
+    stage 2's regulariser."""
+
+    reconstruction: float = 1.0
+    noise: float = 0.1
+    cycle: float = 1.0
+    teacher: float = 0.1
+
+
+def reconstruction_loss(clean: Tensor, rebuilt: Tensor, weight: Tensor | None = None) -> Tensor:
+    """|z - z^|^2 (stage 1, first term). weight: [B, 1, H, W], relative weight of each latent pixel, or None."""
+    error = (clean.float() - rebuilt.float()).square()
+    if weight is None:
+        return error.mean()
+    return (error * weight).sum() / (weight.sum() * error.shape[1])
+
+
+def noise_loss(noise: Tensor, told: Tensor) -> Tensor:
+    """|e - e_inv|^2 (stage 1, second term): noise that a picture was made from, and what the inversion tells of it."""
+    return (noise.float() - told.float()).square().mean()
+
+
+def teacher_noise(state: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
+    """A flow model's estimate of the noise in a state: e = x + (1 - t) v. level: fp32 scalar or [B, 1, 1, 1]."""
+    return state.float() + (1 - level) * velocity.float()
+
+
+def teacher_loss(noise: Tensor, teacher: Tensor, level: Tensor) -> Tensor:
+    """Stage 2: E_t[w(t) |e_inv - sg(e_teacher)|^2] with w(t) = t^2. level: fp32 scalar or [B, 1, 1, 1].
+
+    A teacher's noise is off by (1 - t) / t times its error in the picture; this weight bounds that for small t.
+    """
+    return (level**2 * (noise.float() - teacher.detach().float()).square()).mean()
+
+
+def distil_loss(
+    generator: EditModel, text: Text, noise: Tensor, answer: Tensor, references: Sequence[Tensor], weight: Tensor
+) -> Tensor:
+    """|G(e) - answer|^2, where answer is what many steps of the model make of the same noise and text.
+
+    A regression along the model's own trajectory: noise decides what the instruction leaves open, so that there is one
+    right answer for each noise, and no mean over answers to blur into.
+    """
+    return reconstruction_loss(answer, predict_clean(generator, text, noise, references), weight)
+
+
+def inversion_loss(
+    generator: EditModel,
+    inverter: EditModel,
+    source_text: Text,
+    made: tuple[Text, Tensor, Tensor],
+    source: Tensor,
+    fresh: Tensor,
+    weights: CosiWeights,
+    teacher: tuple[EditModel, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Loss of the inversion network: {"loss", and each term by its name}.
+
+    generator: frozen. source_text: the source branch's text, under which the inversion network sees every picture.
+    made: (text, noise, the generator's condition) of pictures that are made here, G(noise) [B, C, H, W].
+    source: real pictures; fresh: white noise, [2 B, C, H, W], which completes what a picture tells of its noise.
+    teacher: stage 2: (the multi-step model, frozen, and a noise level, 0-dim in (0, 1)); None: stage 1.
+    """
+    text, noise, condition = made
+    with torch.no_grad():
+        picture = predict_clean(generator, text, noise, [condition])
+    first, second = fresh.chunk(2)
+    told = predict_noise(inverter, source_text, picture)
+    rebuilt = predict_clean(generator, text, complete_noise(told, first), [condition])
+    inverted = complete_noise(predict_noise(inverter, source_text, source), second)
+    cycled = predict_clean(generator, source_text, inverted, [source])
+    terms = {
+        "reconstruction": reconstruction_loss(picture, rebuilt),
+        "noise": noise_loss(noise, told),
+        "cycle": reconstruction_loss(source, cycled),
+    }
+    if teacher is not None:
+        model, level = teacher
+        state = ((1 - level) * source + level * inverted).to(source.dtype)
+        with torch.no_grad():
+            pictures = Pictures(grid_of(source), (grid_of(source),))
+            velocity = velocity_of(model, source_text, state, level, [source], pictures)
+        terms["teacher"] = teacher_loss(inverted, teacher_noise(state, velocity, level), level)
+    return {"loss": sum(getattr(weights, name) * term for name, term in terms.items()), **terms}

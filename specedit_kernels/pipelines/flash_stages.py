@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of FlashEdit (arXiv 2509.22244) on a transformer that sees its source as condition tokens.
+
+draft -> select -> invert -> source branch -> edit. Each is one step of the model. The paper's U-Net has self-attention
+and cross-attention apart; here both are parts of one joint attention over [text | target | condition].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..sampling import noise as algebra
+from ..sampling.grid import coarse_grid, from_blocks, pack, unpack
+from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, sequence_length
+from . import stages
+from .attention import TextWatch
+from .model import EditModel, Text
+from .one_step import complete_noise, predict_noise
+from .stages import Run, Selection
+
+
+@dataclass(frozen=True)
+class FlashDraft:
+    """change: fp32 [B, N], how far the draft departs from the source, over its mean. mass: fp32 [B, blocks, T],
+    attention of each block's token to each text token in the watched layer, or None."""
+
+    change: Tensor
+    mass: Tensor | None
+
+
+def draft(run: Run, watched: torch.nn.Module | None) -> FlashDraft:
+    """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
+
+    change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
+    The source stands for the source branch's prediction, which is to be it.
+    watched: the attention whose text is watched (`watched_module`), or None.
+    """
+    grid = coarse_grid(run.grid)
+    source = stages.source_at(run, grid)
+    references = stages.references_at(run, 2, source)
+    noise = algebra.pool_noise(run.noise).to(run.source.dtype)
+    tokens = pack(noise)
+    grids = [grid, *((x.shape[-2] // 2, x.shape[-1] // 2) for x in references)]
+    watch, count = None, tokens.shape[1]
+    if watched is None:
+        layout = run.model.dense_layout(run.positive, run.pictures, grids)
+    else:
+        watch = TextWatch(watched, run.positive.embeds.shape[1])
+        layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
+    every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
+    [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
+    velocity = run.model.velocity(run.positive, every, moment, layout)
+    run.record("draft", 1.0, [every.shape[1]] * run.batch)
+    difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
+    change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
+    return FlashDraft(from_blocks(change, run.grid), None if watch is None else watch.mass[:, :count])
+
+
+def watched_module(transformer: torch.nn.Module, layer: int | None) -> torch.nn.Module:
+    """The attention of the block with that index, double-stream blocks first; None: the one at 3/8 of the depth."""
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+    if layer is None:
+        layer = 3 * len(blocks) // 8
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f"layer: expected an index of one of {len(blocks)} blocks, got {layer}")
+    return blocks[layer].attn
+
+
+def key_tokens(mass: Tensor, edited: Tensor, ratio: float) -> Tensor:
+    """The key semantic tokens of an instruction: bool [B, T].
+
+    mass: fp32 [B, n, T]; edited: bool [B, n]. A token stands out by the mean attention mass that the edit region's
+    queries give it beyond what the background's do; key ones stand out more than `ratio` times the mean over all T.
+    """
+    inside = edited[..., None].float()
+    fore = (mass * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+    back = (mass * (1 - inside)).sum(dim=1) / (1 - inside).sum(dim=1).clamp(min=1)
+    beyond = (fore - back).clamp(min=0)
+    return beyond > ratio * beyond.mean(dim=1, keepdim=True)
+
+
+def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
+    """Noise of the source in one step of the inversion network (COSI), fp32 [B, C, H, W]."""
+    told = predict_noise(inverter, text, run.source)
+    run.record("invert", 0.0, [math.prod(run.grid)] * run.batch)
+    return complete_noise(told, run.noise).float()
+
+
+@dataclass(frozen=True)
+class RegionFirst:
+    """The whole full-resolution sequence with the edit region's slots first.
+
+    The region is its target tokens, the condition tokens at their places, and all of pictures that lie on another grid.
+    layout: every block is fine; its fine_lengths are the region's. region: bool [B, slots]. counts: slots of the
+    region, of each sample. reached: bool [B, slots], those that key text tokens reach. fine, blocks: target tokens, and blocks of them; table: rows
+    [target noise | unused | source | unused | others], the rows of `layout`.
+    """
+
+    layout: SequenceLayout
+    region: Tensor
+    counts: tuple[int, ...]
+    reached: Tensor
+    fine: int
+    blocks: int
+    table: Tensor
+
+    def rows(self, of_source: bool = False) -> Tensor:
+        """Tokens of all slots [B, slots, 4C]; of_source: the source's in target slots, zeros in the others."""
+        index = self.layout.index
+        if of_source:
+            index = torch.where(self.layout.targets, index + self.fine + self.blocks, -1)
+        return ops.gather_tokens(self.table, index, self.layout.capacity)
+
+
+def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -> RegionFirst:
+    """Lay out `noise` [B, C, H, W] and the condition; reach: bool [B, N], where key text tokens reach."""
+    pictures, device = run.pictures, run.device
+    blocks, fine = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
+    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
+    behind = sum(math.prod(grid) for _, grid in pictures.others)
+    parts = dict(condition=pictures.aligned, others=behind)
+    _, capacity = sequence_length(blocks, run.grid, **parts)
+    layout = build_layout(selection.order, torch.full_like(selection.count, blocks), run.grid, capacity, **parts)
+    # a condition row is as far behind its target row as the halves of the table are long
+    half = fine + blocks
+    place = torch.where(layout.index < fine, layout.index, layout.index - half).clamp(0, fine - 1).long()
+    apart = layout.index >= 2 * half
+    region, reached = (x.gather(1, place) | apart for x in (selection.edited, reach))
+    order = (~region).int().argsort(dim=1, stable=True)
+    index, region = layout.index.gather(1, order), region.gather(1, order)
+    layout = replace(layout, index=index, targets=index < fine, fine_lengths=region.sum(dim=1).int())
+    start, source = pack(noise.to(run.source.dtype)), pack(run.source)
+    unused = start.new_zeros(run.batch, blocks, start.shape[2])
+    table = torch.cat([start, unused, source, unused, *(pack(x) for x in others)], dim=1)
+    halves = 2 if pictures.aligned else 1
+    counts = tuple(halves * CHILDREN * n + behind for n in selection.counts)
+    return RegionFirst(layout, region, counts, reached.gather(1, order), fine, blocks, table)
+
+
+def one_step_edit(
+    run: Run, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor, words: Tensor | None, shield: bool
+) -> Tensor:
+    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape.
+
+    words: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
+    shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
+    computes text and edit region alone over these. The background's latents are the source's own, as in SpecEdit's
+    locked finish, where the paper has the source branch's reconstruction of them.
+    """
+    model, text, sequence = run.model, run.positive, region_first(run, noise, selection, reach)
+    tokens, layout = sequence.rows(), sequence.layout
+    capacity, level = tokens.shape[1], torch.full((1,), 1000.0, device=run.device)
+    heard = (None, None)
+    if words is not None:
+        heard = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
+    [moment] = model.moments(text, level)
+    if shield:
+        first = min(model.slots(max(sequence.counts)), capacity)
+        branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *heard)
+        [source_moment] = model.moments(source_text, level)
+        rebuilt = tokens - model.velocity(source_text, tokens, source_moment, branch)
+        run.record("source", 1.0, [capacity] * run.batch)
+        clean = sequence.rows(of_source=True)
+        error = (rebuilt.float() - clean.float()).square() * layout.targets[..., None]
+        run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
+        edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], moment, edit)
+        clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])
+        run.record("edit", 1.0, sequence.counts, [capacity] * run.batch)
+    else:
+        edit = model.edit_layout(text, run.pictures, layout, *heard)
+        clean = tokens - model.velocity(text, tokens, moment, edit)
+        run.record("edit", 1.0, [capacity] * run.batch)
+    ops.scatter_tokens_(sequence.table, clean, layout.index)
+    return unpack(sequence.table[:, : sequence.fine], run.grid)
+
+
+def multi_step_edit(run: Run, source_text: Text, levels: list[float]) -> Tensor:
+    """The baseline: Euler inversion under the source's text, then Euler editing, len(levels) - 1 steps each.
+
+    levels: from 1 down to 0. Clean latents [B, C, H, W].
+    """
+    behind = [r.latents for r in run.references]
+    branch = replace(run, positive=source_text, on_draft_step=lambda: None)
+    noise, _ = stages.dense_steps(branch, run.source, levels[::-1], behind, "invert", main=False)
+    return stages.dense_steps(run, noise, levels, behind, "edit")[0]

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashEdit on tiny models with random weights: what its parts leave as it is, what they change, options, errors."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+
+from specedit_kernels import (  # noqa: E402
+    FlashEditConfig,
+    FlashEditFluxKontextPipeline,
+    FlashEditQwenImageEditPlusPipeline,
+    SpecEditConfig,
+    SpecEditQwenImageEditPlusPipeline,
+    cli,
+)
+from specedit_kernels.pipelines import flash_stages  # noqa: E402
+from specedit_kernels.pipelines.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
+from specedit_kernels.pipelines.flash_edit import GENERATOR, INVERTER  # noqa: E402
+from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
+from specedit_kernels.sampling import grid as grids  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL = (8, 8)
+
+
+def white(columns=8, rows=8):
+    """A mask, white over the first `columns` of 8 and `rows` of 8 tokens a side."""
+    array = np.zeros((128, 128), np.uint8)
+    array[: 16 * rows, : 16 * columns] = 255
+    return PIL.Image.fromarray(array)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def pipe(plain):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def one_step(plain):
+    options = call_options(image=tiny_image(), height=128, width=128)
+    return plain(num_inference_steps=1, generator=seeded(), **options)[0]
+
+
+@pytest.fixture(scope="module")
+def weights(plain, tmp_path_factory):
+    """A COSI folder with random changes."""
+    folder = tmp_path_factory.mktemp("cosi")
+    torch.manual_seed(5)
+    for name in (GENERATOR, INVERTER):
+        module = merged_copy(plain.transformer, save({}, folder / "none.safetensors"))
+        for parameter in add_low_rank(module, 4):
+            parameter.data.normal_(std=0.1)
+        save(low_rank_state(module), folder / name)
+    return folder
+
+
+def save(state, path):
+    save_low_rank(state, path)
+    return path
+
+
+def run(pipe, mask=None, seed=1, call=None, **options):
+    call = call_options(image=tiny_image()) | (call or {})
+    return pipe(mask_image=mask, generator=seeded(seed), specedit=FlashEditConfig(**options), **call)
+
+
+def latents(out):
+    return grids.unpack(out.images, ALL)
+
+
+# attention
+
+
+def sequence(seed=0, text=5, image=12, heads=2, dim=16, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, text + image, heads, dim, generator=generator) for _ in range(3))
+    angle = torch.rand(batch, text + image, dim // 2, generator=generator).repeat_interleave(2, dim=-1)
+    return (q, k, v), AttentionLayout(angle.cos(), angle.sin(), None, None)
+
+
+def test_text_that_all_regions_see_is_dense_attention():
+    qkv, layout = sequence()
+    bias = torch.cat([torch.zeros(2, 5), torch.randn(2, 12, generator=seeded())], dim=1)
+    layout = replace(layout, key_bias=bias, lengths=torch.tensor([17, 14]).int())
+    region = torch.arange(12).remainder(2).int().expand(2, 12)
+    sparse = replace(layout, region=region, text_mask=torch.ones(2, 2, 5, dtype=torch.bool))
+    got, expected = (joint_attention("m", None, qkv, x) for x in (sparse, layout))
+    for i, length in enumerate((17, 14)):
+        torch.testing.assert_close(got[i, :length], expected[i, :length], atol=2e-6, rtol=1e-5)
+
+
+def test_a_region_does_not_see_the_text_that_is_taken_from_it():
+    (q, k, v), layout = sequence()
+    mask = torch.ones(2, 2, 5, dtype=torch.bool)
+    mask[:, 0, 3] = False
+    region = (torch.arange(12) >= 8).int().expand(2, 12)
+    sparse = replace(layout, region=region, text_mask=mask)
+    before = joint_attention("m", None, (q, k, v), sparse)
+    v = v.clone()
+    v[:, 3] += 1
+    changed = (joint_attention("m", None, (q, k, v), sparse) - before).abs().amax(dim=(0, 2)) > 1e-4
+    assert changed.tolist() == [True] * 5 + [False] * 8 + [True] * 4
+
+
+def test_shielded_slots_keep_the_keys_and_values_of_the_cache():
+    (q, k, v), layout = sequence()
+    layout = replace(layout, cache={})
+    joint_attention("m", None, (q, k, v), layout)
+    kept = [x.clone() for x in layout.cache["m"]]
+    # a call with 3 text slots in place of 5, and of 12 image slots the first 6, of which sample 1 owns 4
+    own = torch.arange(6) < torch.tensor([[6], [4]])
+    part = replace(layout, cos=layout.cos[:, 2:], sin=layout.sin[:, 2:], cached_text=5, own=own).of_first(9)
+    fresh = [x[:, 2:11] + 1 for x in (q, k, v)]
+    keys, values = (over_another_text(old, new, part) for old, new in zip(kept, fresh[1:]))
+    for old, new, found in zip(kept, fresh[1:], (keys, values)):
+        for i, count in enumerate((6, 4)):
+            expected = torch.cat([new[i, : 3 + count], old[i, 5 + count :]])
+            assert torch.equal(found[i], expected)
+    out = joint_attention("m", None, tuple(fresh), part)
+    assert out.shape == (2, 9, 32) and all(torch.equal(a, b) for a, b in zip(kept, layout.cache["m"]))
+
+
+def test_the_watched_mass_is_the_softmax_weight(pipe):
+    seen = {}
+    draft = flash_stages.draft
+
+    def spy(run, watched):
+        found = draft(run, watched)
+        seen["mass"] = found.mass
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_stages, "draft", spy)
+        run(pipe, white(4))
+    mass = seen["mass"]
+    assert mass.shape == (1, 16, 16) and (mass > 0).all() and (mass.sum(dim=2) < 1).all()
+
+
+def test_key_tokens_stand_out_in_the_region():
+    mass = torch.full((1, 6, 4), 0.1)
+    edited = torch.tensor([[True, True, False, False, False, False]])
+    mass[0, :2, 1] = 0.4  # looked at by the region
+    mass[0, :, 2] = 0.4  # by all
+    mass[0, 2:, 3] = 0.4  # by the background
+    assert flash_stages.key_tokens(mass, edited, 1.5).tolist() == [[False, True, False, False]]
+
+
+# the parts
+
+
+def test_everything_foreground_is_the_plain_step(pipe, one_step):
+    for options in ({}, dict(max_active=1.0), dict(ssca=False), dict(bg_shield=False)):
+        out = run(pipe, white(), **options)
+        torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
+
+
+def test_a_shield_over_nothing_is_the_plain_step(pipe, one_step, monkeypatch):
+    """The cached pass itself, not the short cut that leaves it out where all is edited."""
+    edit = flash_stages.one_step_edit
+    monkeypatch.setattr(flash_stages, "one_step_edit", lambda *a: edit(*a[:-1], True))
+    out = run(pipe, white(), call=dict(negative_prompt_embeds=None))
+    assert [s.stage for s in out.stats.steps] == ["draft", "source", "edit"]
+    torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
+
+
+def test_all_switches_off_is_the_plain_step(pipe, one_step):
+    out = run(pipe, white(4), cosi=False, bg_shield=False, ssca=False)
+    torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
+
+
+def test_the_shield_keeps_the_source_and_computes_the_region_alone(pipe, one_step):
+    out = run(pipe, white(4))
+    whole = run(pipe, white(4), bg_shield=False)
+    source = pipe(image=tiny_image(), prompt="", specedit=FlashEditConfig(max_active=1.0), mask_image=white(4),
+                  generator=seeded(9), **{k: v for k, v in call_options().items() if k != "prompt"})  # fmt: skip
+    outside = torch.zeros(64, dtype=torch.bool).view(8, 8)
+    outside[:, 4:] = True
+    outside = outside.flatten()
+    assert torch.equal(out.images[:, outside], source.images[:, outside])  # another text and noise, the same source
+    assert not torch.equal(whole.images[:, outside], out.images[:, outside])
+    assert (out.images[:, ~outside] - one_step[:, ~outside]).abs().max() < (source.images - one_step).abs().max()
+    # 32 of 64 target tokens, and the condition tokens at their places
+    assert {s.stage: s.tokens for s in out.stats.steps} == {"draft": (32,), "source": (128,), "edit": (64,)}
+    assert out.stats.source_error.shape == (1,) and out.stats.source_error > 0
+    assert whole.stats.source_error is None
+
+
+def test_ssca_changes_the_picture_where_the_text_does_not_reach(pipe, one_step):
+    out = run(pipe, white(4), bg_shield=False, token_ratio=0.0)
+    assert out.stats.key_tokens.any() and not out.stats.key_tokens.all()
+    assert not torch.allclose(out.images, one_step, atol=1e-4)
+    # no token stands out by so much
+    out = run(pipe, white(4), bg_shield=False, token_ratio=1e6)
+    assert not out.stats.key_tokens.any()
+    torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
+
+
+def test_a_batch_is_its_samples(pipe):
+    masks = torch.zeros(2, 128, 128)
+    masks[0, :32, :32] = 1
+    masks[1, :, :64] = 1
+    noise = torch.randn(2, 64, 64, generator=seeded())
+    pictures = [tiny_image(), tiny_image(seed=3)]
+    prompts = ["make the cat blue", "remove the dog"]
+    both = run(pipe, masks, call=dict(image=pictures, prompt=prompts, latents=noise))
+    assert both.stats.steps[-1].tokens == (8, 64)
+    for i in range(2):
+        call = dict(image=pictures[i], prompt=prompts[i], latents=noise[i : i + 1])
+        alone = run(pipe, masks[i : i + 1], call=call)
+        torch.testing.assert_close(both.images[i : i + 1], alone.images, atol=1e-5, rtol=1e-4)
+
+
+def test_the_mask_is_found_where_the_draft_departs(pipe):
+    out = run(pipe, mask_ratio=1.15, dilation=0)
+    assert 0 < out.mask.sum() < 64 and out.stats.threshold == 1.15
+    scores = out.scores.unflatten(1, (4, 2)).unflatten(3, (4, 2))
+    blocks = (scores > 1.15).any(dim=4).any(dim=2)
+    assert torch.equal(out.mask, blocks.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    torch.testing.assert_close(out.scores.mean(), torch.tensor(1.0))
+    nothing = run(pipe, mask_ratio=100.0)
+    assert nothing.stats.fallback == "source" and not nothing.mask.any()
+
+
+def test_preserve_keeps_the_pixels_of_the_source(pipe):
+    out = run(pipe, white(4), preserve="pixels", call=dict(output_type="pil"))
+    array, source = np.array(out.images[0]), np.array(tiny_image())
+    assert (array[:, 64 + 8 :] == source[:, 64 + 8 :]).all() and not (array[:, :64] == source[:, :64]).all()
+
+
+def test_the_inversion_baseline_runs_there_and_back(pipe):
+    out = run(pipe, method="inversion", steps=4)
+    assert [s.stage for s in out.stats.steps] == ["invert"] * 4 + ["edit"] * 4 and out.mask.all()
+    # with one text for both branches the way back is the way there, but for the steps' error
+    error = []
+    source = grids.pack(pipe._encode_vae_image(pipe.image_processor.preprocess(tiny_image()), None))
+    for steps in (4, 32):
+        back = run(pipe, method="inversion", steps=steps, call=dict(source_prompt="make the cat blue"))
+        error.append((back.images - source).square().mean())
+    assert error[1] < error[0] / 4
+
+
+# weights of one-step networks
+
+
+def test_cosi_weights_change_generator_and_noise(plain, weights):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    without = run(pipe, white(4))
+    pipe.load_cosi(weights)
+    full, white_noise = run(pipe, white(4)), run(pipe, white(4), cosi=False)
+    assert full.stats.inverted and not white_noise.stats.inverted and not without.stats.inverted
+    assert "invert" in [s.stage for s in full.stats.steps]
+    assert not torch.equal(full.images, white_noise.images) and not torch.equal(white_noise.images, without.images)
+    after = pipe.transformer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_without_weights_the_noise_is_white_and_it_says_so(pipe, caplog):
+    with caplog.at_level(logging.WARNING, "specedit_kernels"):
+        with_cosi = run(pipe, white(4))
+        assert "the noise is white" in caplog.text
+        caplog.clear()
+        assert torch.equal(run(pipe, white(4), cosi=False).images, with_cosi.images)
+        assert "white" not in caplog.text
+
+
+def test_weights_of_another_model_are_refused(plain, weights, tmp_path):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    with pytest.raises(FileNotFoundError, match="generator.safetensors"):
+        pipe.load_cosi(tmp_path)
+    other = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="expected a layer"):
+        merged_copy(other, weights / GENERATOR)
+    with pytest.raises(ValueError, match="rank"):
+        add_low_rank(other, 8)
+
+
+# Qwen
+
+
+def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
+    pipe = FlashEditQwenImageEditPlusPipeline(**tiny_qwen(plus=True, zero_cond_t=True).components)
+    pipe.set_progress_bar_config(disable=True)
+    text = qwen_text(12) | {f"negative_{k}": v for k, v in qwen_text(9, seed=4).items()}
+    call = dict(image=tiny_image(), max_area=128 * 128, output_type="latent", height=128, width=128, **text)
+
+    def edit(mask, **options):
+        return pipe(specedit=FlashEditConfig(**options), mask_image=mask, generator=seeded(), **call)
+
+    dense = SpecEditQwenImageEditPlusPipeline(**pipe.components)
+    dense.set_progress_bar_config(disable=True)
+    config = SpecEditConfig(stages=(0, 0, 1))
+    whole = dense(specedit=config, mask_image=white(), true_cfg_scale=1.0, generator=seeded(), **call).images
+    torch.testing.assert_close(edit(white()).images, whole, atol=3e-6, rtol=1e-5)
+    part = edit(white(4))
+    assert [s.stage for s in part.stats.steps] == ["draft", "source", "edit"]
+    assert part.images.isfinite().all() and not torch.equal(part.images, whole)
+    off = edit(white(4), bg_shield=False, ssca=False)
+    torch.testing.assert_close(off.images, whole, atol=3e-6, rtol=1e-5)
+
+
+# options and errors
+
+
+@pytest.mark.parametrize("options, error, text", [
+    (dict(method="slow"), ValueError, "method"), (dict(steps=0), ValueError, "steps"),
+    (dict(cosi=1), TypeError, "cosi"), (dict(bg_shield=None), TypeError, "bg_shield"),
+    (dict(mask_ratio="1"), TypeError, "mask_ratio"), (dict(layer=-1), ValueError, "layer"),
+    (dict(token_ratio=-1.0), ValueError, "token_ratio"), (dict(max_active=1.5), ValueError, "max_active"),
+    (dict(preserve="all"), ValueError, "preserve"),
+    (dict(method="inversion", preserve="pixels"), ValueError, "preserve"),
+])  # fmt: skip
+def test_wrong_options_are_named(options, error, text):
+    with pytest.raises(error, match=text):
+        FlashEditConfig(**options)
+
+
+def test_wrong_calls_are_named(pipe):
+    options = call_options(image=tiny_image(), generator=seeded())
+    with pytest.raises(TypeError, match="FlashEditConfig"):
+        pipe(specedit=SpecEditConfig(), **options)
+    with pytest.raises(ValueError, match="negative_prompt"):
+        pipe(negative_prompt="red", **options)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        pipe(num_inference_steps=9, **options)
+    with pytest.raises(ValueError, match="layer: expected an index of one of 2 blocks, got 2"):
+        pipe(specedit=FlashEditConfig(layer=2), **options)
+    with pytest.raises(ValueError, match="source_prompt"):
+        pipe(source_prompt=["", ""], **options)
+
+
+def test_plain_and_callback_still_work(pipe, plain):
+    options = call_options(image=tiny_image())
+    expected = plain(height=128, width=128, num_inference_steps=2, generator=seeded(), **options)[0]
+    got = pipe(specedit=False, height=128, width=128, num_inference_steps=2, generator=seeded(), **options)[0]
+    assert torch.equal(got, expected)
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append((index, float(timestep), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    out = run(pipe, white(4), call=dict(callback_on_step_end=callback))
+    assert seen == [(0, 1000.0, (1, 64, 64))] and (out.images == 0).all()
+
+
+# the command
+
+
+def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
+    model, source, out = tmp_path / "model", tmp_path / "source.png", tmp_path / "edited.png"
+    plain.save_pretrained(model)
+    (model / "specedit.json").write_text('{"resolution": 128, "max_sequence_length": 16}')
+    tiny_image().save(source)
+    white(4).save(tmp_path / "white.png")
+    options = ["--model", model, "--device", "cpu", "--mask", tmp_path / "white.png", "--method", "flash", "-o", out]
+
+    def command(*more):
+        code = cli.main(["edit", str(source), "make the cat blue", *map(str, (*options, *more))])
+        return code, *capsys.readouterr()
+
+    code, text, _ = command()
+    assert code == 0 and out.exists()
+    for words in ("1 x source 128", "1 x edit 64", "no one-step weights", "key text tokens"):
+        assert words in text
+    code, _, error = command("--steps", 4)
+    assert code == 2 and "num_inference_steps" in error
+    (model / "cosi").mkdir()
+    for name in (GENERATOR, INVERTER):
+        (model / "cosi" / name).write_bytes((weights / name).read_bytes())
+    code, text, _ = command()
+    assert code == 0 and "noise       of the source" in text and "1 x invert 64" in text
+
+
+# steps of few launches
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(ssca=False), dict(bg_shield=False), dict(ssca=False, bg_shield=False), dict(token_ratio=0.0),
+])  # fmt: skip
+def test_fused_steps_are_the_eager_ones(pipe, options):
+    text = torch.randn(1, 5, 32, generator=seeded()), torch.randn(1, 16, generator=seeded())
+    call = dict(negative_prompt_embeds=text[0], negative_pooled_prompt_embeds=text[1])
+    eager, fused = (run(pipe, white(4), runner=r, call=call, **options) for r in ("eager", "fused"))
+    assert fused.stats.runner == "fused" and eager.stats.runner == "eager"
+    torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
+    if options.get("ssca", True):
+        assert torch.equal(fused.stats.key_tokens, eager.stats.key_tokens)
+
+
+def test_fused_batches_and_weights(plain, weights):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    masks = torch.zeros(2, 128, 128)
+    masks[0, :32, :32] = 1
+    masks[1, :, :64] = 1
+    call = dict(image=[tiny_image(), tiny_image(seed=3)], prompt=["make the cat blue", "remove the dog"])
+    eager, fused = (run(pipe, masks, runner=r, call=call) for r in ("eager", "fused"))
+    assert fused.stats.inverted
+    torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_replay_the_fused_steps(weights):
+    pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    for columns in (4, 2, 4):  # one bucket of slots
+        for options in ({}, dict(ssca=False)):
+            fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
+            assert graph.stats.runner == "graph"
+            torch.testing.assert_close(graph.images, fused.images, atol=1e-4, rtol=1e-3)

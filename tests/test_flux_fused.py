@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of few launches against the forward of diffusers: block by block, whole, and in the pipeline."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from tiny_models import call_options, tiny_image, tiny_pipeline
+
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
+from specedit_kernels.pipelines import flux_fused as fused
+from specedit_kernels.pipelines.attention import AttentionLayout, wrap_processors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT, IMAGE, WIDTH, HEADS, DIM = 5, 12, 32, 2, 16
+
+
+def tiny_transformer(guidance=True):
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=DIM, num_attention_heads=HEADS,
+        joint_attention_dim=WIDTH, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    with torch.no_grad():
+        # norms start with weights of one, and would hide which belongs to which
+        for weight in transformer.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return transformer.eval()
+
+
+def tables(batch, tokens):
+    angle = torch.randn(batch, tokens, DIM // 2)
+    return angle.cos(), angle.sin()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("joined", [False, True], ids=["", "fused q k v"])
+@pytest.mark.parametrize("guidance", [False, True])
+def test_a_step_is_the_transformers_own(guidance, joined):
+    transformer, batch = tiny_transformer(guidance), 2
+    tokens, embeds = torch.randn(batch, IMAGE, 64), torch.randn(batch, TEXT, WIDTH)
+    pooled, timestep = torch.randn(batch, 16), torch.tensor([700.0, 300.0])
+    scale = torch.full([batch], 2.5) if guidance else None
+    text_ids, ids = torch.zeros(TEXT, 3), torch.randint(0, 8, (IMAGE, 3)).float()
+    expected = transformer(
+        hidden_states=tokens, timestep=timestep / 1000, guidance=scale, pooled_projections=pooled,
+        encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=ids, return_dict=False,
+    )[0]  # fmt: skip
+    if joined:
+        transformer.fuse_qkv_projections()
+    cos, sin = (x[None, :, ::2] for x in transformer.pos_embed(torch.cat([text_ids, ids])))
+    modulation = fused.modulation(transformer, timestep, scale, pooled)
+    got = fused.forward(transformer, tokens, embeds, modulation, fused.Sequence(TEXT, cos, sin))
+    assert torch.allclose(got, expected, atol=3e-6) and expected.std() > 0.1
+
+
+def run_block(kind, block, x, sequence, kept, temb, blocks=fused.BLOCKS):
+    """The fused block on a copy of x."""
+    x, emb = x.clone(), torch.nn.functional.silu(temb)
+    if kind == "double":
+        blocks[0](block, x, sequence, kept, block.norm1.linear(emb), block.norm1_context.linear(emb))
+    else:
+        blocks[1](block, x, sequence, kept, block.norm.linear(emb))
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
+    """Over all tokens first, which leaves keys and values behind; then over the first ones of each sample anew."""
+    transformer, batch, tokens = tiny_transformer(), 2, TEXT + IMAGE
+    wrap_processors(transformer)
+    block = (transformer.transformer_blocks if kind == "double" else transformer.single_transformer_blocks)[1]
+    lengths = torch.tensor([tokens, tokens - 3] if padded else [tokens, tokens], dtype=torch.int32)
+    fresh = torch.tensor([TEXT + 6, TEXT + 4], dtype=torch.int32)
+    cos, sin = tables(batch, tokens)
+    bias, temb = torch.randn(batch, tokens), torch.randn(batch, WIDTH)
+    layout = AttentionLayout(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), bias, lengths, cache={})
+    # more rows than there are tokens, and what was never written is no number
+    kept = tuple(torch.full((batch, tokens + 4, HEADS, DIM), float("nan")) for _ in range(2))
+    keys = [k[:, :tokens] for k in kept]
+    sequence = fused.Sequence(TEXT, cos, sin, bias, lengths, lengths)
+
+    def theirs(x, layout):
+        found = block(
+            hidden_states=x[:, TEXT:], encoder_hidden_states=x[:, :TEXT], temb=temb,
+            joint_attention_kwargs={"specedit_layout": layout},
+        )  # fmt: skip
+        return torch.cat(found, dim=1)
+
+    x = torch.randn(batch, tokens, WIDTH)
+    used = torch.arange(tokens) < lengths[:, None]
+    assert torch.allclose(run_block(kind, block, x, sequence, keys, temb)[used], theirs(x, layout)[used], atol=2e-6)
+
+    first = TEXT + 8
+    order = torch.arange(first, dtype=torch.int32)
+    own = order < fresh[:, None]
+    # theirs renews all the first tokens of a batch: those past a sample's own must be as they were
+    moved = torch.where(own[..., None], torch.randn(batch, first, WIDTH), x[:, :first])
+    active = fused.Sequence(TEXT, cos[:, :first], sin[:, :first], bias, fresh, lengths, torch.where(own, order, -1))
+    before = [k.clone() for k in kept]
+    got, expected = run_block(kind, block, moved, active, keys, temb), theirs(moved, layout.of_first(first))
+    assert torch.allclose(got[own], expected[own], atol=2e-6)
+    rows = torch.arange(tokens + 4) < fresh[:, None]
+    for now, then in zip(kept, before):
+        assert torch.equal(now[~rows].nan_to_num(), then[~rows].nan_to_num()) and not torch.equal(now[rows], then[rows])
+
+
+@torch.no_grad()
+def test_half_precision_sums_end_at_the_ends_of_their_range():
+    transformer = tiny_transformer().half()
+    for block in transformer.single_transformer_blocks:
+        block.norm.linear.bias[-WIDTH:] = 2.0  # the gate
+        block.proj_out.bias[0] = 6e4
+    tokens, embeds = torch.randn(1, IMAGE, 64).half(), torch.randn(1, TEXT, WIDTH).half()
+    pooled, timestep, scale = torch.randn(1, 16).half(), torch.tensor([700.0]), torch.tensor([2.5])
+    sequence = fused.Sequence(TEXT, *tables(1, TEXT + IMAGE))
+    got = fused.forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, scale, pooled), sequence)
+    assert got.dtype == torch.float16 and got.isfinite().all()
+
+
+@torch.no_grad()
+def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
+    transformer, blocks = tiny_transformer(), tuple(
+        torch.compile(b, fullgraph=True, backend="aot_eager") for b in fused.BLOCKS
+    )
+    temb = torch.randn(1, WIDTH)
+    for tokens in (TEXT + IMAGE, TEXT + IMAGE + 7):  # the second makes the lengths symbols
+        lengths, order = torch.tensor([tokens - 2], dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)[None]
+        plain = fused.Sequence(TEXT, *tables(1, tokens))
+        cached = fused.Sequence(TEXT, *tables(1, tokens), torch.randn(1, tokens + 3), lengths, lengths + 2, order)
+        for kind, module in (("double", transformer.transformer_blocks[0]),
+                             ("single", transformer.single_transformer_blocks[0])):  # fmt: skip
+            x = torch.randn(1, tokens, WIDTH)
+            for sequence in (plain, cached):
+                old = [torch.randn(1, tokens + 3, HEADS, DIM) for _ in range(2)] if sequence is cached else None
+                new = old and [k.clone() for k in old]
+                got = run_block(kind, module, x, sequence, new, temb, blocks)
+                assert torch.allclose(got, run_block(kind, module, x, sequence, old, temb), atol=2e-6)
+                assert old is None or all(torch.allclose(a, b, atol=2e-6) for a, b in zip(old, new))
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
+
+
+def mask(columns):
+    found = torch.zeros(128, 128)
+    found[:, : 16 * columns] = 1
+    return found
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(stages=(2, 2, 2)), dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), dict(draft="quarter", preset=4)],
+    ids=["full", "cached", "dense"],
+)
+def test_fused_edits_are_eager_ones(pipe, options, guided):
+    extra = dict(negative_prompt=["red"] * 2, true_cfg_scale=2.0) if guided else {}
+    if "draft" in options:
+        options = dict(options, threshold=-1.0)
+    else:
+        extra["mask_image"] = [mask(2), mask(4)]
+    text = call_options(**extra)
+    prompts = [text.pop("prompt"), "a dog"]
+
+    def edit(runner):
+        config = SpecEditConfig(runner=runner, **options)
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        images = [tiny_image(seed=0), tiny_image(seed=1)]
+        return pipe(image=images, prompt=prompts, generator=generators, specedit=config, **text)
+
+    got, expected = edit("fused"), edit("eager")
+    assert got.stats.runner == "fused" and expected.stats.runner == "eager"
+    assert [s.flops for s in got.stats.steps] == [s.flops for s in expected.stats.steps]
+    # eager, the shorter sample of a batch computes a few more tokens anew in active steps
+    exact = slice(None) if "kv_refresh" not in options else slice(1, None)
+    assert torch.allclose(got.images[exact], expected.images[exact], atol=1e-5)
+    assert (got.stats.kv_cache_bytes > 0) == ("kv_refresh" in options) == (expected.stats.kv_cache_bytes > 0)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a runner keeps and forgets, when steps stay eager, and on a GPU that a replayed step is what it stands for."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
+
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPlusPipeline
+from specedit_kernels.pipelines import disable_specedit, enable_specedit, pipeline, runner, stages
+from specedit_kernels.pipelines.runner import StepRunner, inspect
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Replayed:
+    """Stands for a captured step where there is no GPU."""
+
+    pool_bytes, input_bytes = 100, 10
+
+    def __init__(self, function, inputs, pool):
+        self.function, self.inputs = function, dict(inputs)
+
+    def __call__(self, inputs):
+        assert {k: x.shape for k, x in inputs.items() if x is not None} == {
+            k: x.shape for k, x in self.inputs.items() if x is not None
+        }
+        return self.function(**inputs)
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    monkeypatch.setattr(runner, "CapturedStep", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def double(x):
+    return 2 * x
+
+
+def call(steps, size, tag="double", buffers=""):
+    x = torch.randn(size)
+    assert torch.equal(steps(tag, double, {"x": x}, buffers), 2 * x)
+
+
+def test_a_tag_and_its_shapes_are_captured_once_and_the_longest_unused_goes(stubbed):
+    steps = StepRunner("graph", graphs=2)
+    for size in (3, 4, 3, 3):
+        call(steps, size)
+    assert steps.captures == 2
+    call(steps, 5)  # 4 goes
+    call(steps, 3)
+    assert steps.captures == 3 and steps.graph_bytes == 3 * 100 + 2 * 10
+    call(steps, 4)
+    call(steps, 4, tag="other")
+    assert steps.captures == 5
+    steps.watch(["weights elsewhere"])
+    assert steps.graph_bytes == 0
+    call(steps, 4)
+    assert steps.captures == 6
+
+
+def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed):
+    steps, floats = StepRunner("graph"), (torch.float32, torch.device("cpu"))
+    [long, _] = steps.buffers("a", 2, (1, 1000, 2, 4), *floats)
+    [short, _] = steps.buffers("a", 2, (1, 7, 2, 4), *floats)
+    assert long.shape[1] == 1000 and short.shape[1] == 7 and short.data_ptr() == long.data_ptr()
+    assert steps.buffer_bytes == 2 * 1024 * 2 * 4 * 4
+    call(steps, 3, buffers="a")
+    call(steps, 3)
+    for shape, dtype in (((1, 1025, 2, 4), torch.float32), ((2, 7, 2, 4), torch.float32), ((2, 7, 2, 4), torch.half)):
+        [grown, _] = steps.buffers("a", 2, shape, dtype, torch.device("cpu"))
+        assert grown.shape == shape and grown.dtype == dtype
+    call(steps, 3)
+    assert steps.captures == 2
+    call(steps, 3, buffers="a")
+    assert steps.captures == 3
+
+
+@pytest.fixture
+def warnings(caplog):
+    # the command line silences this logger for its process
+    with caplog.at_level(logging.WARNING, "specedit_kernels"):
+        pipeline._warn_once.cache_clear()
+        yield caplog
+
+
+def test_a_failed_capture_goes_on_uncaptured(stubbed, monkeypatch, warnings):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    steps = StepRunner("graph")
+    call(steps, 2)
+    monkeypatch.setattr(runner, "CapturedStep", fail)
+    call(steps, 3)
+    call(steps, 4)
+    assert warnings.messages == ["runner='graph': capturing failed, steps go on uncaptured: out of memory"]
+    assert steps.graph_bytes == 0 and steps.captures == 1 and (steps.name, steps.mode) == ("graph", "fused")
+
+
+def mask(columns):
+    found = torch.zeros(128, 128)
+    found[:, : 16 * columns] = 1
+    return found
+
+
+def edit(pipe, name, columns=2, seed=0, **options):
+    config = SpecEditConfig(**{**dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), **options}, runner=name)
+    generator, output = torch.Generator().manual_seed(seed), "latent" if config.preserve is None else "pt"
+    return pipe(image=tiny_image(seed=seed), mask_image=mask(columns), generator=generator, specedit=config,
+                **call_options(output_type=output))  # fmt: skip
+
+
+def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
+    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: ("", []))
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    first = edit(pipe, "graph", 2)
+    # encode twice (the picture, and at half its size), coarse, mixed, active; no decode of latents
+    assert first.stats.captures == 5 and first.stats.graph_bytes == 5 * 110 and first.stats.kv_cache_bytes > 0
+    other = edit(pipe, "graph", 6, seed=1)
+    assert other.stats.captures == 0
+    plain = SpecEditFluxKontextPipeline.from_pipe(pipe)
+    plain.set_progress_bar_config(disable=True)
+    assert torch.equal(other.images, edit(plain, "fused", 6, seed=1).images)
+    assert torch.equal(first.images, edit(pipe, "graph", 2).images)
+
+
+@pytest.mark.parametrize("hooked", [None, "transformer_blocks.0", "vae"])
+def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    module = None
+    if hooked:
+        module = pipe.vae if hooked == "vae" else pipe.transformer.get_submodule(hooked)
+        module.register_forward_pre_hook(lambda *arguments: None)
+    name = "fused" if hooked else "graph"
+    expected = edit(pipe, "eager")
+    warnings.clear()
+    for _ in range(2):
+        out = edit(pipe, name)
+        assert out.stats.runner == "eager" and torch.equal(out.images, expected.images)
+    reason = f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out"
+    reason = reason if hooked else "it needs one CUDA device, the weights are on cpu"
+    assert warnings.messages == [f"runner={name!r}: steps run eagerly: {reason}"]
+
+
+def test_qwen_has_no_other_runner(warnings):
+    pipe = SpecEditQwenImageEditPlusPipeline.from_pipe(tiny_qwen(plus=True))
+    pipe.set_progress_bar_config(disable=True)
+    config = SpecEditConfig(stages=(1, 1, 1), runner="graph")
+    out = pipe(image=tiny_image(), mask_image=mask(2), specedit=config, height=128, width=128,
+               output_type="latent", **qwen_text())  # fmt: skip
+    assert out.stats.runner == "eager"
+    assert "runner='graph': steps run eagerly: SpecEditQwenImageEditPlusPipeline has no other" in warnings.messages
+
+
+@torch.no_grad()
+def test_the_signature_changes_with_weights_and_adapters():
+    pipe = tiny_pipeline()
+    layer = pipe.transformer.proj_out
+
+    def now():
+        return inspect("graph", pipe.transformer, pipe.vae)[1]
+
+    seen = [now()]
+    layer.weight.mul_(2.0)  # where it lies, a graph reads it
+    assert now() == seen[0]
+    layer.weight.data = layer.weight.data.clone()
+    seen.append(now())
+    layer.scaling, layer.merged = {"style": 1.0}, False
+    seen.append(now())
+    layer.scaling["style"] = 0.5
+    seen.append(now())
+    layer.merged = True
+    seen.append(now())
+    pipe.transformer.fuse_qkv_projections()
+    seen.append(now())
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_disabling_frees_the_runner(stubbed, monkeypatch):
+    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: ("", []))
+    pipe = tiny_pipeline()
+    enable_specedit(pipe)
+    edit(pipe, "graph")
+    assert pipe._specedit_runner.graph_bytes
+    disable_specedit(pipe)
+    assert "_specedit_runner" not in pipe.__dict__
+
+
+# on a GPU
+
+
+@pytest.fixture(scope="module")
+def cuda_pipe():
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline()).to("cuda", torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "options", [dict(), dict(finish="full", stages=(1, 2, 2), kv_refresh=1), dict(preserve="pixels")], ids=str
+)
+def test_replayed_steps_are_the_steps_to_the_last_bit(cuda_pipe, options):
+    def run(name, columns):
+        return edit(cuda_pipe, name, columns, columns, **options)
+
+    expected = {columns: run("fused", columns) for columns in (2, 6)}
+    for columns in (2, 6, 2):
+        out = run("graph", columns)
+        assert out.stats.runner == "graph" and torch.equal(out.images, expected[columns].images)
+    assert out.stats.captures == 0 and out.stats.graph_bytes > 0
+    eager = edit(cuda_pipe, "eager", 2, 2, **options).images
+    assert (expected[2].images - eager).norm() < 0.02 * eager.norm()
+
+
+@needs_gpu
+def test_compiled_steps_are_near_the_eager_ones(cuda_pipe):
+    out = edit(cuda_pipe, "compile")
+    assert out.stats.runner == "compile" and out.stats.captures
+    eager = edit(cuda_pipe, "eager").images
+    assert (out.images - eager).norm() < 0.02 * eager.norm()
+
+
+@needs_gpu
+def test_graphs_are_bounded_on_the_device():
+    steps = StepRunner("graph", graphs=2)
+    for size in (8, 16, 8, 32, 8, 16):
+        x = torch.randn(size, device="cuda")
+        assert torch.equal(steps("double", double, {"x": x}), 2 * x)
+    assert steps.captures == 4 and len(steps._graphs) == 2
+    # moved or replaced weights free all of them
+    steps.watch(["other"])
+    assert not steps._graphs and steps.graph_bytes == 0
+
+
+@needs_gpu
+def test_moved_weights_are_captured_anew():
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=3)).to("cuda", torch.bfloat16)
+    edit(pipe, "graph")
+    assert edit(pipe, "graph").stats.captures == 0
+    with torch.no_grad():
+        for weight in pipe.transformer.parameters():
+            weight.data = weight.data * 0.5
+    changed = edit(pipe, "graph")
+    assert changed.stats.captures > 0
+    assert torch.equal(changed.images, edit(pipe, "fused").images)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["eager", "fused", "graph"])
+def test_nothing_after_select_waits_for_the_device(cuda_pipe, monkeypatch, name):
+    options = dict(finish="full", stages=(2, 3, 2), kv_refresh=2)
+    edit(cuda_pipe, name, **options)  # kernels are compiled and steps captured on first use, which synchronises
+    select, run = stages.select, cuda_pipe._run
+
+    def strict_from_here(*arguments):
+        selection = select(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        return selection
+
+    def to_here(*arguments):
+        try:
+            return run(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(stages, "select", strict_from_here)
+    monkeypatch.setattr(cuda_pipe, "_run", to_here)
+    assert edit(cuda_pipe, name, **options).stats.captures == 0
