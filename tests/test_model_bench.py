@@ -91,7 +91,7 @@ def test_regions(bench):
 
 @pytest.mark.usefixtures("one_thread")
 def test_flash_edit_rows(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     bench = importlib.import_module("flash_edit")
     options = ("--runners", "fused", "--source-length", "8", "--steps", "2")
     assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0

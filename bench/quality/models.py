@@ -79,8 +79,8 @@ def make_scheduler():
 def make_qwen_vae():
     """8x down, 16 channels, for pictures: without the layers that join frames, which a lone frame never meets.
 
-    Two thirds of every kernel look at earlier frames. They are zeros in a picture, and zeros here; the last third begins
-    as large as a kernel of its own would.
+    Two thirds of every kernel look at earlier frames. They are zeros in a picture, and zeros here; the last third
+    begins as large as a kernel of its own would.
     """
     vae = AutoencoderKLQwenImage(
         base_dim=32, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False] * 3,
