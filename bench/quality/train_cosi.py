@@ -47,7 +47,7 @@ class Answers:
 
     @torch.no_grad()
     def make(self, count, generator):
-        edits, _, _ = self.stream.take(count)
+        edits, _ = self.stream.take(count)
         rendered = self.renderer(edits, self.size)
         with autocast(self.dev):
             source = encode_images(self.pipe.vae, rendered.source).float()
