@@ -318,8 +318,8 @@ def search_stages(args, runner, judge, threshold_at, say):
 
 def stages_markdown(header, results):
     """The report of search_stages."""
-    columns = {"threshold": 3, "right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3, "missed": 3,
-               "active": 3, "tflop": 3, "score": 1}
+    columns = {"threshold": 3, "right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3,
+               "missed": 3, "active": 3, "tflop": 3, "score": 1}
     text = ["# How a preset's steps are split", "",
             f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, the threshold of the"
             " share of coarse steps): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="

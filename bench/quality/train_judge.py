@@ -95,7 +95,7 @@ def main():
     parser.add_argument("--family", choices=FAMILIES, default="flux", help="whose autoencoder degrades")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--edits", type=int, default=128, help="edits a step; two crops of each")
-    parser.add_argument("--coded", type=float, default=0.125, help="share of the crops that went through the autoencoder")
+    parser.add_argument("--coded", type=float, default=0.125, help="share of the crops that the autoencoder has coded")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
