@@ -478,7 +478,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
     p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
     p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
-    p.add_argument("--threshold", type=float, default=None, help="score over which a token is edited (flash: times the mean)")
+    p.add_argument(
+        "--threshold", type=float, default=None, help="score over which a token is edited (flash: times the mean)"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")
     p.set_defaults(run=edit)

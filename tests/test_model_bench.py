@@ -8,15 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "models" / "flux_kontext.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "bench" / "models"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_bench", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("flux_kontext_bench", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("flux_kontext")
+
+
+@pytest.fixture(scope="module")
+def qwen_bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield load("qwen_image_edit")
 
 
 TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
@@ -50,6 +61,17 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     assert "against plain-28" in table and " 1.00 x" in table
 
 
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+def test_rows_of_qwen(qwen_bench, tmp_path, scale):
+    options = ("--side", "64", "--out", str(tmp_path), "--areas", "0.1", "--true-cfg-scale", str(scale))
+    assert qwen_bench.main([*TINY, *options, "--rows", "plain-4", "specedit-9-locked*"]) == 0
+    report = json.loads((tmp_path / "qwen_image_edit.json").read_text())
+    assert f"true_cfg_scale {scale:g}" in report["model"]
+    rows = report["rows"]
+    assert set(rows) == {"plain-4", "specedit-9-locked, 10%", "specedit-9-locked-cached, 10%"}
+    assert rows["specedit-9-locked-cached, 10%"]["flops"] < rows["specedit-9-locked, 10%"]["flops"]
+
+
 @pytest.mark.parametrize("options, words", [(["--side", "100"], "--side: expected a multiple of 64, got 100"),
                                             (["--rows", "nothing"], "--rows: none of")])
 def test_bad_options(bench, tmp_path, capsys, options, words):
@@ -69,7 +91,7 @@ def test_regions(bench):
 
 @pytest.mark.usefixtures("one_thread")
 def test_flash_edit_rows(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     bench = importlib.import_module("flash_edit")
     options = ("--runners", "fused", "--source-length", "8", "--steps", "2")
     assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0

@@ -223,4 +223,4 @@ def test_packing_is_the_pipelines():
     assert torch.equal(packed, FluxKontextPipeline._pack_latents(z, 2, 16, 8, 12))
     assert torch.equal(sampler.unpack(packed, (4, 6)), z)
     ids = FluxKontextPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
-    assert torch.equal(sampler.image_ids(4, 6, 0, "cpu"), ids)
+    assert torch.equal(importlib.import_module("families").image_ids(4, 6, 0, "cpu"), ids)

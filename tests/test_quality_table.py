@@ -278,8 +278,7 @@ def test_operating_points_and_recommendation():
 
 
 def test_probe_scores_every_metric_and_reference(runner, edits):
-    pipe = calibrate.Probe(**runner.pipe.components)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = calibrate.Probe.of(runner.pipe)
     config = SpecEditConfig(preset=9)
     found = calibrate.probe(pipe, runner, edits, config, batch=3)
     assert len(found) == 6 and all(s.shape == edits.tokens.shape for s in found.values())

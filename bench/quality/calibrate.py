@@ -22,7 +22,6 @@ from specedit_kernels.pipelines.config import METRICS, PRESETS, REFERENCES
 from table_measures import area_under_curve, effective_scores, mean, median, recall_precision
 from table_runs import (
     CALIBRATION_SEED,
-    BatchedPipeline,
     Row,
     Runner,
     add_arguments,
@@ -75,8 +74,15 @@ class Measured(Exception):
     """Ends a run once its scores are known."""
 
 
-class Probe(BatchedPipeline):
-    """Scores a draft by every metric and reference, and goes no further."""
+class Probe:
+    """Before a SpecEdit pipeline: scores a draft by every metric and reference, and goes no further."""
+
+    @classmethod
+    def of(cls, pipe):
+        """A probe of a pipeline's kind, with its components."""
+        probe = type(cls.__name__, (cls, type(pipe)), {})(**pipe.components)
+        probe.set_progress_bar_config(disable=True)
+        return probe
 
     def _verify_select(self, run, draft, stage):
         base = run.config
@@ -161,8 +167,7 @@ def calibrate_thresholds(args, runner, judge, say):
         raise SystemExit("the plain run gets no edit right: nothing to calibrate on")
     edits = edits[keep.nonzero()[:, 0]]
     reference, kinds = edits.reference, edits.edits.kind
-    pipe = Probe(**runner.pipe.components)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = Probe.of(runner.pipe)
     results, table, by_share = [], {}, []
     header = {"setting": setting(args, runner.device), "edits": len(edits),
               "true_share": edits.tokens.float().mean().item(), "reference_share": reference.float().mean().item()}
@@ -313,8 +318,8 @@ def search_stages(args, runner, judge, threshold_at, say):
 
 def stages_markdown(header, results):
     """The report of search_stages."""
-    columns = {"threshold": 3, "right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3, "missed": 3,
-               "active": 3, "tflop": 3, "score": 1}
+    columns = {"threshold": 3, "right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3,
+               "missed": 3, "active": 3, "tflop": 3, "score": 1}
     text = ["# How a preset's steps are split", "",
             f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, the threshold of the"
             " share of coarse steps): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
@@ -345,7 +350,8 @@ def main():
     device = prepare(args)
     say = stopwatch()
     judge = load_judge(args.judge, device)
-    runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
     if args.part != "stages":
         calibrate_thresholds(args, runner, judge, say)
         print((args.out / "thresholds.md").read_text(), flush=True)

@@ -15,7 +15,19 @@ from PIL import Image, ImageDraw, ImageFont
 from scenes import KINDS, TASKS
 from specedit_kernels import SpecEditConfig
 from table_measures import to_pixels
-from table_runs import Row, Runner, add_arguments, load_judge, load_pipeline, make_set, measure, prepare, stopwatch
+from table_runs import (
+    Row,
+    Runner,
+    add_arguments,
+    add_thresholds,
+    load_judge,
+    load_pipeline,
+    make_set,
+    measure,
+    prepare,
+    stopwatch,
+    with_thresholds,
+)
 
 LIMIT = 1_500_000  # bytes
 GAP, CAPTION, TITLE = 4, 18, 20
@@ -77,9 +89,11 @@ def main():
     add_arguments(parser, "out/sheet")
     parser.add_argument("--edits", type=int, nargs="+", help="numbers in the evaluation set; default: a varied choice")
     parser.add_argument("--steps", type=int, default=50, help="of the plain run")
+    add_thresholds(parser)
     args = parser.parse_args()
     device, say = prepare(args), stopwatch()
-    runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
     judge = load_judge(args.judge, device)
     edits = make_set(device, args.size, args.limit)
     if args.edits:
@@ -92,7 +106,8 @@ def main():
     part = edits[torch.tensor(chosen)]
     config = SpecEditConfig()
     rows = {f"{args.steps} plain steps": Row("plain", steps=args.steps),
-            f"SpecEdit, preset {config.preset}": Row("specedit", config=config)}
+            f"SpecEdit, preset {config.preset}": with_thresholds([Row("specedit", config=config)],
+                                                                 args.thresholds or [])[0]}
     results = {title: [runner.run(row, part[piece]) for piece in torch.arange(len(part)).split(args.batch)]
                for title, row in rows.items()}
     images = {title: torch.cat([r.images for r in parts]) for title, parts in results.items()}

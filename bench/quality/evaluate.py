@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import FluxKontextPipeline
 from PIL import Image, ImageDraw
 
+from families import family_in
 from judge import WEIGHTS, Judge, judge_edits
+from models import as_pictures
 from runtime import RUN_DIR, device, log
 from sampler import decode_latents, encode_images, encode_text, euler, noise_like
 from scenes import EVALUATION_COUNTS, KINDS, TASKS, TOKEN, Renderer, evaluation_set
@@ -96,12 +97,15 @@ def main():
     parser.add_argument("--two-seeds", type=int, nargs="*", default=(28, 4, 2), help="step counts to run twice")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--length", type=int, default=512, help="of the padded prompt")
+    parser.add_argument("--length", type=int, help="of the padded prompt; default: the pipeline's own")
     parser.add_argument("--divide", type=int, default=1, help="take one edit in so many")
     args = parser.parse_args()
     dev = device()
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-    pipe = FluxKontextPipeline.from_pretrained(args.model, torch_dtype=dtype).to(dev)
+    family = family_in(args.model)
+    args.length = args.length or family.default_length
+    pipe = family.pipeline.from_pretrained(args.model, torch_dtype=dtype).to(dev)
+    as_pictures(pipe.vae)
     judge, renderer = load_judge(dev), Renderer(dev)
     edits = evaluation_set({kind: max(5, n // args.divide) for kind, n in EVALUATION_COUNTS.items()}
                            if args.divide > 1 else None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge: is the edit that was asked for the one that was made?
 
-Where an instruction leaves the pose open, a small classifier looks at one crop of the output and names the object in its
-middle (60 objects, or none); where there is one right answer, the output must be nearer to it than to every wrong
+Where an instruction leaves the pose open, a small classifier looks at one crop of the output and names the object in
+its middle (60 objects, or none); where there is one right answer, the output must be nearer to it than to every wrong
 answer that could be drawn. An edit is right if
 
 * replace, add: the crop at the edit's place shows the new object;

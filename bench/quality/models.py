@@ -1,10 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the tiny editor: a FLUX.1-Kontext in small, from diffusers' and transformers' own classes."""
+"""The parts of the tiny editors: a FLUX.1-Kontext and a Qwen-Image-Edit in small, from diffusers' and transformers'
+own classes."""
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from functools import partial
 
-from text import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+)
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
+
+from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 256
@@ -55,6 +73,75 @@ def make_scheduler():
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
         base_image_seq_len=256, max_image_seq_len=4096,
+    )
+
+
+def make_qwen_vae():
+    """8x down, 16 channels, for pictures: without the layers that join frames, which a lone frame never meets.
+
+    Two thirds of every kernel look at earlier frames. They are zeros in a picture, and zeros here; the last third
+    begins as large as a kernel of its own would.
+    """
+    vae = AutoencoderKLQwenImage(
+        base_dim=32, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False] * 3,
+        latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    for conv in vae.modules():
+        if isinstance(conv, QwenImageCausalConv3d):
+            conv.weight.data[:, :, -1] *= conv.kernel_size[0] ** 0.5
+            conv.weight.data[:, :, :-1] = 0.0
+    vae.quant_conv.bias.data[LATENT_CHANNELS:] = -5.0  # as in make_vae
+    return vae
+
+
+def _one_frame(conv, x, cache_x=None):
+    if x.shape[2] != 1 or cache_x is not None:
+        return type(conv).forward(conv, x, cache_x)
+    padding = (conv._padding[2], conv._padding[0])
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+
+
+def as_pictures(vae):
+    """Lets an AutoencoderKLQwenImage compute lone frames in two dimensions, a third of the work; others as they are."""
+    for conv in vae.modules():
+        if isinstance(conv, QwenImageCausalConv3d):
+            conv.forward = partial(_one_frame, conv)
+    return vae
+
+
+def make_qwen_transformer():
+    """Six blocks; half of their weights are the text stream's."""
+    return QwenImageTransformer2DModel(
+        in_channels=64, out_channels=LATENT_CHANNELS, num_layers=6, attention_head_dim=64, num_attention_heads=4,
+        joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 28, 28),
+    )
+
+
+def make_qwen_text():
+    """A Qwen2.5-VL of two layers; its vision tower is as small as can be, because no picture is shown to it."""
+    tokenizer = qwen_tokenizer()
+    special = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
+        ("image_token_id", "image_pad"), ("video_token_id", "video_pad"), ("vision_start_token_id", "vision_start"),
+        ("vision_end_token_id", "vision_end"))}
+    ends = dict(bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, **ends,
+            rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
+        ),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT_WIDTH,
+                           window_size=56, fullatt_block_indexes=[0]),
+        tie_word_embeddings=True, **special, **ends,
+    ))
+
+
+def make_qwen_scheduler():
+    """Qwen-Image-Edit's."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+        max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
     )
 
 

@@ -1,44 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endless random edits with their token ids, drawn by worker processes while the device trains."""
 
+from itertools import chain
+
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from scenes import TASKS, Edits, sample
-from text import PhraseEncoder
 
 
 class _Endless(IterableDataset):
-    def __init__(self, seed, chunk, shares, every_pairing):
+    def __init__(self, seed, chunk, shares, every_pairing, encoder):
         self.seed, self.chunk, self.shares, self.every_pairing = seed, chunk, shares, every_pairing
+        self.encoder = encoder
 
     def __iter__(self):
         torch.set_num_threads(1)
         worker = get_worker_info()
         generator = torch.Generator().manual_seed(self.seed * 1000 + (worker.id if worker else 0))
-        encoder = PhraseEncoder()
+        encoder = self.encoder() if self.encoder else lambda *_: ()
         while True:
             tasks = None
             if self.shares is not None:
                 tasks = torch.multinomial(torch.tensor(self.shares), self.chunk, replacement=True, generator=generator)
             edits = sample(self.chunk, generator, tasks=tasks, every_pairing=self.every_pairing)
             style = torch.rand((self.chunk, 2), generator=generator) < torch.tensor([0.3, 0.2])
-            ids = [encoder(text, *flags) for text, flags in zip(edits.phrases(), style.tolist())]
-            clip, t5 = (torch.tensor(list(column), dtype=torch.int32) for column in zip(*ids))
-            yield {**vars(edits), "clip_ids": clip, "t5_ids": t5}
+            ids = [list(chain(*encoder(text, *flags))) for text, flags in zip(edits.phrases(), style.tolist())]
+            yield {**vars(edits), "ids": torch.tensor(ids, dtype=torch.int32)}
 
 
 class EditStream:
-    """take(n) -> (Edits of n, CLIP ids [n, 77], T5 ids [n, 16]), all on the CPU.
+    """take(n) -> (Edits of n, ids int32 [n, K]), all on the CPU.
 
     chunk: how many are drawn at once; workers: processes (0: this one); shares: of TASKS, or None for the usual ones;
-    every_pairing: the held-out pairings too.
+    every_pairing: the held-out pairings too; encoder: a class of text.py whose ids, end to end, are wanted (none: K 0).
     """
 
-    def __init__(self, seed, chunk, workers, shares=None, every_pairing=False):
+    def __init__(self, seed, chunk, workers, shares=None, every_pairing=False, encoder=None):
         if shares is not None:
             shares = [*shares, *[0.0] * (len(TASKS) - len(shares))]
-        loader = DataLoader(_Endless(seed, chunk, shares, every_pairing), batch_size=None, num_workers=workers,
+        loader = DataLoader(_Endless(seed, chunk, shares, every_pairing, encoder), batch_size=None, num_workers=workers,
                             prefetch_factor=8 if workers else None)
         self._chunks, self._rest, self._have = iter(loader), [], 0
 
@@ -52,5 +53,5 @@ class EditStream:
         self._have -= n
         self._rest = [{name: value[n:] for name, value in joined.items()}] if self._have else []
         taken = {name: value[:n] for name, value in joined.items()}
-        clip, t5 = taken.pop("clip_ids"), taken.pop("t5_ids")
-        return Edits(**taken), clip, t5
+        ids = taken.pop("ids")
+        return Edits(**taken), ids

@@ -25,6 +25,7 @@ from table_runs import (
     Row,
     Runner,
     add_arguments,
+    add_thresholds,
     cell,
     edit_columns,
     jsonable,
@@ -38,6 +39,7 @@ from table_runs import (
     setting,
     setting_text,
     stopwatch,
+    with_thresholds,
     write_json,
     write_text,
 )
@@ -257,7 +259,9 @@ def read_records(path, header, rows):
     lines = path.read_text().splitlines()
     try:
         former = json.loads(lines[0])
-        same = all(former["setting"][k] == header["setting"][k] for k in ("model", "size", "text_length", "dtype"))
+        former["setting"].setdefault("true_cfg_scale", 1.0)  # before there was a choice
+        same = all(former["setting"][k] == header["setting"][k]
+                   for k in ("model", "size", "text_length", "dtype", "true_cfg_scale"))
         if not same or former["edits"] != header["edits"]:
             return {}
         found = [json.loads(line) for line in lines[1:]]
@@ -360,9 +364,12 @@ def main():
     add_arguments(parser, "out/table")
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"], help="names or patterns of rows")
     parser.add_argument("--redo", action="store_true", help="run rows again that OUT/records.jsonl holds")
+    add_thresholds(parser)
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     args = parser.parse_args()
     rows = all_rows()
+    if args.thresholds is not None:
+        rows = with_thresholds(rows, args.thresholds)
     names = [row.name for row in rows]
     chosen = [n for n in names if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
     if args.list:
@@ -375,7 +382,7 @@ def main():
     say = stopwatch()
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
-    runner = Runner(pipe, args.text_length)
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
     edits = make_set(device, args.size, args.limit)
     say(f"{len(edits)} edits are drawn")
     local = {k: edits.edits.kind == i for i, k in enumerate(KINDS)}

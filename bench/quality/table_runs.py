@@ -14,15 +14,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from diffusers import FluxKontextPipeline
+from PIL import Image
 
 from export import build_pipeline
+from families import Flux, Qwen, family_in, family_of
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
-from models import make_clip, make_t5, make_transformer, make_vae
+from models import as_pictures
 from runtime import replace_file
 from sampler import decode_latents, encode_images
 from scenes import EVALUATION_COUNTS, EVALUATION_SEED, KINDS, TASKS, TOKEN, Edits, Renderer, evaluation_set
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
 from specedit_kernels.pipelines.stages import edit_alpha
 from specedit_kernels.sampling.flops import transformer_flops
 from table_measures import (
@@ -42,24 +43,45 @@ CALIBRATION_SEED = EVALUATION_SEED + 1000  # the table's edits stay unseen
 ADDS_OBJECT = ("replace", "recolor", "add", "add_open")  # where sharpness has an object to look at
 
 
-class BatchedPipeline(SpecEditFluxKontextPipeline):
+class Batched:
     """Encodes a batch of sources at once though each picture has its own generator: the mode needs none."""
 
     def _encode_vae_image(self, image, generator):
         return super()._encode_vae_image(image, None)
 
 
+class BatchedPipeline(Batched, SpecEditFluxKontextPipeline):
+    pass
+
+
+class BatchedQwenPipeline(Batched, SpecEditQwenImageEditPipeline):
+    pass
+
+
+BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline}
+RANDOM = {"random": Flux, "random-qwen": Qwen}
+
+
+def model_family(model):
+    """The family of --model: a folder, or one of RANDOM."""
+    if str(model) in RANDOM:
+        return RANDOM[str(model)]
+    if not (Path(model) / "model_index.json").is_file():
+        raise SystemExit(f"--model: expected a folder that a pipeline loads from, or one of {[*RANDOM]}, got {model}")
+    return family_in(model)
+
+
 def load_pipeline(model, device, dtype):
-    """A folder, or "random": the tiny editor's structure with random weights, to try the scripts."""
-    if str(model) == "random":
+    """A folder, or "random", "random-qwen": a tiny editor's structure with random weights, to try the scripts."""
+    family = model_family(model)
+    if str(model) in RANDOM:
         torch.manual_seed(0)
-        parts = {"transformer": make_transformer(), "clip": make_clip(), "t5": make_t5()}
-        pipe = build_pipeline(make_vae().eval(), {k: v.state_dict() for k, v in parts.items()}, dtype)
+        weights = {name: make().state_dict() for name, (_, make) in family.parts.items()}
+        pipe = build_pipeline(family, family.make_vae().eval(), weights, dtype)
     else:
-        if not Path(model).is_dir():
-            raise SystemExit(f"--model: expected a folder that FluxKontextPipeline loads, or 'random', got {model}")
-        pipe = FluxKontextPipeline.from_pretrained(model, torch_dtype=dtype)
-    pipe = BatchedPipeline(**pipe.components).to(device)
+        pipe = family.pipeline.from_pretrained(model, torch_dtype=dtype)
+    pipe = BATCHED[family](**pipe.components).to(device)
+    as_pictures(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -162,27 +184,42 @@ class Result:
 
 
 class Runner:
-    """Runs rows on parts of a set with one editor."""
+    """Runs rows on parts of a set with one editor. true_cfg_scale: over 1, guidance away from an empty prompt."""
 
-    def __init__(self, pipe, text_length=512):
-        self.pipe, self.text_length = pipe, text_length
+    def __init__(self, pipe, text_length=512, true_cfg_scale=1.0):
+        self.pipe, self.text_length, self.true_cfg_scale = pipe, text_length, true_cfg_scale
         self.device, self.dtype = pipe.transformer.device, pipe.transformer.dtype
+        self.family = family_of(pipe)
 
     def options(self, part):
         """The call's arguments that every row shares; the same noise for an edit in every row."""
         size = part.source.shape[-1]
-        return dict(
-            image=part.pictures()[0], prompt=part.edits.phrases(), height=size, width=size, max_area=size * size,
-            _auto_resize=False, max_sequence_length=self.text_length, output_type="pt",
+        options = dict(
+            prompt=part.edits.phrases(), height=size, width=size, max_area=size * size, output_type="pt",
             generator=[torch.Generator().manual_seed(int(seed)) for seed in part.seeds],
         )
+        if self.true_cfg_scale > 1:
+            options |= dict(true_cfg_scale=self.true_cfg_scale, negative_prompt=[" "] * len(part))
+        if self.family is Flux:
+            return options | dict(image=part.pictures()[0], _auto_resize=False, max_sequence_length=self.text_length)
+        return options | dict(image=[Image.fromarray(x) for x in part.source.permute(0, 2, 3, 1).cpu().numpy()])
+
+    def plain(self, steps, part):
+        """Pictures of the diffusers pipeline in so many steps."""
+        options = self.options(part)
+        if self.family is Flux:
+            return self.pipe(num_inference_steps=steps, specedit=False, **options).images
+        # Qwen's own call shows the model a megapixel whatever it is given; this is the same to the last bit, at a size.
+        whole = torch.ones(part.source.shape[-2:])
+        return self.pipe(specedit=SpecEditConfig(stages=(0, 0, steps)), mask_image=whole, **options).images
 
     def step_flops(self, image_tokens):
-        """Useful FLOPs of one step for one edit."""
+        """Useful FLOPs of one step for one edit, guidance included."""
         config = self.pipe.transformer.config
         length = self.text_length + image_tokens
-        return transformer_flops(length, length, config.num_attention_heads * config.attention_head_dim,
-                                 config.num_layers + config.num_single_layers)
+        blocks = config.num_layers + config.get("num_single_layers", 0)
+        dim, passes = config.num_attention_heads * config.attention_head_dim, 2 if self.true_cfg_scale > 1 else 1
+        return passes * transformer_flops(length, length, dim, blocks)
 
     def vae(self, images):
         """Pictures through the VAE and back."""
@@ -213,8 +250,7 @@ class Runner:
         if row.still:
             return Result(source if row.still == "source" else self.vae(target), [0] * n)
         if row.config is None:
-            images = self.pipe(num_inference_steps=row.steps, specedit=False, **self.options(part)).images
-            return Result(images.float(), [row.steps * self.step_flops(2 * tokens)] * n, row.steps)
+            return Result(self.plain(row.steps, part).float(), [row.steps * self.step_flops(2 * tokens)] * n, row.steps)
         mask_image = grow(part.reference, 1).float() if row.oracle else None
         out = self.pipe(specedit=row.config, mask_image=mask_image, **self.options(part))
         stats = out.stats
@@ -292,8 +328,8 @@ def measure(part, result, judge, own=None):
 
 def fingerprint(model):
     """Eight hex digits of the editor's weights."""
-    if str(model) == "random":
-        return "random"
+    if str(model) in RANDOM:
+        return str(model)
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(model).rglob("*.safetensors") if p.parent.name != "cosi"):  # FlashEdit's
         digest.update(path.name.encode() + path.read_bytes())
@@ -318,20 +354,20 @@ def setting(args, device):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "versions": {n: installed(n) for n in ("torch", "triton", "diffusers", "transformers", "specedit-kernels")},
         "python": platform.python_version(), "dtype": args.dtype, "model": fingerprint(args.model), "size": args.size,
-        "text_length": args.text_length, "batch": args.batch,
+        "text_length": args.text_length, "batch": args.batch, "true_cfg_scale": args.true_cfg_scale,
     }
 
 
 def setting_text(place):
     """What `setting` gave, as one phrase of a report."""
-    return (f"{place['size']} px, editor {place['model']}, commit {place['commit'][:10]}, {place['date']},"
-            f" {place['device']}, {place['dtype']}, "
+    return (f"{place['size']} px, true_cfg_scale {place['true_cfg_scale']:g}, editor {place['model']},"
+            f" commit {place['commit'][:10]}, {place['date']}, {place['device']}, {place['dtype']}, "
             + ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v))
 
 
 def add_arguments(parser, out):
     """Options that the scripts share."""
-    parser.add_argument("--model", default=str(SHIPPED), help="folder of the editor, or 'random'")
+    parser.add_argument("--model", default=str(SHIPPED), help=f"folder of an editor, or one of {[*RANDOM]}")
     parser.add_argument("--judge", default=str(WEIGHTS), help="the judge's weights, or 'none'")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
@@ -339,7 +375,24 @@ def add_arguments(parser, out):
     parser.add_argument("--limit", type=int, help="so many edits, evenly spaced over the set")
     parser.add_argument("--batch", type=int, help="edits in one call")
     parser.add_argument("--size", type=int, default=512, help="side of the pictures, a multiple of 64")
-    parser.add_argument("--text-length", type=int, default=512, help="length that prompts are padded to")
+    parser.add_argument("--text-length", type=int, help="length that FLUX's prompts are padded to (default 512)")
+    parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="over 1: guidance, an empty negative prompt")
+
+
+def add_thresholds(parser):
+    """The option for an editor that SpecEditConfig's own thresholds were not measured on."""
+    parser.add_argument("--thresholds", type=lambda path: json.loads(Path(path).read_text())["recommended"],
+                        help="calibrate.py's thresholds.json, in place of the config's own")
+
+
+def with_thresholds(rows, recommended):
+    """The rows with the thresholds that calibrate.py recommends for a metric, reference and draft."""
+    table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in recommended}
+
+    def changed(config):
+        return replace(config, threshold=table.get((config.metric, config.reference, config.draft), config.threshold))
+
+    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
 
 
 def prepare(args):
@@ -349,6 +402,7 @@ def prepare(args):
     logging.getLogger("specedit_kernels").setLevel(logging.ERROR)  # a fallback is a figure here
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.batch = args.batch or (60 if cuda else 4)
+    args.text_length = args.text_length or model_family(args.model).default_length
     if args.size % 64:
         raise SystemExit(f"--size: expected a multiple of 64, got {args.size}")
     if cuda:

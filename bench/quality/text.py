@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of the instructions, and the two tokenizers of the tiny editor.
+"""The words of the instructions, and the tokenizers of the tiny editors.
 
 The CLIP tokenizer is a byte-pair encoding trained on the words, so that each of them is one token; the T5 tokenizer
-is a unigram model with a piece for each word and one for each printable ASCII character, for anything else.
+is a unigram model with a piece for each word and one for each printable ASCII character, for anything else. Qwen's
+knows the words and the pieces of QwenImageEditPipeline's prompt template, nothing else.
 """
 
 import json
+import re
 import string
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +33,10 @@ TEMPLATES = {
 
 CLIP_LENGTH = 77  # what the pipelines pad CLIP's prompt to
 PHRASE_LENGTH = 16  # room for the longest phrase with its end token in T5's ids
+QWEN_LENGTH = 24  # room for the longest prompt in Qwen's ids, from the picture's token on; a multiple of 8
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                "<|video_pad|>")
+QWEN_PIECES = r"\n|'s|\w+|[^\w\s]+"
 
 
 def article(noun):
@@ -134,3 +140,50 @@ class PhraseEncoder:
         t5 = [*(self._t5[w] for w in parts), *([self._t5["."]] if stop else []), self.t5_eos]
         clip += [self.clip_eos] * (CLIP_LENGTH - len(clip))
         return clip, t5 + [self.t5_pad] * (PHRASE_LENGTH - len(t5))
+
+
+@lru_cache(maxsize=1)
+def qwen_template():
+    """(QwenImageEditPipeline's prompt template, how many of its first tokens the pipeline drops)."""
+    from diffusers import QwenImageEditPipeline
+
+    bare = QwenImageEditPipeline(None, None, None, None, None, None)
+    return bare.prompt_template_encode, bare.prompt_template_encode_start_idx
+
+
+@lru_cache(maxsize=1)
+def qwen_tokenizer():
+    """A token for each word, number or run of signs, as Qwen's own tokenizer has it in the pipeline's template, of
+    which the pipeline counts tokens. Case is ignored."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fixed = re.findall(QWEN_PIECES, re.sub(r"<\|\w+\|>", " ", qwen_template()[0]).lower())
+    pieces = dict.fromkeys([*QWEN_SPECIAL, "<unk>", *fixed, *words()])
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(QWEN_PIECES), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=QWEN_SPECIAL[0], eos_token="<|im_end|>", unk_token="<unk>",
+        additional_special_tokens=list(QWEN_SPECIAL[1:]), padding_side="right", model_max_length=1024,
+    )
+
+
+class QwenPhraseEncoder:
+    """The ids of an instruction in the pipeline's template, by look-up. prefix: those that the pipeline drops."""
+
+    def __init__(self):
+        tokenizer = qwen_tokenizer()
+        template, dropped = qwen_template()
+        before, after = (tokenizer(part).input_ids for part in template.split("{}"))
+        self.vocab_size, self.pad = len(tokenizer), tokenizer.pad_token_id
+        self.prefix, self._head, self._tail = before[:dropped], before[dropped:], after
+        if self._head[:1] != [tokenizer.convert_tokens_to_ids("<|vision_start|>")]:
+            raise ValueError(f"the pipeline drops {dropped} tokens of its template, but the picture starts elsewhere")
+        self._words = {word: tokenizer.convert_tokens_to_ids(word) for word in [*words(), "."]}
+
+    def __call__(self, phrase, capital=False, stop=False):
+        """(ids from the picture's token on, padded to QWEN_LENGTH,); a capital changes nothing."""
+        ids = [self._words[word] for word in phrase.split()] + [self._words["."]] * stop
+        ids = [*self._head, *ids, *self._tail]
+        return (ids + [self.pad] * (QWEN_LENGTH - len(ids)),)

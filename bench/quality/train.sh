@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Trains the whole tiny editor into $SPECEDIT_RUN_DIR (default runs/editor), then measures it. About 20 minutes on an
+# Trains a whole tiny editor into $SPECEDIT_RUN_DIR (default runs/editor), then measures it. About 20 minutes on an
 # H100. Run it again to go on where it stopped; touch $SPECEDIT_RUN_DIR/STOP to end the training early.
 #
+# FAMILY=qwen trains a Qwen-Image-Edit in place of a FLUX.1-Kontext.
+# JUDGE_SECONDS=0 trains no judge: the shipped one is used.
 # GPUS=2 trains the transformer on the first two GPUs, each with a batch of its own.
 # START=FOLDER goes on from an exported editor (specedit_kernels/assets/tiny_kontext, say) and keeps its autoencoder.
 #
@@ -12,6 +14,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export SPECEDIT_RUN_DIR="${SPECEDIT_RUN_DIR:-runs/editor}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+family="${FAMILY:-flux}"
 export TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 python="${PYTHON:-python3}"
 mkdir -p "$SPECEDIT_RUN_DIR"
@@ -28,22 +31,23 @@ say() { echo "$(date +%H:%M:%S) train.sh: $*" >> "$log"; }
 # The autoencoder; meanwhile the transformer's kernels are compiled into the cache and tried on noise.
 # (static: Inductor of torch 2.11 fails an assertion on these blocks with dynamic shapes)
 mode="${COMPILE:-static}"
-"$python" "$here/train_vae.py" --seconds "${VAE_SECONDS:-220}" ${VAE_ARGS:-} >> "$log" 2>&1 &
+"$python" "$here/train_vae.py" --family "$family" --seconds "${VAE_SECONDS:-220}" ${VAE_ARGS:-} >> "$log" 2>&1 &
 vae=$!
 
 # The judge needs the autoencoder alone.
 (
     while kill -0 "$vae" 2>/dev/null; do sleep 1; done
-    "$python" "$here/train_judge.py" --seconds "${JUDGE_SECONDS:-90}" ${JUDGE_ARGS:-} >> "$log" 2>&1 \
-        || say "the judge failed"
+    [ "${JUDGE_SECONDS:-90}" = 0 ] && exit
+    "$python" "$here/train_judge.py" --family "$family" --seconds "${JUDGE_SECONDS:-90}" ${JUDGE_ARGS:-} \
+        >> "$log" 2>&1 || say "the judge failed"
 ) &
 judge=$!
 
 compile_all() {
     tries=()
     for size in 512 256 128; do
-        timeout "${TRY_SECONDS:-240}" "$python" "$here/train_editor.py" --try-only --compile "$1" --sizes "$size" \
-            ${EDITOR_ARGS:-} >> "$log" 2>&1 &
+        timeout "${TRY_SECONDS:-240}" "$python" "$here/train_editor.py" --family "$family" --try-only --compile "$1" \
+            --sizes "$size" ${EDITOR_ARGS:-} >> "$log" 2>&1 &
         tries+=($!)
     done
     for try in "${tries[@]}"; do wait "$try" || return 1; done
@@ -66,13 +70,14 @@ wait "$vae" || { say "the autoencoder failed"; exit 1; }
 train_editor() {
     local count="${GPUS:-1}" ranks=() rank code=0
     if [ "$count" = 1 ]; then
-        "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" ${EDITOR_ARGS:-} >> "$log" 2>&1
+        "$python" "$here/train_editor.py" --family "$family" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" \
+            ${EDITOR_ARGS:-} >> "$log" 2>&1
         return
     fi
     for rank in $(seq 0 $((count - 1))); do
-        RANK=$rank WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-29577}" CUDA_VISIBLE_DEVICES=$rank \
-            "$python" "$here/train_editor.py" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" ${EDITOR_ARGS:-} \
-            >> "$log" 2>&1 &
+        RANK=$rank WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-29577}" \
+            CUDA_VISIBLE_DEVICES=$rank "$python" "$here/train_editor.py" --family "$family" --seconds "${EDITOR_SECONDS:-720}" --compile "$1" \
+            ${EDITOR_ARGS:-} >> "$log" 2>&1 &
         ranks+=($!)
     done
     for rank in "${ranks[@]}"; do  # where one fails, the others lose their connection and fail too

@@ -11,6 +11,7 @@ the end.
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class Answers:
 
     @torch.no_grad()
     def make(self, count, generator):
-        edits, _, _ = self.stream.take(count)
+        edits, _ = self.stream.take(count)
         rendered = self.renderer(edits, self.size)
         with autocast(self.dev):
             source = encode_images(self.pipe.vae, rendered.source).float()
@@ -172,7 +173,7 @@ def main(argv=None):
     inverting = copy.deepcopy(training.pipe.transformer)
     parameters = add_low_rank(inverting, args.inverter_rank)
     for stage in (1, 2):
-        training.run(f"inverter_{stage}", parameters, lambda g: training.invert(generating, inverting, stage, g))
+        training.run(f"inverter_{stage}", parameters, partial(training.invert, generating, inverting, stage))
         write(inverting, args.out / INVERTER)
     total = sum((args.out / name).stat().st_size for name in (GENERATOR, INVERTER))
     if total > MAX_BYTES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the transformer and both text encoders of the tiny editor by flow matching, on RUN_DIR/vae's latents.
+"""Trains the transformer and the text encoders of a tiny editor by flow matching, on RUN_DIR/vae's latents.
 
     python bench/quality/train_editor.py --seconds 860
 
@@ -13,31 +13,24 @@ import argparse
 import math
 import os
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxKontextPipeline
 
 from export import export
-from models import make_clip, make_scheduler, make_t5, make_transformer, parameter_count
+from families import FAMILIES, load_vae
+from models import parameter_count
 from muon import Muon
 from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
-from sampler import joint_ids, shift_mu
+from sampler import shift_mu
 from scenes import Renderer
+from specedit_kernels.pipelines.vae import codec_of
 from specedit_kernels.sampling.grid import pack
 from stream import EditStream
-from text import PHRASE_LENGTH
 
 SIZES = (512, 256, 128)
 MIX = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # of SIZES
-# Padded lengths of T5's prompt. Users' pipelines pad to 512 by default; nothing masks the padding.
-LENGTHS = (16, 32, 64, 128, 256, 512)
-LENGTH_SHARES = {512: (0.26, 0.14, 0.10, 0.10, 0.12, 0.28), 256: (0.40, 0.20, 0.12, 0.10, 0.08, 0.10),
-                 128: (0.40, 0.20, 0.12, 0.12, 0.08, 0.08)}
-# Where each shape is compiled by itself: two lengths, the command's and the pipelines' default.
-STATIC_LENGTHS = (64, 512)
-STATIC_SHARES = {512: (0.7, 0.3), 256: (0.75, 0.25), 128: (0.75, 0.25)}
 MAX_TEXT_TOKENS = 32_768  # of a batch: T5's attention keeps a matrix a head
 MAX_BATCH = 300
 
@@ -46,51 +39,48 @@ class Replay:
     """A ring of encoded edits of one size on the device: rendering and encoding every sample afresh would take as
     long as the training step itself."""
 
-    def __init__(self, size, capacity, dev, dtype):
+    def __init__(self, size, capacity, ids_width, dev, dtype):
         side = size // 8
         self.capacity, self.filled, self.at = capacity, 0, 0
         self.source = torch.empty(capacity, 16, side, side, device=dev, dtype=dtype)
         self.target = torch.empty_like(self.source)
         self.weight = torch.empty(capacity, side * side // 4, device=dev, dtype=dtype)
-        self.clip = torch.empty(capacity, 77, device=dev, dtype=torch.int32)
-        self.t5 = torch.empty(capacity, PHRASE_LENGTH, device=dev, dtype=torch.int32)
+        self.ids = torch.empty(capacity, ids_width, device=dev, dtype=torch.int32)
 
     def put(self, *fields):
         n = len(fields[0])
         if self.at + n > self.capacity:
             self.at = 0
         rows = torch.arange(self.at, self.at + n, device=self.source.device)
-        for store, field in zip((self.source, self.target, self.weight, self.clip, self.t5), fields):
+        for store, field in zip((self.source, self.target, self.weight, self.ids), fields):
             store[self.at:self.at + n].copy_(field, non_blocking=True)
         self.at += n
         self.filled = max(self.filled, self.at)
         return rows
 
     def get(self, rows):
-        return (self.source[rows].float(), self.target[rows].float(), self.weight[rows].float(),
-                self.clip[rows].long(), self.t5[rows].long())
+        return self.source[rows].float(), self.target[rows].float(), self.weight[rows].float(), self.ids[rows].long()
 
 
 class Feeder:
     """Batches of one size: a share of fresh edits, the rest from the ring."""
 
-    def __init__(self, vae, stream, dev, capacities, fresh):
-        self.vae, self.stream, self.dev, self.fresh = vae, stream, dev, fresh
+    def __init__(self, vae, stream, dev, capacities, fresh, ids_width):
+        self.codec, self.stream, self.dev, self.fresh = codec_of(vae), stream, dev, fresh
         self.renderer = Renderer(dev)
         dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-        self.rings = {size: Replay(size, capacity, dev, dtype) for size, capacity in zip(SIZES, capacities)}
+        self.rings = {size: Replay(size, capacity, ids_width, dev, dtype)
+                      for size, capacity in zip(SIZES, capacities)}
 
     @torch.no_grad()
     def render(self, size, count):
-        edits, clip, t5 = self.stream.take(count)
+        edits, ids = self.stream.take(count)
         rendered = self.renderer(edits, size)
-        config = self.vae.config
         images = torch.cat([rendered.source, rendered.target]) * 2 - 1
         with autocast(self.dev):
-            z = torch.cat([self.vae.encode(part).latent_dist.mode().float()
+            z = torch.cat([self.codec.encode(part)
                            for part in images.split(max(1, 64 * (256 // size) ** 2 if size <= 256 else 16))])
-        z = (z - config.shift_factor) * config.scaling_factor
-        return self.rings[size].put(z[:count], z[count:], rendered.weight.flatten(1), clip, t5)
+        return self.rings[size].put(z[:count], z[count:], rendered.weight.flatten(1), ids)
 
     def batch(self, size, count):
         ring = self.rings[size]
@@ -112,25 +102,27 @@ def draw_sigma(count, mu, dev):
 class Editor(torch.nn.Module):
     """Transformer and text encoders as one set of weights."""
 
-    def __init__(self):
+    def __init__(self, family):
         super().__init__()
-        self.transformer, self.clip, self.t5 = make_transformer(), make_clip(), make_t5()
+        self.family = family
+        self.parts = torch.nn.ModuleDict({name: make() for name, (_, make) in family.parts.items()})
+        wordless = list(chain(*family.encoder()("")))
+        self.register_buffer("wordless", torch.tensor(wordless), persistent=False)
 
     def loss(self, fields, length, sigma, noise, guidance):
         """Mean over the batch of the weighted squared velocity error, and the same unweighted by weight class."""
-        source, target, weight, clip, t5 = fields
-        dev = source.device
+        source, target, weight, ids = fields
+        if self.family.empty_share:
+            empty = torch.rand(len(source), device=source.device) < self.family.empty_share
+            target = torch.where(empty.view(-1, 1, 1, 1), source, target)
+            weight = torch.where(empty[:, None], 1.0, weight)
+            ids = torch.where(empty[:, None], self.wordless, ids)
         z, condition, noise = pack(target), pack(source), pack(noise)
         level = sigma.view(-1, 1, 1)
         noised = (1 - level) * z + level * noise
-        ids = joint_ids(source.shape[2], source.shape[3], dev)
-        t5 = F.pad(t5, (0, length - PHRASE_LENGTH)) if length > PHRASE_LENGTH else t5[:, :length]
-        states = self.t5(t5)[0]
-        pooled = self.clip(clip).pooler_output
-        velocity = self.transformer(
-            hidden_states=torch.cat([noised, condition], 1), timestep=sigma, guidance=guidance,
-            pooled_projections=pooled, encoder_hidden_states=states,
-            txt_ids=torch.zeros(length, 3, device=dev), img_ids=ids, return_dict=False)[0][:, :z.shape[1]]
+        text = self.family.text(self.parts, ids, length)
+        grid = (source.shape[2] // 2, source.shape[3] // 2)
+        velocity = self.family.velocity(self.parts["transformer"], noised, condition, sigma, grid, text, guidance)
         error = (velocity.float() - (noise - z)).square().mean(2)
         loss = (error * weight).sum() / weight.sum()
         with torch.no_grad():
@@ -141,15 +133,13 @@ class Editor(torch.nn.Module):
 
     def begin_from(self, folder):
         """Takes the weights of an exported editor."""
-        pipe = FluxKontextPipeline.from_pretrained(folder)
-        for part, given in ((self.transformer, pipe.transformer), (self.clip, pipe.text_encoder),
-                            (self.t5, pipe.text_encoder_2)):
-            part.load_state_dict(given.state_dict())
+        pipe = self.family.pipeline.from_pretrained(folder)
+        for name, (component, _) in self.family.parts.items():
+            self.parts[name].load_state_dict(getattr(pipe, component).state_dict())
         log(f"editor: begins from {folder}")
 
     def state(self):
-        return {"transformer": self.transformer.state_dict(), "clip": self.clip.state_dict(),
-                "t5": self.t5.state_dict()}
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
 
 def compile_blocks(editor, mode):
@@ -158,7 +148,7 @@ def compile_blocks(editor, mode):
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 4096
     backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
-    editor.transformer.compile_repeated_blocks(dynamic=mode == "dynamic", backend=backend)
+    editor.parts["transformer"].compile_repeated_blocks(dynamic=mode == "dynamic", backend=backend)
 
 
 def batch_size(size, length, tokens, factor=1.0):
@@ -169,6 +159,7 @@ def batch_size(size, length, tokens, factor=1.0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="flux")
     parser.add_argument("--seconds", type=float, default=860, help="of training over all pieces, compiling included")
     parser.add_argument("--tail", type=float, default=45, help="how long the decay takes once a file STOP appears")
     parser.add_argument("--tokens", type=int, default=104_000, help="of a batch, text included")
@@ -190,22 +181,24 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, help="that --try-only tries")
     args = parser.parse_args()
     dev = device()
-    ranks = Ranks()
+    ranks, family = Ranks(), FAMILIES[args.family]
     torch.manual_seed(args.seed)
-    editor = Editor()
+    editor = Editor(family)
     if args.start is not None and not args.try_only:
         editor.begin_from(args.start)
     editor.to(dev).train()
     compile_blocks(editor, args.compile)
-    lengths = LENGTHS if args.compile != "static" else STATIC_LENGTHS
-    scheduler = make_scheduler()
+    static = args.compile == "static"
+    lengths, shares_of = (family.static_lengths, family.static_shares) if static else (family.lengths, family.shares)
+    scheduler = family.make_scheduler()
     if args.try_only:
         try_steps(editor, lengths, args, dev, scheduler)
         return
     torch.manual_seed(args.seed + ranks.rank)
     generator = torch.Generator().manual_seed(args.seed)  # of the sizes: all ranks draw the same
-    vae = AutoencoderKL.from_pretrained(RUN_DIR / "vae").to(dev).eval().requires_grad_(False)
-    blocks = [p for name, p in editor.transformer.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
+    vae = load_vae(family, RUN_DIR / "vae").to(dev).eval().requires_grad_(False)
+    transformer = editor.parts["transformer"]
+    blocks = [p for name, p in transformer.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
     inner = {id(p) for p in blocks}
     others = [p for p in editor.parameters() if id(p) not in inner]
     muon = Muon(blocks, lr=args.muon_lr)
@@ -219,8 +212,8 @@ def main():
 
     def restore():
         state = load_checkpoint(checkpoint)
-        for name in ("transformer", "clip", "t5"):
-            getattr(editor, name).load_state_dict(state["editor"][name])
+        for name, part in editor.parts.items():
+            part.load_state_dict(state["editor"][name])
             for key, value in average[name].items():
                 value.copy_(state["average"][name][key])
         muon.load_state_dict(state["muon"])
@@ -232,25 +225,24 @@ def main():
         step, elapsed = restore()
         log(f"editor: resumed at step {step}, {elapsed:.0f} s")
     clock = Clock(args.seconds, elapsed, args.tail, ranks)
-    stream = EditStream(args.seed + 1 + step + 100_000 * ranks.rank, 64, args.workers)
-    feeder = Feeder(vae, stream, dev, args.capacity, args.fresh)
+    stream = EditStream(args.seed + 1 + step + 100_000 * ranks.rank, 64, args.workers, encoder=family.encoder)
+    feeder = Feeder(vae, stream, dev, args.capacity, args.fresh, family.ids_width)
     live = [p for part in editor.state().values() for p in part.values() if p.is_floating_point()]
     smooth = [p for part in average.values() for p in part.values() if p.is_floating_point()]
-    export_vae = AutoencoderKL.from_pretrained(RUN_DIR / "vae")
+    export_vae = load_vae(family, RUN_DIR / "vae")
     factor = {size: 1.0 for size in SIZES}
     sums = {size: torch.zeros(4, device=dev) for size in SIZES}
     logged = exported = saved = elapsed
     since, bad_logs, first = 0, 0, True
 
     def write(final=False):
-        size = export(export_vae, average, RUN_DIR / "editor")
+        size = export(family, export_vae, average, RUN_DIR / "editor")
         log(f"editor: exported {'at the end' if final else ''} at step {step}, {size / 1e6:.2f} MB")
 
     while not clock.done() or step == 0:
         mix = MIX["early" if clock.fraction < args.early else "late"]
         size = SIZES[torch.multinomial(torch.tensor(mix), 1, generator=generator).item()]
-        shares = torch.tensor((STATIC_SHARES if args.compile == "static" else LENGTH_SHARES)[size])
-        length = lengths[torch.multinomial(shares, 1, generator=generator).item()]
+        length = lengths[torch.multinomial(torch.tensor(shares_of[size]), 1, generator=generator).item()]
         if first:  # the same shape as --try-only's first, so that its compiled kernels are found again
             size, length, first = SIZES[-1], lengths[0], False
         count = batch_size(size, length, args.tokens, factor[size])
@@ -333,14 +325,13 @@ def main():
 def try_steps(editor, lengths, args, dev, scheduler):
     """Forward and backward of each size with two text lengths, on noise; raises where the loss is not finite."""
     for size in sorted(args.sizes):
-        for length in (lengths[0], lengths[-1]):
+        for length in dict.fromkeys((lengths[0], lengths[-1])):
             started = time.perf_counter()
             count = batch_size(size, length, args.tokens)
             side = size // 8
             z = torch.randn(count, 16, side, side, device=dev)
             fields = (z, torch.randn_like(z), torch.ones(count, side * side // 4, device=dev),
-                      torch.zeros(count, 77, dtype=torch.long, device=dev),
-                      torch.zeros(count, PHRASE_LENGTH, dtype=torch.long, device=dev))
+                      editor.wordless.expand(count, -1))
             sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2), dev)
             for _ in range(2):
                 editor.zero_grad(set_to_none=True)

@@ -11,11 +11,12 @@ import time
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
+from families import FAMILIES, load_vae
 from judge import CROP, DIFFERENCE, FRAME, MARGIN, NONE, Judge, cut, judge_edits, known_boxes
 from runtime import RUN_DIR, Clock, autocast, device, log
 from scenes import LOCAL_TASKS, TASKS, Renderer, evaluation_set
+from specedit_kernels.pipelines.vae import codec_of
 from stream import EditStream
 
 REUSE = 3  # steps on the same pictures, degraded and cut anew
@@ -53,10 +54,9 @@ def degrade(images, vae, dev, share):
         chosen = order[:coded]
         with torch.no_grad(), autocast(dev):
             # Latent noise stands for a sampler's own errors.
-            z = vae.encode(images[chosen] * 2 - 1).latent_dist.mode()
-            strength = 0.15 * torch.rand(len(z), 1, 1, 1, device=z.device) / vae.config.scaling_factor
-            z = z + torch.randn_like(z) * strength
-            images[chosen] = (vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1)
+            z = codec_of(vae).encode(images[chosen] * 2 - 1)
+            z = z + torch.randn_like(z) * 0.15 * torch.rand(len(z), 1, 1, 1, device=z.device)
+            images[chosen] = (codec_of(vae).decode(z).float() / 2 + 0.5).clamp(0, 1)
     blurred = order[coded:coded + third]
     small = FRAME // int(torch.randint(1, 4, ()))
     images[blurred] = F.interpolate(F.interpolate(images[blurred], size=(small, small), mode="area"),
@@ -75,7 +75,7 @@ def validity(judge, vae, dev, counts=None, size=512):
         chunk = edits[part]
         rendered = renderer(chunk, size, held_out=True)
         with autocast(dev):
-            coded = vae.decode(vae.encode(rendered.target * 2 - 1).latent_dist.mode()).sample.float() / 2 + 0.5
+            coded = codec_of(vae).decode(codec_of(vae).encode(rendered.target * 2 - 1)).float() / 2 + 0.5
         rows.append(torch.stack([judge_edits(judge, chunk, rendered.source, out) for out in
                                  (rendered.source, rendered.target, coded.clamp(0, 1))], 1))
     right = torch.cat(rows).float()
@@ -92,9 +92,10 @@ def validity(judge, vae, dev, counts=None, size=512):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="flux", help="whose autoencoder degrades")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--edits", type=int, default=128, help="edits a step; two crops of each")
-    parser.add_argument("--coded", type=float, default=0.125, help="share of the crops that went through the autoencoder")
+    parser.add_argument("--coded", type=float, default=0.125, help="share of the crops that the autoencoder has coded")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
@@ -107,7 +108,7 @@ def main():
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     renderer, stream = Renderer(dev), EditStream(args.seed, 64, args.workers, SHARES, every_pairing=True)
-    vae = AutoencoderKL.from_pretrained(RUN_DIR / "vae").to(dev).eval()
+    vae = load_vae(FAMILIES[args.family], RUN_DIR / "vae").to(dev).eval()
     judge = Judge().to(dev)
     log(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters; crops of {CROP} px; "
         f"a difference of {DIFFERENCE} is a change")

@@ -11,9 +11,9 @@ import time
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
-from models import make_vae, parameter_count
+from families import FAMILIES, load_vae
+from models import parameter_count
 from runtime import RUN_DIR, Clock, autocast, device, load_checkpoint, log, memory, save_checkpoint
 from scenes import Renderer, sample
 from stream import EditStream
@@ -65,32 +65,21 @@ def psnr(a, b):
 
 
 @torch.no_grad()
-def normalise_latents(vae, renderer, generator, dev, count, size=512):
-    """Scales each latent channel to unit deviation inside the weights, and sets scaling_factor and shift_factor."""
-    def latents(fold):
-        out = []
-        for _ in range(fold):
-            x = renderer(sample(max(1, count // fold), generator), size).target.to(dev) * 2 - 1
-            with autocast(dev):
-                out.append(vae.encode(x).latent_dist.mode().float())
-        return torch.cat(out)
-
-    z = latents(4)
+def normalise_latents(family, vae, renderer, generator, dev, count, size=512):
+    """Tells the autoencoder how its latents spread."""
+    parts = []
+    for _ in range(4):
+        x = renderer(sample(max(1, count // 4), generator), size).target.to(dev) * 2 - 1
+        with autocast(dev):
+            parts.append(family.posterior(vae, x).mode().float())
+    z = torch.cat(parts)
     deviation = z.std(dim=(0, 2, 3))
-    channels = len(deviation)
-    head, stem = vae.encoder.conv_out, vae.decoder.conv_in
-    head.weight[:channels] /= deviation.view(-1, 1, 1, 1)
-    head.bias[:channels] /= deviation
-    head.bias[channels:] -= 2 * deviation.log()  # the log-variances that stand beside the means
-    stem.weight *= deviation.view(1, -1, 1, 1)
-    z = z / deviation.view(1, -1, 1, 1)
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
-    log(f"latent deviations before: {deviation.min():.2f} to {deviation.max():.2f}; scaling_factor "
-        f"{vae.config.scaling_factor}, shift_factor {vae.config.shift_factor}")
+    family.set_scale(vae, z)
+    log(f"latent deviations before: {deviation.min():.2f} to {deviation.max():.2f}")
 
 
 @torch.no_grad()
-def report(vae, renderer, dev, count, sizes=(512, 256, 128)):
+def report(family, vae, renderer, dev, count, sizes=(512, 256, 128)):
     """PSNR of held-out pictures by size, dB."""
     out = {}
     for size in sizes:
@@ -99,13 +88,14 @@ def report(vae, renderer, dev, count, sizes=(512, 256, 128)):
         values = []
         for part in x.split(8):
             with autocast(dev):
-                values.append(psnr(vae.decode(vae.encode(part).latent_dist.mode()).sample.float(), part))
+                values.append(psnr(family.decode(vae, family.posterior(vae, part).mode()).float(), part))
         out[size] = torch.cat(values).mean().item()
     return out
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="flux")
     parser.add_argument("--seconds", type=float, default=165)
     parser.add_argument("--tail", type=float, default=20)
     parser.add_argument("--batch", type=int, default=48)
@@ -120,12 +110,12 @@ def main():
     if there and not args.again:
         log("vae: already there")
         return
-    dev = device()
+    dev, family = device(), FAMILIES[args.family]
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     renderer, stream = Renderer(dev), EditStream(args.seed, 32, args.workers)
     pictures = Pictures(renderer, stream, generator, dev, args.pictures)
-    vae = (AutoencoderKL.from_pretrained(RUN_DIR / "vae") if there else make_vae()).to(dev).train()
+    vae = (load_vae(family, RUN_DIR / "vae") if there else family.make_vae()).to(dev).train()
     log(f"vae: {parameter_count(vae) / 1e6:.2f} M parameters on {dev}")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=dev.type == "cuda")
@@ -149,13 +139,13 @@ def main():
         try:
             x = pictures.crops(batch)
             with autocast(dev):
-                posterior = vae.encode(x).latent_dist
+                posterior = family.posterior(vae, x)
                 z = posterior.sample()
-                y = vae.decode(z).sample
+                y = family.decode(vae, z)
                 coarse = None
                 if step % 3 == 0:  # coarse tokens of a mixed-resolution run are averages of latents
                     factor = 2 if step % 2 else 4
-                    coarse = vae.decode(F.avg_pool2d(z, factor)).sample.float()
+                    coarse = family.decode(vae, F.avg_pool2d(z, factor)).float()
             y = y.float()
             loss = (y - x).abs().mean() + 0.5 * gradient_loss(y, x) + 0.5 * F.mse_loss(y, x)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -187,8 +177,8 @@ def main():
                              "elapsed": clock.elapsed}, checkpoint)
             saved = now
     vae.eval()
-    normalise_latents(vae, renderer, generator, dev, count=args.report_count)
-    scores = report(vae, renderer, dev, args.report_count)
+    normalise_latents(family, vae, renderer, generator, dev, count=args.report_count)
+    scores = report(family, vae, renderer, dev, args.report_count)
     log(f"vae done: {step} steps; held-out PSNR " + ", ".join(f"{s} px {v:.2f} dB" for s, v in scores.items()))
     # A folder appears under its name only when it is whole.
     staging = RUN_DIR / "vae.part"

@@ -97,8 +97,8 @@ class RegionFirst:
 
     The region is its target tokens, the condition tokens at their places, and all of pictures that lie on another grid.
     layout: every block is fine; its fine_lengths are the region's. region: bool [B, slots]. counts: slots of the
-    region, of each sample. reached: bool [B, slots], those that key text tokens reach. fine, blocks: target tokens, and blocks of them; table: rows
-    [target noise | unused | source | unused | others], the rows of `layout`.
+    region, of each sample. reached: bool [B, slots], those that key text tokens reach. fine, blocks: target tokens, and
+    blocks of them; table: rows [target noise | unused | source | unused | others], the rows of `layout`.
     """
 
     layout: SequenceLayout
@@ -119,7 +119,7 @@ class RegionFirst:
 
 def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -> RegionFirst:
     """Lay out `noise` [B, C, H, W] and the condition; reach: bool [B, N], where key text tokens reach."""
-    pictures, device = run.pictures, run.device
+    pictures = run.pictures
     blocks, fine = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
     others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
     behind = sum(math.prod(grid) for _, grid in pictures.others)

@@ -5,7 +5,7 @@ from specedit_kernels.reference.mixed_res_attn import SCORES_AT_ONCE
 
 
 def sparse_cross_attn(q, k, v, region, text_mask, scale):
-    """softmax(q k^T scale) v over the text tokens that each query's region sees; fp32, or float64 for float64 inputs."""
+    """softmax(q k^T scale) v over the text tokens that each query's region sees; fp32, float64 for float64 inputs."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, queries, heads, dim = q.shape
     tokens, regions = k.shape[1], text_mask.shape[1]

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds of a whole Qwen-Image-Edit edit at the published sizes, with random weights: SpecEdit beside plain steps.
+
+    python bench/models/qwen_image_edit.py --out runs/models        # one GPU with 80 GB
+    python bench/models/qwen_image_edit.py --true-cfg-scale 1       # one guidance branch
+    python bench/models/qwen_image_edit.py --tiny --out /tmp/models # a tiny model on any machine
+
+Denoising and the autoencoder are timed; embeddings of text and vision tokens are given, as many for either guidance
+branch. The edit's region is a user's mask, a square block of tokens. All rows come from one process. Writes
+OUT/qwen_image_edit.json and .md.
+"""
+
+import argparse
+import fnmatch
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from flux_kontext import markdown, region, setting
+from PIL import Image
+
+from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
+
+# The classes' defaults are Qwen/Qwen-Image-Edit's transformer/config.json and vae/config.json.
+TINY_TRANSFORMER = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+                        axes_dims_rope=(4, 6, 6))  # fmt: skip
+TINY_VAE = dict(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+SCHEDULER = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+                 max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential")  # fmt: skip
+STOCK_SIDE = 1024  # the diffusers pipeline works on a megapixel whatever it is given
+
+
+def build(tiny, device, dtype):
+    """The pipeline with random weights and no text encoder."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            transformer = QwenImageTransformer2DModel(**(TINY_TRANSFORMER if tiny else {}))
+            vae = AutoencoderKLQwenImage(**(TINY_VAE if tiny else {}))
+    finally:
+        torch.set_default_dtype(before)
+    pipe = SpecEditQwenImageEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER), vae=vae.eval(), text_encoder=None, tokenizer=None,
+        processor=None, transformer=transformer.eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Bench:
+    """Rows of one process: {name: (call that is timed, call that warms up)}; a call gives SpecEditStats or None."""
+
+    def __init__(self, args):
+        self.args, self.device = args, torch.device(args.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.pipe = build(args.tiny, self.device, self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        width = self.pipe.transformer.config.joint_attention_dim
+
+        def normal():
+            return torch.randn(1, args.text_length, width, generator=generator).to(self.device, self.dtype)
+
+        self.options = dict(
+            image=Image.fromarray(np.random.default_rng(0).integers(0, 256, (args.side, args.side, 3), np.uint8)),
+            prompt_embeds=normal(), height=args.side, width=args.side, output_type="pt",
+            true_cfg_scale=args.true_cfg_scale,
+        )  # fmt: skip
+        if args.true_cfg_scale > 1:
+            self.options["negative_prompt_embeds"] = normal()
+
+    def plain(self, steps):
+        if self.args.side == STOCK_SIDE:
+            self.pipe(specedit=False, num_inference_steps=steps, **self.options)
+        else:  # the same steps on the same tokens
+            self.specedit(SpecEditConfig(stages=(0, 0, steps)), region(self.args.side, 1.0))
+
+    def specedit(self, config, mask):
+        return self.pipe(specedit=config, mask_image=mask, max_area=self.args.side**2, **self.options).stats
+
+    def compiled(self, steps):
+        self.pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        self.plain(steps)
+
+    def rows(self):
+        """The compiled ones come last: compiling changes the transformer for good."""
+        rows = {f"plain-{n}": (lambda n=n: self.plain(n), lambda: self.plain(1)) for n in (50, 28, 9, 4)}
+        # cached: after the first mixed step only text and edited tokens are computed
+        for kind, options in (("full", {}), ("full-cached", dict(kv_refresh=9)), ("locked", dict(finish="locked")),
+                              ("locked-cached", dict(finish="locked", kv_refresh=9))):  # fmt: skip
+            config = SpecEditConfig(preset=9, max_active=0.95, **options)
+            for share in self.args.areas:
+                mask = region(self.args.side, share)
+                call = lambda c=config, m=mask: self.specedit(c, m)  # noqa: E731
+                rows[f"specedit-9-{kind}, {share:.0%}"] = (call, call)
+        if self.args.compiled:
+            for n in (50, 9):
+                rows[f"compiled plain-{n}"] = (lambda n=n: self.plain(n), lambda: self.compiled(1))
+        return rows
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def measure(self, run, warm):
+        """A row's figures: median seconds after the warm-up, seconds of each stage, peak memory in bytes."""
+        warm()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        calls, begun = [], time.perf_counter()
+        while not calls or (len(calls) < self.args.repeat and time.perf_counter() - begun < self.args.patience):
+            self.synchronize()
+            started = time.perf_counter()
+            stats = run()
+            self.synchronize()
+            calls.append((time.perf_counter() - started, {} if stats is None else stats.seconds))
+        seconds = statistics.median_low(s for s, _ in calls)
+        figures = {"seconds": seconds, "calls": len(calls), "stages": dict(calls)[seconds], "times": 1}
+        if self.device.type == "cuda":
+            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+        if stats is not None:
+            figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
+                        "backend": stats.backend}  # fmt: skip
+        return figures
+
+
+@torch.inference_mode()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/models"))
+    parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
+    parser.add_argument("--areas", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 1.0], help="edited shares")
+    parser.add_argument("--side", type=int, help="of the picture in pixels, a multiple of 64 (default 1024; tiny: 128)")
+    parser.add_argument("--text-length", type=int, default=1540, help="text and vision tokens of a branch")
+    parser.add_argument("--true-cfg-scale", type=float, default=4.0)
+    parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")
+    parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
+    parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    args.side = args.side or (128 if args.tiny else STOCK_SIDE)
+    if args.side % 64 or args.side < 64:
+        parser.error(f"--side: expected a multiple of 64, got {args.side}")
+    bench = Bench(args)
+    every = bench.rows()
+    chosen = [n for n in every if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
+    if not chosen:
+        parser.error(f"--rows: none of {list(every)} matches {args.rows}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    size = "tiny" if args.tiny else "Qwen-Image-Edit (20.4 B)"
+    head, rows = setting(args) | {"model": f"{size}, random weights, true_cfg_scale {args.true_cfg_scale:g}"}, {}
+    for name in chosen:
+        try:
+            rows[name] = bench.measure(*every[name])
+        except Exception as error:  # a row that fails is reported as failed, and the others go on
+            rows[name] = {"error": f"{type(error).__name__}: {error}"}
+            torch.cuda.empty_cache()
+        print(name, json.dumps(rows[name]), flush=True)
+        (args.out / "qwen_image_edit.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
+        (args.out / "qwen_image_edit.md").write_text(markdown(head, rows))
+    print((args.out / "qwen_image_edit.md").read_text())
+    return int(any("error" in row for row in rows.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

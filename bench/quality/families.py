@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between the two tiny editors: FLUX.1-Kontext's and Qwen-Image-Edit's classes, latents, text and calls.
+
+A family is a class that is never instantiated. parts: name of a set of weights -> (the pipeline's component that holds
+it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d] or Qwen's mask [n, T] or None).
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxKontextPipeline, QwenImageEditPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+import models
+from text import (
+    CLIP_LENGTH,
+    PHRASE_LENGTH,
+    QWEN_LENGTH,
+    PhraseEncoder,
+    QwenPhraseEncoder,
+    clip_tokenizer,
+    qwen_tokenizer,
+    t5_tokenizer,
+)
+
+
+def image_ids(rows, columns, index, device):
+    """[rows * columns, 3]: (index, row, column); index 0 is the target, 1 the condition."""
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 0] = index
+    ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=device)[None]
+    return ids.view(-1, 3)
+
+
+def _rewrite(path, change):
+    """A JSON file after `change` has been at its content."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+class Flux:
+    pipeline, vae = FluxKontextPipeline, AutoencoderKL
+    encoder = PhraseEncoder
+    parts = {"transformer": ("transformer", models.make_transformer), "clip": ("text_encoder", models.make_clip),
+             "t5": ("text_encoder_2", models.make_t5)}
+    make_vae, make_scheduler = staticmethod(models.make_vae), staticmethod(models.make_scheduler)
+    settings = {"max_sequence_length": 64}  # of specedit.json
+    ids_width = CLIP_LENGTH + PHRASE_LENGTH
+    empty_share = 0.0  # of prompts without words in training
+    default_length = 512  # of a padded prompt in the measurements: the pipeline's default
+    # Padded lengths of T5's prompt. Users' pipelines pad to 512 by default; nothing masks the padding.
+    lengths = (16, 32, 64, 128, 256, 512)
+    shares = {512: (0.26, 0.14, 0.10, 0.10, 0.12, 0.28), 256: (0.40, 0.20, 0.12, 0.10, 0.08, 0.10),
+              128: (0.40, 0.20, 0.12, 0.12, 0.08, 0.08)}
+    # Where each shape is compiled by itself: two lengths, the command's and the pipelines' default.
+    static_lengths = (64, 512)
+    static_shares = {512: (0.7, 0.3), 256: (0.75, 0.25), 128: (0.75, 0.25)}
+
+    @staticmethod
+    def posterior(vae, x):
+        """Distribution of the latents, not normalised, of pictures [n, 3, H, W] in [-1, 1]."""
+        return vae.encode(x).latent_dist
+
+    @staticmethod
+    def decode(vae, z):
+        """Pictures from latents that are not normalised; not clamped."""
+        return vae.decode(z).sample
+
+    @staticmethod
+    def set_scale(vae, z):
+        """From latents z: scales each channel to unit deviation inside the weights, one scale and shift for all."""
+        deviation = z.std(dim=(0, 2, 3))
+        channels = len(deviation)
+        head, stem = vae.encoder.conv_out, vae.decoder.conv_in
+        head.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+        head.bias[:channels] /= deviation
+        head.bias[channels:] -= 2 * deviation.log()  # the log-variances that stand beside the means
+        stem.weight *= deviation.view(1, -1, 1, 1)
+        z = z / deviation.view(1, -1, 1, 1)
+        vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
+
+    @staticmethod
+    def text(parts, ids, length):
+        """A text from the encoder's ids."""
+        clip, t5 = ids.split((CLIP_LENGTH, PHRASE_LENGTH), dim=1)
+        t5 = F.pad(t5, (0, length - PHRASE_LENGTH)) if length > PHRASE_LENGTH else t5[:, :length]
+        return parts["t5"](t5)[0], parts["clip"](clip).pooler_output
+
+    @staticmethod
+    def encode_text(pipe, phrases, length, device):
+        """A text from phrases, by the pipeline's own encoders."""
+        t5 = pipe.tokenizer_2(phrases, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        clip = pipe.tokenizer(phrases, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        return (pipe.text_encoder_2(t5.input_ids.to(device))[0],
+                pipe.text_encoder(clip.input_ids.to(device)).pooler_output)
+
+    @staticmethod
+    def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
+        """Of packed target tokens, with the source's behind them; grid: both's (rows, columns); sigma, guidance [n]."""
+        states, pooled = text
+        ids = torch.cat([image_ids(*grid, index, tokens.device) for index in (0, 1)])
+        return transformer(
+            hidden_states=torch.cat([tokens, condition], 1), timestep=sigma, guidance=guidance,
+            pooled_projections=pooled, encoder_hidden_states=states,
+            txt_ids=torch.zeros(states.shape[1], 3, device=tokens.device), img_ids=ids, return_dict=False,
+        )[0][:, :tokens.shape[1]]
+
+    @staticmethod
+    def tokenizers():
+        """The pipeline's components without weights."""
+        return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
+
+    @staticmethod
+    def finish(folder):
+        """Older transformers know the fast class by this name only, and want CLIP's two files."""
+        _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer_2=["transformers", "T5TokenizerFast"]))
+        model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]) + "\n")
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+@lru_cache(maxsize=2)
+def _qwen_prefix(device):
+    return torch.tensor(QwenPhraseEncoder().prefix, device=device)
+
+
+class Qwen:
+    """The tokenizer stands in for the pipeline's processor, which needs torchvision: the picture's place in the prompt
+    keeps its one token, and the encoder sees no picture. The model sees it as condition tokens, as any Qwen does."""
+
+    pipeline, vae = QwenImageEditPipeline, AutoencoderKLQwenImage
+    encoder = QwenPhraseEncoder
+    parts = {"transformer": ("transformer", models.make_qwen_transformer),
+             "text": ("text_encoder", models.make_qwen_text)}
+    make_scheduler = staticmethod(models.make_qwen_scheduler)
+    settings = {"true_cfg_scale": 1.0}
+    ids_width = default_length = QWEN_LENGTH
+    empty_share = 0.1  # then the source is to come back, so that guidance has something to lead away from
+    # A mask hides the padding, and each prompt has its own length behind it.
+    lengths = static_lengths = (QWEN_LENGTH,)
+    shares = static_shares = dict.fromkeys((512, 256, 128), (1.0,))
+
+    @staticmethod
+    def make_vae():
+        return models.as_pictures(models.make_qwen_vae())
+
+    @staticmethod
+    def posterior(vae, x):
+        moments = vae.quant_conv(vae.encoder(x[:, :, None]))
+        return DiagonalGaussianDistribution(moments[:, :, 0])
+
+    @staticmethod
+    def decode(vae, z):
+        # the model's own decode clamps, and a clamped pixel has no gradient
+        return vae.decoder(vae.post_quant_conv(z[:, :, None]))[:, :, 0]
+
+    @staticmethod
+    def set_scale(vae, z):
+        """From latents z: each channel's mean and deviation."""
+        mean, deviation = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
+        vae.register_to_config(latents_mean=[round(x, 4) for x in mean.tolist()],
+                               latents_std=[round(x, 4) for x in deviation.tolist()])
+
+    @staticmethod
+    def text(parts, ids, length):
+        encoder, prefix = parts["text"], _qwen_prefix(ids.device)
+        whole = torch.cat([prefix.expand(len(ids), -1), ids], 1)
+        # Padding comes last, and the encoder looks back alone: no mask is needed here.
+        states = encoder.model.language_model(inputs_embeds=encoder.get_input_embeddings()(whole)).last_hidden_state
+        return states[:, len(prefix):], ids != qwen_tokenizer().pad_token_id
+
+    @staticmethod
+    def encode_text(pipe, phrases, length, device):
+        return pipe.encode_prompt(phrases, device=device)
+
+    @staticmethod
+    def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
+        states, mask = text
+        return transformer(
+            hidden_states=torch.cat([tokens, condition], 1), timestep=sigma, encoder_hidden_states=states,
+            encoder_hidden_states_mask=mask, img_shapes=[[(1, *grid)] * 2] * len(tokens), return_dict=False,
+        )[0][:, :tokens.shape[1]]
+
+    @staticmethod
+    def tokenizers():
+        return {"tokenizer": qwen_tokenizer(), "processor": qwen_tokenizer()}
+
+    @staticmethod
+    def finish(folder):
+        """The name that every version of transformers knows."""
+        known = ["transformers", "PreTrainedTokenizerFast"]
+        _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known, processor=known))
+
+
+FAMILIES = {"flux": Flux, "qwen": Qwen}
+
+
+def family_of(pipe):
+    """The family of a pipeline."""
+    return next(family for family in FAMILIES.values() if isinstance(pipe, family.pipeline))
+
+
+def family_in(folder):
+    """The family of a folder that holds a pipeline."""
+    name = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
+    return next(family for family in FAMILIES.values() if family.pipeline.__name__ == name)
+
+
+def load_vae(family, folder):
+    vae = family.vae.from_pretrained(folder)
+    return models.as_pictures(vae)

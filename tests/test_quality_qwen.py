@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny Qwen-Image-Edit's parts, training, export and calls, without any trained weight."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"))
+
+import calibrate  # noqa: E402
+import export  # noqa: E402
+import families  # noqa: E402
+import models  # noqa: E402
+import sampler  # noqa: E402
+import table  # noqa: E402
+import table_runs as runs  # noqa: E402
+import text  # noqa: E402
+import train_editor  # noqa: E402
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel  # noqa: E402
+
+from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline  # noqa: E402
+from specedit_kernels.pipelines.vae import codec_of  # noqa: E402
+
+PHRASES = ["remove the cat", f"put {text.article(text.NAMES[3])} in the bottom left", ""]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Small(families.Qwen):
+    """The family with a transformer of one block and few channels in the autoencoder."""
+
+    parts = families.Qwen.parts | {"transformer": ("transformer", lambda: QwenImageTransformer2DModel(
+        in_channels=64, out_channels=16, num_layers=1, attention_head_dim=64, num_attention_heads=1,
+        joint_attention_dim=models.TEXT_WIDTH, axes_dims_rope=(8, 28, 28)))}
+
+    @staticmethod
+    def make_vae():
+        return models.as_pictures(AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The real sizes, exported: `export` itself refuses what takes too much room."""
+    torch.manual_seed(0)
+    weights = {name: make().state_dict() for name, (_, make) in families.Qwen.parts.items()}
+    path = tmp_path_factory.mktemp("qwen") / "editor"
+    vae = families.Qwen.make_vae()
+    families.Qwen.set_scale(vae, torch.randn(4, 16, 8, 8, generator=seeded()) * 2 + 1)
+    size = export.export(families.Qwen, vae, weights, path)
+    assert size == export.folder_size(path) < export.LIMIT
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    """Loaded as any user would: no code of ours."""
+    loaded = QwenImageEditPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def batch(n=2, side=8, seed=0):
+    """source, target, weights and ids, as training has them."""
+    encoder = text.QwenPhraseEncoder()
+    ids = torch.tensor([encoder(phrase)[0] for phrase in PHRASES[:n]])
+    source, target = torch.randn(2, n, 16, side, side, generator=seeded(seed))
+    return source, target, torch.full((n, side * side // 4), 4.0), ids
+
+
+def test_loads_in_fp32_with_its_scale(pipe):
+    assert {x.dtype for x in (pipe.transformer, pipe.text_encoder, pipe.vae)} == {torch.float32}
+    assert pipe.transformer.config.zero_cond_t is False and pipe.scheduler.config.shift_terminal == 0.02
+    assert np.allclose(pipe.vae.config.latents_mean, 1, atol=0.5)
+    assert np.allclose(pipe.vae.config.latents_std, 2, atol=0.5)
+
+
+def test_training_sees_the_texts_of_the_pipeline(pipe):
+    """The look-up's ids are the tokenizer's, and the states behind them the pipeline's own."""
+    encoder, (template, dropped) = text.QwenPhraseEncoder(), text.qwen_template()
+    ids = torch.tensor([encoder(phrase)[0] for phrase in PHRASES])
+    for phrase, row in zip(PHRASES, ids.tolist()):
+        whole = pipe.tokenizer(template.format(phrase)).input_ids
+        assert encoder.prefix == whole[:dropped]
+        assert row == whole[dropped:] + [encoder.pad] * (text.QWEN_LENGTH + dropped - len(whole))
+        assert pipe.tokenizer.unk_token_id not in whole
+    assert encoder("Make it snow".lower(), stop=True)[0] == encoder("make it snow", capital=True, stop=True)[0]
+    picture = PIL.Image.new("RGB", (64, 64))
+    with torch.no_grad():
+        states, mask = families.Qwen.text({"text": pipe.text_encoder}, ids, text.QWEN_LENGTH)
+        expected, valid = pipe.encode_prompt([*PHRASES[:2], " "], image=[picture] * 3)
+    n = valid.shape[1]
+    assert torch.equal(mask[:, :n], valid.bool()) and not mask[:, n:].any()
+    assert torch.allclose(states[:, :n][valid.bool()], expected[valid.bool()], atol=1e-5)
+
+
+def test_every_phrase_fits():
+    encoder = text.QwenPhraseEncoder()
+    longest = max((text.phrase(task, v, "a", "apple", "red", "top left") for task, t in text.TEMPLATES.items()
+                   for v in range(len(t))), key=lambda p: len(p.split()))  # fmt: skip
+    assert len(encoder(longest.replace("apple", text.NAMES[0]), stop=True)[0]) == text.QWEN_LENGTH
+
+
+def test_lone_frames_in_two_dimensions_are_the_models_own():
+    vae = models.make_qwen_vae().eval()
+    x = torch.rand(2, 3, 32, 48, generator=seeded()) * 2 - 1
+    with torch.no_grad():
+        z = vae.encode(x[:, :, None]).latent_dist.mode()
+        y = vae.decode(z).sample[:, :, 0]
+        models.as_pictures(vae)
+        posterior = families.Qwen.posterior(vae, x)
+        assert torch.allclose(posterior.mode(), z[:, :, 0], atol=1e-5)
+        assert torch.allclose(codec_of(vae).encode(x), z[:, :, 0], atol=1e-5)
+        assert torch.allclose(families.Qwen.decode(vae, z[:, :, 0]).clamp(-1, 1), y, atol=1e-5)
+    assert posterior.logvar.mean() < -3  # little noise at the start
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=families.FAMILIES)
+def test_latents_are_normalised(family):
+    vae = family.make_vae().eval()
+    x = torch.rand(4, 3, 64, 64, generator=seeded()) * 2 - 1
+    with torch.no_grad():
+        z = family.posterior(vae, x).mode()
+        family.set_scale(vae, z)
+        z = codec_of(vae).encode(x)
+    deviation = z.std(dim=(0, 2, 3))
+    assert z.mean().abs() < 0.02 and abs(z.std() - 1) < 0.02 and deviation.max() < 1.05 * deviation.min()
+
+
+def test_a_repeated_batch_is_learnt(monkeypatch):
+    monkeypatch.setattr(Small, "empty_share", 0.0)
+    torch.manual_seed(0)
+    editor = train_editor.Editor(Small)
+    optimizer = torch.optim.AdamW(editor.parameters(), lr=3e-3)
+    fields, sigma, noise = batch(), torch.tensor([0.5, 0.8]), torch.randn(2, 16, 8, 8, generator=seeded(5))
+    losses = []
+    for _ in range(40):
+        loss, apart = editor.loss(fields, text.QWEN_LENGTH, sigma, noise, None)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert apart.shape == (2,) and losses[-1] < 0.5 * losses[0]
+    trained = {name for name, p in editor.named_parameters() if optimizer.state.get(p)}
+    assert any("embed_tokens" in name for name in trained) and not any("visual" in name for name in trained)
+
+
+def test_without_words_the_source_comes_back(monkeypatch):
+    """Then what the target and the words were does not matter."""
+    monkeypatch.setattr(Small, "empty_share", 1.0)
+    torch.manual_seed(0)
+    editor, sigma, noise = train_editor.Editor(Small), torch.tensor([0.5, 0.8]), torch.randn(2, 16, 8, 8)
+    source, target, weight, ids = batch()
+    with torch.no_grad():
+        loss, apart = editor.loss((source, target, weight, ids), text.QWEN_LENGTH, sigma, noise, None)
+        same, _ = editor.loss((source, source, weight, ids.flip(0)), text.QWEN_LENGTH, sigma, noise, None)
+    assert loss == same and apart[0] == 0
+
+
+def test_the_training_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_editor, "RUN_DIR", tmp_path)
+    monkeypatch.setattr(train_editor, "SIZES", (64, 48, 32))
+    monkeypatch.setattr(Small, "shares", dict.fromkeys((64, 48, 32), (1.0,)))
+    monkeypatch.setitem(train_editor.FAMILIES, "qwen", Small)
+    Small.make_vae().save_pretrained(tmp_path / "vae")
+    for seconds in ("0.01", "0.02"):
+        monkeypatch.setattr(sys, "argv", [*"train_editor.py --family qwen --tokens 100 --workers 0 --compile none "
+                                          "--capacity 8 8 8 --seconds".split(), seconds])
+        train_editor.main()
+    assert "resumed at step 1" in capsys.readouterr().out
+    pipe = SpecEditQwenImageEditPipeline.from_pretrained(tmp_path / "editor")
+    assert pipe.transformer.config.num_layers == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_own_sampler_is_the_pipeline(pipe, steps):
+    """In plain steps, where a call of SpecEdit with everything selected is the stock pipeline at any size."""
+    ours = runs.BatchedQwenPipeline(**pipe.components)
+    ours.set_progress_bar_config(disable=True)
+    runner = runs.Runner(ours, text.QWEN_LENGTH)
+    edits = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
+    expected = runner.run(runs.Row("plain", steps=steps), edits)
+    z = sampler.encode_images(pipe.vae, edits.pictures()[0])
+    states, mask = sampler.encode_text(pipe, edits.edits.phrases(), None, "cpu")
+    z = sampler.euler(pipe, z, states, mask, steps, sampler.noise_like(edits.seeds, 16, 8, 8))
+    assert torch.allclose(sampler.decode_latents(pipe.vae, z), expected.images, atol=1e-4)
+    assert expected.nfe == steps and expected.flops == [steps * runner.step_flops(32)] * 2
+
+
+def test_rows_of_the_table(pipe):
+    """A plain row, a guided SpecEdit row and a calibration of one pipeline."""
+    ours = runs.BatchedQwenPipeline(**pipe.components)
+    ours.set_progress_bar_config(disable=True)
+    runner = runs.Runner(ours, text.QWEN_LENGTH, 3.0)
+    edits = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
+    edits.reference = edits.tokens
+    config = SpecEditConfig(stages=(1, 1, 1), threshold=-1.0)
+    result = runner.run(runs.Row("", config=config), edits)
+    assert result.images.shape == (2, 3, 64, 64) and result.nfe == 3 and result.mask.all()
+    unguided = runs.Runner(ours, text.QWEN_LENGTH).run(runs.Row("", config=config), edits)
+    assert result.flops == [2 * f for f in unguided.flops] and not torch.allclose(result.images, unguided.images)
+    scores = calibrate.probe(calibrate.Probe.of(ours), runner, edits, config, 2)
+    assert torch.allclose(scores["decoder", "matched"], result.scores, atol=1e-4)
+
+
+def test_thresholds_of_another_editor():
+    rows = runs.with_thresholds(table.all_rows(), [
+        {"metric": "decoder", "reference": "matched", "draft": "coarse", "threshold": 0.5}])
+    by_name = {row.name: row.config for row in rows}
+    assert by_name["9-coarse-full"].threshold == by_name["30-coarse-locked"].threshold == 0.5
+    assert by_name["9-quarter-full"].threshold is None and by_name["plain-50"] is None
+
+
+def test_an_edit_from_the_folder(folder):
+    pipe = SpecEditQwenImageEditPipeline.from_pretrained(folder)
+    source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
+    mask = np.zeros((64, 96), np.float32)
+    mask[:32, :32] = 1
+    out = pipe(image=source, prompt="make the cat blue", negative_prompt=" ", true_cfg_scale=2.0, max_area=64 * 96,
+               mask_image=mask, generator=seeded(),
+               specedit=SpecEditConfig(stages=(1, 1, 1), preserve="pixels", feather=0))
+    assert out.images[0].size == (96, 64) and out.stats.nfe == 3
+    assert (np.asarray(out.images[0])[:, 32:] == np.asarray(source)[:, 32:]).all()
