@@ -11,11 +11,11 @@ Writes OUT/flash_edit.json and .md.
 """
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 
 import torch
-from flux_kontext import Bench, Row, region, setting
+from flux_kontext import Bench, Row, region, run_rows, setting
 
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline
 from specedit_kernels.pipelines.config import RUNNERS
@@ -94,17 +94,10 @@ def main(argv=None):
     if args.side % 64 or args.side < 64:
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
     bench = FlashBench(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    head, rows = {**setting(args), "source_length": args.source_length}, {}
-    for name, row in bench.rows().items():
-        try:
-            rows[name] = bench.measure(row)
-        except Exception as error:  # a row that fails is reported as failed, and the others go on
-            rows[name] = {"error": f"{type(error).__name__}: {error}"}
-        print(name, json.dumps(rows[name]), flush=True)
-        (args.out / "flash_edit.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
-        (args.out / "flash_edit.md").write_text(markdown(head, rows, f"inversion-{args.steps}+{args.steps} eager"))
-    print((args.out / "flash_edit.md").read_text())
+    head = {**setting(args), "source_length": args.source_length}
+    measures = {name: partial(bench.measure, row) for name, row in bench.rows().items()}
+    report = partial(markdown, baseline=f"inversion-{args.steps}+{args.steps} eager")
+    rows = run_rows(measures, head, args.out, "flash_edit", report)
     return int(any("error" in row for row in rows.values()))
 
 

@@ -66,20 +66,27 @@ SCHEDULER = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base
                  max_image_seq_len=4096, shift=3.0)  # fmt: skip
 
 
-def build(tiny, device, dtype):
-    """The pipeline with random weights and no text encoders."""
+def random_modules(device, dtype, *makers):
+    """What each maker makes, with random weights on a device in a dtype, for inference."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            transformer = FluxTransformer2DModel(**(TINY_TRANSFORMER if tiny else TRANSFORMER))
-            vae = AutoencoderKL(**(TINY_VAE if tiny else VAE))
+            return [make().eval() for make in makers]
     finally:
         torch.set_default_dtype(before)
+
+
+def build(tiny, device, dtype):
+    """The pipeline with random weights and no text encoders."""
+    transformer, vae = random_modules(
+        device, dtype, lambda: FluxTransformer2DModel(**(TINY_TRANSFORMER if tiny else TRANSFORMER)),
+        lambda: AutoencoderKL(**(TINY_VAE if tiny else VAE)),
+    )  # fmt: skip
     pipe = SpecEditFluxKontextPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER), vae=vae.eval(), text_encoder=None, tokenizer=None,
-        text_encoder_2=None, tokenizer_2=None, transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER), vae=vae, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -384,6 +391,26 @@ def plot(rows, path):
         figure.savefig(path, dpi=110)
 
 
+def run_rows(measures, head, out, name, report):
+    """{row: figures} of {row: function that measures it}. Writes OUT/name.json and .md, report(head, rows), after each.
+
+    A row that fails is reported as failed, and the others go on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for row, measure in measures.items():
+        try:
+            rows[row] = measure()
+        except Exception as error:
+            rows[row] = {"error": f"{type(error).__name__}: {error}"}
+            torch.cuda.empty_cache()
+        print(row, json.dumps(rows[row]), flush=True)
+        (out / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
+        (out / f"{name}.md").write_text(report(head, rows))
+    print((out / f"{name}.md").read_text())
+    return rows
+
+
 @torch.inference_mode()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -408,18 +435,9 @@ def main(argv=None):
     chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
     if not chosen:
         parser.error(f"--rows: none of {list(every)} matches {args.rows}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    head, rows = setting(args), {}
-    for name in chosen:
-        try:
-            rows[name] = bench.measure(every[name]())
-        except Exception as error:  # a peer that fails is reported as failed, and the others go on
-            rows[name] = {"error": f"{type(error).__name__}: {error}"}
-        print(name, json.dumps(rows[name]), flush=True)
-        (args.out / "flux_kontext.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
-        (args.out / "flux_kontext.md").write_text(markdown(head, rows))
+    measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}
+    rows = run_rows(measures, setting(args), args.out, "flux_kontext", markdown)
     plot(rows, args.out / "flux_kontext.png")
-    print((args.out / "flux_kontext.md").read_text())
     return int(any("error" in row for row in rows.values()))
 
 

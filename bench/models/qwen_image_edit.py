@@ -12,15 +12,13 @@ OUT/qwen_image_edit.json and .md.
 
 import argparse
 import fnmatch
-import json
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from flux_kontext import markdown, region, setting
+from flux_kontext import Bench, Row, markdown, random_modules, region, run_rows, setting
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
@@ -36,25 +34,20 @@ STOCK_SIDE = 1024  # the diffusers pipeline works on a megapixel whatever it is 
 
 def build(tiny, device, dtype):
     """The pipeline with random weights and no text encoder."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = QwenImageTransformer2DModel(**(TINY_TRANSFORMER if tiny else {}))
-            vae = AutoencoderKLQwenImage(**(TINY_VAE if tiny else {}))
-    finally:
-        torch.set_default_dtype(before)
+    transformer, vae = random_modules(
+        device, dtype, lambda: QwenImageTransformer2DModel(**(TINY_TRANSFORMER if tiny else {})),
+        lambda: AutoencoderKLQwenImage(**(TINY_VAE if tiny else {})),
+    )  # fmt: skip
     pipe = SpecEditQwenImageEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER), vae=vae.eval(), text_encoder=None, tokenizer=None,
-        processor=None, transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER), vae=vae, text_encoder=None, tokenizer=None,
+        processor=None, transformer=transformer,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-class Bench:
-    """Rows of one process: {name: (call that is timed, call that warms up)}; a call gives SpecEditStats or None."""
+class QwenBench(Bench):
+    """The same clock for Qwen's pipeline and rows."""
 
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
@@ -89,7 +82,7 @@ class Bench:
 
     def rows(self):
         """The compiled ones come last: compiling changes the transformer for good."""
-        rows = {f"plain-{n}": (lambda n=n: self.plain(n), lambda: self.plain(1)) for n in (50, 28, 9, 4)}
+        rows = {f"plain-{n}": Row(lambda n=n: self.plain(n), lambda: self.plain(1)) for n in (50, 28, 9, 4)}
         # cached: after the first mixed step only text and edited tokens are computed
         for kind, options in (("full", {}), ("full-cached", dict(kv_refresh=9)), ("locked", dict(finish="locked")),
                               ("locked-cached", dict(finish="locked", kv_refresh=9))):  # fmt: skip
@@ -97,36 +90,11 @@ class Bench:
             for share in self.args.areas:
                 mask = region(self.args.side, share)
                 call = lambda c=config, m=mask: self.specedit(c, m)  # noqa: E731
-                rows[f"specedit-9-{kind}, {share:.0%}"] = (call, call)
+                rows[f"specedit-9-{kind}, {share:.0%}"] = Row(call, call)
         if self.args.compiled:
             for n in (50, 9):
-                rows[f"compiled plain-{n}"] = (lambda n=n: self.plain(n), lambda: self.compiled(1))
+                rows[f"compiled plain-{n}"] = Row(lambda n=n: self.plain(n), lambda: self.compiled(1))
         return rows
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def measure(self, run, warm):
-        """A row's figures: median seconds after the warm-up, seconds of each stage, peak memory in bytes."""
-        warm()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        calls, begun = [], time.perf_counter()
-        while not calls or (len(calls) < self.args.repeat and time.perf_counter() - begun < self.args.patience):
-            self.synchronize()
-            started = time.perf_counter()
-            stats = run()
-            self.synchronize()
-            calls.append((time.perf_counter() - started, {} if stats is None else stats.seconds))
-        seconds = statistics.median_low(s for s, _ in calls)
-        figures = {"seconds": seconds, "calls": len(calls), "stages": dict(calls)[seconds], "times": 1}
-        if self.device.type == "cuda":
-            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-        if stats is not None:
-            figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
-                        "backend": stats.backend}  # fmt: skip
-        return figures
 
 
 @torch.inference_mode()
@@ -147,24 +115,15 @@ def main(argv=None):
     args.side = args.side or (128 if args.tiny else STOCK_SIDE)
     if args.side % 64 or args.side < 64:
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
-    bench = Bench(args)
+    bench = QwenBench(args)
     every = bench.rows()
     chosen = [n for n in every if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
     if not chosen:
         parser.error(f"--rows: none of {list(every)} matches {args.rows}")
-    args.out.mkdir(parents=True, exist_ok=True)
     size = "tiny" if args.tiny else "Qwen-Image-Edit (20.4 B)"
-    head, rows = setting(args) | {"model": f"{size}, random weights, true_cfg_scale {args.true_cfg_scale:g}"}, {}
-    for name in chosen:
-        try:
-            rows[name] = bench.measure(*every[name])
-        except Exception as error:  # a row that fails is reported as failed, and the others go on
-            rows[name] = {"error": f"{type(error).__name__}: {error}"}
-            torch.cuda.empty_cache()
-        print(name, json.dumps(rows[name]), flush=True)
-        (args.out / "qwen_image_edit.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
-        (args.out / "qwen_image_edit.md").write_text(markdown(head, rows))
-    print((args.out / "qwen_image_edit.md").read_text())
+    head = setting(args) | {"model": f"{size}, random weights, true_cfg_scale {args.true_cfg_scale:g}"}
+    measures = {name: partial(bench.measure, every[name]) for name in chosen}
+    rows = run_rows(measures, head, args.out, "qwen_image_edit", markdown)
     return int(any("error" in row for row in rows.values()))
 
 

@@ -23,6 +23,7 @@ from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, Spec
 from table_measures import grow, masked_psnr, mean, recall_precision, to_pixels
 from table_runs import (
     SHIPPED,
+    Batched,
     Runner,
     add_arguments,
     cell,
@@ -88,11 +89,8 @@ def ssim(a, b, mask):
     return (found[:, 0] * mask).sum((1, 2)) / mask.sum((1, 2))
 
 
-class Flash(FlashEditFluxKontextPipeline):
-    """Encodes a batch of sources at once though each picture has its own generator: the mode needs none."""
-
-    def _encode_vae_image(self, image, generator):
-        return super()._encode_vae_image(image, None)
+class Flash(Batched, FlashEditFluxKontextPipeline):
+    pass
 
 
 @torch.no_grad()
@@ -104,7 +102,7 @@ def run(row, part, runner, pipes):
         out = pipes[row.distilled](specedit=row.config, mask_image=mask, **options)
         return out.images.float(), out.mask if row.config.method == "flash" else None, out.stats.source_error
     if row.config is None:
-        return runner.pipe(num_inference_steps=row.steps, specedit=False, **options).images.float(), None, None
+        return runner.plain(row.steps, part).float(), None, None
     out = runner.pipe(specedit=row.config, **options)
     return out.images.float(), out.mask, None
 

@@ -9,7 +9,7 @@ from specedit_kernels.ops._library import register
 _OP = "group_norm"
 
 
-def _check(x, num_groups, weight, bias, *, eps=1e-6, silu=False):
+def _check(x, num_groups, weight, bias):
     _checks.check_dtype(_OP, "x", x, _checks.FLOATS)
     if x.dim() not in (3, 4):
         _checks.value_error(_OP, "x", "[B, C, H, W] or [B, C, N]", _checks.shape_of(x))
@@ -27,12 +27,12 @@ def _check(x, num_groups, weight, bias, *, eps=1e-6, silu=False):
 
 
 def _implementation(x, num_groups, weight, bias, *, eps=1e-6, silu=False):
-    _check(x, num_groups, weight, bias, eps=eps, silu=silu)
+    _check(x, num_groups, weight, bias)
     return _backends.implementation(_OP, x.device)(x, num_groups, weight, bias, eps, silu)
 
 
 def _fake(x, num_groups, weight, bias, *, eps=1e-6, silu=False):
-    _check(x, num_groups, weight, bias, eps=eps, silu=silu)
+    _check(x, num_groups, weight, bias)
     return torch.empty_like(x)
 
 

@@ -123,7 +123,7 @@ class FlashEditMixin(SpecEditMixin):
                 raise FileNotFoundError(f"folder: expected {path.name} in {folder}")
         self._generator, self._inverter = (merged_copy(self.transformer, path) for path in paths)
         # its graphs are of the weights before
-        self._specedit_runner = None
+        self._free_runner()
 
     def __call__(
         self, image=None, prompt=None, *, source_prompt: str | list[str] = "", specedit=None, **options

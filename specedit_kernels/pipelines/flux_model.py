@@ -245,9 +245,9 @@ class FusedFluxModel(FluxKontextModel):
     def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FusedLayout) -> Tensor:
         sequence, cache = layout.sequence, layout.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
-        blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
         watched = None
         if layout.watch is not None:
+            blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
             watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
         inputs = dict(tokens=tokens, embeds=text.embeds, modulation=moment)
         inputs |= {name: getattr(sequence, name) for name in names}
