@@ -143,7 +143,8 @@ class Run:
         return found[0] if len(found) == 1 else self.model.guide(*found, self.true_cfg_scale)
 
     def record(self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None) -> None:
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, keys)))
+        keys = tokens if keys is None else keys
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), tuple(keys), self.flops(tokens, keys)))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
