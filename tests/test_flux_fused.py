@@ -103,7 +103,7 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
     moved = torch.where(own[..., None], torch.randn(batch, first, WIDTH), x[:, :first])
     active = fused.Sequence(TEXT, cos[:, :first], sin[:, :first], bias, fresh, lengths, torch.where(own, order, -1))
     before = [k.clone() for k in kept]
-    got, expected = run_block(kind, block, moved, active, keys, temb), theirs(moved, layout.of_first(first))
+    got, expected = run_block(kind, block, moved, active, keys, temb), theirs(moved, layout.of_first(TEXT, 8))
     assert torch.allclose(got[own], expected[own], atol=2e-6)
     rows = torch.arange(tokens + 4) < fresh[:, None]
     for now, then in zip(kept, before):
@@ -287,8 +287,9 @@ def mask(columns):
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize(
     "options",
-    [dict(stages=(2, 2, 2)), dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), dict(draft="quarter", preset=4)],
-    ids=["full", "cached", "dense"],
+    [dict(stages=(2, 2, 2)), dict(stages=(1, 4, 0), finish="locked", kv_refresh=4),
+     dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True), dict(draft="quarter", preset=4)],
+    ids=["full", "cached", "locked text", "dense"],
 )
 def test_fused_edits_are_eager_ones(pipe, norms, options, guided):
     extra = dict(negative_prompt=["red"] * 2, true_cfg_scale=2.0) if guided else {}

@@ -423,17 +423,36 @@ def test_stats_count_steps_tokens_and_flops(pipe):
 @pytest.mark.parametrize("end", [dict(finish="locked"), dict(finish="full")], ids=str)
 @pytest.mark.parametrize("masks", [[half_mask(2)], [half_mask(2), half_mask(6, rows=6)]], ids=["one", "two lengths"])
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, masks, end):
-    config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=2, **end)
-    run, _, _, mask = make_run(pipe, config, masks, batch=len(masks))
-    selection = stages.select(run, mask.float(), 0.5, 0)
-    fine = torch.randn(run.source.shape, generator=seeded())
-    state = stages.expand(run, fine, torch.randn(len(masks), 16, 8, 8), 0.7, selection)
-    assert state.first == 4 * max(selection.counts) < state.tokens.shape[1]
-    at = torch.tensor(700.0)
-    whole = run.velocity(state.tokens, at, state.layouts)
-    active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
-    used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
-    assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
+    for lock_text in (False, True):
+        config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=2, lock_text=lock_text, **end)
+        run, _, _, mask = make_run(pipe, config, masks, batch=len(masks))
+        selection = stages.select(run, mask.float(), 0.5, 0)
+        fine = torch.randn(run.source.shape, generator=seeded())
+        state = stages.expand(run, fine, torch.randn(len(masks), 16, 8, 8), 0.7, selection)
+        assert state.first == 4 * max(selection.counts) < state.tokens.shape[1]
+        at = torch.tensor(700.0)
+        whole = run.velocity(state.tokens, at, state.layouts)
+        active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
+        used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
+        assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
+        if lock_text:
+            again = run.velocity(state.tokens, at, state.locked_layouts)
+            used = torch.arange(state.tokens.shape[1])[None] < torch.tensor(state.lengths)[:, None]
+            assert torch.allclose(again[used], whole[used], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_draft_without_guidance_is_the_unguided_one_and_counts_half(pipe):
+    def run(guided, **options):
+        config = SpecEditConfig(stages=(2, 1, 1), threshold=-1.0, max_active=1.0, **options)
+        extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
+        return pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options(**extra))
+
+    plain, shared, guided = run(False), run(True, draft_guidance=False), run(True)
+    assert torch.equal(shared.scores, plain.scores) and not torch.equal(shared.scores, guided.scores)
+    assert not torch.equal(shared.images, plain.images)  # the later steps are guided
+    flops = [[step.flops for step in out.stats.steps] for out in (plain, shared, guided)]
+    assert flops[1] == flops[0][:2] + flops[2][2:] and flops[2] == [2 * f for f in flops[0]]
 
 
 @torch.no_grad()
@@ -450,13 +469,13 @@ def test_cached_keys_are_the_old_ones_but_for_those_brought_anew(lengths):
     module = torch.nn.Identity()
     joint_attention(module, text, image, layout)
     text, moved = tokens(3), tokens(5)
-    got = joint_attention(module, text, moved, layout.of_first(8))
+    got = joint_attention(module, text, moved, layout.of_first(3, 5))
     # the same over fresh first slots and the old others, written out
     old = (torch.cat([a, b[:, 5:]], dim=1) for a, b in zip(moved, image))
     expected = joint_attention(module, text, tuple(old), replace(layout, cache=None))[:, :8]
     assert torch.allclose(got, expected, atol=1e-5)
     # and the next such call finds them renewed
-    again = joint_attention(module, text, moved, layout.of_first(8))
+    again = joint_attention(module, text, moved, layout.of_first(3, 5))
     assert torch.equal(again, got)
 
 

@@ -122,6 +122,21 @@ def test_lone_frames_in_two_dimensions_are_the_models_own():
     assert posterior.logvar.mean() < -3  # little noise at the start
 
 
+def test_a_rotation_in_real_numbers_is_the_models_own():
+    torch.manual_seed(0)
+    model = Small.parts["transformer"][1]()
+    tokens, text_states = torch.randn(2, 8, 64), torch.randn(2, 5, models.TEXT_WIDTH)
+    call = (model, tokens[:, :4], tokens[:, 4:], torch.rand(2), (2, 2), (text_states, torch.ones(2, 5).bool()), None)
+    with torch.no_grad():
+        expected = families.Qwen.velocity(*call)
+        models.in_real_numbers(model)
+        assert not any(x.is_complex() for x in model.pos_embed([[(1, 2, 2)] * 2], max_txt_seq_len=5))
+        assert torch.allclose(families.Qwen.velocity(*call), expected, atol=1e-5)
+        other = Small.parts["transformer"][1]()  # of the same process, as it was
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(families.Qwen.velocity(other, *call[1:]), expected)
+
+
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=families.FAMILIES)
 def test_latents_are_normalised(family):
     vae = family.make_vae().eval()

@@ -284,14 +284,38 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(plus, zero, seen, g
 @pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(plus, zero, seen, guided):
     shape = dict(image=image_of(plus, seen), height=128, width=128)
-    config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3)
-    run = make_run(pair(plus, zero)[1], config, guided=guided, **shape)
+    for lock_text in (False, True):
+        config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
+        run = make_run(pair(plus, zero)[1], config, guided=guided, **shape)
+        _, state = mixed_state(run, 5)
+        at = torch.tensor(700.0)
+        whole = run.velocity(state.tokens, at, state.layouts)
+        active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
+        assert state.first == 20 and active.shape[1] == 20
+        assert torch.allclose(active, whole[:, :20], atol=1e-5)
+        assert len(state.locked_layouts) == lock_text * len(run.branches)
+        if lock_text:
+            target = slice(None) if not guided else slice(0, 31)  # guidance makes 0 / 0 of clean tokens at most
+            again = run.velocity(state.tokens, at, state.locked_layouts)
+            assert torch.allclose(again[:, target], whole[:, target], atol=1e-5)
+
+
+@torch.no_grad()
+def test_locked_text_keeps_its_keys_while_the_image_moves(plus):
+    """Text that is not computed cannot follow a change of the image's tokens or of the timestep."""
+    config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3, lock_text=True)
+    run = make_run(plus, config, image=pictures(2), height=128, width=128)
     _, state = mixed_state(run, 5)
-    at = torch.tensor(700.0)
-    whole = run.velocity(state.tokens, at, state.layouts)
-    active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
-    assert state.first == 20 and active.shape[1] == 20
-    assert torch.allclose(active, whole[:, :20], atol=1e-5)
+    run.velocity(state.tokens, torch.tensor(700.0), state.layouts)
+    length = run.positive.embeds.shape[1]
+    cache = state.layouts[0].attention.cache
+    kept = [x[:, :length].clone() for x in [*cache.values()][-1]]
+    moved, at = state.tokens + 1, torch.tensor(300.0)
+    run.velocity(moved, at, state.locked_layouts)
+    run.velocity(moved[:, : state.first], at, state.first_layouts)
+    assert all(torch.equal(a, b[:, :length]) for a, b in zip(kept, [*cache.values()][-1]))
+    run.velocity(moved, at, state.layouts)
+    assert not torch.allclose(kept[0], [*cache.values()][-1][0][:, :length], atol=1e-3)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ own classes."""
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
@@ -13,6 +14,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.transformers import transformer_qwenimage
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -115,6 +117,29 @@ def make_qwen_transformer():
         in_channels=64, out_channels=LATENT_CHANNELS, num_layers=6, attention_head_dim=64, num_attention_heads=4,
         joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 28, 28),
     )
+
+
+_complex_rotary = transformer_qwenimage.apply_rotary_emb_qwen
+
+
+def _real_rotary(x, freqs, use_real=True, use_real_unbind_dim=-1):
+    if use_real or freqs.is_complex():
+        return _complex_rotary(x, freqs, use_real, use_real_unbind_dim)
+    cos, sin = freqs[:, None].unbind(-1)  # [S, 1, D/2]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+
+
+def in_real_numbers(transformer):
+    """Lets a QwenImageTransformer2DModel rotate in real numbers: Inductor fuses these, and leaves complex ones as they
+    are. Others stay as they are."""
+    if not isinstance(transformer, QwenImageTransformer2DModel):
+        return
+    positions = transformer.pos_embed.forward
+    # a clone: a compiled block's argument is then no view of complex numbers
+    transformer.pos_embed.forward = lambda *args, **kwargs: tuple(
+        torch.view_as_real(freqs).clone() for freqs in positions(*args, **kwargs))
+    transformer_qwenimage.apply_rotary_emb_qwen = _real_rotary
 
 
 def make_qwen_text():

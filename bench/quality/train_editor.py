@@ -20,7 +20,7 @@ import torch
 
 from export import export
 from families import FAMILIES, load_vae
-from models import parameter_count
+from models import in_real_numbers, parameter_count
 from muon import Muon
 from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
 from sampler import shift_mu
@@ -106,6 +106,7 @@ class Editor(torch.nn.Module):
         super().__init__()
         self.family = family
         self.parts = torch.nn.ModuleDict({name: make() for name, (_, make) in family.parts.items()})
+        in_real_numbers(self.parts["transformer"])
         wordless = list(chain(*family.encoder()("")))
         self.register_buffer("wordless", torch.tensor(wordless), persistent=False)
 

@@ -47,8 +47,8 @@ class AttentionLayout:
     lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
     two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None: all have one.
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
-    A call that brings the whole sequence fills it; one that brings its first slots alone, with `first` of them, text
-    included, renews those and attends to all.
+    A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted from
+    the first text slot, renews those and attends to all.
     cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
     slots are read, none renewed. own: bool [B, first image slots], those whose keys and values are this call's.
     region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot
@@ -63,20 +63,23 @@ class AttentionLayout:
     modulate: Tensor | None = None
     cache: dict[Any, tuple[Tensor, Tensor]] | None = None
     first: int | None = None
+    start: int = 0
     cached_text: int | None = None
     own: Tensor | None = None
     region: Tensor | None = None
     text_mask: Tensor | None = None
     watch: TextWatch | None = None
 
-    def of_first(self, first: int) -> AttentionLayout:
-        """The layout of a call that brings the first so many slots, text included."""
+    def of_first(self, text: int, first: int | None, lock_text: bool = False) -> AttentionLayout:
+        """The layout of a call that brings the first so many image slots, None: all, and the `text` text slots."""
+        start, first = text if lock_text else 0, self.cos.shape[1] if first is None else text + first
         behind = self.cos.shape[1] - first
         modulate = None if self.modulate is None else self.modulate[:, : self.modulate.shape[1] - behind]
         region = None if self.region is None else self.region[:, : self.region.shape[1] - behind]
         return replace(
-            self, cos=self.cos[:, :first], sin=self.sin[:, :first], modulate=modulate, region=region, first=first
-        )
+            self, cos=self.cos[:, start:first], sin=self.sin[:, start:first], modulate=modulate, region=region,
+            first=first, start=start,
+        )  # fmt: skip
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -102,11 +105,11 @@ def joint_attention(
         cached = layout.cache[module]
         if layout.cached_text is None:
             for kept, fresh in zip(cached, (k, v)):
-                kept[:, : layout.first] = fresh
+                kept[:, layout.start : layout.first] = fresh
             k, v = cached
         else:
             k, v = (over_another_text(kept, fresh, layout) for kept, fresh in zip(cached, (k, v)))
-        queries = None if queries is None else queries.clamp(max=layout.first)
+        queries = None if queries is None else queries.clamp(max=layout.first) - layout.start
     elif layout.cache is not None:
         # a copy where v is a view of more than itself
         layout.cache[module] = k, v.contiguous()

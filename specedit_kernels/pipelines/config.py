@@ -120,6 +120,10 @@ class SpecEditConfig:
     kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
         between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
         tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
+    lock_text: the first mixed step alone computes the text; those behind it keep its keys and values, as they were then.
+        The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+    draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
+        "full_step"): half their cost.
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".
     runner: how the transformer's steps run. "eager": its own forward; the default on every device, since its numbers
         are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused"
@@ -149,6 +153,8 @@ class SpecEditConfig:
     coarse_condition: bool = True
     coarse_references: bool = False
     kv_refresh: int = 1
+    lock_text: bool = False
+    draft_guidance: bool = True
     selection: str = "score"
     runner: str = "eager"
 
@@ -178,6 +184,8 @@ class SpecEditConfig:
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
         _flag("coarse_references", self.coarse_references)
+        _flag("lock_text", self.lock_text)
+        _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
                 raise ValueError(f"stages: expected (coarse, mixed, full) step counts, got {self.stages!r}")

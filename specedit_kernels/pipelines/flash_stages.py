@@ -170,7 +170,7 @@ def one_step_edit(
         run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
         edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], moment, edit)
         clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])
-        run.record("edit", 1.0, sequence.counts, [capacity] * run.batch)
+        run.record("edit", 1.0, sequence.counts, keys=[capacity] * run.batch)
     else:
         edit = model.edit_layout(text, run.pictures, layout, *heard)
         clean = tokens - model.velocity(text, tokens, moment, edit)

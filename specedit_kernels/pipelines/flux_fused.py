@@ -38,7 +38,7 @@ class Sequence:
 
     cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
     tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
-    left as it is; None: in order. text_at: the key of the first text token, behind those of the image or 0. used: keys
+    left as it is; None: in order. (No text tokens: those keys stay as they were kept.) text_at: the key of the first text token, behind those of the image or 0. used: keys
     there are where that is known beforehand, None: all.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
     sees; None: all see all. watched: what attention the image gives to the text is asked for.
@@ -185,14 +185,16 @@ def double_block(
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
-    words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
-    place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
+    if n:  # else its keys and values are kept ones
+        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
+        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
     spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
     place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
     out = _attend(q, k, v, sequence)
-    ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
-    words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
-    ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
+    if n:
+        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
+        ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
     spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
     ops.gated_residual_add_(image, _feed_forward(block.ff, spots), i_gate2)
@@ -242,7 +244,9 @@ def forward(
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
     and where what its attention gives to the text is added.
     """
-    x = torch.cat([transformer.context_embedder(embeds), transformer.x_embedder(tokens)], dim=1)
+    x = transformer.x_embedder(tokens)
+    if sequence.text:
+        x = torch.cat([transformer.context_embedder(embeds), x], dim=1)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]

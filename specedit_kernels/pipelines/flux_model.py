@@ -83,22 +83,25 @@ class FluxKontextModel(EditModel):
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(torch.zeros(layout.capacity, 3, device=device, dtype=text.embeds.dtype), attention)
 
-    def first_layout(self, text: FluxText, layout: FluxLayout, first: int) -> FluxLayout:
-        return FluxLayout(layout.ids[:first], layout.attention.of_first(text.embeds.shape[1] + first))
+    def first_layout(
+        self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
+    ) -> FluxLayout:
+        return FluxLayout(layout.ids[:first], layout.attention.of_first(text.embeds.shape[1], first, lock_text))
 
     def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
+        start = 0 if layout.attention is None else layout.attention.start
         return self.transformer(
             hidden_states=tokens,
             timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
             guidance=self.guidance,
             pooled_projections=text.pooled,
-            encoder_hidden_states=text.embeds,
-            txt_ids=text.text_ids,
+            encoder_hidden_states=text.embeds[:, start:],
+            txt_ids=text.text_ids[start:],
             img_ids=layout.ids,
-            joint_attention_kwargs=kwargs,
+            joint_attention_kwargs=kwargs or None,
             return_dict=False,
         )[0]
 
@@ -124,6 +127,23 @@ class FusedLayout:
     cache: list[fused.Kept] | None = None
     buffers: str = ""
     watch: TextWatch | None = None
+
+
+def of_first(layout: FusedLayout, text: int, first: int | None, lock_text: bool) -> fused.Sequence:
+    """The sequence of a call that brings the first so many image slots of a cached mixed one of `text` text tokens."""
+    whole, start = layout.sequence, text if lock_text else 0
+    # each sample's own fine tokens alone are computed anew
+    fresh = whole.keys if first is None else layout.fresh
+    end = whole.cos.shape[1] if first is None else text + first
+    order = torch.arange(start, end, dtype=torch.int32, device=whole.cos.device)
+    return replace(
+        whole,
+        text=text - start,
+        cos=whole.cos[:, start:end],
+        sin=whole.sin[:, start:end],
+        queries=fresh - start,
+        rows=torch.where(order < fresh[:, None], order, -1),
+    )
 
 
 class FusedFluxModel(FluxKontextModel):
@@ -219,18 +239,10 @@ class FusedFluxModel(FluxKontextModel):
         kept = iter(self.runner.buffers(name, 2 * self.blocks, shape, text.embeds.dtype, cos.device))
         return FusedLayout(sequence, layout.fine_lengths + length, list(zip(kept, kept)), name)
 
-    def first_layout(self, text: FluxText, layout: FusedLayout, first: int) -> FusedLayout:
-        # each sample's own fine tokens alone are computed anew
-        tokens, whole = text.embeds.shape[1] + first, layout.sequence
-        order = torch.arange(tokens, dtype=torch.int32, device=whole.cos.device)
-        sequence = replace(
-            whole,
-            cos=whole.cos[:, :tokens],
-            sin=whole.sin[:, :tokens],
-            queries=layout.fresh,
-            rows=torch.where(order < layout.fresh[:, None], order, -1),
-        )
-        return replace(layout, sequence=sequence)
+    def first_layout(
+        self, text: FluxText, layout: FusedLayout, first: int | None, lock_text: bool = False
+    ) -> FusedLayout:
+        return replace(layout, sequence=of_first(layout, text.embeds.shape[1], first, lock_text))
 
     def moments(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
@@ -249,7 +261,7 @@ class FusedFluxModel(FluxKontextModel):
         if layout.watch is not None:
             blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
             watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
-        inputs = dict(tokens=tokens, embeds=text.embeds, modulation=moment)
+        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=moment)
         inputs |= {name: getattr(sequence, name) for name in names}
 
         def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:

@@ -98,8 +98,12 @@ class EditModel(ABC):
         """
 
     @abstractmethod
-    def first_layout(self, text: Text, layout: Any, first: int) -> Any:
-        """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all."""
+    def first_layout(self, text: Text, layout: Any, first: int | None, lock_text: bool = False) -> Any:
+        """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all.
+
+        first: the slots that hold all fine target tokens; None: the call brings every slot. lock_text: it brings no
+        text, whose keys and values stay.
+        """
 
     def edit_layout(
         self, text: Text, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
@@ -164,13 +168,16 @@ class EditModel(ABC):
         bring_in(self.transformer)
         return self.embedder()(tokens)
 
-    def flops(self, text: Text, tokens: int, keys: int | None = None) -> int:
-        """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them."""
+    def flops(self, text: Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
+        """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them.
+
+        lock_text: the text is attended to, not computed.
+        """
         config = self.transformer.config
         length = text.embeds.shape[1]
         keys = length + (tokens if keys is None else keys)
         dim = config.num_attention_heads * config.attention_head_dim
-        return transformer_flops(length + tokens, keys, dim, self.blocks)
+        return transformer_flops(tokens if lock_text else length + tokens, keys, dim, self.blocks)
 
 
 def in_order(rows: Tensor, layout: SequenceLayout) -> Tensor:

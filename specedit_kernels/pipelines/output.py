@@ -16,11 +16,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One model step. `tokens`: image tokens (target and condition) of each sample. `flops`: useful ones, batch sum."""
+    """One model step. `tokens`: image tokens (target and condition) of each sample, `keys`: those they attend to.
+
+    `flops`: useful ones, batch sum.
+    """
 
     stage: str
     level: float
     tokens: tuple[int, ...]
+    keys: tuple[int, ...]
     flops: int
 
 

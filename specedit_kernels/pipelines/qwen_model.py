@@ -133,8 +133,10 @@ class QwenImageEditModel(EditModel):
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), None, attention)
 
-    def first_layout(self, text: QwenText, layout: QwenLayout, first: int) -> QwenLayout:
-        return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1] + first))
+    def first_layout(
+        self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
+    ) -> QwenLayout:
+        return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1], first, lock_text))
 
     def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
@@ -142,13 +144,14 @@ class QwenImageEditModel(EditModel):
             kwargs["specedit_rotary"] = layout.rotary
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
+        start = 0 if layout.attention is None else layout.attention.start
         return self.transformer(
             hidden_states=tokens,
             timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
             guidance=self.guidance,
             # in a mixed sequence the key bias holds the mask
             encoder_hidden_states_mask=text.mask if layout.attention is None else None,
-            encoder_hidden_states=text.embeds,
+            encoder_hidden_states=text.embeds[:, start:],
             img_shapes=[list(layout.shapes)] * tokens.shape[0],
             attention_kwargs=kwargs,
             return_dict=False,

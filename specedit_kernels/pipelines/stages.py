@@ -118,10 +118,15 @@ class Run:
         # from pinned memory: another copy would wait for the stage before
         return noise.pin_memory().to(self.device, non_blocking=True)
 
-    def flops(self, tokens: Sequence[int], keys: Sequence[int] | None = None) -> int:
-        """Useful FLOPs of one step over sequences with that many image tokens, which attend to `keys` of them."""
+    def flops(
+        self, tokens: Sequence[int], keys: Sequence[int] | None = None, passes: int = 2, lock_text: bool = False
+    ) -> int:
+        """Useful FLOPs of one step over sequences with that many image tokens, which attend to `keys` of them.
+
+        passes: of the guidance branches at most so many. lock_text: no text is computed.
+        """
         pairs = zip(tokens, tokens if keys is None else keys)
-        return sum(self.model.flops(text, n, m) for n, m in pairs for text in self.branches)
+        return sum(self.model.flops(text, n, m, lock_text) for n, m in pairs for text in self.branches[:passes])
 
     def moments(self, timesteps: Tensor) -> list[tuple[Any, ...]]:
         """The model's of each timestep, fp32 [n] in [0, 1000], one for each branch."""
@@ -132,7 +137,8 @@ class Run:
     ) -> Tensor:
         """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
 
-        moment: one of `moments`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for each branch.
+        moment: one of `moments`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for each branch; the
+        first one's alone: without guidance.
         """
         if isinstance(moment, Tensor):
             [moment] = self.moments(moment[None])
@@ -142,8 +148,13 @@ class Run:
         ]
         return found[0] if len(found) == 1 else self.model.guide(*found, self.true_cfg_scale)
 
-    def record(self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None) -> None:
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, keys)))
+    def record(
+        self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
+    ) -> None:
+        """how: what else `flops` takes."""
+        keys = tokens if keys is None else keys
+        flops = self.flops(tokens, keys, **how)
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), tuple(keys), flops))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
@@ -156,6 +167,9 @@ def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
 
 
+DRAFT_STAGES = ("draft", "draft_step", "coarse")  # what a draft is made of
+
+
 def dense_steps(
     run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -165,7 +179,8 @@ def dense_steps(
     """
     grids = [(x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in (state, *condition)]
     tokens, behind = pack(state), [pack(x) for x in condition]
-    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.branches]
+    passes = 1 if stage in DRAFT_STAGES and not run.config.draft_guidance else 2
+    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.branches[:passes]]
     at = _device_levels(levels, run.device)
     moments = run.moments(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
@@ -177,7 +192,7 @@ def dense_steps(
         velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count)
         estimate = euler(tokens, velocity, -at[i])
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
-        run.record(stage, levels[i], [total] * run.batch)
+        run.record(stage, levels[i], [total] * run.batch, passes=passes)
         if main:
             tokens = run.on_step(run.step, timestep, tokens)
             run.step += 1
@@ -364,7 +379,8 @@ class MixedState:
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
     layouts: the model's, one for each guidance branch. fine: the fine target tokens of each sample; first: slots, the
-    sequence's first ones, that hold them all. first_layouts: the model's for these alone, over cached keys and values.
+    sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
+    model's for these alone; locked_layouts, for all slots without the text.
     """
 
     tokens: Tensor
@@ -377,6 +393,7 @@ class MixedState:
     fine: tuple[int, ...]
     first: int
     first_layouts: list[Any]
+    locked_layouts: list[Any]
 
 
 def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Selection) -> MixedState:
@@ -415,12 +432,17 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     padded = min(lengths) < capacity
     fine = tuple(CHILDREN * count for count in selection.counts)
-    cached, first = config.kv_refresh > 1, run.model.slots(max(fine))
+    lock, first = config.lock_text, run.model.slots(max(fine))
+    cached = lock or config.kv_refresh > 1
     layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias, cached) for text in run.branches]
-    first_layouts = []
-    if cached:
-        first_layouts = [run.model.first_layout(text, x, first) for text, x in zip(run.branches, layouts)]
-    return MixedState(tokens, table, free[..., None], moves, layout, layouts, lengths, fine, first, first_layouts)
+    pairs, first_layouts, locked_layouts = list(zip(run.branches, layouts)), [], []
+    if config.kv_refresh > 1:
+        first_layouts = [run.model.first_layout(text, x, first, lock) for text, x in pairs]
+    if lock:
+        locked_layouts = [run.model.first_layout(text, x, None, lock) for text, x in pairs]
+    return MixedState(
+        tokens, table, free[..., None], moves, layout, layouts, lengths, fine, first, first_layouts, locked_layouts
+    )
 
 
 def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
@@ -428,8 +450,9 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
 
     Every kv_refresh-th computes it whole and leaves keys and values behind. The steps between ("active") compute the
     text and the fine target tokens alone, over the keys and values that the others had then; the others follow the
-    source, so nothing but their keys and values is missing.
+    source, so nothing but their keys and values is missing. With lock_text the first step alone computes the text.
     """
+    lock = run.config.lock_text
     at = _device_levels(levels, run.device)
     moments = run.moments(at[:-1] * 1000)
     for i in range(len(levels) - 1):
@@ -437,19 +460,20 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
             continue
         timestep = at[i] * 1000
         if i % run.config.kv_refresh == 0:
-            velocity = run.velocity(state.tokens, moments[i], state.layouts)
+            locked = lock and i > 0
+            velocity = run.velocity(state.tokens, moments[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
-            run.record("mixed", levels[i], state.lengths)
+            run.record("mixed", levels[i], state.lengths, lock_text=locked)
         else:
             n = state.first
             velocity = run.velocity(state.tokens[:, :n], moments[i], state.first_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
-            run.record("active", levels[i], state.fine, state.lengths)
+            run.record("active", levels[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
-    if state.first_layouts:
+    if lock or state.first_layouts:
         run.stats.kv_cache_bytes = run.model.kv_bytes(state.layouts)
 
 
