@@ -288,8 +288,10 @@ def mask(columns):
 @pytest.mark.parametrize(
     "options",
     [dict(stages=(2, 2, 2)), dict(stages=(1, 4, 0), finish="locked", kv_refresh=4),
-     dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True), dict(draft="quarter", preset=4)],
-    ids=["full", "cached", "locked text", "dense"],
+     dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True), dict(draft="quarter", preset=4),
+     dict(stages=(1, 4, 0), finish="locked", kv_refresh=4, kv_cache_dtype="fp8"),
+     dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True, kv_cache_dtype="fp8")],
+    ids=["full", "cached", "locked text", "dense", "fp8", "fp8, locked text"],
 )
 def test_fused_edits_are_eager_ones(pipe, norms, options, guided):
     extra = dict(negative_prompt=["red"] * 2, true_cfg_scale=2.0) if guided else {}
@@ -314,5 +316,7 @@ def test_fused_edits_are_eager_ones(pipe, norms, options, guided):
     assert [s.flops for s in got.stats.steps] == [s.flops for s in expected.stats.steps]
     # eager, the shorter sample of a batch computes a few more tokens anew in active steps
     exact = slice(None) if "kv_refresh" not in options else slice(1, None)
-    assert torch.allclose(got.images[exact], expected.images[exact], atol=1e-5)
+    # in fp8 a number between two steps falls to the one or to the other by its last bits
+    atol = 2e-3 if "kv_cache_dtype" in options else 1e-5
+    assert torch.allclose(got.images[exact], expected.images[exact], atol=atol)
     assert (got.stats.kv_cache_bytes > 0) == ("kv_refresh" in options) == (expected.stats.kv_cache_bytes > 0)

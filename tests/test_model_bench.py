@@ -41,9 +41,12 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
-    kinds = ("full", "full-cached", "locked", "locked-cached")
-    edits = [f"specedit-9-{kind} {runner}{scattered}, 10%" for runner in ("eager", "fused") for kind in kinds
-             for scattered in ("", " scattered")]  # fmt: skip
+    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached",
+             "locked-cached-fp8")  # fmt: skip
+    edits = []
+    for runner in ("eager", "fused"):
+        edits += [f"specedit-9-{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
+        edits += [f"specedit-9-locked-cached {runner}, 10%, {text} text tokens" for text in (128, 256)]
     # in the order asked for
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
     assert set(rows) - set(edits) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28",
@@ -71,7 +74,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
 
 
 def test_bars(bench):
-    rows = {bench.EDIT: {"seconds": 0.5}, "plain-50": {"seconds": 11.0}, "compiled plain-28": {"error": "none"},
+    rows = {bench.EDITS[0]: {"seconds": 0.5}, "plain-50": {"seconds": 11.0}, "compiled plain-28": {"error": "none"},
             "plain-28": {"seconds": 5.0}, "active step graph": {"seconds": 0.03, "of_roofline": 1.2}}  # fmt: skip
     found = [(x["value"], x["bar"], x["met"]) for x in bench.bars(rows).values()]
     assert found == [(22.0, 20.0, True), (10.0, 11.0, False), (1.2, 1.25, True)]

@@ -502,6 +502,11 @@ def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):
 
     assert 0 < off(often) < 0.1 and 0 < off(cached) < 0.1
     assert torch.equal(cached.images[0, ~region], whole.images[0, ~region])
+    packed = edit(kv_refresh=6, kv_cache_dtype="fp8")
+    change = (packed.images - cached.images)[0, region].norm() / whole.images[0, region].norm()
+    assert 0 < change < 0.01
+    # of a head of 16 numbers: 16 bytes and a scale of 4 in place of 64
+    assert packed.stats.kv_cache_bytes * 64 == cached.stats.kv_cache_bytes * 20 > 0
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -756,6 +761,7 @@ def test_no_host_synchronisation_between_steps():
         (dict(stages=(0, 0, 0)), ValueError, "stages: expected at least one step"),
         (dict(stages=(1, -1, 2)), ValueError, "stages: expected an integer >= 0"),
         (dict(stages=(1, 2, 0)), ValueError, "stages: finish='full' needs full steps"),
+        (dict(kv_cache_dtype="bf16"), ValueError, r"kv_cache_dtype: expected one of \['auto', 'fp8'\], got 'bf16'"),
         (dict(kv_refresh=0), ValueError, "kv_refresh: expected an integer >= 1, got 0"),
         (dict(kv_refresh=2, unselected="coarse"), ValueError, "kv_refresh: expected 1 with finish='full' and"),
     ],

@@ -107,6 +107,8 @@ def joint_attention(
             for kept, fresh in zip(cached, (k, v)):
                 kept[:, layout.start : layout.first] = fresh
             k, v = cached
+            if layout.first == k.shape[1]:  # no slot is left behind: a cache that gives copies shall know
+                layout.cache[module] = k, v
         else:
             k, v = (over_another_text(kept, fresh, layout) for kept, fresh in zip(cached, (k, v)))
         queries = None if queries is None else queries.clamp(max=layout.first) - layout.start

@@ -31,6 +31,7 @@ UNSELECTED = ("source", "coarse")
 METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
+KV_CACHE_DTYPES = ("auto", "fp8")
 RUNNERS = ("eager", "fused", "graph", "compile")
 
 # (metric, reference, draft) -> threshold on the [0, 4] scale of token_discrepancy, for use with dilation 1.
@@ -120,6 +121,8 @@ class SpecEditConfig:
     kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
         between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
         tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
+    kv_cache_dtype: how those keys and values are kept. "auto": as the model computes. "fp8": e4m3 and a scale for each
+        token and head, half the memory; a step converts those of one layer at a time.
     lock_text: the first mixed step alone computes the text; those behind it keep its keys and values, as they were then.
         The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
     draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
@@ -153,6 +156,7 @@ class SpecEditConfig:
     coarse_condition: bool = True
     coarse_references: bool = False
     kv_refresh: int = 1
+    kv_cache_dtype: str = "auto"
     lock_text: bool = False
     draft_guidance: bool = True
     selection: str = "score"
@@ -167,6 +171,7 @@ class SpecEditConfig:
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("selection", self.selection, SELECTIONS)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("runner", self.runner, RUNNERS)
         _integer("draft_steps", self.draft_steps, 1)
         _integer("feather", self.feather, 0)

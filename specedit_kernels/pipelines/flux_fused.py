@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from .attention import text_mass
+from .kv_cache import PackedKV
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Sequence:
     left as it is; None: in order. (No text tokens: those keys stay as they were kept.) text_at: the key of the first text token, behind those of the image or 0. used: keys
     there are where that is known beforehand, None: all.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
-    sees; None: all see all. watched: what attention the image gives to the text is asked for.
+    sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps compute
+    the keys and values of these tokens anew in any case, so those that are packed need not be renewed.
     """
 
     text: int
@@ -56,11 +58,12 @@ class Sequence:
     region: Tensor | None = None
     text_mask: Tensor | None = None
     watched: bool = False
+    passing: bool = False
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
 # of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor]
+Kept = tuple[Tensor, Tensor] | PackedKV
 
 
 def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
@@ -126,10 +129,24 @@ def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def _buffers(x: Tensor, attn: FluxAttention, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
+def _buffers(
+    x: Tensor, attn: FluxAttention, sequence: Sequence, kept: Kept | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
     q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
-    return q, *((torch.empty_like(q), torch.empty_like(q)) if kept is None else kept)
+    if kept is None:
+        return q, torch.empty_like(q), torch.empty_like(q)
+    if isinstance(kept, PackedKV):
+        if sequence.rows is not None:  # else all of them are written
+            kept.load()
+        kept = kept.scratch
+    return q, *kept
+
+
+def _renew(kept: Kept | None, sequence: Sequence) -> None:
+    """Call when k and v are written."""
+    if isinstance(kept, PackedKV) and not sequence.passing:
+        kept.store()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
@@ -175,7 +192,7 @@ def double_block(
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
-    q, k, v = _buffers(x, attn, kept)
+    q, k, v = _buffers(x, attn, sequence, kept)
 
     def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
         rows = None if sequence.rows is None else sequence.rows[:, at]
@@ -190,6 +207,7 @@ def double_block(
         place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
     spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
     place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
+    _renew(kept, sequence)
     out = _attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
@@ -208,11 +226,12 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    q, k, v = _buffers(y, attn, kept)
+    q, k, v = _buffers(y, attn, sequence, kept)
     ops.qk_norm_rope_scatter_(
         q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
+    _renew(kept, sequence)
     attended, hidden = _attend(q, k, v, sequence), _gelu(block.proj_mlp, y)
     ops.gated_residual_add_(x, _of_both(block.proj_out, attended, hidden), gate)
     return _watched(q, k, v, sequence)

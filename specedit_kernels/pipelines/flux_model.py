@@ -19,6 +19,7 @@ from torch import Tensor
 from ..sampling.grid import Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 from . import flux_fused as fused
+from . import kv_cache
 from .attention import AttentionLayout, TextWatch
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from .runner import StepRunner
@@ -78,7 +79,7 @@ class FluxKontextModel(EditModel):
             sin=F.pad(sin, (0, 0, length, 0)),
             key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
             lengths=layout.lengths + length if padded else None,
-            cache={} if cached else None,
+            cache=self.new_cache() if cached else None,
         )
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(torch.zeros(layout.capacity, 3, device=device, dtype=text.embeds.dtype), attention)
@@ -143,6 +144,7 @@ def of_first(layout: FusedLayout, text: int, first: int | None, lock_text: bool)
         sin=whole.sin[:, start:end],
         queries=fresh - start,
         rows=torch.where(order < fresh[:, None], order, -1),
+        passing=first is not None,
     )
 
 
@@ -236,8 +238,21 @@ class FusedFluxModel(FluxKontextModel):
         config = self.transformer.config
         shape = (batch, length + layout.capacity, config.num_attention_heads, config.attention_head_dim)
         name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        kept = iter(self.runner.buffers(name, 2 * self.blocks, shape, text.embeds.dtype, cos.device))
-        return FusedLayout(sequence, layout.fine_lengths + length, list(zip(kept, kept)), name)
+        cache = self._kept(name, shape, text.embeds.dtype, cos.device)
+        return FusedLayout(sequence, layout.fine_lengths + length, cache, name)
+
+    def _kept(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[fused.Kept]:
+        """The runner's keys and values [B, keys, H, D] of each block under that name."""
+        def buffers(name: str, blocks: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[fused.Kept]:
+            found = iter(self.runner.buffers(name, 2 * blocks, shape, dtype, device))
+            return list(zip(found, found))
+
+        if not self.fp8_cache:
+            return buffers(name, self.blocks, shape, dtype)
+        packed = buffers(name, self.blocks, shape, kv_cache.DTYPE)
+        scales = buffers(f"{name}, scales", self.blocks, (*shape[:-1], 1), kv_cache.SCALES)
+        [scratch] = buffers(f"{name}, of the block at work", 1, shape, dtype)
+        return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
 
     def first_layout(
         self, text: FluxText, layout: FusedLayout, first: int | None, lock_text: bool = False
@@ -273,9 +288,10 @@ class FusedFluxModel(FluxKontextModel):
                 )  # fmt: skip
                 return (found, *seen)
 
-        rows = None if cache is None else cache[0][0].shape[1]
+        kept = cache and (cache[0].scratch if self.fp8_cache else cache[0])
+        rows = kept and kept[0].shape[1]
         scale, transformer = self.attention_kwargs.get("scale"), id(self.transformer)
-        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, scale, rows, watched)
+        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows, watched)
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:
             [layout.watch.mass] = seen

@@ -17,6 +17,7 @@ from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
 from .attention import TextWatch
+from .kv_cache import PackedDict
 from .vae import bring_in, codec_of
 
 
@@ -59,6 +60,9 @@ class EditModel(ABC):
     tokens of that sequence; the stages do not look into it.
     guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
     """
+
+    # Keys and values that outlive a step are kept in fp8.
+    fp8_cache = False
 
     def __init__(
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
@@ -133,6 +137,10 @@ class EditModel(ABC):
         )
         edit = replace(edit, attention=replace(edit.attention, **changes))
         return branch, self.first_layout(text, edit, first)
+
+    def new_cache(self) -> dict[Any, tuple[Tensor, Tensor]]:
+        """An empty cache of an AttentionLayout."""
+        return PackedDict() if self.fp8_cache else {}
 
     def slots(self, count: int) -> int:
         """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""

@@ -119,6 +119,7 @@ class SpecEditMixin:
         [n, ...] -> clean latents [B, ...]. runner: the model's, or None.
         """
         captures = runner.captures if runner else 0
+        model.fp8_cache = config.kv_cache_dtype == "fp8"
         batch, dtype = positive.embeds.shape[0], positive.embeds.dtype
         device = pixels.device
         if isinstance(generator, list) and len(generator) != batch:
