@@ -110,6 +110,38 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
         assert torch.equal(now[~rows].nan_to_num(), then[~rows].nan_to_num()) and not torch.equal(now[rows], then[rows])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("inference", [False, True])
+def test_joined_projections_are_the_same_parameters(inference):
+    transformer, batch = tiny_transformer(), 2
+    before = {name: (p, p.clone()) for name, p in transformer.named_parameters()}
+    block = transformer.transformer_blocks[1]
+    block.attn.to_k.__class__ = Adapted  # is left out, as the other two of its three
+    x, temb = torch.randn(batch, TEXT + IMAGE, WIDTH), torch.randn(batch, WIDTH)
+    sequence = fused.Sequence(TEXT, *tables(1, TEXT + IMAGE))
+    kinds = [("double", transformer.transformer_blocks[0]), ("double", block),
+             ("single", transformer.single_transformer_blocks[1])]  # fmt: skip
+    expected = [run_block(kind, b, x, sequence, None, temb) for kind, b in kinds]
+    with torch.inference_mode(inference):
+        assert fused.join_projections_(transformer) and not fused.join_projections_(transformer)
+    after = dict(transformer.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (parameter, values) in before.items():
+        assert after[name] is parameter and torch.equal(parameter, values) and not parameter.is_inference()
+    for attn, text, joined in ((block.attn, False, False), (block.attn, True, True),
+                               (transformer.single_transformer_blocks[0].attn, False, True)):  # fmt: skip
+        weight = fused._as_one([layer.weight for layer in fused._projections(attn, text)])
+        assert (weight is not None) == joined
+        assert not joined or torch.equal(weight, torch.cat([p.weight for p in fused._projections(attn, text)]))
+    for (kind, b), y in zip(kinds, expected):
+        assert torch.allclose(run_block(kind, b, x, sequence, None, temb), y, atol=2e-6)
+    # what moves weights undoes it
+    moved = transformer.double()
+    attn = moved.single_transformer_blocks[0].attn
+    assert fused._as_one([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]) is None
+    assert torch.equal(attn.to_v.weight, before["single_transformer_blocks.0.attn.to_v.weight"][1].double())
+
+
 class Adapted(torch.nn.Linear):
     """A linear layer that computes more than its weight and bias say, as an adapter makes it."""
 

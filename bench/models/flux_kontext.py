@@ -151,7 +151,6 @@ class Bench:
         """Leave to diffusers what is its own: nothing of ours is kept or wrapped."""
         self.pipe._free_runner()
         unwrap_processors(self.pipe.transformer)
-        self.pipe.transformer.unfuse_qkv_projections()
 
     def plain_row(self, run):
         """A Row of diffusers' own; one step warms it up."""
@@ -182,8 +181,13 @@ class Bench:
         embeds = self.options["prompt_embeds"][:, :text]
         return self.pipe(specedit=config, mask_image=mask, **self.options | {"prompt_embeds": embeds}).stats
 
-    def active_step(self, runner):
-        """A Row of steps with text and a tenth of the fine target tokens as queries, all tokens as keys."""
+    def active_step(self, runner, apart=False):
+        """A Row of steps with text and a tenth of the fine target tokens as queries, all tokens as keys.
+
+        apart: with a product for each of q, k and v; only before any edit was run by a runner.
+        """
+        if not apart and self.device.type == "cuda":
+            flux_fused.join_projections_(self.pipe.transformer)
         text, image = self.args.text_length, 2 * (self.args.side // TOKEN) ** 2
         active = round(0.1 * image / 2)
         transformer, config = self.pipe.transformer, self.pipe.transformer.config
@@ -240,6 +244,8 @@ class Bench:
     def rows(self):
         """{name: function that makes its Row}. Those that change the transformer for good come last."""
         rows = {}
+        if "graph" in self.args.runners:
+            rows["q, k, v apart: active step graph"] = lambda: self.active_step("graph", apart=True)
         for n in (50, 28, 9, 4):
             rows[f"plain-{n}"] = lambda n=n: self.plain_row(lambda: self.plain(n))
         for name, config in (("first block cache", FirstBlockCacheConfig(threshold=0.05)),
@@ -274,19 +280,10 @@ class Bench:
             for decode in (False, True):
                 name = ("decode" if decode else "encode") + (", fused norms" if fused else "")
                 rows[name] = lambda d=decode, f=fused: self.autoencoder(d, f)
-        if self.args.fused_projections:
-            config = SpecEditConfig(preset=9, runner="graph", **kinds["locked-cached"])
-            rows["fused q k v: active step graph"] = lambda: self.fused() or self.active_step("graph")
-            rows["fused q k v: specedit-9-locked-cached graph, 10%"] = lambda: self.fused() or Row(
-                lambda: self.specedit(config, tenth)
-            )
         if self.args.compiled:
             for n in (28, 9):
                 rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or self.plain_row(lambda: self.plain(n))
         return rows
-
-    def fused(self):
-        self.pipe.transformer.fuse_qkv_projections()
 
     def compiled(self):
         if not self.is_compiled:
@@ -498,7 +495,6 @@ def main(argv=None):
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
     parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
-    parser.add_argument("--fused-projections", action="store_true", help="rows with one layer for q, k and v too")
     parser.add_argument("--profile", nargs="+", metavar="GLOB", default=[], help="rows whose kernels are listed too")
     parser.add_argument("--draw", action="store_true", help="no rows: draw OUT/flux_kontext.json anew")
     parser.add_argument("--tiny", action="store_true")

@@ -86,19 +86,69 @@ def modulation(
     return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
 
 
-def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
-    """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
-    if attn.fused_projections:
-        parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
-    else:
-        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
-        parts = [layer(x) for layer in layers]
-    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
-
-
 def _is_plain(layer: torch.nn.Module) -> bool:
     """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight."""
     return type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
+
+
+def _projections(attn: FluxAttention, text: bool) -> tuple[torch.nn.Module, ...]:
+    """The layers of q, k and v of image tokens, or of text in a double block; () where there are none."""
+    if not text:
+        return attn.to_q, attn.to_k, attn.to_v
+    return () if attn.added_kv_proj_dim is None else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+
+
+def _as_one(tensors: list[Tensor]) -> Tensor | None:
+    """Tensors of one dtype that lie one behind another in memory as one, joined at the first dimension; else None."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for x in tensors:
+        if x.data_ptr() != end or x.shape[1:] != first.shape[1:] or x.dtype != first.dtype or not x.is_contiguous():
+            return None
+        if x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += x.numel() * x.element_size()
+    return first.as_strided((sum(len(x) for x in tensors), *first.shape[1:]), first.stride())
+
+
+def join_projections_(transformer: FluxTransformer2DModel) -> bool:
+    """Lay the weights of each q, k and v one behind another, so that one product serves the three.
+
+    They stay the layers' own parameters, and keep their values; layers that are no plain ones stay as they are. Whatever
+    moves weights undoes it. Returns whether any was moved.
+    """
+    moved = False
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for text in (False, True):
+            layers = _projections(block.attn, text)
+            if not layers or block.attn.fused_projections or not all(map(_is_plain, layers)):
+                continue
+            for name in ("weight", "bias"):
+                parts = [getattr(layer, name) for layer in layers]
+                if len({(x.dtype, x.device, x.shape[1:]) for x in parts}) > 1 or _as_one(parts) is not None:
+                    continue
+                # no inference tensors: what trains the layers later could not use them
+                with torch.inference_mode(False), torch.no_grad():
+                    joined = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
+                    for x, place in zip(parts, joined.split([len(x) for x in parts])):
+                        place.copy_(x)
+                        x.data = place
+                moved = True
+    return moved
+
+
+def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
+    """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
+    layers, weight, bias = _projections(attn, text), None, None
+    if attn.fused_projections:
+        parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
+        return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+    if not torch.compiler.is_compiling() and all(map(_is_plain, layers)):
+        weight, bias = (_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    if weight is None or bias is None:
+        parts = [layer(x) for layer in layers]
+    else:
+        parts = F.linear(x, weight, bias).split([len(layer.weight) for layer in layers], dim=-1)
+    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
 def _gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..sampling.grid import BLOCK, PATCH
 from .config import RUNNERS, SpecEditConfig
+from .flux_fused import join_projections_
 from .flux_model import FluxKontextModel, FluxText, FusedFluxModel
 from .output import SpecEditPipelineOutput, StageClock
 from .pipeline import SpecEditMixin, per_image
@@ -230,6 +231,13 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
             clock=clock,
             runner=runner,
         )
+
+    def _arrange(self) -> bool:
+        # elsewhere nothing is gained, and weights that are a file's own pages would be copied
+        moved = self.transformer.device.type == "cuda" and join_projections_(self.transformer)
+        if moved:
+            torch.cuda.empty_cache()  # the former places are too small for the new ones
+        return moved
 
     def _output_size(
         self, image: PipelineImageInput, height: int | None, width: int | None, max_area: int, auto_resize: bool
