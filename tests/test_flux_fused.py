@@ -111,9 +111,11 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("inference", [False, True])
-def test_joined_projections_are_the_same_parameters(inference):
-    transformer, batch = tiny_transformer(), 2
+@pytest.mark.parametrize("made", [False, True], ids=["", "made in inference mode"])
+@pytest.mark.parametrize("inference", [False, True], ids=["", "joined in inference mode"])
+def test_joined_projections_are_the_same_parameters(inference, made):
+    with torch.inference_mode(made):
+        transformer, batch = tiny_transformer(), 2
     before = {name: (p, p.clone()) for name, p in transformer.named_parameters()}
     block = transformer.transformer_blocks[1]
     block.attn.to_k.__class__ = Adapted  # is left out, as the other two of its three
@@ -127,7 +129,7 @@ def test_joined_projections_are_the_same_parameters(inference):
     after = dict(transformer.named_parameters())
     assert after.keys() == before.keys()
     for name, (parameter, values) in before.items():
-        assert after[name] is parameter and torch.equal(parameter, values) and not parameter.is_inference()
+        assert after[name] is parameter and torch.equal(parameter, values) and parameter.is_inference() == made
     for attn, text, joined in ((block.attn, False, False), (block.attn, True, True),
                                (transformer.single_transformer_blocks[0].attn, False, True)):  # fmt: skip
         weight = fused._as_one([layer.weight for layer in fused._projections(attn, text)])
@@ -136,6 +138,8 @@ def test_joined_projections_are_the_same_parameters(inference):
     for (kind, b), y in zip(kinds, expected):
         assert torch.allclose(run_block(kind, b, x, sequence, None, temb), y, atol=2e-6)
     # what moves weights undoes it
+    if made:
+        return
     moved = transformer.double()
     attn = moved.single_transformer_blocks[0].attn
     assert fused._as_one([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]) is None

@@ -126,8 +126,8 @@ def join_projections_(transformer: FluxTransformer2DModel) -> bool:
                 parts = [getattr(layer, name) for layer in layers]
                 if len({(x.dtype, x.device, x.shape[1:]) for x in parts}) > 1 or _as_one(parts) is not None:
                     continue
-                # no inference tensors: what trains the layers later could not use them
-                with torch.inference_mode(False), torch.no_grad():
+                # as they are: what trains the layers later could not use inference tensors, nor may one hold another's
+                with torch.inference_mode(parts[0].is_inference()), torch.no_grad():
                     joined = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
                     for x, place in zip(parts, joined.split([len(x) for x in parts])):
                         place.copy_(x)
