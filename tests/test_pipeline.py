@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline  # noqa: E402
+from diffusers.image_processor import VaeImageProcessor  # noqa: E402
 from tiny_models import call_options, tiny_image, tiny_pipeline  # noqa: E402
 
 from specedit_kernels.pipelines import (  # noqa: E402
@@ -21,6 +22,7 @@ from specedit_kernels.pipelines import (  # noqa: E402
     SpecEditFluxKontextPipeline,
     disable_specedit,
     enable_specedit,
+    pipeline,
     stages,
 )
 from specedit_kernels.pipelines.attention import (  # noqa: E402
@@ -477,6 +479,17 @@ def test_cached_keys_are_the_old_ones_but_for_those_brought_anew(lengths):
     # and the next such call finds them renewed
     again = joint_attention(module, text, moved, layout.of_first(3, 5))
     assert torch.equal(again, got)
+
+
+def test_pixels_are_those_of_the_image_processor(device):
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    pictures = [PIL.Image.fromarray(every), tiny_image(seed=1).resize((16, 16))]
+    processor = VaeImageProcessor(vae_scale_factor=16)
+    expected = processor.preprocess(pictures, 16, 16)
+    assert torch.equal(pipeline.pixels_of(pictures, device).cpu(), expected)
+    for given in (pictures, pictures[0], pictures[0].convert("L"), np.asarray(pictures[0]) / 255):
+        got = pipeline.preprocess(processor, given, 16, 32, device).cpu()
+        assert torch.equal(got, processor.preprocess(given, 16, 32))
 
 
 def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):

@@ -300,6 +300,9 @@ def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEdi
 
 def wrap_processors(transformer: torch.nn.Module) -> None:
     """Wrap every attention processor of a transformer; those wrapped already stay. TypeError for a foreign one."""
+    held = (vars(module).get("processor") for module in transformer.modules() if hasattr(type(module), "get_processor"))
+    if all(isinstance(processor, SpecEditAttnProcessor) for processor in held):
+        return
     before = transformer.attn_processors
     wrapped = {}
     try:

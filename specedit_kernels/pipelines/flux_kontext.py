@@ -19,7 +19,7 @@ from .config import RUNNERS, SpecEditConfig
 from .flux_fused import join_projections_
 from .flux_model import FluxKontextModel, FluxText, FusedFluxModel
 from .output import SpecEditPipelineOutput, StageClock
-from .pipeline import SpecEditMixin, per_image
+from .pipeline import SpecEditMixin, per_image, preprocess
 from .vae import fused_norms
 
 logger = logging.getLogger("specedit_kernels")
@@ -185,7 +185,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
         # source picture
         image = self.image_processor.resize(image, height, width) if not isinstance(image, list) else image
-        pixels = self.image_processor.preprocess(image, height, width).to(device)
+        pixels = preprocess(self.image_processor, image, height, width, device)
         if pixels.shape[1] != 3:
             raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
 

@@ -26,10 +26,13 @@ GRAPHS = 16
 BUFFER_ROWS = 512
 
 
-def _hooked(module: torch.nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    by_library = hasattr(module, "_hf_hook") or bool(registry and registry.hooks)
-    return by_library or bool(module._forward_hooks or module._forward_pre_hooks)
+def _hooked(own: dict[str, Any]) -> bool:
+    registry = own.get("_diffusers_hook")
+    by_library = "_hf_hook" in own or bool(registry and registry.hooks)
+    return by_library or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
+_PLAIN = (torch.nn.Parameter, Tensor)
 
 
 def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
@@ -42,19 +45,20 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
     found: list[Hashable] = []
     devices = set()
     for module in (*transformer.modules(), *vae.modules()):
-        if _hooked(module):
+        own = vars(module)  # a module looks for what it does not have for long
+        if _hooked(own):
             return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
         if name == "fused":
             continue
         found.append(type(module))
-        for x in (*module._parameters.values(), *module._buffers.values()):
+        for x in (*own["_parameters"].values(), *own["_buffers"].values()):
             if x is None:
                 continue
-            if is_traceable_wrapper_subclass(x):
+            if type(x) not in _PLAIN and is_traceable_wrapper_subclass(x):
                 return f"a weight is a {type(x).__name__}, whose memory cannot be watched", []
             devices.add(x.device)
             found.append((x.data_ptr(), x.dtype))
-        if hasattr(module, "scaling"):
+        if "scaling" in own:
             active = tuple(getattr(module, n, None) for n in ("active_adapters", "disable_adapters", "merged"))
             found.append(repr((module.scaling, active)))
     reason = ""
