@@ -270,7 +270,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, moment, found, first=None):
+    def velocity(run, tokens, moment, found, first=None, guided=True):
         level = moment[0] / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
         if found[0].attention is None:

@@ -234,7 +234,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         # the transformer computes the index of the modulation from whole pictures: a mixed sequence brings its own
         self._hook = None
         if block.zero_cond_t:
-            self._hook = block.register_forward_pre_hook(_own_modulation, with_kwargs=True)
+            self._hook = block.register_forward_pre_hook(own_modulation, with_kwargs=True)
 
     def remove(self) -> None:
         if self._hook is not None:
@@ -276,7 +276,8 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         return image, attn.to_add_out(out[:, :length].contiguous())
 
 
-def _own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
     layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
     if layout is None or layout.modulate is None:
         return None

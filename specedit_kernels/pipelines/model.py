@@ -134,6 +134,10 @@ class EditModel(ABC):
         edit = replace(edit, attention=replace(edit.attention, **changes))
         return branch, self.first_layout(text, edit, first)
 
+    def joined(self, texts: Sequence[Text]) -> Text | None:
+        """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""
+        return None
+
     def slots(self, count: int) -> int:
         """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
         return count

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from .attention import own_modulation
+
 logger = logging.getLogger("specedit_kernels")
 
 Inputs = dict[str, Tensor | None]
@@ -29,7 +31,8 @@ BUFFER_ROWS = 512
 def _hooked(module: torch.nn.Module) -> bool:
     registry = getattr(module, "_diffusers_hook", None)
     by_library = hasattr(module, "_hf_hook") or bool(registry and registry.hooks)
-    return by_library or bool(module._forward_hooks or module._forward_pre_hooks)
+    foreign = any(hook is not own_modulation for hook in module._forward_pre_hooks.values())
+    return by_library or foreign or bool(module._forward_hooks)
 
 
 def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
