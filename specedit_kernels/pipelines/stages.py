@@ -176,19 +176,18 @@ def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
 
 
-DRAFT_STAGES = ("draft", "draft_step", "coarse")  # what a draft is made of
-
-
 def dense_steps(
-    run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True
-) -> tuple[Tensor, Tensor]:
+    run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
+    guided: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
+
+    guided: False leaves true guidance out.
 
     Returns (the state at the last level, the clean estimate x - s v at the last step's start); both as latent images.
     """
     grids = [(x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in (state, *condition)]
     tokens, behind = pack(state), [pack(x) for x in condition]
-    guided = run.config.draft_guidance or stage not in DRAFT_STAGES
     texts = run.texts if guided else (run.positive,)
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_levels(levels, run.device)
@@ -259,7 +258,7 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
-    proposal, _ = dense_steps(run, start, levels, behind, "draft", main=False)
+    proposal, _ = dense_steps(run, start, levels, behind, "draft", main=False, guided=run.config.draft_guidance)
     run.stats.draft_nfe = len(levels) - 1
     return Draft(proposal, source)
 
