@@ -330,7 +330,7 @@ def setting(args):
     }  # fmt: skip
 
 
-PEERS = ("plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
+PEERS = ("plain-50", "compiled plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
 
 
 def markdown(head, rows):
