@@ -16,12 +16,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One model step. `tokens`: image tokens (target and condition) of each sample. `flops`: useful ones, batch sum."""
+    """One model step. `tokens`: image tokens (target and condition) of each sample. `flops`: useful ones, batch sum.
+
+    keys: the image tokens that these attend to, where they are not the same ones. passes: of the guidance branches, at
+    most. lock_text: the text was attended to, not computed.
+    """
 
     stage: str
     level: float
     tokens: tuple[int, ...]
     flops: int
+    keys: tuple[int, ...] | None = None
+    passes: int = 2
+    lock_text: bool = False
 
 
 @dataclass

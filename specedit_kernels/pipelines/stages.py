@@ -163,7 +163,7 @@ class Run:
 
     def record(self, stage: str, level: float, tokens: Sequence[int], **how: Any) -> None:
         """how: what else `flops` takes."""
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, **how)))
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, **how), **how))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
