@@ -228,7 +228,7 @@ def test_rows_of_the_table(pipe):
 def test_a_rows_flops_are_the_runs_own(pipe):
     ours = runs.BatchedQwenPipeline(**pipe.components)
     ours.set_progress_bar_config(disable=True)
-    edits = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
+    edits = runs.make_set(torch.device("cpu"), 192, counts={"small": 2}, seed=5)
     edits.reference = edits.tokens
     length = sampler.encode_text(pipe, edits.edits.phrases(), None, "cpu")[0].shape[1]
     negative = sampler.encode_text(pipe, [" "] * 2, None, "cpu")[0].shape[1]

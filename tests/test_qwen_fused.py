@@ -232,6 +232,25 @@ def test_replayed_steps_are_the_steps_to_the_last_bit(plus, zero, options):
 
 
 @needs_gpu
+@pytest.mark.parametrize("options", [dict(lock_text=True), dict(draft_guidance=False), OPTIONS["full"]], ids=str)
+def test_heads_of_the_published_size(options):
+    """128 channels a head, texts of two lengths, kept keys of two branches in one buffer."""
+    plain = tiny_qwen(True, True)
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=32, zero_cond_t=True
+    )  # fmt: skip
+    plain.register_modules(transformer=transformer)
+    plain.to("cuda", torch.bfloat16)
+    pipe = PIPELINES[type(plain)](**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    for columns in (2, 6):
+        eager, *others = (edit(pipe, name, columns, **options).images for name in ("eager", "fused", "graph", "graph"))
+        assert torch.equal(others[0], others[1]) and torch.equal(others[0], others[2])
+        assert (others[0] - eager).norm() < 0.02 * eager.norm()
+
+
+@needs_gpu
 def test_compiled_steps_are_near_the_eager_ones():
     pipe = pipe_of(True, True, "cuda")
     out, eager = (edit(pipe, name, lock_text=True) for name in ("compile", "eager"))

@@ -143,9 +143,14 @@ class QwenCodec:
     def __init__(self, vae: AutoencoderKLQwenImage):
         self.vae = vae
         self.token = PATCH * 2 ** len(vae.temperal_downsample)
+        self._brought: dict[tuple, Tensor] = {}
 
-    def _channels(self, values: list[float], like: Tensor) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1, 1).to(like.device, like.dtype)
+    def _channels(self, name: str, like: Tensor) -> Tensor:
+        key = (name, like.device, like.dtype)
+        if key not in self._brought:  # once: the copy waits for all that the device was given before
+            values = torch.tensor(self.vae.config[name]).view(1, -1, 1, 1, 1)
+            self._brought[key] = values.to(like.device, like.dtype)
+        return self._brought[key]
 
     def mode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, h, w] -> the posterior's mode, as the model has it: [B, C, 1, H, W]."""
@@ -157,15 +162,15 @@ class QwenCodec:
 
     def scaled(self, latents: Tensor) -> Tensor:
         """The model's own latents -> normalised ones, without the axis of frames."""
-        mean = self._channels(self.vae.config.latents_mean, latents)
-        return ((latents - mean) / self._channels(self.vae.config.latents_std, latents))[:, :, 0]
+        mean = self._channels("latents_mean", latents)
+        return ((latents - mean) / self._channels("latents_std", latents))[:, :, 0]
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """The inverse of `scaled`."""
         # a division by the rounded reciprocal: the pipelines of diffusers do so, and their bits are ours
         x = latents[:, :, None].to(self.vae.dtype)
-        reciprocal = 1.0 / self._channels(self.vae.config.latents_std, x)
-        return x / reciprocal + self._channels(self.vae.config.latents_mean, x)
+        reciprocal = 1.0 / self._channels("latents_std", x)
+        return x / reciprocal + self._channels("latents_mean", x)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels in [-1, 1], [B, 3, h, w]."""
