@@ -3,9 +3,10 @@
 
 Text and image lie in one tensor [B, text | image, C] from the first block to the last. A block's modulation depends on
 the timestep alone, so that of all blocks and of all steps of a stage is computed at once (`modulation`), and a step
-(`forward`) is left with what depends on its tokens. Every linear layer is called as a module: adapters and quantised
-weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation and residuals
-round once, where that one rounds after each operation.
+(`forward`) is left with what depends on its tokens. A linear layer that is no plain one is called as a module: adapters
+and quantised weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation,
+residuals and GELU round once, where that one rounds after each operation, and the sum over attention and MLP in a single
+block's last layer rounds between the two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxSingleTransformerBlock,
@@ -23,6 +26,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from .attention import text_mass
@@ -87,6 +91,39 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
         layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
         parts = [layer(x) for layer in layers]
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight."""
+    return type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
+
+
+def _gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one of a CUDA device."""
+    if _is_plain(layer) and x.is_cuda:
+        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
+    return F.gelu(layer(x), approximate="tanh")
+
+
+def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
+    first, *rest = ff.net
+    if type(first) is not GELU or first.approximate != "tanh":
+        return ff(x)
+    x = _gelu(first.proj, x)
+    for layer in rest:
+        x = layer(x)
+    return x
+
+
+def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy that joins them."""
+    if not _is_plain(layer):
+        return layer(torch.cat([a, b], dim=-1))
+    at = a.shape[-1]
+    y = F.linear(a, layer.weight[:, :at], layer.bias)
+    y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
+    return y
 
 
 def _buffers(x: Tensor, attn: FluxAttention, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,10 +194,10 @@ def double_block(
     if n:
         ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
         words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
-        ops.gated_residual_add_(text, block.ff_context(words), t_gate2)
+        ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
     spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
-    ops.gated_residual_add_(image, block.ff(spots), i_gate2)
+    ops.gated_residual_add_(image, _feed_forward(block.ff, spots), i_gate2)
     return _watched(q, k, v, sequence)
 
 
@@ -176,8 +213,8 @@ def single_block(
         q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
-    both = torch.cat([_attend(q, k, v, sequence), F.gelu(block.proj_mlp(y), approximate="tanh")], dim=-1)
-    ops.gated_residual_add_(x, block.proj_out(both), gate)
+    attended, hidden = _attend(q, k, v, sequence), _gelu(block.proj_mlp, y)
+    ops.gated_residual_add_(x, _of_both(block.proj_out, attended, hidden), gate)
     return _watched(q, k, v, sequence)
 
 
