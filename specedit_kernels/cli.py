@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -32,8 +33,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def read_image(path: str | os.PathLike):
-    """An RGB picture from a file, upright by its EXIF note, transparency on white. UserError says what is wrong."""
+def read_image(path: str | os.PathLike, behind: str = "white"):
+    """An RGB picture from a file, upright by its EXIF note, on a colour where it is transparent.
+
+    16-bit greys come down to 8 bits. UserError says what is wrong.
+    """
+    import numpy as np
     import PIL.Image
     import PIL.ImageOps
 
@@ -56,15 +61,19 @@ def read_image(path: str | os.PathLike):
             image = PIL.ImageOps.exif_transpose(image)
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise UserError(f"{path}: the picture is damaged or truncated ({error})") from None
+        if image.mode == "F":
+            raise UserError(f"{path}: expected 8 or 16 bits a channel, got floating-point ones")
+        if image.mode.startswith("I"):
+            # convert() would clip them at 255
+            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
-            white = PIL.Image.new("RGBA", rgba.size, "white")
-            image = PIL.Image.alpha_composite(white, rgba)
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, behind), rgba)
         return image.convert("RGB")
 
 
-def check_output(path: str | os.PathLike) -> Path:
-    """A path that a picture can be written to, or UserError; asked before the work, not after it."""
+def check_output(path: str | os.PathLike, inputs: list[str | os.PathLike]) -> Path:
+    """A path, none of the inputs, that a picture can be written to, or UserError; asked before the work, not after."""
     path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{path}: expected a file name that ends in one of {', '.join(IMAGE_SUFFIXES)}")
@@ -74,6 +83,9 @@ def check_output(path: str | os.PathLike) -> Path:
         raise UserError(f"{path.parent}: no such folder")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path.parent}: cannot be written to")
+    for given in inputs:
+        if path.exists() and Path(given).exists() and path.samefile(given):
+            raise UserError(f"{path}: is an input, and would be written over; name another output")
     return path
 
 
@@ -158,6 +170,8 @@ def _device(name: str | None):
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -199,14 +213,15 @@ def _load(what: str, folder: Path, load):
 
 def edit(arguments) -> None:
     """`specedit edit`: run the pipeline, write the picture and the mask over the source, print a summary."""
-    out = check_output(arguments.output)
-    mask_out = check_output(arguments.mask_output or out.with_name("mask.png"))
+    inputs = [arguments.image, *filter(None, [arguments.mask]), *arguments.reference]
+    out = check_output(arguments.output, inputs)
+    mask_out = check_output(arguments.mask_output or out.with_name("mask.png"), inputs)
     if mask_out == out:
         raise UserError(f"{out}: the edited picture and the mask overlay have one name; give --mask-output")
     if not arguments.instruction.strip():
         raise UserError("instruction: expected a text, got an empty one")
     image = read_image(arguments.image)
-    user_mask = None if arguments.mask is None else read_image(arguments.mask)
+    user_mask = None if arguments.mask is None else read_image(arguments.mask, behind="black")
     references = [read_image(path) for path in arguments.reference]
     folder = Path(arguments.model)
     name = model_class(folder)
@@ -258,15 +273,18 @@ def edit(arguments) -> None:
         # the picture that is edited sets the size, not the last one
         settings["height"], settings["width"] = pipe.size_of(image, settings.get("max_area"))
     pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
-    result = pipe(
-        image=[image, *references] if references else image,
-        prompt=arguments.instruction,
-        mask_image=user_mask,
-        num_inference_steps=arguments.steps,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        specedit=config,
-        **settings,
-    )
+    try:
+        result = pipe(
+            image=[image, *references] if references else image,
+            prompt=arguments.instruction,
+            mask_image=user_mask,
+            num_inference_steps=arguments.steps,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            specedit=config,
+            **settings,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"--device {device}: {str(error).split('. ')[0]}") from None
     edited = result.images[0]
     import PIL.Image
 
@@ -351,7 +369,7 @@ def _why(device) -> str:
 
 def mask(arguments) -> None:
     """`specedit mask`: score an edited picture against its source, draw the heat map, print the shares."""
-    out = check_output(arguments.output)
+    out = check_output(arguments.output, [arguments.source, arguments.edited])
     source = read_image(arguments.source)
     edited = read_image(arguments.edited)
     folder = Path(arguments.vae) if arguments.vae else SHIPPED_MODEL
@@ -435,6 +453,20 @@ def heat_map(source, scores, threshold: float):
     return PIL.Image.fromarray(((1 - weight) * base + weight * colour).round().astype(np.uint8))
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError
+    return value
+
+
 def doctor(arguments) -> None:
     """`specedit doctor`: which backend serves each op here, and why."""
     from . import doctor as report
@@ -463,7 +495,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--true-cfg-scale",
-        type=float,
+        type=_number,
         default=None,
         help="guidance against an empty negative prompt, none at 1 (default: the model's own)",
     )
@@ -479,9 +511,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
     p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
     p.add_argument(
-        "--threshold", type=float, default=None, help="score over which a token is edited (flash: times the mean)"
+        "--threshold", type=_number, default=None, help="score over which a token is edited (flash: times the mean)"
     )
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of the noise")
     p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")
     p.set_defaults(run=edit)
 
@@ -491,7 +523,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="heat.png", help="the heat map over the source")
     p.add_argument("--vae", default=None, help="a VAE folder or a pipeline folder (default: the shipped model's)")
     p.add_argument("--metric", choices=("decoder", "latent"), default="decoder", help="what is compared")
-    p.add_argument("--threshold", type=float, default=None, help="score over which a token is changed")
+    p.add_argument("--threshold", type=_number, default=None, help="score over which a token is changed")
     p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")
     p.set_defaults(run=mask)
 

@@ -196,6 +196,30 @@ def test_pictures_are_read_upright_and_on_white(tmp_path):
     assert cli.read_image(tmp_path / "b.jpg").size == (4, 8)
 
 
+def test_sixteen_bit_greys_and_transparent_masks(capsys, tmp_path):
+    grey = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    PIL.Image.fromarray(grey).save(tmp_path / "a.png")
+    expected = np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
+    assert (np.array(cli.read_image(tmp_path / "a.png")) == expected).all()
+    PIL.Image.new("F", (8, 8), 0.5).save(tmp_path / "b.tif")
+    with pytest.raises(cli.UserError, match="expected 8 or 16 bits"):
+        cli.read_image(tmp_path / "b.tif")
+    # in a mask, what is not painted is not to be edited
+    PIL.Image.new("RGBA", (8, 4), (255, 255, 255, 0)).save(tmp_path / "c.png")
+    assert np.array(cli.read_image(tmp_path / "c.png", behind="black")).max() == 0
+
+
+def test_inputs_are_not_written_over(capsys, tmp_path, model, source):
+    """The overlay's default name, mask.png, is one that a user's own mask may have."""
+    own = half(tmp_path).rename(tmp_path / "mask.png")
+    before = own.read_bytes()
+    text = fails(capsys, "edit", source, "add a hat", "-o", tmp_path / "o.png", "--model", model, "--mask", own)
+    assert "mask.png: is an input" in text and own.read_bytes() == before
+    assert "is an input" in fails(capsys, "edit", own, "add a hat", "-o", own, "--model", model)
+    assert "is an input" in fails(capsys, "mask", own, source, "-o", own)
+    assert not (tmp_path / "o.png").exists()
+
+
 def test_wrong_pictures(capsys, tmp_path, model, source):
     def edit(path):
         return fails(capsys, "edit", path, "add a hat", "-o", tmp_path / "o.png", "--model", model)
@@ -234,6 +258,10 @@ def test_wrong_options(capsys, source):
     assert "required" in fails(capsys, "edit", source)
     assert "required" in fails(capsys)
     assert "invalid choice" in fails(capsys, "paint")
+    assert "--seed: invalid" in fails(capsys, "edit", source, "add a hat", "--seed", 2**64)
+    for command in (("edit", source, "add a hat"), ("mask", source, source)):
+        assert "--threshold: invalid" in fails(capsys, *command, "--threshold", "nan")
+        assert "expected cpu or cuda" in fails(capsys, *command, "--device", "meta")
 
 
 def test_wrong_models_and_devices(capsys, tmp_path, model, source):

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from budget import assert_within_budget
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from tiny_models import call_options, tiny_image, tiny_pipeline
@@ -106,6 +108,57 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
     rows = torch.arange(tokens + 4) < fresh[:, None]
     for now, then in zip(kept, before):
         assert torch.equal(now[~rows].nan_to_num(), then[~rows].nan_to_num()) and not torch.equal(now[rows], then[rows])
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer that computes more than its weight and bias say, as an adapter makes it."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def test_layers_that_are_not_plain_are_called():
+    transformer = tiny_transformer()
+    x, temb = torch.randn(2, TEXT + IMAGE, WIDTH), torch.randn(2, WIDTH)
+    cos, sin = tables(1, TEXT + IMAGE)
+    rotary = tuple(t[0].repeat_interleave(2, -1) for t in (cos, sin))
+    for kind, names in (("double", ["attn.to_k", "ff.net.0.proj", "ff_context.net.2"]),
+                        ("single", ["proj_mlp", "proj_out", "attn.to_q"])):  # fmt: skip
+        block = (transformer.transformer_blocks if kind == "double" else transformer.single_transformer_blocks)[0]
+        for name in names:
+            block.get_submodule(name).__class__ = Adapted
+        expected = torch.cat(block(x[:, TEXT:], x[:, :TEXT], temb, rotary), dim=1)
+        got = run_block(kind, block, x, fused.Sequence(TEXT, cos, sin), None, temb)
+        assert torch.allclose(got, expected, atol=3e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 70), (2, 33)], ids=str)
+def test_merged_linear_layers_round_no_worse(random, device, shape, dtype):
+    if device.type == "cpu" and dtype == torch.float16:
+        pytest.skip("the CPU adds in place in half precision")
+
+    def tensor(*sizes):
+        return random(*sizes, dtype=dtype, device=device)
+
+    def layer(out, into):
+        made = torch.nn.Linear(into, out, device=device, dtype=dtype)
+        made.weight.copy_(tensor(out, into) * into**-0.5)
+        made.bias.copy_(tensor(out))
+        return made
+
+    a, b = tensor(*shape, 64), tensor(*shape, 256)
+    wide, joined = layer(256, 64), layer(64, 320)
+
+    def exact(layer, x):
+        return F.linear(x.double(), layer.weight.double(), layer.bias.double())
+
+    eager = F.gelu(wide(a), approximate="tanh")
+    assert_within_budget(fused.gelu(wide, a), F.gelu(exact(wide, a), approximate="tanh"), eager)
+    both = torch.cat([a, b], dim=-1)
+    assert_within_budget(fused._of_both(joined, a, b), exact(joined, both), joined(both))
 
 
 @torch.no_grad()

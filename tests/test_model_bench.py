@@ -36,6 +36,7 @@ TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
 def test_rows_of_every_kind(bench, tmp_path, one_thread):
     rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", "specedit*")
     options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
+    options += ("--profile", "decode")
     assert bench.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
@@ -59,6 +60,21 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     assert step["flops"] == 2 * (24 * 32**2 * 22 + 4 * 32 * 22 * 144) and step["of_roofline"] > 1
     table = (tmp_path / "flux_kontext.md").read_text()
     assert "against plain-28" in table and " 1.00 x" in table
+    assert report["bars"] == {"active step fused: of its roofline": {"value": step["of_roofline"], "bar": 1.25, "met": False}}
+    profile = (tmp_path / "profile decode.txt").read_text().splitlines()
+    assert "convolution" in "".join(profile[2:]) and float(profile[0].split()[0]) == pytest.approx(
+        1e3 * rows["decode"]["profiled_seconds"], abs=1e-3
+    )
+    (tmp_path / "flux_kontext.md").unlink()
+    assert bench.main(["--out", str(tmp_path), "--draw"]) == 0
+    assert (tmp_path / "flux_kontext.md").read_text() == table
+
+
+def test_bars(bench):
+    rows = {bench.EDIT: {"seconds": 0.5}, "plain-50": {"seconds": 11.0}, "compiled plain-28": {"error": "none"},
+            "plain-28": {"seconds": 5.0}, "active step graph": {"seconds": 0.03, "of_roofline": 1.2}}  # fmt: skip
+    found = [(x["value"], x["bar"], x["met"]) for x in bench.bars(rows).values()]
+    assert found == [(22.0, 20.0, True), (10.0, 11.0, False), (1.2, 1.25, True)]
 
 
 @pytest.mark.parametrize("scale", [4.0, 1.0])

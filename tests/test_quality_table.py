@@ -248,6 +248,57 @@ def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
     assert "9-coarse-full" in calls and "plain-4" not in calls
 
 
+def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
+    """--onto keeps a former table's other rows, marked with their run; not those of other settings or edits."""
+    rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("plain-4", steps=2), runs.Row("plain-2", steps=2),
+            runs.Row("9-coarse-full", config=SpecEditConfig(threshold=4.0))]
+    monkeypatch.setattr(table, "all_rows", lambda: rows)
+    monkeypatch.setattr(table, "load_pipeline", lambda *_: runner.pipe)
+    monkeypatch.setattr(table, "make_set", lambda *_: edits)
+    monkeypatch.setattr(table, "Runner", lambda *_: runner)
+    options = "table.py --model random --judge none --device cpu --size 128".split()
+
+    def run(out, *names, onto=None):
+        monkeypatch.setenv("SPECEDIT_COMMIT", f"commit-{out}")
+        more = [] if onto is None else ["--onto", str(tmp_path / onto / "table.json")]
+        monkeypatch.setattr(sys, "argv", [*options, "--out", str(tmp_path / out), "--rows", *names, *more])
+        assert table.main() == 0
+        return json.loads((tmp_path / out / "table.json").read_text())
+
+    first = run("a", "plain-4", "9-coarse-full")
+    former = json.loads((tmp_path / "a" / "table.json").read_text())
+    del former["rows"]["9-coarse-full"]["config"]["kv_refresh"]  # from before there was this option
+    (tmp_path / "a" / "table.json").write_text(json.dumps(former))
+    second = run("b", "plain-2", onto="a")
+    assert list(second["rows"]) == [table.REFERENCE, "plain-4", "plain-2", "9-coarse-full"]
+    assert {n: r.get("run") for n, r in second["rows"].items()} == {
+        table.REFERENCE: None, "plain-4": 1, "plain-2": None, "9-coarse-full": 1}
+    assert second["rows"]["plain-4"]["summary"] == first["rows"]["plain-4"]["summary"]
+    report = (tmp_path / "b" / "table.md").read_text()
+    assert "plain-4 [1]" in report and "[1]: rows of an earlier run" in report and "commit-a" in report
+    third = run("c", "plain-4", onto="b")
+    assert {n: r.get("run") for n, r in third["rows"].items()} == {
+        table.REFERENCE: None, "plain-4": None, "plain-2": 1, "9-coarse-full": 2}
+    assert [x["commit"] for x in third["former"]] == ["commit-b", "commit-a"]
+
+    rows[-1] = runs.Row("9-coarse-full", config=SpecEditConfig(threshold=3.9))
+    assert "9-coarse-full" not in run("d", "plain-4", onto="b")["rows"]
+    former["counts"]["local"] += 1
+    (tmp_path / "a" / "table.json").write_text(json.dumps(former))
+    with pytest.raises(SystemExit):
+        run("e", "plain-4", onto="a")
+
+
+def test_flops_of_steps_over_cached_keys(runner, edits):
+    edits = edits[torch.arange(2)]
+    base = SpecEditConfig(finish="locked", max_active=1.0)
+    base = replace(base, threshold=middle_threshold(runner, edits, base))
+    whole, cached = (runner.run(runs.Row("", config=replace(base, kv_refresh=k)), edits) for k in (1, 9))
+    assert all(0 < c < w for c, w in zip(cached.flops, whole.flops))
+    out = runner.pipe(specedit=replace(base, kv_refresh=9), **runner.options(edits))
+    assert sum(cached.flops) == out.stats.flops
+
+
 def test_rows_are_what_was_promised():
     names = [row.name for row in table.all_rows()]
     assert len(set(names)) == len(names)

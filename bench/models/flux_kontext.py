@@ -8,7 +8,9 @@ Denoising and the autoencoder are timed; text embeddings are given. The edit's r
 of tokens, or scattered ones), since random weights draw nothing that a draft could find. "active step" rows time one
 step of a locked finish alone: text and a tenth of the fine tokens, over the keys of both whole pictures, beside its
 roofline. All rows of a table come from one process; ratios are printed between rows of it alone. Rows run in the order
-of --rows, and what is done is on disk after each. Writes OUT/flux_kontext.json, .md and, with matplotlib, .png.
+of --rows, and what is done is on disk after each. Writes OUT/flux_kontext.json, .md and, with matplotlib, .png; rows
+that --profile names are run once more under torch.profiler, and OUT/profile NAME.txt says where their time goes.
+    python bench/models/flux_kontext.py --out runs/models --draw     # .md and .png again from a .json
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 from specedit_kernels.pipelines import flux_fused
+from specedit_kernels.pipelines.attention import unwrap_processors
 from specedit_kernels.pipelines.config import RUNNERS
 from specedit_kernels.pipelines.flux_model import FluxText, FusedFluxModel, FusedLayout
 from specedit_kernels.pipelines.runner import StepRunner
@@ -142,6 +146,17 @@ class Bench:
             max_area=args.side**2, _auto_resize=False, output_type="pt",
         )  # fmt: skip
 
+    def peer(self):
+        """Leave to diffusers what is its own: nothing of ours is kept or wrapped."""
+        self.pipe._free_runner()
+        unwrap_processors(self.pipe.transformer)
+        self.pipe.transformer.unfuse_qkv_projections()
+
+    def plain_row(self, run):
+        """A Row of diffusers' own; one step warms it up."""
+        self.peer()
+        return Row(run, lambda: self.plain(1))
+
     def plain(self, steps):
         self.pipe(specedit=False, num_inference_steps=steps, **self.options)
 
@@ -224,12 +239,12 @@ class Bench:
         """{name: function that makes its Row}. Those that change the transformer for good come last."""
         rows = {}
         for n in (50, 28, 9, 4):
-            rows[f"plain-{n}"] = lambda n=n: Row(lambda: self.plain(n), lambda: self.plain(1))
+            rows[f"plain-{n}"] = lambda n=n: self.plain_row(lambda: self.plain(n))
         for name, config in (("first block cache", FirstBlockCacheConfig(threshold=0.05)),
                              ("taylorseer", TaylorSeerCacheConfig(cache_interval=5))):  # fmt: skip
-            rows[f"{name}-28"] = lambda c=config: Row(lambda: self.cached(c, 28), lambda: self.plain(1))
+            rows[f"{name}-28"] = lambda c=config: self.plain_row(lambda: self.cached(c, 28))
         tenth = region(self.args.side, 0.1)
-        rows["inpaint-28, 10 %"] = lambda: Row(lambda: self.inpaint(tenth, 28), lambda: self.plain(1))
+        rows["inpaint-28, 10 %"] = lambda: self.plain_row(lambda: self.inpaint(tenth, 28))
         # cached: after the first mixed step only text and edited tokens are computed
         kinds = {"full": {}, "full-cached": dict(kv_refresh=9), "locked": dict(finish="locked"),
                  "locked-cached": dict(finish="locked", kv_refresh=9)}  # fmt: skip
@@ -257,9 +272,7 @@ class Bench:
             )
         if self.args.compiled:
             for n in (28, 9):
-                rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or Row(
-                    lambda: self.plain(n), lambda: self.plain(1)
-                )
+                rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or self.plain_row(lambda: self.plain(n))
         return rows
 
     def fused(self):
@@ -273,6 +286,30 @@ class Bench:
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def profile(self, row, path):
+        """Where the time of a row's run goes, kernel by kernel: a table at `path`. Gives its total, in seconds."""
+        activity = torch.profiler.ProfilerActivity
+        activities = [activity.CUDA] if self.device.type == "cuda" else [activity.CPU]
+        with torch.profiler.profile(activities=activities) as profiler:
+            row.run()
+            self.synchronize()
+        spent = {}
+        for event in profiler.events():
+            took = event.self_cpu_time_total
+            if self.device.type == "cuda":
+                if event.device_type != torch.autograd.DeviceType.CUDA:
+                    continue  # the host's part in it
+                took = event.time_range.elapsed_us()
+            calls, total = spent.get(event.name, (0, 0.0))
+            spent[event.name] = calls + 1, total + took
+        total = sum(took for _, took in spent.values())
+        lines = [f"{total / row.times / 1e3:.3f} ms, {sum(n for n, _ in spent.values()) / row.times:g} calls",
+                 "us, share, calls, name; of one turn"]  # fmt: skip
+        lines += [f"{took / row.times:10.1f} {took / total:6.1%} {calls / row.times:7g}  {name}"
+                  for name, (calls, took) in sorted(spent.items(), key=lambda x: -x[1][1])]  # fmt: skip
+        path.write_text("\n".join(lines) + "\n")
+        return total / row.times / 1e6
 
     def measure(self, row):
         """A row's figures: median seconds after a warm-up, seconds of each stage, peak memory in bytes."""
@@ -292,6 +329,7 @@ class Bench:
             self.synchronize()
             seconds.append((time.perf_counter() - started) / row.times)
             stages.append({} if stats is None else stats.seconds)
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         middle = seconds.index(statistics.median_low(seconds))
         figures = {"seconds": seconds[middle], "calls": len(seconds), "stages": stages[middle],
                    "times": row.times, **row.facts}  # fmt: skip
@@ -299,8 +337,8 @@ class Bench:
             figures["first_seconds"] = warm
         if "roofline_seconds" in row.facts:
             figures["of_roofline"] = seconds[middle] / row.facts["roofline_seconds"]
-        if self.device.type == "cuda":
-            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+        if peak is not None:
+            figures["peak_bytes"] = peak
         if stats is not None:
             figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
                         "backend": stats.backend, "runner": stats.runner, "graph_bytes": stats.graph_bytes,
@@ -331,6 +369,25 @@ def setting(args):
 
 
 PEERS = ("plain-50", "compiled plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
+EDIT = "specedit-9-locked-cached graph, 10%"
+# How many times as fast as a row of PEERS that edit is to be, and what an active step may take of its roofline.
+SPEEDUPS = {"plain-50": 20.0, "plain-28": 11.0, "compiled plain-28": 8.5, "compiled plain-9": 2.5}
+OF_ROOFLINE = 1.25
+
+
+def bars(rows):
+    """{what: {"value", "bar", "met"}} of the bars that the rows so far decide."""
+    found = {}
+    ours = rows.get(EDIT, {}).get("seconds")
+    for peer, bar in SPEEDUPS.items():
+        if ours and rows.get(peer, {}).get("seconds"):
+            value = rows[peer]["seconds"] / ours
+            found[f"{EDIT}: times as fast as {peer}"] = {"value": value, "bar": bar, "met": value >= bar}
+    for name, row in rows.items():
+        if "of_roofline" in row:
+            value = row["of_roofline"]
+            found[f"{name}: of its roofline"] = {"value": value, "bar": OF_ROOFLINE, "met": value <= OF_ROOFLINE}
+    return found
 
 
 def markdown(head, rows):
@@ -349,12 +406,19 @@ def markdown(head, rows):
             " – |" if row["times"] > 1 else f" {rows[other]['seconds'] / row['seconds']:.2f} x |"
             for other in peers
         )
-        peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "–"
+        # tensors at their peak, and the graphs' pool, which no tensor holds between replays
+        peak = f"{(row['peak_bytes'] + row.get('graph_bytes', 0)) / 2**30:.1f}" if "peak_bytes" in row else "–"
         stages = ", ".join(f"{k} {v:.3f}" for k, v in row["stages"].items())
         if "of_roofline" in row:
             stages = f"{row['of_roofline']:.2f} x its roofline of {row['roofline_seconds'] * 1000:.1f} ms"
         lines.append(f"| {name} | {row['seconds']:.4g} | {row['calls']} |{ratios} {peak} | {stages} |")
     return "\n".join(lines) + "\n"
+
+
+def report(head, rows):
+    lines = [f"{what}: {x['value']:.2f}, wanted {x['bar']:g}{'' if x['met'] else ' (missed)'}"
+             for what, x in bars(rows).items()]  # fmt: skip
+    return "\n".join([markdown(head, rows), *lines]) + "\n"
 
 
 def plot(rows, path):
@@ -391,8 +455,10 @@ def plot(rows, path):
         figure.savefig(path, dpi=110)
 
 
-def run_rows(measures, head, out, name, report):
+def run_rows(measures, head, out, name, report, derived=lambda rows: {}):
     """{row: figures} of {row: function that measures it}. Writes OUT/name.json and .md, report(head, rows), after each.
+
+    derived: what else of the rows belongs into the file.
 
     A row that fails is reported as failed, and the others go on.
     """
@@ -405,7 +471,7 @@ def run_rows(measures, head, out, name, report):
             rows[row] = {"error": f"{type(error).__name__}: {error}"}
             torch.cuda.empty_cache()
         print(row, json.dumps(rows[row]), flush=True)
-        (out / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
+        (out / f"{name}.json").write_text(json.dumps({**head, **derived(rows), "rows": rows}, indent=1))
         (out / f"{name}.md").write_text(report(head, rows))
     print((out / f"{name}.md").read_text())
     return rows
@@ -424,19 +490,35 @@ def main(argv=None):
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
     parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
     parser.add_argument("--fused-projections", action="store_true", help="rows with one layer for q, k and v too")
+    parser.add_argument("--profile", nargs="+", metavar="GLOB", default=[], help="rows whose kernels are listed too")
+    parser.add_argument("--draw", action="store_true", help="no rows: draw OUT/flux_kontext.json anew")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.side = args.side or (128 if args.tiny else 1024)
     if args.side % 64 or args.side < 64:
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
+    if args.draw:
+        head = json.loads((args.out / "flux_kontext.json").read_text())
+        (args.out / "flux_kontext.md").write_text(report(head, head["rows"]))
+        plot(head["rows"], args.out / "flux_kontext.png")
+        return 0
     bench = Bench(args)
     every = bench.rows()
     chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
     if not chosen:
         parser.error(f"--rows: none of {list(every)} matches {args.rows}")
-    measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}
-    rows = run_rows(measures, setting(args), args.out, "flux_kontext", markdown)
+
+    def measure(name):
+        row = every[name]()
+        figures = bench.measure(row)
+        if any(fnmatch.fnmatchcase(name, glob) for glob in args.profile):
+            figures["profiled_seconds"] = bench.profile(row, args.out / f"profile {name}.txt")
+        return figures
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    measures = {name: partial(measure, name) for name in chosen}
+    rows = run_rows(measures, setting(args), args.out, "flux_kontext", report, lambda rows: {"bars": bars(rows)})
     plot(rows, args.out / "flux_kontext.png")
     return int(any("error" in row for row in rows.values()))
 

@@ -7,6 +7,11 @@
 
 A row is written as soon as it is done, and a row that OUT/records.jsonl holds for the same editor and edits is not run
 again (--redo runs it). records.jsonl has the figures of every edit: a header line, then a line a row.
+
+    python bench/quality/table.py --rows '18-*' --onto bench/results/quality_table.json
+
+--onto: rows of a former table.json on the same editor and edits that this run does not have stand in its table too,
+marked with the commit and date that they are of, if today's settings of the row are the same.
 """
 
 import argparse
@@ -14,7 +19,8 @@ import fnmatch
 import json
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 
@@ -47,6 +53,7 @@ from table_runs import (
 PLAIN_STEPS = (50, 28, 10, 9, 4, 2)
 REFERENCE = "plain-50"
 MAIN = "9-coarse-full"
+TEXT_LENGTHS = (512, 16)  # the default of diffusers; a short one, for prompts of at most 8 tokens
 DRAFT_NAMES = ("coarse", "quarter", "full_step")
 
 
@@ -80,7 +87,11 @@ def all_rows():
         }
         if finish == "full":  # the locked finish knows no other
             variants["unselected-coarse"] = dict(unselected="coarse")
+        variants |= {"kv3": dict(kv_refresh=3), "kv9": dict(kv_refresh=9), "graph": dict(runner="graph"),
+                     "graph-kv3": dict(runner="graph", kv_refresh=3), "graph-kv9": dict(runner="graph", kv_refresh=9)}
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
+        rows += [Row(f"{name}-text{n}", config=base, text_length=n) for n in TEXT_LENGTHS]
+    rows += [Row(f"plain-9-text{n}", steps=9, text_length=n) for n in TEXT_LENGTHS]
     return rows
 
 
@@ -126,6 +137,9 @@ LEGEND = """
   precision). missed: recall under one half. **recall true, own**, **missed own**: the same against the true mask, and
   against the own output where that changed anything, whatever the edit. An `oracle` row gets the reference mask,
   grown by a token, as the user's mask. In an `unselected-coarse` row tokens that were not selected follow the model.
+* **kv3, kv9**: `kv_refresh`; preset 9 has 4 mixed steps with the full finish, 7 with the locked one. **graph**: the
+  fused steps as CUDA graphs, in place of the model's own forward. **text512, text16**: prompts padded to so many
+  tokens in place of {text_length}.
 * **dense, none %**: runs that fell back to all tokens, or found nothing to change and gave the source back.
 """
 
@@ -150,6 +164,11 @@ def summarise(record, kinds):
     return out
 
 
+def marked(record):
+    """A row's name, with the number of the run that it is of where that is a former one."""
+    return record["row"] + (f" [{record['run']}]" if record.get("run") else "")
+
+
 def kind_table(kind, records, names):
     """The table of one kind; local edits lead, with `right` of every kind."""
     shown = [c for c in COLUMNS if kind != "global" or c in ("tflop", "psnr_in", "active", "dense", "returned_source")]
@@ -165,14 +184,14 @@ def kind_table(kind, records, names):
         if record is None:
             continue
         if "error" in record:
-            lines.append([name, "failed: " + record["error"].replace("|", "/")[:100], *[""] * (len(head) - 2)])
+            lines.append([marked(record), "failed: " + record["error"].replace("|", "/")[:100], *[""] * (len(head) - 2)])
             continue
         values = record["summary"].get(kind)
         if values is None:
             continue
         nfe = str(record["nfe"]) + (f" + {record['draft_nfe']}" if record["draft_nfe"] else "")
         flops = values["tflop"]
-        lines.append([name, nfe if record["nfe"] else "–",
+        lines.append([marked(record), nfe if record["nfe"] else "–",
                       *(cell(record["summary"].get(k, {}).get("right", float("nan")), 3) for k in rights),
                       f"{base / flops:.2f}" if base and flops else "–",
                       *(cell(values.get(c), COLUMNS[c][3]) for c in shown)])
@@ -215,12 +234,12 @@ def targets(records):
 def pairs(records, against=REFERENCE):
     """Edits that a row gets right and the reference does not, and the other way: {row: (won, lost)}."""
     base = records.get(against, {}).get("figures", {}).get("right")
-    if base is None:
-        return {}
     out = {}
     for name, record in records.items():
         own = record.get("figures", {}).get("right")
-        if own is not None and name != against:
+        if "pairs" in record:  # of a former run, against the reference of that one
+            out[name] = tuple(record["pairs"])
+        elif own is not None and base is not None and name != against:
             out[name] = (sum(a > b for a, b in zip(own, base)), sum(a < b for a, b in zip(own, base)))
     return out
 
@@ -231,6 +250,9 @@ def markdown(header, records, names):
     text = ["# Quality of edits with known answers", "",
             f"{len(kinds)} held-out edits ({', '.join(f'{kinds.count(k)} {k}' for k in KINDS)}),"
             f" {setting_text(header['setting'])}.", ""]
+    for number, place in enumerate(header["former"], 1):
+        if any(record.get("run") == number for record in records.values()):
+            text += [f"[{number}]: rows of an earlier run: {setting_text(place)}.", ""]
     for kind in KINDS:
         if kind in kinds:
             text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", kind_table(kind, records, names), ""]
@@ -247,7 +269,7 @@ def markdown(header, records, names):
         text += ["Failed rows: " + ", ".join(failed) + ".", ""]
     rule = header["rule"]
     text += ["## Legend", LEGEND.format(
-        reference=REFERENCE, shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
+        reference=REFERENCE, text_length=header["setting"]["text_length"], shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
         floor=rule["floor"], share=rule["share"], rule_recall=f"{rule['recall']:.1%}",
         rule_precision=f"{rule['precision']:.1%}").strip(), ""]
     return "\n".join(text)
@@ -281,9 +303,45 @@ def read_records(path, header, rows):
     kept = {}
     for record in found:
         name = record["row"]
-        if "figures" in record and name in current and record["config"] == current[name]:
+        if "figures" in record and name in current and same_config(record["config"], current[name]):
             kept[name] = {**record, "summary": summarise(record, kinds)}
     return kept
+
+
+def defaults():
+    return {f.name: f.default for f in fields(SpecEditConfig)}
+
+
+def same_config(former, current):
+    """Whether a row's settings of a former run are today's; an option that it did not know yet has its default."""
+    if former is None or current is None:
+        return former is current
+    return jsonable({**current, **former}) == jsonable(current) and all(
+        current[k] == defaults().get(k) for k in current.keys() - former.keys())
+
+
+def read_former(path, header, rows):
+    """({row: record} of a former table.json, the settings of the runs that they are of).
+
+    Raises ValueError where its editor or edits are others. Rows whose settings have changed since are left out.
+    """
+    former = json.loads(Path(path).read_text())
+    place = {"true_cfg_scale": 1.0, **former["setting"]}
+    for key in ("model", "size", "text_length", "dtype", "true_cfg_scale"):
+        if place[key] != header["setting"][key]:
+            raise ValueError(f"--onto: expected a table of {key} {header['setting'][key]}, got {place[key]}")
+    edits = header["edits"]["kind"]
+    if former["counts"] != {k: edits.count(k) for k in KINDS}:
+        raise ValueError(f"--onto: expected a table of as many edits of each kind, got {former['counts']}")
+    current = {row.name: config_of(row) for row in rows}
+    kept = {name: record for name, record in former["rows"].items()
+            if "summary" in record and name in current and same_config(record["config"], current[name])}
+    runs = [place, *former.get("former", [])]
+    for record in kept.values():
+        record["run"] = 1 + record.get("run", 0)
+        record["summary"] = {kind: {k: float("nan") if v is None else v for k, v in values.items()}
+                             for kind, values in record["summary"].items()}
+    return kept, runs
 
 
 def check_rule(edits, runner, batch):
@@ -304,9 +362,9 @@ def check_rule(edits, runner, batch):
 class Table:
     """The records of a run and the files that they are kept in."""
 
-    def __init__(self, args, header, names, former):
+    def __init__(self, args, header, names, records, former):
         self.out, self.header, self.names = args.out, header, names
-        self.records = former
+        self.records, self.former = records, former
         self._rewrite_records()
 
     def _rewrite_records(self):
@@ -321,8 +379,11 @@ class Table:
         self.write()
 
     def write(self):
-        ordered = {n: self.records[n] for n in self.names if n in self.records}
+        known = {**self.former, **self.records}
+        ordered = {n: known[n] for n in self.names if n in known}
         plain = {n: {k: v for k, v in r.items() if k != "figures"} for n, r in ordered.items()}
+        for name, flips in pairs(ordered).items():
+            plain[name]["pairs"] = flips
         edits = self.header["edits"]
         write_json(self.out / "table.json", jsonable({
             **{k: v for k, v in self.header.items() if k != "edits"},
@@ -351,7 +412,7 @@ def run_row(row, edits, runner, judge, args, own):
             columns.setdefault(name, []).append(values)
     figures = {name: torch.cat(values) for name, values in columns.items()}
     record = {"row": row.name, "nfe": nfe[0], "draft_nfe": nfe[1], "config": config_of(row),
-              "figures": jsonable(figures)}
+              "runner": result.runner, "figures": jsonable(figures)}
     record["summary"] = summarise(record, [KINDS[k] for k in edits.edits.kind.tolist()])
     record["seconds"] = round(time.perf_counter() - started, 2)  # of everything, the measures too: no latency
     return record
@@ -374,6 +435,7 @@ def main():
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"], help="names or patterns of rows")
     parser.add_argument("--redo", action="store_true", help="run rows again that OUT/records.jsonl holds")
     add_thresholds(parser)
+    parser.add_argument("--onto", type=Path, help="a former table.json, whose other rows are kept")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     args = parser.parse_args()
     rows = all_rows()
@@ -399,22 +461,29 @@ def main():
     header = {
         "setting": setting(args, device), "rule": check_rule(edits, runner, args.batch),
         "true_shares": {k: share[m].mean().item() for k, m in local.items() if m.any()},
-        "edits": edit_columns(edits.edits, edits.seeds),
+        "edits": edit_columns(edits.edits, edits.seeds), "former": [],
     }
+    former = {}
+    if args.onto is not None:
+        try:
+            former, header["former"] = read_former(args.onto, header, rows)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(str(error))
     path = args.out / "records.jsonl"
-    table = Table(args, header, names, read_records(path, header, rows))
+    table = Table(args, header, names, read_records(path, header, rows), former)
     edits.reference = edits.tokens.clone()
     own = torch.zeros_like(edits.tokens)
 
-    # The reference comes first, whatever was asked for: others are held against what it changed. Then those of few
-    # steps, so that a run that is cut short has most of them.
+    # The reference comes first, whatever was asked for: others are held against what it changed. Then, in the order of
+    # the patterns, those of few steps, so that a run that is cut short has most of them.
     by_name = {row.name: row for row in rows}
 
-    def steps(name):
+    def place(name):
         row = by_name[name]
-        return sum(row.config.step_counts()) if row.config else row.steps
+        pattern = next(i for i, glob in enumerate(args.rows) if fnmatch.fnmatchcase(name, glob))
+        return pattern, sum(row.config.step_counts()) if row.config else row.steps
 
-    order = [REFERENCE, *sorted((n for n in chosen if n != REFERENCE), key=steps)]
+    order = [REFERENCE, *sorted((n for n in chosen if n != REFERENCE), key=place)]
     for name in order:
         if name != REFERENCE and name in table.records and not args.redo:
             say(f"{name}: kept from a former run")

@@ -155,7 +155,7 @@ class Row:
     """One row of the table: a name and how its pictures are made.
 
     steps: plain steps. config: a SpecEdit run; oracle: with the reference mask, grown by a token, as the user's mask.
-    still: "source" or "vae(target)", no model.
+    still: "source" or "vae(target)", no model. text_length: that FLUX's prompts are padded to, in place of the runner's.
     """
 
     name: str
@@ -163,6 +163,7 @@ class Row:
     config: SpecEditConfig | None = None
     oracle: bool = False
     still: str = ""
+    text_length: int | None = None
 
 
 @dataclass
@@ -170,7 +171,7 @@ class Result:
     """n pictures [n, 3, H, W] in [0, 1] and how they came about.
 
     mask: bool [n, rows, columns] or None; scores: fp32 like it, or None; active: share of the tokens computed
-    fine in mixed steps; fallbacks: None, "dense" or "source" each. flops: of each edit."""
+    fine in mixed steps; fallbacks: None, "dense" or "source" each. flops: of each edit. runner: what ran the steps."""
 
     images: torch.Tensor
     flops: list
@@ -181,6 +182,7 @@ class Result:
     active: list | None = None
     fallbacks: list | None = None
     feather: int = 0
+    runner: str = "eager"
 
 
 class Runner:
@@ -229,6 +231,8 @@ class Runner:
     @torch.no_grad()
     def run(self, row, part):
         """A Result. Where memory runs out, the part is cut in two."""
+        if row.text_length is not None:
+            return Runner(self.pipe, row.text_length, self.true_cfg_scale).run(replace(row, text_length=None), part)
         try:
             return self._run(row, part)
         except torch.cuda.OutOfMemoryError:
@@ -255,10 +259,10 @@ class Runner:
         mask_image = grow(part.reference, 1).float() if row.oracle else None
         out = self.pipe(specedit=row.config, mask_image=mask_image, **self.options(part))
         stats = out.stats
-        flops = [sum(self.step_flops(step.tokens[i], step.keys and step.keys[i], step.passes, step.lock_text)
+        flops = [sum(self.step_flops(step.tokens[i], step.keys[i], step.passes, step.lock_text)
                      for step in stats.steps) for i in range(n)]
         return Result(out.images.float(), flops, stats.nfe, stats.draft_nfe, out.mask, out.scores, stats.active,
-                      stats.fallbacks, row.config.feather)
+                      stats.fallbacks, row.config.feather, stats.runner)
 
 
 def set_reference(part, runner, output):

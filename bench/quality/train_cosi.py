@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains FlashEdit's one-step generator and inversion network for the tiny editor, as low-rank changes of it.
 
-    python bench/quality/train_cosi.py --out runs/cosi --seconds 300
+    python bench/quality/train_cosi.py --out runs/cosi --compile
 
-First the generator is distilled from the editor's own multi-step answers, then the inversion network is trained in its
-two stages. Writes OUT/generator.safetensors and OUT/inverter.safetensors, what `load_cosi` takes, as soon as each
-exists, a CSV log of each part, and checkpoints; the same command goes on from these, with more --seconds also after
-the end.
+Four parts, each with its own seconds: the generator is distilled from the editor's own multi-step answers, and then
+sharpened by distribution matching; the inversion network is trained in its two stages. Writes OUT/generator.safetensors
+and OUT/inverter.safetensors, what `load_cosi` takes, as soon as each exists, OUT/distilled/generator.safetensors before
+the sharpening, a CSV log of each part, and checkpoints; the same command goes on from these, with more --seconds also
+after the end.
 """
 
 import argparse
 import copy
+import os
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FluxKontextPipeline
-from torch.nn.utils import parametrize
 
-from runtime import autocast, device, log
-from sampler import encode_images, encode_text, euler
-from scenes import Renderer
-from specedit_kernels.cosi import CosiWeights, Loop, distil_loss, inversion_loss
+from runtime import autocast, device, log, memory
+from sampler import encode_images, encode_text, euler, shift_mu
+from scenes import TASKS, Renderer
+from specedit_kernels.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
 from specedit_kernels.pipelines.flash_edit import GENERATOR, INVERTER
 from specedit_kernels.pipelines.flux_model import FluxKontextModel, FluxText
-from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, save_low_rank
+from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
 from specedit_kernels.sampling.grid import unpack
 from stream import EditStream
 from table_runs import SHIPPED
 
-SHARES = {"generator": 0.55, "inverter_1": 0.30, "inverter_2": 0.15}  # of the seconds
+PARTS = ("generator", "matching", "inverter_1", "inverter_2")
 MAX_BYTES = 15e6
+# The hard edits more often than the editor met them.
+SHARES = dict(replace=0.40, remove=0.12, recolor=0.14, add=0.18, add_open=0.09)
+EMPTY = 0.12  # rows of the generator's batch that have the source branch's text, and the source as the answer
+ALONE = 40  # steps of the matching part in which the second model learns alone
 
 
 def white(shape, generator, dev):
@@ -40,39 +46,41 @@ def white(shape, generator, dev):
 
 
 class Answers:
-    """A ring of edits of one size with the editor's own multi-step answers: (source, noise, answer, weight, text)."""
+    """A ring of edits of one size with the editor's own multi-step answers: (source, noise, answer, weight of each
+    token, text). Answers are made `count` at once: one shape, so that a compiled editor serves all."""
 
-    def __init__(self, pipe, stream, size, args, dev):
-        self.pipe, self.stream, self.size, self.args, self.dev = pipe, stream, size, args, dev
-        self.renderer, self.fields, self.at = Renderer(dev), None, 0
+    def __init__(self, pipe, stream, size, count, capacity, args, dev):
+        self.pipe, self.stream, self.size, self.count, self.args, self.dev = pipe, stream, size, count, args, dev
+        self.capacity = max(capacity, count) // count * count
+        self.renderer, self.fields, self.at, self.filled, self.owed = Renderer(dev), None, 0, 0, 0.0
 
     @torch.no_grad()
-    def make(self, count, generator):
-        edits, _ = self.stream.take(count)
+    def make(self, generator):
+        edits, _ = self.stream.take(self.count)
         rendered = self.renderer(edits, self.size)
         with autocast(self.dev):
             source = encode_images(self.pipe.vae, rendered.source).float()
             states, pooled = encode_text(self.pipe, edits.phrases(), self.args.text_length, self.dev)
             noise = white(source.shape, generator, self.dev)
             answer = euler(self.pipe, source, states, pooled, self.args.teacher_steps, noise).float()
-        weight = unpack(rendered.weight.flatten(1)[..., None].expand(-1, -1, 4), rendered.weight.shape[1:])
-        fresh = (source, noise, answer, weight, states.float(), pooled.float())
+        fresh = (source, noise, answer, rendered.weight.float(), states.float(), pooled.float())
         if self.fields is None:
-            self.fields = [x.new_empty(self.args.capacity, *x.shape[1:]) for x in fresh]
-            self.filled = 0
-        rows = torch.arange(self.at, self.at + count, device=self.dev) % self.args.capacity
+            self.fields = [x.new_empty(self.capacity, *x.shape[1:]) for x in fresh]
         for store, x in zip(self.fields, fresh):
-            store[rows] = x
-        self.at += count
-        self.filled = min(self.at, self.args.capacity)
+            store[self.at:self.at + self.count] = x
+        self.at = (self.at + self.count) % self.capacity
+        self.filled = min(self.filled + self.count, self.capacity)
 
     def batch(self, count, share, generator):
-        """`count` rows; before, a share of so many is made anew, and four batches at first."""
-        wanted = count * 4 if self.fields is None else max(1, round(count * share))
-        for part in torch.arange(wanted).split(max(count, 1)):
-            self.make(len(part), generator)
+        """`count` rows; so large a share of the rows that are handed out is made anew, and two batches at first."""
+        self.owed += share * count / self.count
+        while self.owed >= 1 or self.filled < min(2 * self.count, self.capacity):
+            self.make(generator)
+            self.owed = max(self.owed - 1, 0.0)
         rows = torch.randint(self.filled, (count,), generator=generator).to(self.dev)
-        return [x[rows] for x in self.fields]
+        source, noise, answer, weight, states, pooled = (x[rows] for x in self.fields)
+        weight = unpack(weight.flatten(1)[..., None].expand(-1, -1, 4), weight.shape[1:])
+        return source, noise, answer, weight, states, pooled
 
 
 class Training:
@@ -81,9 +89,21 @@ class Training:
         self.pipe = FluxKontextPipeline.from_pretrained(args.model).to(dev)
         for part in (self.pipe.transformer, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False)
-        stream = EditStream(args.seed + 77, 64, args.workers)
-        self.answers = {size: Answers(self.pipe, stream, size, args, dev) for size in args.sizes}
+        self.editor = copy.deepcopy(self.pipe.transformer)  # never compiled
+        self.compile(self.pipe.transformer)
+        stream = EditStream(args.seed + 77, 64, args.workers, shares=[SHARES.get(task, 0.014) for task in TASKS])
+        self.counts = {size: max(2, args.tokens // (2 * (size // 16) ** 2 + args.text_length)) for size in args.sizes}
+        self.answers = {size: Answers(self.pipe, stream, size, self.counts[size], capacity, args, dev)
+                        for size, capacity in zip(args.sizes, args.capacity)}
         self.empty = encode_text(self.pipe, [""], args.text_length, dev)
+        self.fraction = lambda: 1.0
+
+    def compile(self, transformer):
+        if self.args.compile:
+            torch._dynamo.config.recompile_limit = 256
+            torch._dynamo.config.accumulated_recompile_limit = 4096
+            backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
+            transformer.compile_repeated_blocks(dynamic=False, backend=backend)
 
     def adapter(self, transformer, count):
         return FluxKontextModel(transformer, self.pipe.vae, torch.full((count,), 3.5, device=self.dev), {})
@@ -94,86 +114,153 @@ class Training:
     def source_text(self, count):
         return self.text(*(x.float().expand(count, *x.shape[1:]) for x in self.empty))
 
-    def batch(self, generator, share, factor):
-        size = self.args.sizes[int(torch.randint(len(self.args.sizes), (), generator=generator))]
-        count = max(2, int(factor * self.args.tokens / (2 * (size // 16) ** 2 + self.args.text_length)))
-        return self.answers[size].batch(count, share, generator)
+    def batch(self, generator, fresh, factor=1.0, size=None):
+        """Rows of a size: of the first one, which is the editor's own, more often once the part has settled."""
+        if size is None:
+            first = 0.35 if self.fraction() < 0.35 else 0.75
+            others = (1 - first) / max(len(self.args.sizes) - 1, 1)
+            odds = [first] + [others] * (len(self.args.sizes) - 1)
+            size = self.args.sizes[int(torch.multinomial(torch.tensor(odds), 1, generator=generator))]
+        return self.answers[size].batch(max(2, int(factor * self.counts[size])), fresh, generator)
 
-    def distil(self, transformer, generator):
-        """The editor's own answers, and for one row in four the source under the source branch's text."""
-        source, noise, answer, weight, states, pooled = self.batch(generator, self.args.fresh, 1.0)
+    def distil(self, transformer, generator, fresh, size=None):
+        """(loss, what `sharpen` needs): the editor's own answers, and for some rows the source under the empty text."""
+        source, noise, answer, weight, states, pooled = self.batch(generator, fresh, size=size)
         count = len(source)
-        keep = (torch.rand(count, generator=generator) < 0.25).to(self.dev)
+        keep = (torch.rand(count, generator=generator) < EMPTY).to(self.dev)
         text = self.source_text(count)
         chosen = self.text(torch.where(keep[:, None, None], text.embeds, states),
                            torch.where(keep[:, None], text.pooled, pooled))
         aside = keep[:, None, None, None]
+        weight = torch.where(aside, 1.0, weight)
         with autocast(self.dev):
-            loss = distil_loss(self.adapter(transformer, count), chosen, noise, torch.where(aside, source, answer),
-                               [source], torch.where(aside, 1.0, weight))
-        return {"loss": loss}
+            loss, made = distil_loss(self.adapter(transformer, count), chosen, noise,
+                                     torch.where(aside, source, answer), [source], weight)
+        # the editor has never met the empty text: those rows take no part in the matching
+        return loss, (chosen, made.float(), source, torch.where(aside, 1e-6, weight))
+
+    def levels(self, count, size, generator):
+        """Noise levels, uniform in time by the editor's own shift, fp32 [count]."""
+        time_ = torch.rand(count, generator=generator) * 0.96 + 0.02
+        shift = torch.tensor(shift_mu(self.pipe.scheduler, (size // 16) ** 2)).exp()
+        return (shift * time_ / (1 + (shift - 1) * time_)).to(self.dev)
+
+    def sharpen(self, transformer, second, generator, size=None):
+        """One step of the second model on the generator's pictures, and the generator's loss against it."""
+        loss, (text, made, source, weight) = self.distil(transformer, generator, self.args.fresh / 5, size)
+        count = len(made)
+        models = [self.adapter(x, count) for x in (self.pipe.transformer, second.module)]
+        with autocast(self.dev):
+            matching, told = matching_loss(*models, text, made, [source], white(made.shape, generator, self.dev),
+                                           self.levels(count, made.shape[-1] * 8, generator), weight)
+        second.learn(told)
+        total = self.args.anchor * loss + (matching if second.steps > ALONE else 0)
+        return {"loss": total, "distil": loss, "second": told, "matching": matching}
 
     def invert(self, generating, inverting, stage, generator):
-        source, noise, _, _, states, pooled = self.batch(generator, self.args.fresh / 8, 0.4)
+        source, noise, _, _, states, pooled = self.batch(generator, 0.0, 0.4)
         count = len(source)
         fresh = white((2 * count, *source.shape[1:]), generator, self.dev)
         teacher = None
         if stage == 2:
             level = torch.rand((), generator=generator).to(self.dev) * 0.98 + 0.01
-            teacher = (self.adapter(self.pipe.transformer, count), level)
+            teacher = (self.adapter(self.editor, count), level)
         with autocast(self.dev):
             return inversion_loss(self.adapter(generating, count), self.adapter(inverting, count),
                                   self.source_text(count), (self.text(states, pooled), noise, source), source, fresh,
                                   CosiWeights(), teacher)
 
-    def run(self, name, parameters, loss):
+    def run(self, name, parameters, loss, rate):
         args = self.args
-        budget = {"steps": args.steps} if args.steps else {"seconds": args.seconds * SHARES[name]}
-        loop = Loop(name, parameters, loss, args.out, rate=args.rate, seed=args.seed, save_every=30, **budget)
+        budget = {"steps": args.steps} if args.steps else {"seconds": args.seconds[PARTS.index(name)]}
+        loop = Loop(name, parameters, loss, args.out, rate=rate, seed=args.seed, save_every=60, **budget)
+        self.fraction = lambda: loop.fraction
         loop.run()
-        log(f"{name}: {loop.step} steps in {loop.elapsed:.0f} s")
+        log(f"{name}: {loop.step} steps in {loop.elapsed:.0f} s, {memory()}")
+
+
+class Second:
+    """The model of the generator's own pictures that distribution matching holds against the editor."""
+
+    def __init__(self, training, rank, rate):
+        self.module = copy.deepcopy(training.editor)
+        self.parameters = add_low_rank(self.module, rank)
+        training.compile(self.module)
+        self.optimizer, self.steps = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.5, 0.99)), 0
+
+    def learn(self, loss):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite():
+            self.optimizer.step()
+        self.steps += 1
 
 
 def write(module, path):
+    path.parent.mkdir(exist_ok=True)
     save_low_rank(low_rank_state(module), path)
     log(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def try_sizes(training, generating, second, sizes):
+    """Each call of the first two parts once, at each size: compiles them, into Inductor's cache too."""
+    for size in sizes:
+        begun, generator = time.perf_counter(), torch.Generator().manual_seed(0)
+        training.sharpen(generating, second, generator, size)["loss"].backward()
+        generating.zero_grad(set_to_none=True)
+        log(f"try {size} px, batch {training.counts[size]}: {time.perf_counter() - begun:.1f} s, {memory()}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of the editor")
     parser.add_argument("--out", type=Path, default=Path("runs/cosi"))
-    parser.add_argument("--seconds", type=float, default=300, help="of training in all, over all pieces")
-    parser.add_argument("--steps", type=int, help="of each of the three parts, in place of --seconds")
-    parser.add_argument("--rank", type=int, default=48, help="of the generator's change")
+    parser.add_argument("--seconds", type=float, nargs=4, default=(200, 100, 50, 20), metavar="S",
+                        help=f"of training of each part: {', '.join(PARTS)}; over all pieces")
+    parser.add_argument("--steps", type=int, help="of each part, in place of --seconds")
+    parser.add_argument("--rank", type=int, default=80, help="of the generator's change")
     parser.add_argument("--inverter-rank", type=int, default=20)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--tokens", type=int, default=64_000, help="of a batch, text included")
+    parser.add_argument("--sharpen-rate", type=float, default=3e-4, help="the generator's, in the matching part")
+    parser.add_argument("--anchor", type=float, default=0.5, help="weight of the answers in the matching part")
+    parser.add_argument("--tokens", type=int, default=48_000, help="of a batch, text included")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 256], help="pixels; multiples of 64")
     parser.add_argument("--text-length", type=int, default=64, help="length that prompts are padded to")
     parser.add_argument("--teacher-steps", type=int, default=8, help="Euler steps of the editor's answers")
     parser.add_argument("--fresh", type=float, default=0.25, help="share of a batch that is newly answered")
-    parser.add_argument("--capacity", type=int, default=6000, help="of the ring of answers of each size")
+    parser.add_argument("--capacity", type=int, nargs="+", default=[12_000, 24_000], help="of each size's ring")
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
+    parser.add_argument("--compile", action="store_true", help="the editor's and the generator's blocks")
+    parser.add_argument("--try-only", type=int, nargs="*", metavar="SIZE", help="compile for these sizes; no files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     dev = device()
     torch.manual_seed(args.seed)
     training = Training(args, dev)
-    generating = copy.deepcopy(training.pipe.transformer)
+    generating = copy.deepcopy(training.editor)
     parameters = add_low_rank(generating, args.rank)
+    training.compile(generating)
+    second = Second(training, args.rank, args.rate)
     log(f"generator: rank {args.rank}, {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters on {dev}")
-    training.run("generator", parameters, lambda g: training.distil(generating, g))
-    write(generating, args.out / GENERATOR)
-    generating.requires_grad_(False)
-    for layer in list(generating.modules()):
-        if parametrize.is_parametrized(layer):
-            parametrize.remove_parametrizations(layer, "weight")
+    if args.try_only is not None:
+        try_sizes(training, generating, second, args.try_only or args.sizes)
+        return
+    if args.compile:
+        try_sizes(training, generating, second, args.sizes)
+        second = Second(training, args.rank, args.rate)
 
-    inverting = copy.deepcopy(training.pipe.transformer)
+    def distil(generator):
+        return {"loss": training.distil(generating, generator, args.fresh)[0]}
+
+    training.run("generator", parameters, distil, args.rate)
+    write(generating, args.out / "distilled" / GENERATOR)
+    training.run("matching", parameters, partial(training.sharpen, generating, second), args.sharpen_rate)
+    write(generating, args.out / GENERATOR)
+    generator = merged_copy(training.editor, args.out / GENERATOR).requires_grad_(False)
+    inverting = copy.deepcopy(training.editor)
     parameters = add_low_rank(inverting, args.inverter_rank)
     for stage in (1, 2):
-        training.run(f"inverter_{stage}", parameters, partial(training.invert, generating, inverting, stage))
+        training.run(f"inverter_{stage}", parameters, partial(training.invert, generator, inverting, stage), args.rate)
         write(inverting, args.out / INVERTER)
     total = sum((args.out / name).stat().st_size for name in (GENERATOR, INVERTER))
     if total > MAX_BYTES:

@@ -3,14 +3,17 @@
 2509.22244), for any model that has an adapter in specedit_kernels.pipelines.
 
 Both are low-rank changes of an edit model's own transformer. `distil_loss` makes the generator from the model's
-multi-step answers; `inversion_loss` has both stages of the inversion network; `Loop` runs either, resumably.
+multi-step answers, `matching_loss` sharpens it; `inversion_loss` has both stages of the inversion network; `Loop` runs
+any of them, resumably.
 """
 
 from .loop import Loop
 from .losses import (
     CosiWeights,
+    answer_loss,
     distil_loss,
     inversion_loss,
+    matching_loss,
     noise_loss,
     reconstruction_loss,
     teacher_loss,
@@ -20,8 +23,10 @@ from .losses import (
 __all__ = [
     "CosiWeights",
     "Loop",
+    "answer_loss",
     "distil_loss",
     "inversion_loss",
+    "matching_loss",
     "noise_loss",
     "reconstruction_loss",
     "teacher_loss",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..pipelines.model import EditModel, Pictures, Text
 from ..pipelines.one_step import complete_noise, grid_of, predict_clean, predict_noise, velocity_of
+from ..sampling.grid import pack
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,58 @@ def teacher_loss(noise: Tensor, teacher: Tensor, level: Tensor) -> Tensor:
     return (level**2 * (noise.float() - teacher.detach().float()).square()).mean()
 
 
+def answer_loss(answer: Tensor, made: Tensor, weight: Tensor, softness: float = 0.1) -> Tensor:
+    """Pseudo-Huber distance of tokens, sqrt(mean |answer - made|^2 + softness^2) - softness, weighted: fp32 scalar.
+
+    weight: [B, 1, H, W]. Where several answers are likely, its minimum is near one of them, not at their mean, which is
+    a blur.
+    """
+    error = pack(answer.float() - made.float()).square().mean(dim=2)
+    weight = pack(weight.float()).mean(dim=2)
+    return (((error + softness**2).sqrt() - softness) * weight).sum() / weight.sum()
+
+
 def distil_loss(
     generator: EditModel, text: Text, noise: Tensor, answer: Tensor, references: Sequence[Tensor], weight: Tensor
-) -> Tensor:
-    """|G(e) - answer|^2, where answer is what many steps of the model make of the same noise and text.
+) -> tuple[Tensor, Tensor]:
+    """(`answer_loss` of G(e), where answer is what many steps of the model make of the same noise and text; G(e)).
 
     A regression along the model's own trajectory: noise decides what the instruction leaves open, so that there is one
-    right answer for each noise, and no mean over answers to blur into.
+    right answer for each noise.
     """
-    return reconstruction_loss(answer, predict_clean(generator, text, noise, references), weight)
+    made = predict_clean(generator, text, noise, references)
+    return answer_loss(answer, made, weight), made
+
+
+def matching_loss(
+    teacher: EditModel, second: EditModel, text: Text, made: Tensor, references: Sequence[Tensor], noise: Tensor,
+    level: Tensor, weight: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Distribution matching (DMD, arXiv 2311.18828): (the generator's loss, the second model's).
+
+    made: the generator's pictures [B, C, H, W]; noise levels: fp32 [B]; weight: [B, 1, H, W]. The second model learns
+    these pictures by rectified flow, |v - (e - z)|^2. The first loss moves them to where the teacher finds them
+    likelier than that model does: its gradient is (z_second - z_teacher) / mean |made - z_teacher|, of both models'
+    clean picture of the noised ones. A blur is likely to the second model and unlikely to the first.
+    """
+    clean, at = made.detach(), level.view(-1, 1, 1, 1)
+    state, pictures = _noised(clean, noise, level), _pictures(clean, references)
+    velocity = velocity_of(second, text, state, level, references, pictures)
+    with torch.no_grad():
+        real, ours = (state - at * v.float() for v in (
+            velocity_of(teacher, text, state, level, references, pictures), velocity))  # fmt: skip
+        scale = ((clean - real).abs() * weight).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * clean.shape[1])
+        aim = clean - (ours - real) / scale.clamp(min=1e-3).view(-1, 1, 1, 1)
+    return 0.5 * reconstruction_loss(aim, made, weight), reconstruction_loss(noise - clean, velocity, weight)
+
+
+def _noised(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    at = level.view(-1, 1, 1, 1)
+    return ((1 - at) * clean + at * noise).to(clean.dtype)
+
+
+def _pictures(target: Tensor, references: Sequence[Tensor]) -> Pictures:
+    return Pictures(grid_of(target), tuple(grid_of(x) for x in references))
 
 
 def inversion_loss(
@@ -102,9 +146,8 @@ def inversion_loss(
     }
     if teacher is not None:
         model, level = teacher
-        state = ((1 - level) * source + level * inverted).to(source.dtype)
+        state = _noised(source, inverted, level)
         with torch.no_grad():
-            pictures = Pictures(grid_of(source), (grid_of(source),))
-            velocity = velocity_of(model, source_text, state, level, [source], pictures)
+            velocity = velocity_of(model, source_text, state, level, [source], _pictures(source, [source]))
         terms["teacher"] = teacher_loss(inverted, teacher_noise(state, velocity, level), level)
     return {"loss": sum(getattr(weights, name) * term for name, term in terms.items()), **terms}

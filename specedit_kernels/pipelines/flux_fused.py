@@ -3,16 +3,17 @@
 
 Text and image lie in one tensor [B, text | image, C] from the first block to the last. A block's modulation depends on
 the timestep alone, so that of all blocks and of all steps of a stage is computed at once (`modulation`), and a step
-(`forward`) is left with what depends on its tokens. Every linear layer is called as a module: adapters and quantised
-weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation and residuals
-round once, where that one rounds after each operation.
+(`forward`) is left with what depends on its tokens. A linear layer that is no plain one is called as a module: adapters
+and quantised weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation,
+residuals and GELU round once, where that one rounds after each operation, and the sum over attention and MLP in a single
+block's last layer rounds between the two.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,38 +26,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from .. import ops
-from .attention import text_mass
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """What a step has to know of its sequence: `text` tokens, then image tokens; N tokens in all.
-
-    cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
-    tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
-    left as it is; None: in order. (No text tokens: those keys stay as they were kept.) text_at: the key of the first text token, behind those of the image or 0. used: keys
-    there are where that is known beforehand, None: all.
-    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
-    sees; None: all see all. watched: what attention the image gives to the text is asked for.
-    """
-
-    text: int
-    cos: Tensor
-    sin: Tensor
-    key_bias: Tensor | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    rows: Tensor | None = None
-    text_at: int = 0
-    used: int | None = None
-    region: Tensor | None = None
-    text_mask: Tensor | None = None
-    watched: bool = False
-
-
-# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
-# of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor]
+from .fused import Kept, Sequence, attend, feed_forward, gelu, is_plain, watched_mass
 
 
 def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
@@ -89,48 +59,26 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
+def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy that joins them."""
+    if not is_plain(layer):
+        return layer(torch.cat([a, b], dim=-1))
+    at = a.shape[-1]
+    y = F.linear(a, layer.weight[:, :at], layer.bias)
+    y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
+    return y
+
+
 def _buffers(x: Tensor, attn: FluxAttention, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
     """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
     q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
     return q, *((torch.empty_like(q), torch.empty_like(q)) if kept is None else kept)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """Attention [B, N, H * D]."""
-    k, v = k[:, : sequence.used], v[:, : sequence.used]
-    if sequence.region is not None:
-        out = _attend_by_region(q, k, v, sequence)
-    elif sequence.key_bias is None and sequence.keys is None:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    else:
-        out = ops.mixed_res_attn(
-            q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
-        )[0]  # fmt: skip
-    return out.flatten(2)
-
-
-def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """Attention [B, N, H, D] whose image -> text part goes by region, as `attention.sparse_text_attention` has it."""
-    n, at = sequence.text, sequence.text_at
-    text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
-    asking = sequence.queries
-    words = ops.mixed_res_attn(q[:, :n], k, v)[0]
-    picture = ops.mixed_res_attn(q[:, n:], k[:, image], v[:, image], q_lens=None if asking is None else asking - n)
-    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, sequence.text_mask)
-    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
-
-
-def _watched(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor | None:
-    """What `attention.TextWatch` records, where it is asked for: fp32 [B, image tokens, text tokens]."""
-    if not sequence.watched:
-        return None
-    return text_mass(q, k, ops.mixed_res_attn(q, k, v)[1], sequence.text)
-
-
 def double_block(
     block: FluxTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
 ) -> Tensor | None:
-    """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `_watched` does.
+    """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `watched_mass` does.
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
@@ -153,15 +101,15 @@ def double_block(
         place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
     spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
     place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
-    out = _attend(q, k, v, sequence)
+    out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
         words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
-        ops.gated_residual_add_(text, block.ff_context(words), t_gate2)
+        ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
     spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
-    ops.gated_residual_add_(image, block.ff(spots), i_gate2)
-    return _watched(q, k, v, sequence)
+    ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
+    return watched_mass(q, k, v, sequence)
 
 
 def single_block(
@@ -176,9 +124,9 @@ def single_block(
         q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
-    both = torch.cat([_attend(q, k, v, sequence), F.gelu(block.proj_mlp(y), approximate="tanh")], dim=-1)
-    ops.gated_residual_add_(x, block.proj_out(both), gate)
-    return _watched(q, k, v, sequence)
+    attended, hidden = attend(q, k, v, sequence), gelu(block.proj_mlp, y)
+    ops.gated_residual_add_(x, _of_both(block.proj_out, attended, hidden), gate)
+    return watched_mass(q, k, v, sequence)
 
 
 Blocks = tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]

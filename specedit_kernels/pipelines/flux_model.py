@@ -100,7 +100,7 @@ class FluxKontextModel(EditModel):
             encoder_hidden_states=text.embeds[:, start:],
             txt_ids=text.text_ids[start:],
             img_ids=layout.ids,
-            joint_attention_kwargs=kwargs,
+            joint_attention_kwargs=kwargs or None,
             return_dict=False,
         )[0]
 

@@ -13,8 +13,9 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from torch import Tensor
 
 from ..sampling.layout import SequenceLayout
-from . import flux_fused
 from .attention import AttentionLayout, TextWatch
+from .fused import Kept
+from .fused import Sequence as FusedSequence
 from .model import Text
 from .runner import StepRunner
 
@@ -31,9 +32,9 @@ class FusedLayout:
     watch: a module's attention to the text is recorded there.
     """
 
-    sequence: flux_fused.Sequence
+    sequence: FusedSequence
     fresh: Tensor | None = None
-    cache: list[flux_fused.Kept] | None = None
+    cache: list[Kept] | None = None
     buffers: str = ""
     watch: TextWatch | None = None
 
@@ -61,7 +62,7 @@ class FusedModel:
         finally:
             unscale_lora_layers(self.transformer, scale)
 
-    def _kept(self, name: str, batch: int, rows: int, like: Tensor) -> list[flux_fused.Kept]:
+    def _kept(self, name: str, batch: int, rows: int, like: Tensor) -> list[Kept]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
         config = self.transformer.config
         shape = (batch, rows, config.num_attention_heads, config.attention_head_dim)

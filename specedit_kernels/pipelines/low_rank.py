@@ -7,50 +7,50 @@ import copy
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 
-class LowRank(torch.nn.Module):
-    """weight -> weight + up @ down. weight: [out, in]; down: [rank, in], random; up: [out, rank], zero at first."""
+class LowRankLinear(torch.nn.Linear):
+    """A linear layer of weight + up @ down. down: [rank, in], random; up: [out, rank], zero at first.
 
-    def __init__(self, weight: Tensor, rank: int):
-        super().__init__()
-        out, inner = weight.shape
-        self.down = torch.nn.Parameter(torch.randn(rank, inner, device=weight.device) / inner**0.5)
-        self.up = torch.nn.Parameter(torch.zeros(out, rank, device=weight.device))
+    One class for all layers, with the product made anew in each call: a compiled block then serves every block like it.
+    """
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.up @ self.down).to(weight.dtype)
+    def __init__(self, layer: torch.nn.Linear, rank: int):
+        out, inner = layer.weight.shape
+        super().__init__(inner, out, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        device = layer.weight.device
+        self.down = torch.nn.Parameter(torch.randn(rank, inner, device=device) / inner**0.5)
+        self.up = torch.nn.Parameter(torch.zeros(out, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + (self.up @ self.down).to(self.weight.dtype), self.bias)
 
 
 def add_low_rank(module: torch.nn.Module, rank: int) -> list[torch.nn.Parameter]:
-    """Give each linear layer of a module a trainable low-rank change; all else is frozen. Returns what is trained.
-
-    Layers whose smaller side is no larger than the rank are left as they are.
-    """
+    """Give each linear layer of a module a trainable change of a rank, or of its smaller side where that is less; all
+    else is frozen. Returns what is trained."""
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
     module.requires_grad_(False)
     trained = []
-    for layer in list(module.modules()):
-        if isinstance(layer, torch.nn.Linear) and min(layer.weight.shape) > rank:
-            change = LowRank(layer.weight, rank)
-            parametrize.register_parametrization(layer, "weight", change)
-            trained += [change.down, change.up]
-    if not trained:
-        raise ValueError(f"rank: expected one below a side of some linear layer, got {rank}")
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                changed = LowRankLinear(layer, min(rank, *layer.weight.shape))
+                setattr(parent, name, changed)
+                trained += [changed.down, changed.up]
     return trained
 
 
 def low_rank_state(module: torch.nn.Module) -> dict[str, Tensor]:
     """The changes of a module: {layer}.down and {layer}.up."""
-    state = {}
-    for name, layer in module.named_modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            for part in ("down", "up"):
-                state[f"{name}.{part}"] = getattr(layer.parametrizations.weight[0], part).detach()
-    return state
+    layers = [(name, x) for name, x in module.named_modules() if isinstance(x, LowRankLinear)]
+    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in layers for part in ("down", "up")}
 
 
 def save_low_rank(state: dict[str, Tensor], path: str | Path) -> None:

@@ -23,7 +23,8 @@ def grid_of(latents: Tensor) -> Grid:
 def velocity_of(
     model: EditModel, text: Text, state: Tensor, level: Tensor, references: Sequence[Tensor], pictures: Pictures
 ) -> Tensor:
-    """Velocity [B, C, H, W] of a state at a noise level (0-dim tensor in [0, 1]), behind it the clean references."""
+    """Velocity [B, C, H, W] of a state, behind it the clean references. level: fp32 in [0, 1], 0-dim or each sample's
+    [B] (the latter through an adapter that calls the transformer's own forward)."""
     grids = [grid_of(x) for x in (state, *references)]
     tokens = torch.cat([pack(x) for x in (state, *references)], dim=1)
     [moment] = model.moments(text, level[None] * 1000)

@@ -16,17 +16,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One model step. `tokens`: image tokens (target and condition) of each sample. `flops`: useful ones, batch sum.
+    """One model step. `tokens`: image tokens (target and condition) of each sample, `keys`: those they attend to.
 
-    keys: the image tokens that these attend to, where they are not the same ones. passes: of the guidance branches, at
-    most. lock_text: the text was attended to, not computed.
+    `flops`: useful ones, batch sum. passes: of the guidance branches, at most so many. lock_text: the text was attended
+    to, not computed.
     """
 
     stage: str
     level: float
     tokens: tuple[int, ...]
+    keys: tuple[int, ...]
     flops: int
-    keys: tuple[int, ...] | None = None
     passes: int = 2
     lock_text: bool = False
 

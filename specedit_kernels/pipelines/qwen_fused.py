@@ -20,12 +20,12 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor
 
 from .. import ops
-from . import flux_fused
-from .flux_fused import Kept
+from . import fused
+from .fused import Kept, attend, feed_forward
 
 
 @dataclass(frozen=True)
-class Sequence(flux_fused.Sequence):
+class Sequence(fused.Sequence):
     """modulate: int32 [B, image tokens], which of two timesteps modulates an image token (zero_cond_t): 0 the step's, 1
     that of clean pictures; None where all have one."""
 
@@ -87,17 +87,17 @@ def block(
               (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k))  # fmt: skip
     spots = ops.adaln_modulate(image, i_scale, i_shift, modulation_index=which, eps=block.img_norm1.eps)
     place(spots, slice(n, None), (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k))
-    out = flux_fused._attend(q, k, v, sequence)
+    out = attend(q, k, v, sequence)
     if n and not last:
         ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
         words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.txt_norm2.eps)
-        ops.gated_residual_add_(text, block.txt_mlp(words), t_gate2)
+        ops.gated_residual_add_(text, feed_forward(block.txt_mlp, words), t_gate2)
     out = attn.to_out[0](out[:, n:])
     for layer in attn.to_out[1:]:
         out = layer(out)
     ops.gated_residual_add_(image, out, i_gate, modulation_index=which)
     spots = ops.adaln_modulate(image, i_scale2, i_shift2, modulation_index=which, eps=block.img_norm2.eps)
-    ops.gated_residual_add_(image, block.img_mlp(spots), i_gate2, modulation_index=which)
+    ops.gated_residual_add_(image, feed_forward(block.img_mlp, spots), i_gate2, modulation_index=which)
 
 
 Block = Callable[..., None]

@@ -161,9 +161,13 @@ class Run:
             return found[0]
         return self.model.guide(*(found if len(texts) > 1 else found[0].chunk(2)), self.true_cfg_scale)
 
-    def record(self, stage: str, level: float, tokens: Sequence[int], **how: Any) -> None:
+    def record(
+        self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
+    ) -> None:
         """how: what else `flops` takes."""
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), self.flops(tokens, **how), **how))
+        keys = tokens if keys is None else keys
+        flops = self.flops(tokens, keys, **how)
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), tuple(keys), flops, **how))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
