@@ -82,21 +82,22 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
 @pytest.mark.parametrize("zero", [False, True], ids=["", "zero_cond_t"])
 def test_a_compiled_block_traces_whole_and_writes_to_kept_keys(zero):
     transformer, batch = tiny_transformer(zero), 1
-    block = torch.compile(fused.block, fullgraph=True, backend="aot_eager")
+    block = torch.compile(fused.double_block, fullgraph=True, backend="aot_eager")
     layer, (tokens, embeds) = transformer.transformer_blocks[0], inputs(batch)
     image_mod, text_mod = fused.modulation(transformer, torch.tensor([700.0]), tokens)
     plain, _ = whole(transformer, batch)
     rows = torch.arange(TEXT, TEXT + 14, dtype=torch.int32)[None]
     keys = torch.tensor([TEXT + 14], dtype=torch.int32)
     locked = fused.Sequence(
-        0, plain.cos[:, TEXT:], plain.sin[:, TEXT:], torch.randn(1, 22), keys - TEXT, keys, rows, modulate=plain.modulate
-    )
+        0, plain.cos[:, TEXT:], plain.sin[:, TEXT:], torch.randn(1, 22), keys - TEXT, keys, rows,
+        modulate=plain.modulate,
+    )  # fmt: skip
     width = 6 * transformer.inner_dim
     for sequence in (plain, locked):
         start = [transformer.txt_in(embeds)[:, : sequence.text], transformer.img_in(tokens)]
         kept = None if sequence is plain else tuple(torch.randn(batch, 22, 2, 16) for _ in range(2))
         results = []
-        for function in (fused.block, block):
+        for function in (fused.double_block, block):
             text, image = (x.clone() for x in start)
             own = kept and tuple(x.clone() for x in kept)
             function(layer, text, image, sequence, own, image_mod[..., :width], text_mod[:, :width], False)

@@ -47,8 +47,8 @@ class AttentionLayout:
     lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
     two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None: all have one.
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
-    A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted from
-    the first text slot, renews those and attends to all.
+    A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted
+    from the first text slot, renews those and attends to all.
     cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
     slots are read, none renewed. own: bool [B, first image slots], those whose keys and values are this call's.
     region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot

@@ -120,8 +120,8 @@ class SpecEditConfig:
     kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
         between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
         tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
-    lock_text: the first mixed step alone computes the text; those behind it keep its keys and values, as they were then.
-        The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+    lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step. The
+        text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
     draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
         "full_step"): half their cost.
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".

@@ -5,8 +5,8 @@ Text and image lie in one tensor [B, text | image, C] from the first block to th
 the timestep alone, so that of all blocks and of all steps of a stage is computed at once (`modulation`), and a step
 (`forward`) is left with what depends on its tokens. A linear layer that is no plain one is called as a module: adapters
 and quantised weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation,
-residuals and GELU round once, where that one rounds after each operation, and the sum over attention and MLP in a single
-block's last layer rounds between the two.
+residuals and GELU round once, where that one rounds after each operation, and the sum over attention and MLP in a
+single block's last layer rounds between the two.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
 
 
 def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy that joins them."""
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
     if not is_plain(layer):
         return layer(torch.cat([a, b], dim=-1))
     at = a.shape[-1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from . import flux_fused as fused
 from .attention import AttentionLayout, TextWatch
 from .fused_model import FusedLayout, FusedModel
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from .runner import StepRunner
 from .vae import fused_norms
 
 
@@ -111,13 +109,9 @@ class FluxKontextModel(EditModel):
 class FusedFluxModel(FusedModel, FluxKontextModel):
     """The same model through `flux_fused`, its steps and its autoencoder launched by a runner."""
 
-    def __init__(
-        self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
-        attention_kwargs: dict[str, Any], runner: StepRunner,
-    ):  # fmt: skip
-        super().__init__(transformer, vae, guidance, attention_kwargs)
-        self._begin(runner)
-        self._blocks = fused.compiled_blocks() if runner.name == "compile" else fused.BLOCKS
+    @property
+    def _blocks(self) -> fused.Blocks:
+        return fused.compiled_blocks() if self.runner.name == "compile" else fused.BLOCKS
 
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         ids = super().dense_layout(text, pictures, grids).ids

@@ -53,7 +53,7 @@ def is_plain(layer: torch.nn.Module) -> bool:
 
 
 def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one of a CUDA device."""
+    """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one on CUDA."""
     if is_plain(layer) and x.is_cuda:
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])

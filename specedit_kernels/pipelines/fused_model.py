@@ -40,9 +40,13 @@ class FusedLayout:
 
 
 class FusedModel:
-    """The part of a fused adapter that knows no model; a class has it before its EditModel, and calls `_begin`."""
+    """The part of a fused adapter that knows no model; a class has it before its EditModel."""
 
-    def _begin(self, runner: StepRunner) -> None:
+    def __init__(
+        self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
+        attention_kwargs: dict[str, Any], runner: StepRunner,
+    ):  # fmt: skip
+        super().__init__(transformer, vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
 

@@ -222,7 +222,8 @@ class SpecEditMixin:
 
         # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
         if first_full:
-            fine, estimate = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=config.draft_guidance)
+            guided = config.draft_guidance
+            fine, estimate = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
             scores, selection = self._verify_select(run, Draft(estimate, run.source), "draft_step")
         elif coarse_steps:
             small = stages.source_at(run, coarse_grid(run.grid))

@@ -55,7 +55,7 @@ def modulation(transformer: QwenImageTransformer2DModel, timestep: Tensor, like:
     return image, text
 
 
-def block(
+def double_block(
     block: QwenImageTransformerBlock, text: Tensor, image: Tensor, sequence: Sequence, kept: Kept | None,
     image_mod: Tensor, text_mod: Tensor, last: bool,
 ) -> None:  # fmt: skip
@@ -105,8 +105,8 @@ Block = Callable[..., None]
 
 @functools.cache
 def compiled_block() -> Block:
-    """`block` under torch.compile, without a graph break."""
-    return torch.compile(block, fullgraph=True)
+    """`double_block` under torch.compile, without a graph break."""
+    return torch.compile(double_block, fullgraph=True)
 
 
 def forward(
@@ -116,12 +116,12 @@ def forward(
     modulation: tuple[Tensor, Tensor],
     sequence: Sequence,
     cache: list[Kept] | None = None,
-    block: Block = block,
+    block: Block = double_block,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: QwenImageTransformer2DModel.forward.
 
-    embeds: [B, T, E], T = sequence.text. modulation: of `modulation`, a row for each sample. cache: of each block, where
-    its keys and values outlive the step: it writes those of its tokens, and attends to all.
+    embeds: [B, T, E], T = sequence.text. modulation: of `modulation`, a row for each sample. cache: of each block,
+    where its keys and values outlive the step: it writes those of its tokens, and attends to all.
     """
     image = transformer.img_in(tokens)
     text = transformer.txt_in(transformer.txt_norm(embeds)) if sequence.text else image[:, :0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from . import qwen_fused as fused
 from .attention import AttentionLayout, TextWatch
 from .fused_model import FusedLayout, FusedModel
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from .runner import StepRunner
 from .vae import lone_frames
 
 
@@ -181,14 +179,12 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
     # Two branches run as one batch where their texts differ by no more tokens than this: the shorter one is padded.
     JOINED = 256
 
-    def __init__(
-        self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
-        attention_kwargs: dict[str, Any], runner: StepRunner,
-    ):  # fmt: skip
-        super().__init__(transformer, vae, guidance, attention_kwargs)
-        self._begin(runner)
-        self._block = fused.compiled_block() if runner.name == "compile" else fused.block
-        self._moments: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
+    # the timesteps of the last call of `moments`, and what it gave
+    _moments: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
+
+    @property
+    def _block(self) -> fused.Block:
+        return fused.compiled_block() if self.runner.name == "compile" else fused.double_block
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
         lengths = [text.embeds.shape[1] for text in texts]

@@ -391,8 +391,8 @@ class MixedState:
 
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
-    layouts: the model's, one for each of the run's texts. fine: the fine target tokens of each sample; first: slots, the
-    sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
+    layouts: the model's, one for each of the run's texts. fine: the fine target tokens of each sample; first: slots,
+    the sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
     model's for these alone; locked_layouts, for all slots without the text.
     """
 
