@@ -15,8 +15,10 @@ from tiny_models import qwen_text, tiny_pipeline, tiny_qwen  # noqa: E402
 from specedit_kernels.cosi import (  # noqa: E402
     CosiWeights,
     Loop,
+    answer_loss,
     distil_loss,
     inversion_loss,
+    matching_loss,
     noise_loss,
     reconstruction_loss,
     teacher_loss,
@@ -108,6 +110,47 @@ def test_generation_and_inversion_are_one_step_of_the_model(pipe):
     assert torch.equal(predict_noise(model, text, source), source + 1)
 
 
+def test_answer_loss_is_its_formula_and_prefers_one_of_two_answers_to_their_mean():
+    a, b = normal(*SHAPE), normal(*SHAPE, seed=1)
+    weight = torch.ones(2, 1, 8, 8)
+    weight[:, :, :4] = 3.0
+    error = (a - b).square().unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(1, 3, 5)).flatten(1)  # [B, tokens]
+    per_token = torch.tensor([3.0] * 8 + [1.0] * 8).expand(2, 16)
+    expected = (((error + 0.04).sqrt() - 0.2) * per_token).sum() / per_token.sum()
+    torch.testing.assert_close(answer_loss(a, b, weight, softness=0.2), expected)
+    assert answer_loss(a, a, weight) == 0
+
+    def of_both(made, loss):  # one answer twice as likely as the other
+        return 2 * loss(a, made) + loss(b, made)
+
+    mean = (2 * a + b) / 3
+    assert of_both(a, lambda x, y: answer_loss(x, y, weight)) < of_both(mean, lambda x, y: answer_loss(x, y, weight))
+    assert of_both(a, reconstruction_loss) > of_both(mean, reconstruction_loss)
+
+
+def test_matching_moves_the_pictures_by_the_difference_of_the_two_models(pipe):
+    made, noise = normal(*SHAPE).requires_grad_(), normal(*SHAPE, seed=1)
+    source, level, weight = normal(*SHAPE, seed=2), torch.tensor([0.3, 0.8]), torch.ones(2, 1, 8, 8)
+    weight[:, :, :4] = 3.0
+    teacher, second = flux(pipe), flux(pipe)
+    bias = torch.tensor(0.5, requires_grad=True)
+    teacher.velocity = lambda text, tokens, t, layout: 0.2 * tokens
+    second.velocity = lambda text, tokens, t, layout: 0.2 * tokens + bias
+    loss, told = matching_loss(teacher, second, flux_text(), made, [source], noise, level, weight)
+    at, clean = level.view(2, 1, 1, 1), made.detach()
+    state = (1 - at) * clean + at * noise
+    real = state - at * 0.2 * state
+    scale = ((clean - real).abs() * weight).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * 16)
+    [slope] = torch.autograd.grad(loss, made, retain_graph=True)
+    # z of the second model lies 0.5 level below the teacher's
+    expected = -0.5 * at / scale.view(2, 1, 1, 1) * weight / (weight.sum() * 16)
+    torch.testing.assert_close(slope, expected.expand_as(slope))
+    flow = ((noise - clean - 0.2 * state - 0.5).square() * weight).sum() / (weight.sum() * 16)
+    torch.testing.assert_close(told, flow)
+    told.backward()
+    assert bias.grad is not None and made.grad is None
+
+
 def terms_of(generator, inverter, text, teacher=None):
     weights = CosiWeights(reconstruction=1.0, noise=2.0, cycle=3.0, teacher=4.0)
     made = (text, normal(*SHAPE, seed=3), normal(*SHAPE, seed=4))
@@ -174,7 +217,7 @@ def distilling(pipe, folder, steps, **options):
     def loss(generator):
         noise, source = (torch.randn(SHAPE, generator=generator) for _ in range(2))
         answer = source * 0.5 + 0.1 * noise
-        return {"loss": distil_loss(flux(pipe, module), flux_text(), noise, answer, [source], torch.ones(2, 1, 8, 8))}
+        return {"loss": distil_loss(flux(pipe, module), flux_text(), noise, answer, [source], torch.ones(2, 1, 8, 8))[0]}
 
     loop = Loop("generator", parameters, loss, folder, steps=steps, warmup=2, log_every=2, progress=False, **options)
     return loop, module

@@ -12,6 +12,7 @@ from tiny_models import call_options, tiny_image, tiny_pipeline
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
 from specedit_kernels.pipelines import flux_fused as fused
 from specedit_kernels.pipelines.attention import AttentionLayout, wrap_processors
+from specedit_kernels.pipelines.fused import _as_one
 from specedit_kernels.pipelines.vae import fused_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,7 +133,7 @@ def test_joined_projections_are_the_same_parameters(inference, made):
         assert after[name] is parameter and torch.equal(parameter, values) and parameter.is_inference() == made
     for attn, text, joined in ((block.attn, False, False), (block.attn, True, True),
                                (transformer.single_transformer_blocks[0].attn, False, True)):  # fmt: skip
-        weight = fused._as_one([layer.weight for layer in fused._projections(attn, text)])
+        weight = _as_one([layer.weight for layer in fused._projections(attn, text)])
         assert (weight is not None) == joined
         assert not joined or torch.equal(weight, torch.cat([p.weight for p in fused._projections(attn, text)]))
     for (kind, b), y in zip(kinds, expected):
@@ -142,7 +143,7 @@ def test_joined_projections_are_the_same_parameters(inference, made):
         return
     moved = transformer.double()
     attn = moved.single_transformer_blocks[0].attn
-    assert fused._as_one([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]) is None
+    assert _as_one([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]) is None
     assert torch.equal(attn.to_v.weight, before["single_transformer_blocks.0.attn.to_v.weight"][1].double())
 
 
@@ -192,7 +193,7 @@ def test_merged_linear_layers_round_no_worse(random, device, shape, dtype):
         return F.linear(x.double(), layer.weight.double(), layer.bias.double())
 
     eager = F.gelu(wide(a), approximate="tanh")
-    assert_within_budget(fused._gelu(wide, a), F.gelu(exact(wide, a), approximate="tanh"), eager)
+    assert_within_budget(fused.gelu(wide, a), F.gelu(exact(wide, a), approximate="tanh"), eager)
     both = torch.cat([a, b], dim=-1)
     assert_within_budget(fused._of_both(joined, a, b), exact(joined, both), joined(both))
 
@@ -263,9 +264,9 @@ def tiny_vae():
 
 @torch.no_grad()
 @pytest.mark.parametrize("served", ["reference", "triton"])
-def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, served):
-    vae = tiny_vae()
-    pixels, latents = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12)
+def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, device, served):
+    vae = tiny_vae().to(device)
+    pixels, latents = torch.randn(2, 3, 16, 24, device=device), torch.randn(2, 4, 8, 12, device=device)
 
     def run():
         return vae.encode(pixels).latent_dist.parameters, vae.decode(latents).sample

@@ -83,12 +83,21 @@ def test_bars(bench):
 @pytest.mark.parametrize("scale", [4.0, 1.0])
 def test_rows_of_qwen(qwen_bench, tmp_path, scale):
     options = ("--side", "64", "--out", str(tmp_path), "--areas", "0.1", "--true-cfg-scale", str(scale))
-    assert qwen_bench.main([*TINY, *options, "--rows", "plain-4", "specedit-9-locked*"]) == 0
+    options += ("--runners", "eager", "fused")
+    assert qwen_bench.main([*TINY, *options, "--rows", "plain-9 fused", "plain-4", "specedit-9-locked*"]) == 0
     report = json.loads((tmp_path / "qwen_image_edit.json").read_text())
     assert f"true_cfg_scale {scale:g}" in report["model"]
     rows = report["rows"]
-    assert set(rows) == {"plain-4", "specedit-9-locked, 10%", "specedit-9-locked-cached, 10%"}
-    assert rows["specedit-9-locked-cached, 10%"]["flops"] < rows["specedit-9-locked, 10%"]["flops"]
+    kinds = ("locked", "locked-cached", "locked-cached, locked text", "locked-cached, locked text, unguided draft")
+    flops = []
+    for kind in kinds:
+        eager, fused = (rows.pop(f"specedit-9-{kind} {runner}, 10%") for runner in ("eager", "fused"))
+        assert (eager["runner"], fused["runner"]) == ("eager", "fused") and eager["flops"] == fused["flops"]
+        flops.append(eager["flops"])
+        if scale > 1:
+            assert rows.pop(f"specedit-9-{kind} fused, branches apart, 10%")["flops"] == eager["flops"]
+    assert list(rows) == ["plain-9 fused", "plain-4"] and rows["plain-9 fused"]["nfe"] == 9
+    assert flops[:3] == sorted(flops[:3], reverse=True) and (flops[3] < flops[2]) == (scale > 1)
 
 
 @pytest.mark.parametrize("options, words", [(["--side", "100"], "--side: expected a multiple of 64, got 100"),

@@ -272,7 +272,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, moment, found, first=None):
+    def velocity(run, tokens, moment, found, first=None, guided=True):
         level = moment[0] / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
         if found[0].attention is None:
@@ -322,10 +322,10 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
     begun, ended = {}, {}
     real_steps, real_finish = stages.dense_steps, stages.finish_full
 
-    def dense_steps(run, state, levels, condition, stage, main=True):
+    def dense_steps(run, state, levels, condition, stage, **options):
         if stage == "full":
             begun.update(state=state, level=levels[0])
-        return real_steps(run, state, levels, condition, stage, main)
+        return real_steps(run, state, levels, condition, stage, **options)
 
     def finish_full(run, state, level, levels, selection):
         ended.update(run=run, state=state, level=level, active=selection.active)

@@ -225,6 +225,23 @@ def test_rows_of_the_table(pipe):
     assert torch.allclose(scores["decoder", "matched"], result.scores, atol=1e-4)
 
 
+def test_a_rows_flops_are_the_runs_own(pipe):
+    ours = runs.BatchedQwenPipeline(**pipe.components)
+    ours.set_progress_bar_config(disable=True)
+    edits = runs.make_set(torch.device("cpu"), 192, counts={"small": 2}, seed=5)
+    edits.reference = edits.tokens
+    length = sampler.encode_text(pipe, edits.edits.phrases(), None, "cpu")[0].shape[1]
+    negative = sampler.encode_text(pipe, [" "] * 2, None, "cpu")[0].shape[1]
+    config = SpecEditConfig(stages=(1, 3, 0), finish="locked", kv_refresh=2, lock_text=True, draft_guidance=False)
+    result = runs.Runner(ours, length, 3.0).run(runs.Row("", config=config, oracle=True), edits)
+    kinds = [(step.stage, step.passes, step.lock_text) for step in ours._specedit_stats.steps]
+    assert kinds == [("coarse", 1, False), ("mixed", 2, False), ("active", 2, True), ("mixed", 2, True)]
+    # the table takes the negative's text for as long as the positive's
+    assert negative < length and 1 < sum(result.flops) / ours._specedit_stats.flops < 1.3
+    whole = runs.Runner(ours, length).run(runs.Row("", config=config, oracle=True), edits)
+    assert sum(whole.flops) == ours._specedit_stats.flops
+
+
 def test_thresholds_of_another_editor():
     rows = runs.with_thresholds(table.all_rows(), [
         {"metric": "decoder", "reference": "matched", "draft": "coarse", "threshold": 0.5}])

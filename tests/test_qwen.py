@@ -491,7 +491,7 @@ def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, moment, found, first=None):
+    def velocity(run, tokens, moment, found, first=None, guided=True):
         clean = {188: target, 47: grids.pool(target), 14: grids.pool(grids.pool(target))}.get(tokens.shape[1])
         if found[0].attention is None:
             clean = grids.pack(clean)

@@ -5,9 +5,9 @@ import logging
 
 import pytest
 import torch
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
+from tiny_models import call_options, tiny_image, tiny_pipeline
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPlusPipeline
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 from specedit_kernels.pipelines import disable_specedit, enable_specedit, pipeline, runner, stages
 from specedit_kernels.pipelines.runner import StepRunner, inspect
 
@@ -146,16 +146,6 @@ def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
     reason = f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out"
     reason = reason if hooked else "it needs one CUDA device, the weights are on cpu"
     assert warnings.messages == [f"runner={name!r}: steps run eagerly: {reason}"]
-
-
-def test_qwen_has_no_other_runner(warnings):
-    pipe = SpecEditQwenImageEditPlusPipeline.from_pipe(tiny_qwen(plus=True))
-    pipe.set_progress_bar_config(disable=True)
-    config = SpecEditConfig(stages=(1, 1, 1), runner="graph")
-    out = pipe(image=tiny_image(), mask_image=mask(2), specedit=config, height=128, width=128,
-               output_type="latent", **qwen_text())  # fmt: skip
-    assert out.stats.runner == "eager"
-    assert "runner='graph': steps run eagerly: SpecEditQwenImageEditPlusPipeline has no other" in warnings.messages
 
 
 @torch.no_grad()

@@ -375,7 +375,7 @@ def setting(args):
     }  # fmt: skip
 
 
-PEERS = ("plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
+PEERS = ("plain-50", "compiled plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
 EDITS = tuple(f"specedit-9-{kind} graph, 10%" for kind in ("locked-cached", "locked-kv3", "locked-kv2", "locked"))
 # How many times as fast as a row of PEERS such an edit is to be, and what an active step may take of its roofline.
 SPEEDUPS = {"plain-50": 20.0, "plain-28": 11.0, "compiled plain-28": 8.5, "compiled plain-9": 2.5}

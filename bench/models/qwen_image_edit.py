@@ -6,22 +6,24 @@
     python bench/models/qwen_image_edit.py --tiny --out /tmp/models # a tiny model on any machine
 
 Denoising and the autoencoder are timed; embeddings of text and vision tokens are given, as many for either guidance
-branch. The edit's region is a user's mask, a square block of tokens. All rows come from one process. Writes
-OUT/qwen_image_edit.json and .md.
+branch. The edit's region is a user's mask, a square block of tokens. All rows come from one process, in the order of
+--rows; what is done is on disk after each. Writes OUT/qwen_image_edit.json, .md and, with matplotlib, .png.
 """
 
 import argparse
 import fnmatch
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from flux_kontext import Bench, Row, markdown, random_modules, region, run_rows, setting
+from flux_kontext import Bench, Row, markdown, plot, random_modules, region, run_rows, setting
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
+from specedit_kernels.pipelines.config import RUNNERS
+from specedit_kernels.pipelines.qwen_model import FusedQwenModel
 
 # The classes' defaults are Qwen/Qwen-Image-Edit's transformer/config.json and vae/config.json.
 TINY_TRANSFORMER = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
@@ -30,6 +32,14 @@ TINY_VAE = dict(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
 SCHEDULER = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
                  max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential")  # fmt: skip
 STOCK_SIDE = 1024  # the diffusers pipeline works on a megapixel whatever it is given
+LOCKED = dict(finish="locked", kv_refresh=9)
+# cached: after the first mixed step only text and edited tokens are computed. locked text: the edited tokens alone.
+# unguided draft: the coarse steps run one branch of guidance.
+KINDS = {
+    "full": {}, "full-cached": dict(kv_refresh=9), "locked": dict(finish="locked"), "locked-cached": LOCKED,
+    "locked-cached, locked text": LOCKED | dict(lock_text=True),
+    "locked-cached, locked text, unguided draft": LOCKED | dict(lock_text=True, draft_guidance=False),
+}  # fmt: skip
 
 
 def build(tiny, device, dtype):
@@ -52,7 +62,7 @@ class QwenBench(Bench):
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipe = build(args.tiny, self.device, self.dtype)
+        self.pipe, self.is_compiled = build(args.tiny, self.device, self.dtype), False
         generator = torch.Generator().manual_seed(0)
         width = self.pipe.transformer.config.joint_attention_dim
 
@@ -76,24 +86,36 @@ class QwenBench(Bench):
     def specedit(self, config, mask):
         return self.pipe(specedit=config, mask_image=mask, max_area=self.args.side**2, **self.options).stats
 
-    def compiled(self, steps):
-        self.pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        self.plain(steps)
+    def apart(self, call):
+        """A call whose guidance branches run one after the other."""
+        with mock.patch.object(FusedQwenModel, "JOINED", -1):
+            return call()
 
     def rows(self):
-        """The compiled ones come last: compiling changes the transformer for good."""
-        rows = {f"plain-{n}": Row(lambda n=n: self.plain(n), lambda: self.plain(1)) for n in (50, 28, 9, 4)}
-        # cached: after the first mixed step only text and edited tokens are computed
-        for kind, options in (("full", {}), ("full-cached", dict(kv_refresh=9)), ("locked", dict(finish="locked")),
-                              ("locked-cached", dict(finish="locked", kv_refresh=9))):  # fmt: skip
-            config = SpecEditConfig(preset=9, max_active=0.95, **options)
-            for share in self.args.areas:
-                mask = region(self.args.side, share)
-                call = lambda c=config, m=mask: self.specedit(c, m)  # noqa: E731
-                rows[f"specedit-9-{kind}, {share:.0%}"] = Row(call, call)
-        if self.args.compiled:
-            for n in (50, 9):
-                rows[f"compiled plain-{n}"] = Row(lambda n=n: self.plain(n), lambda: self.compiled(1))
+        """{name: function that makes its Row}. The compiled ones change the transformer for good."""
+        rows = {}
+        for n in (50, 28, 9, 4):
+            rows[f"plain-{n}"] = lambda n=n: Row(lambda: self.plain(n), lambda: self.plain(1))
+        for runner in self.args.runners:
+            for kind, options in KINDS.items():
+                config = SpecEditConfig(preset=9, max_active=0.95, runner=runner, **options)
+                for share in self.args.areas:
+                    facts = {"kind": f"specedit-9-{kind} {runner}", "area": share}
+                    call = lambda c=config, s=share: self.specedit(c, region(self.args.side, s))  # noqa: E731
+                    rows[f"{facts['kind']}, {share:.0%}"] = lambda call=call, f=facts: Row(call, facts=f)
+                    if runner != "eager" and self.args.true_cfg_scale > 1:
+                        rows[f"{facts['kind']}, branches apart, {share:.0%}"] = lambda call=call: Row(
+                            lambda: self.apart(call)
+                        )
+            if runner != "eager":  # as plain steps, through our launches
+                config = SpecEditConfig(stages=(0, 0, 9), runner=runner)
+                rows[f"plain-9 {runner}"] = lambda c=config: Row(
+                    lambda: self.specedit(c, region(self.args.side, 1.0))
+                )
+        for n in (50, 9):
+            rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or Row(
+                lambda: self.plain(n), lambda: self.plain(1)
+            )
         return rows
 
 
@@ -103,12 +125,12 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/models"))
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
     parser.add_argument("--areas", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 1.0], help="edited shares")
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["eager", "graph"])
     parser.add_argument("--side", type=int, help="of the picture in pixels, a multiple of 64 (default 1024; tiny: 128)")
     parser.add_argument("--text-length", type=int, default=1540, help="text and vision tokens of a branch")
     parser.add_argument("--true-cfg-scale", type=float, default=4.0)
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
-    parser.add_argument("--compiled", action="store_true", help="the rows with compile_repeated_blocks too")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -117,13 +139,14 @@ def main(argv=None):
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
     bench = QwenBench(args)
     every = bench.rows()
-    chosen = [n for n in every if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
+    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
     if not chosen:
         parser.error(f"--rows: none of {list(every)} matches {args.rows}")
     size = "tiny" if args.tiny else "Qwen-Image-Edit (20.4 B)"
     head = setting(args) | {"model": f"{size}, random weights, true_cfg_scale {args.true_cfg_scale:g}"}
-    measures = {name: partial(bench.measure, every[name]) for name in chosen}
+    measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}
     rows = run_rows(measures, head, args.out, "qwen_image_edit", markdown)
+    plot(rows, args.out / "qwen_image_edit.png")
     return int(any("error" in row for row in rows.values()))
 
 

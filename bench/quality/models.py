@@ -5,7 +5,6 @@ own classes."""
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
@@ -24,6 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from specedit_kernels.pipelines.vae import one_frame
 from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = 16
@@ -96,18 +96,11 @@ def make_qwen_vae():
     return vae
 
 
-def _one_frame(conv, x, cache_x=None):
-    if x.shape[2] != 1 or cache_x is not None:
-        return type(conv).forward(conv, x, cache_x)
-    padding = (conv._padding[2], conv._padding[0])
-    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
-
-
 def as_pictures(vae):
     """Lets an AutoencoderKLQwenImage compute lone frames in two dimensions, a third of the work; others as they are."""
     for conv in vae.modules():
         if isinstance(conv, QwenImageCausalConv3d):
-            conv.forward = partial(_one_frame, conv)
+            conv.forward = partial(one_frame, conv)
     return vae
 
 

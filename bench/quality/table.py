@@ -66,6 +66,15 @@ def all_rows():
             for finish in ("full", "locked"):
                 config = SpecEditConfig(preset=preset, draft=draft, finish=finish)
                 rows.append(Row(f"{preset}-{draft}-{finish}", config=config))
+    # what a step over cached keys, locked text and an unguided draft cost
+    for preset in (18, 9):
+        for finish in ("full", "locked"):
+            cached = SpecEditConfig(preset=preset, draft="coarse", finish=finish, kv_refresh=9)
+            locked = replace(cached, lock_text=True)
+            rows += [Row(f"{preset}-coarse-{finish}-{label}", config=config) for label, config in (
+                ("cached", cached), ("cached-text", locked), ("text", replace(locked, kv_refresh=1)),
+                ("unguided-draft", replace(cached, kv_refresh=1, draft_guidance=False)),
+                ("cached-text-unguided-draft", replace(locked, draft_guidance=False)))]
     for finish in ("full", "locked"):
         base, name = SpecEditConfig(preset=9, draft="coarse", finish=finish), f"9-coarse-{finish}"
         rows += [Row(f"{name}-{rule}", config=replace(base, selection=rule)) for rule in ("random", "uniform")]

@@ -215,14 +215,14 @@ class Runner:
         whole = torch.ones(part.source.shape[-2:])
         return self.pipe(specedit=SpecEditConfig(stages=(0, 0, steps)), mask_image=whole, **options).images
 
-    def step_flops(self, image_tokens, keys=None):
-        """Useful FLOPs of one step for one edit, guidance included; keys: image tokens attended to, where not all."""
+    def step_flops(self, image_tokens, keys=None, passes=2, lock_text=False):
+        """Useful FLOPs of one step for one edit, guidance included; the arguments are a StepRecord's."""
         config = self.pipe.transformer.config
-        length = self.text_length + image_tokens
-        keys = length if keys is None else self.text_length + keys
+        queries = image_tokens + (0 if lock_text else self.text_length)
+        keys = self.text_length + (image_tokens if keys is None else keys)
         blocks = config.num_layers + config.get("num_single_layers", 0)
-        dim, passes = config.num_attention_heads * config.attention_head_dim, 2 if self.true_cfg_scale > 1 else 1
-        return passes * transformer_flops(length, keys, dim, blocks)
+        dim, passes = config.num_attention_heads * config.attention_head_dim, passes if self.true_cfg_scale > 1 else 1
+        return passes * transformer_flops(queries, keys, dim, blocks)
 
     def vae(self, images):
         """Pictures through the VAE and back."""
@@ -259,7 +259,8 @@ class Runner:
         mask_image = grow(part.reference, 1).float() if row.oracle else None
         out = self.pipe(specedit=row.config, mask_image=mask_image, **self.options(part))
         stats = out.stats
-        flops = [sum(self.step_flops(step.tokens[i], step.keys[i]) for step in stats.steps) for i in range(n)]
+        flops = [sum(self.step_flops(step.tokens[i], step.keys[i], step.passes, step.lock_text)
+                     for step in stats.steps) for i in range(n)]
         return Result(out.images.float(), flops, stats.nfe, stats.draft_nfe, out.mask, out.scores, stats.active,
                       stats.fallbacks, row.config.feather, stats.runner)
 

@@ -47,8 +47,8 @@ class AttentionLayout:
     lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
     two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None: all have one.
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
-    A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted from
-    the first text slot, renews those and attends to all.
+    A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted
+    from the first text slot, renews those and attends to all.
     cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
     slots are read, none renewed. own: bool [B, first image slots], those whose keys and values are this call's.
     region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot
@@ -236,7 +236,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         # the transformer computes the index of the modulation from whole pictures: a mixed sequence brings its own
         self._hook = None
         if block.zero_cond_t:
-            self._hook = block.register_forward_pre_hook(_own_modulation, with_kwargs=True)
+            self._hook = block.register_forward_pre_hook(own_modulation, with_kwargs=True)
 
     def remove(self) -> None:
         if self._hook is not None:
@@ -278,7 +278,8 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         return image, attn.to_add_out(out[:, :length].contiguous())
 
 
-def _own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
     layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
     if layout is None or layout.modulate is None:
         return None

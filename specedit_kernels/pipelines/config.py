@@ -123,18 +123,19 @@ class SpecEditConfig:
         tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
     kv_cache_dtype: how those keys and values are kept. "auto": as the model computes. "fp8": e4m3 and a scale for each
         token and head, half the memory; a step converts those of one layer at a time.
-    lock_text: the first mixed step alone computes the text; those behind it keep its keys and values, as they were then.
-        The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+    lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step. The
+        text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
     draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
         "full_step"): half their cost.
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".
     runner: how the transformer's steps run. "eager": its own forward; the default on every device, since its numbers
-        are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused"
-        (FLUX): the same modules in about a third of the launches, and the autoencoder's norms by an op, equal but for
-        rounding. "graph" (FLUX on a CUDA device): fused steps, and the autoencoder, captured as CUDA graphs at the
-        first edit of a size and replayed from then on; below about 1,000 tokens a step is bound by its launches
-        without. "compile": the same with the blocks under torch.compile. A pipeline that cannot have the runner asked
-        for takes "eager", and warns why.
+        are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused":
+        the same modules in about a third of the launches, and the autoencoder's norms by an op (FLUX) or its causal
+        convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches of guidance run as one batch
+        where their texts are nearly of one length. "graph" (on a CUDA device): fused steps, and the autoencoder,
+        captured as CUDA graphs at the first edit of a size and replayed from then on; below about 1,000 tokens a step
+        is bound by its launches without. "compile": the same with the blocks under torch.compile. A pipeline that
+        cannot have the runner asked for takes "eager", and warns why.
     """
 
     preset: int = 9

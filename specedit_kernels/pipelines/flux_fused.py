@@ -5,20 +5,18 @@ Text and image lie in one tensor [B, text | image, C] from the first block to th
 the timestep alone, so that of all blocks and of all steps of a stage is computed at once (`modulation`), and a step
 (`forward`) is left with what depends on its tokens. A linear layer that is no plain one is called as a module: adapters
 and quantised weights pass. The numbers are those of FluxTransformer2DModel.forward but for rounding: norms, rotation,
-residuals and GELU round once, where that one rounds after each operation, and the sum over attention and MLP in a single
-block's last layer rounds between the two.
+residuals and GELU round once, where that one rounds after each operation, and the sum over attention and MLP in a
+single block's last layer rounds between the two.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxSingleTransformerBlock,
@@ -26,44 +24,21 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
-from .attention import text_mass
-from .kv_cache import PackedKV
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """What a step has to know of its sequence: `text` tokens, then image tokens; N tokens in all.
-
-    cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
-    tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
-    left as it is; None: in order. (No text tokens: those keys stay as they were kept.) text_at: the key of the first text token, behind those of the image or 0. used: keys
-    there are where that is known beforehand, None: all.
-    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
-    sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps compute
-    the keys and values of these tokens anew in any case, so those that are packed need not be renewed.
-    """
-
-    text: int
-    cos: Tensor
-    sin: Tensor
-    key_bias: Tensor | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    rows: Tensor | None = None
-    text_at: int = 0
-    used: int | None = None
-    region: Tensor | None = None
-    text_mask: Tensor | None = None
-    watched: bool = False
-    passing: bool = False
-
-
-# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
-# of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor] | PackedKV
+from .fused import (
+    Kept,
+    Sequence,
+    attend,
+    feed_forward,
+    gelu,
+    is_plain,
+    join_,
+    linear_of_each,
+    places,
+    renew,
+    watched_mass,
+)
 
 
 def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
@@ -86,92 +61,30 @@ def modulation(
     return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
 
 
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight."""
-    return type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
-
-
-def _projections(attn: FluxAttention, text: bool) -> tuple[torch.nn.Module, ...]:
-    """The layers of q, k and v of image tokens, or of text in a double block; () where there are none."""
-    if not text:
-        return attn.to_q, attn.to_k, attn.to_v
-    return () if attn.added_kv_proj_dim is None else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-
-
-def _as_one(tensors: list[Tensor]) -> Tensor | None:
-    """Tensors of one dtype that lie one behind another in memory as one, joined at the first dimension; else None."""
-    first, end = tensors[0], tensors[0].data_ptr()
-    for x in tensors:
-        if x.data_ptr() != end or x.shape[1:] != first.shape[1:] or x.dtype != first.dtype or not x.is_contiguous():
-            return None
-        if x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        end += x.numel() * x.element_size()
-    return first.as_strided((sum(len(x) for x in tensors), *first.shape[1:]), first.stride())
+def _projections(attn: FluxAttention, text: bool = False) -> tuple[torch.nn.Module, ...]:
+    """The layers of q, k and v of image tokens, or of text in a double block."""
+    return (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
 
 
 def join_projections_(transformer: FluxTransformer2DModel) -> bool:
-    """Lay the weights of each q, k and v one behind another, so that one product serves the three.
-
-    They stay the layers' own parameters, and keep their values; layers that are no plain ones stay as they are. Whatever
-    moves weights undoes it. Returns whether any was moved.
-    """
-    moved = False
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        for text in (False, True):
-            layers = _projections(block.attn, text)
-            if not layers or block.attn.fused_projections or not all(map(_is_plain, layers)):
-                continue
-            for name in ("weight", "bias"):
-                parts = [getattr(layer, name) for layer in layers]
-                if len({(x.dtype, x.device, x.shape[1:]) for x in parts}) > 1 or _as_one(parts) is not None:
-                    continue
-                # as they are: what trains the layers later could not use inference tensors, nor may one hold another's
-                with torch.inference_mode(parts[0].is_inference()), torch.no_grad():
-                    joined = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
-                    for x, place in zip(parts, joined.split([len(x) for x in parts])):
-                        place.copy_(x)
-                        x.data = place
-                moved = True
-    return moved
+    """`fused.join_` the layers of each q, k and v. Returns whether any weight was moved."""
+    attentions = [(block.attn, text) for block in transformer.transformer_blocks for text in (False, True)]
+    attentions += [(block.attn, False) for block in transformer.single_transformer_blocks]
+    return any([join_(_projections(*each)) for each in attentions if not each[0].fused_projections])
 
 
 def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
     """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
-    layers, weight, bias = _projections(attn, text), None, None
     if attn.fused_projections:
         parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
-        return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
-    if not torch.compiler.is_compiling() and all(map(_is_plain, layers)):
-        weight, bias = (_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    if weight is None or bias is None:
-        parts = [layer(x) for layer in layers]
     else:
-        parts = F.linear(x, weight, bias).split([len(layer.weight) for layer in layers], dim=-1)
+        parts = linear_of_each(_projections(attn, text), x)
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
-def _gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one of a CUDA device."""
-    if _is_plain(layer) and x.is_cuda:
-        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
-        return y.unflatten(0, x.shape[:-1])
-    return F.gelu(layer(x), approximate="tanh")
-
-
-def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
-    first, *rest = ff.net
-    if type(first) is not GELU or first.approximate != "tanh":
-        return ff(x)
-    x = _gelu(first.proj, x)
-    for layer in rest:
-        x = layer(x)
-    return x
-
-
 def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy that joins them."""
-    if not _is_plain(layer):
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
+    if not is_plain(layer):
         return layer(torch.cat([a, b], dim=-1))
     at = a.shape[-1]
     y = F.linear(a, layer.weight[:, :at], layer.bias)
@@ -180,61 +93,17 @@ def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _buffers(
-    x: Tensor, attn: FluxAttention, sequence: Sequence, kept: Kept | None
+    x: Tensor, attn: FluxAttention, kept: Kept | None, sequence: Sequence
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
     q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
-    if kept is None:
-        return q, torch.empty_like(q), torch.empty_like(q)
-    if isinstance(kept, PackedKV):
-        if sequence.rows is not None:  # else all of them are written
-            kept.load()
-        kept = kept.scratch
-    return q, *kept
-
-
-def _renew(kept: Kept | None, sequence: Sequence) -> None:
-    """Call when k and v are written."""
-    if isinstance(kept, PackedKV) and not sequence.passing:
-        kept.store()
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """Attention [B, N, H * D]."""
-    k, v = k[:, : sequence.used], v[:, : sequence.used]
-    if sequence.region is not None:
-        out = _attend_by_region(q, k, v, sequence)
-    elif sequence.key_bias is None and sequence.keys is None:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    else:
-        out = ops.mixed_res_attn(
-            q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
-        )[0]  # fmt: skip
-    return out.flatten(2)
-
-
-def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """Attention [B, N, H, D] whose image -> text part goes by region, as `attention.sparse_text_attention` has it."""
-    n, at = sequence.text, sequence.text_at
-    text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
-    asking = sequence.queries
-    words = ops.mixed_res_attn(q[:, :n], k, v)[0]
-    picture = ops.mixed_res_attn(q[:, n:], k[:, image], v[:, image], q_lens=None if asking is None else asking - n)
-    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, sequence.text_mask)
-    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
-
-
-def _watched(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor | None:
-    """What `attention.TextWatch` records, where it is asked for: fp32 [B, image tokens, text tokens]."""
-    if not sequence.watched:
-        return None
-    return text_mass(q, k, ops.mixed_res_attn(q, k, v)[1], sequence.text)
+    return q, *places(q, kept, sequence)
 
 
 def double_block(
     block: FluxTransformerBlock, x: Tensor, sequence: Sequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
 ) -> Tensor | None:
-    """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `_watched` does.
+    """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `watched_mass` does.
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
@@ -242,7 +111,7 @@ def double_block(
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
-    q, k, v = _buffers(x, attn, sequence, kept)
+    q, k, v = _buffers(x, attn, kept, sequence)
 
     def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
         rows = None if sequence.rows is None else sequence.rows[:, at]
@@ -257,16 +126,16 @@ def double_block(
         place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
     spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
     place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
-    _renew(kept, sequence)
-    out = _attend(q, k, v, sequence)
+    renew(kept, sequence)
+    out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
         words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
-        ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
+        ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
     spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
-    ops.gated_residual_add_(image, _feed_forward(block.ff, spots), i_gate2)
-    return _watched(q, k, v, sequence)
+    ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
+    return watched_mass(q, k, v, sequence)
 
 
 def single_block(
@@ -276,15 +145,15 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    q, k, v = _buffers(y, attn, sequence, kept)
+    q, k, v = _buffers(y, attn, kept, sequence)
     ops.qk_norm_rope_scatter_(
         q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
-    _renew(kept, sequence)
-    attended, hidden = _attend(q, k, v, sequence), _gelu(block.proj_mlp, y)
+    renew(kept, sequence)
+    attended, hidden = attend(q, k, v, sequence), gelu(block.proj_mlp, y)
     ops.gated_residual_add_(x, _of_both(block.proj_out, attended, hidden), gate)
-    return _watched(q, k, v, sequence)
+    return watched_mass(q, k, v, sequence)
 
 
 Blocks = tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]

@@ -6,23 +6,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from ..sampling.grid import Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 from . import flux_fused as fused
-from . import kv_cache
 from .attention import AttentionLayout, TextWatch
+from .fused_model import FusedLayout, FusedModel
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from .runner import StepRunner
 from .vae import fused_norms
 
 
@@ -110,71 +106,12 @@ class FluxKontextModel(EditModel):
         return negative + scale * (positive - negative)
 
 
-# Mixed sequences get slots by so many: one capture then serves all edits of nearly one size. A matrix product computes
-# whole tiles of 128 rows in any case.
-SLOTS = 128
-
-
-@dataclass(frozen=True)
-class FusedLayout:
-    """sequence: the step's. fresh: int32 [B], the tokens that an active step computes, text included, or None.
-
-    cache: where the keys and values of each block are kept, None to keep none; buffers: the runner's name for them.
-    watch: a module's attention to the text is recorded there.
-    """
-
-    sequence: fused.Sequence
-    fresh: Tensor | None = None
-    cache: list[fused.Kept] | None = None
-    buffers: str = ""
-    watch: TextWatch | None = None
-
-
-def of_first(layout: FusedLayout, text: int, first: int | None, lock_text: bool) -> fused.Sequence:
-    """The sequence of a call that brings the first so many image slots of a cached mixed one of `text` text tokens."""
-    whole, start = layout.sequence, text if lock_text else 0
-    # each sample's own fine tokens alone are computed anew
-    fresh = whole.keys if first is None else layout.fresh
-    end = whole.cos.shape[1] if first is None else text + first
-    order = torch.arange(start, end, dtype=torch.int32, device=whole.cos.device)
-    return replace(
-        whole,
-        text=text - start,
-        cos=whole.cos[:, start:end],
-        sin=whole.sin[:, start:end],
-        queries=fresh - start,
-        rows=torch.where(order < fresh[:, None], order, -1),
-        passing=first is not None,
-    )
-
-
-class FusedFluxModel(FluxKontextModel):
+class FusedFluxModel(FusedModel, FluxKontextModel):
     """The same model through `flux_fused`, its steps and its autoencoder launched by a runner."""
 
-    def __init__(
-        self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
-        attention_kwargs: dict[str, Any], runner: StepRunner,
-    ):  # fmt: skip
-        super().__init__(transformer, vae, guidance, attention_kwargs)
-        self.runner = runner
-        self._blocks = fused.compiled_blocks() if runner.name == "compile" else fused.BLOCKS
-        self._caches = 0
-
-    def slots(self, count: int) -> int:
-        return -(-count // SLOTS) * SLOTS
-
-    @contextlib.contextmanager
-    def _scaled(self) -> Iterator[None]:
-        """Adapters at the caller's scale, as the transformer's own forward has them."""
-        scale = self.attention_kwargs.get("scale", 1.0)
-        if not USE_PEFT_BACKEND or scale == 1.0:
-            yield
-            return
-        scale_lora_layers(self.transformer, scale)
-        try:
-            yield
-        finally:
-            unscale_lora_layers(self.transformer, scale)
+    @property
+    def _blocks(self) -> fused.Blocks:
+        return fused.compiled_blocks() if self.runner.name == "compile" else fused.BLOCKS
 
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         ids = super().dense_layout(text, pictures, grids).ids
@@ -202,11 +139,8 @@ class FusedFluxModel(FluxKontextModel):
         # keys and values of the image first, then the text's: the two texts differ in length
         batch, image = layout.index.shape
         device, lengths = layout.index.device, [x.embeds.shape[1] for x in (source, text)]
-        config, slot = self.transformer.config, torch.arange(image, dtype=torch.int32, device=device)
-        shape = (batch, image + max(lengths), config.num_attention_heads, config.attention_head_dim)
-        name = "keys and values of the source"
-        kept = iter(self.runner.buffers(name, 2 * self.blocks, shape, text.embeds.dtype, device))
-        cache, made = list(zip(kept, kept)), []
+        slot, name = torch.arange(image, dtype=torch.int32, device=device), "keys and values of the source"
+        cache, made = self._kept(name, batch, image + max(lengths), text.embeds), []
         own = torch.where(slot[:first] < layout.fine_lengths[:, None], slot[:first], -1)
         for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
             whole = self.edit_layout(x, pictures, layout, None, None).sequence
@@ -228,36 +162,8 @@ class FusedFluxModel(FluxKontextModel):
     def mixed_layout(
         self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
     ) -> FusedLayout:
-        # lengths in any case: a capture with them serves sequences with and without empty slots
         same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
-        batch, length = text.embeds.shape[:2]
-        cos, sin = (x[..., ::2].contiguous() for x in (same.cos, same.sin))
-        sequence = fused.Sequence(length, cos, sin, same.key_bias, same.lengths, same.lengths)
-        if not cached:
-            return FusedLayout(sequence)
-        config = self.transformer.config
-        shape = (batch, length + layout.capacity, config.num_attention_heads, config.attention_head_dim)
-        name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        cache = self._kept(name, shape, text.embeds.dtype, cos.device)
-        return FusedLayout(sequence, layout.fine_lengths + length, cache, name)
-
-    def _kept(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[fused.Kept]:
-        """The runner's keys and values [B, keys, H, D] of each block under that name."""
-        def buffers(name: str, blocks: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[fused.Kept]:
-            found = iter(self.runner.buffers(name, 2 * blocks, shape, dtype, device))
-            return list(zip(found, found))
-
-        if not self.fp8_cache:
-            return buffers(name, self.blocks, shape, dtype)
-        packed = buffers(name, self.blocks, shape, kv_cache.DTYPE)
-        scales = buffers(f"{name}, scales", self.blocks, (*shape[:-1], 1), kv_cache.SCALES)
-        [scratch] = buffers(f"{name}, of the block at work", 1, shape, dtype)
-        return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
-
-    def first_layout(
-        self, text: FluxText, layout: FusedLayout, first: int | None, lock_text: bool = False
-    ) -> FusedLayout:
-        return replace(layout, sequence=of_first(layout, text.embeds.shape[1], first, lock_text))
+        return self._mixed(text, layout, same, cached, fused.Sequence)
 
     def moments(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
@@ -288,17 +194,13 @@ class FusedFluxModel(FluxKontextModel):
                 )  # fmt: skip
                 return (found, *seen)
 
-        kept = cache and (cache[0].scratch if self.fp8_cache else cache[0])
-        rows = kept and kept[0].shape[1]
+        rows = None if cache is None else cache[0][0].shape[1]
         scale, transformer = self.attention_kwargs.get("scale"), id(self.transformer)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows, watched)
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:
             [layout.watch.mass] = seen
         return found
-
-    def kv_bytes(self, layouts: Sequence[FusedLayout]) -> int:
-        return self.runner.buffer_bytes
 
     def decode(self, latents: Tensor) -> Tensor:
         def run(latents: Tensor) -> Tensor:

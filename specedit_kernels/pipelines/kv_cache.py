@@ -38,6 +38,9 @@ class PackedKV:
     def __init__(self, kept: Sequence[Tensor], scratch: Sequence[Tensor]):
         self.kept, self.scratch = tuple(kept), tuple(scratch)
 
+    def __getitem__(self, index: int) -> Tensor:
+        return self.scratch[index]
+
     def load(self) -> None:
         k, v, k_scale, v_scale = self.kept
         for x, packed, scale in zip(self.scratch, (k, v), (k_scale, v_scale)):

@@ -138,6 +138,10 @@ class EditModel(ABC):
         edit = replace(edit, attention=replace(edit.attention, **changes))
         return branch, self.first_layout(text, edit, first)
 
+    def joined(self, texts: Sequence[Text]) -> Text | None:
+        """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""
+        return None
+
     def new_cache(self) -> dict[Any, tuple[Tensor, Tensor]]:
         """An empty cache of an AttentionLayout."""
         return PackedDict() if self.fp8_cache else {}

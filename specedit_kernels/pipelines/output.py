@@ -18,7 +18,8 @@ from torch import Tensor
 class StepRecord:
     """One model step. `tokens`: image tokens (target and condition) of each sample, `keys`: those they attend to.
 
-    `flops`: useful ones, batch sum.
+    `flops`: useful ones, batch sum. passes: of the guidance branches, at most so many. lock_text: the text was attended
+    to, not computed.
     """
 
     stage: str
@@ -26,6 +27,8 @@ class StepRecord:
     tokens: tuple[int, ...]
     keys: tuple[int, ...]
     flops: int
+    passes: int = 2
+    lock_text: bool = False
 
 
 @dataclass

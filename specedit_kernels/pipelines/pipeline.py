@@ -229,13 +229,16 @@ class SpecEditMixin:
 
         # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
         if first_full:
-            fine, estimate = stages.dense_steps(run, start, levels[:2], full, "draft_step")
+            guided = config.draft_guidance
+            fine, estimate = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
             scores, selection = self._verify_select(run, Draft(estimate, run.source), "draft_step")
         elif coarse_steps:
             small = stages.source_at(run, coarse_grid(run.grid))
             coarse = algebra.pool_noise(run.noise).to(start.dtype)
             behind = stages.references_at(run, 2, small)
-            coarse, estimate = stages.dense_steps(run, coarse, plan.coarse, behind, "coarse")
+            coarse, estimate = stages.dense_steps(
+                run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance
+            )
             if selection is None:
                 scores, selection = self._verify_select(run, Draft(estimate, small), "coarse")
             else:

@@ -15,10 +15,10 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from ..sampling.grid import BLOCK, PATCH
-from .config import SpecEditConfig
+from .config import RUNNERS, SpecEditConfig
 from .output import SpecEditPipelineOutput, StageClock
 from .pipeline import SpecEditMixin, per_image
-from .qwen_model import QwenImageEditModel, QwenText
+from .qwen_model import FusedQwenModel, QwenImageEditModel, QwenText
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -27,6 +27,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
     """The call of both Qwen pipelines; a class says which pictures the text encoder and the model see."""
 
     STEPS_OF_PLAIN = 50
+    RUNNERS = RUNNERS
 
     def _seen(
         self, image: PIL.Image.Image | list[PIL.Image.Image], max_area: int | None
@@ -162,17 +163,22 @@ class _SpecEditQwenMixin(SpecEditMixin):
         behind = [pixels if own_size == (height, width) else pixels_of(edited, own_size)]
         behind += [pixels_of(*reference) for reference in references[1:]]
 
-        def encode(at: Tensor) -> Tensor:
-            found = self._encode_vae_image(image=at.to(dtype)[:, :, None], generator=generator)
-            return per_image(found[:, :, 0], "image", batch)
-
         guidance = None
         if self.transformer.config.guidance_embeds:
             if guidance_scale is None:
                 raise ValueError("guidance_scale: expected a number for a guidance-distilled model, got None")
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
+        parts, runner = (self.transformer, self.vae, guidance, self._attention_kwargs), self._runner(specedit)
+        model = QwenImageEditModel(*parts) if runner is None else FusedQwenModel(*parts, runner)
+
+        def encode(at: Tensor) -> Tensor:
+            at = at.to(dtype)
+            if runner is not None:
+                return per_image(model.encode(at), "image", batch)
+            return per_image(self._encode_vae_image(at[:, :, None], generator)[:, :, 0], "image", batch)
+
         return self._edit(
-            model=QwenImageEditModel(self.transformer, self.vae, guidance, self._attention_kwargs),
+            model=model,
             config=specedit,
             counts=counts,
             positive=positive,
@@ -190,7 +196,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
             output_type=output_type,
             return_dict=return_dict,
             clock=clock,
-            runner=self._runner(specedit),
+            runner=runner,
         )
 
     def _check_batch(self, prompts: int) -> None:

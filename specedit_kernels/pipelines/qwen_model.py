@@ -3,21 +3,27 @@
 
 Its positions and its timestep of condition tokens (zero_cond_t) follow from a list of picture shapes, so a sequence
 that is no list of whole pictures has to bring both itself: rotary tables by the attention processor, the index of the
-modulation by a hook of the blocks.
+modulation by a hook of the blocks. `QwenImageEditModel` calls the transformer's own forward, `FusedQwenModel` that of
+few launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_positions
+from . import qwen_fused as fused
 from .attention import AttentionLayout, TextWatch
+from .fused_model import FusedLayout, FusedModel
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
+from .vae import lone_frames
 
 
 @dataclass
@@ -91,14 +97,17 @@ class QwenImageEditModel(EditModel):
         _, words = table([list(full)], device=text.embeds.device, **options)
         return QwenLayout(shapes, (image, words), None)
 
+    def _tables(self, layout: QwenLayout, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Complex rotary tables of whole pictures: (image tokens, `length` text tokens)."""
+        if layout.rotary is not None:
+            return layout.rotary
+        return self.transformer.pos_embed([list(layout.shapes)], device=device, max_txt_seq_len=length)
+
     def watched_layout(
         self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
     ) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
-        image, words = layout.rotary or self.transformer.pos_embed(
-            [list(layout.shapes)], device=text.embeds.device, max_txt_seq_len=length
-        )
-        turn = torch.cat([words, image])
+        turn = torch.cat(self._tables(layout, length, text.embeds.device)[::-1])
         cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
         bias = None
         if text.mask is not None:
@@ -162,3 +171,103 @@ class QwenImageEditModel(EditModel):
         guided = negative + scale * (positive - negative)
         length = torch.norm(positive, dim=-1, keepdim=True)
         return guided * (length / torch.norm(guided, dim=-1, keepdim=True))
+
+
+class FusedQwenModel(FusedModel, QwenImageEditModel):
+    """The same model through `qwen_fused`, its steps and its autoencoder launched by a runner."""
+
+    # Two branches run as one batch where their texts differ by no more tokens than this: the shorter one is padded.
+    JOINED = 256
+
+    # the timesteps of the last call of `moments`, and what it gave
+    _moments: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
+
+    @property
+    def _block(self) -> fused.Block:
+        return fused.compiled_block() if self.runner.name == "compile" else fused.double_block
+
+    def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
+        lengths = [text.embeds.shape[1] for text in texts]
+        longest = max(lengths)
+        if len(texts) == 1 or longest - min(lengths) > self.JOINED:
+            return None
+        embeds = torch.cat([F.pad(x.embeds, (0, 0, 0, longest - n)) for x, n in zip(texts, lengths)])
+        if min(lengths) == longest and all(text.mask is None for text in texts):
+            return QwenText(embeds, None)
+        masks = [x.embeds.new_ones(x.embeds.shape[:2]) if x.mask is None else x.mask for x in texts]
+        return QwenText(embeds, torch.cat([F.pad(m.bool(), (0, longest - n)) for m, n in zip(masks, lengths)]))
+
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+        layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        device = text.embeds.device
+        turn = torch.cat(self._tables(layout, length, device)[::-1])[None]
+        counts = [math.prod(grid) for grid in grids]
+        bias = modulate = None
+        if text.mask is not None:
+            bias = turn.real.new_zeros(batch, length + sum(counts))
+            bias[:, :length].masked_fill_(~text.mask.to(device, torch.bool), float("-inf"))
+        if self.transformer.zero_cond_t:
+            behind = torch.arange(sum(counts), device=device) >= counts[0]
+            modulate = behind.int().expand(batch, -1).contiguous()
+        cos, sin = turn.real.contiguous(), turn.imag.contiguous()
+        return FusedLayout(fused.Sequence(length, cos, sin, bias, modulate=modulate))
+
+    def mixed_layout(
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> FusedLayout:
+        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
+        return self._mixed(text, layout, same, cached, fused.Sequence, modulate=same.modulate)
+
+    def first_layout(
+        self, text: QwenText, layout: FusedLayout, first: int | None, lock_text: bool = False
+    ) -> FusedLayout:
+        made = super().first_layout(text, layout, first, lock_text)
+        modulate = made.sequence.modulate
+        if modulate is None or first is None:
+            return made
+        return replace(made, sequence=replace(made.sequence, modulate=modulate[:, :first].contiguous()))
+
+    def moments(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
+        if self._moments[0] is not timesteps:
+            with self._scaled():
+                found = fused.modulation(self.transformer, timesteps, text.embeds)
+            self._moments = timesteps, list(zip(*(x.split(1) for x in found)))
+        return self._moments[1]
+
+    def velocity(
+        self, text: QwenText, tokens: Tensor, moment: tuple[Tensor, Tensor], layout: FusedLayout
+    ) -> Tensor:
+        sequence, cache = layout.sequence, layout.cache
+        names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")
+        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=moment[0], of_text=moment[1])
+        inputs |= {name: getattr(sequence, name) for name in names}
+
+        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Tensor | None) -> Tensor:
+            modulation = tuple(x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
+            with self._scaled():
+                return fused.forward(
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._block
+                )
+
+        rows = None if cache is None else cache[0][0].shape[1]
+        tag = ("step", id(self.transformer), sequence.text, sequence.passing,
+               self.attention_kwargs.get("scale"), rows)  # fmt: skip
+        return self.runner(tag, step, inputs, layout.buffers)
+
+    def _with_vae(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        vae = self.codec.vae
+
+        def run(x: Tensor) -> Tensor:
+            with lone_frames(vae):
+                return function(x)
+
+        # scaling stays outside: its numbers come from the host on every call
+        return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
+        return self.codec.scaled(self._with_vae("encode", self.codec.mode, pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._with_vae("decode", self.codec.pixels, self.codec.unscaled(latents))

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from .attention import own_modulation
+
 logger = logging.getLogger("specedit_kernels")
 
 Inputs = dict[str, Tensor | None]
@@ -29,7 +31,8 @@ BUFFER_ROWS = 512
 def _hooked(own: dict[str, Any]) -> bool:
     registry = own.get("_diffusers_hook")
     by_library = "_hf_hook" in own or bool(registry and registry.hooks)
-    return by_library or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+    foreign = any(hook is not own_modulation for hook in own["_forward_pre_hooks"].values())
+    return by_library or foreign or bool(own["_forward_hooks"])
 
 
 _PLAIN = (torch.nn.Parameter, Tensor)

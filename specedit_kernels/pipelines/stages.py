@@ -104,6 +104,12 @@ class Run:
         return (self.positive,) if self.negative is None else (self.positive, self.negative)
 
     @property
+    def texts(self) -> tuple[Text, ...]:
+        """What the model is called with, one after another: each branch's text, or one of all branches."""
+        whole = self.model.joined(self.branches)
+        return self.branches if whole is None else (whole,)
+
+    @property
     def plain_tokens(self) -> int:
         """Image tokens of a plain step, of one sample."""
         return sum(math.prod(grid) for grid in (self.grid, *(r.grid for r in self.references)))
@@ -129,24 +135,31 @@ class Run:
         return sum(self.model.flops(text, n, m, lock_text) for n, m in pairs for text in self.branches[:passes])
 
     def moments(self, timesteps: Tensor) -> list[tuple[Any, ...]]:
-        """The model's of each timestep, fp32 [n] in [0, 1000], one for each branch."""
-        return list(zip(*(self.model.moments(text, timesteps) for text in self.branches)))
+        """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `texts`."""
+        return list(zip(*(self.model.moments(text, timesteps) for text in self.texts)))
 
     def velocity(
-        self, tokens: Tensor, moment: tuple[Any, ...] | Tensor, layouts: Sequence[Any], first: int | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, moment: tuple[Any, ...] | Tensor, layouts: Sequence[Any], first: int | None = None,
+        guided: bool = True,
+    ) -> Tensor:  # fmt: skip
         """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
 
-        moment: one of `moments`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for each branch; the
-        first one's alone: without guidance.
+        moment: one of `moments`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for each of `texts`, or
+        of the positive branch alone where not guided.
         """
         if isinstance(moment, Tensor):
             [moment] = self.moments(moment[None])
+        texts = self.texts if guided else (self.positive,)
+        passes = len(self.branches) if guided else 1
+        if len(texts) < passes:  # branches that run as one batch see the same tokens
+            tokens = tokens.repeat(passes, 1, 1)
         found = [
             self.model.velocity(text, tokens, at, layout)[:, :first]
-            for text, at, layout in zip(self.branches, moment, layouts)
+            for text, at, layout in zip(texts, moment, layouts)
         ]
-        return found[0] if len(found) == 1 else self.model.guide(*found, self.true_cfg_scale)
+        if passes == 1:
+            return found[0]
+        return self.model.guide(*(found if len(texts) > 1 else found[0].chunk(2)), self.true_cfg_scale)
 
     def record(
         self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
@@ -154,7 +167,7 @@ class Run:
         """how: what else `flops` takes."""
         keys = tokens if keys is None else keys
         flops = self.flops(tokens, keys, **how)
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), tuple(keys), flops))
+        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), tuple(keys), flops, **how))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
@@ -167,20 +180,20 @@ def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
 
 
-DRAFT_STAGES = ("draft", "draft_step", "coarse")  # what a draft is made of
-
-
 def dense_steps(
-    run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True
-) -> tuple[Tensor, Tensor]:
+    run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
+    guided: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
+
+    guided: False leaves true guidance out.
 
     Returns (the state at the last level, the clean estimate x - s v at the last step's start); both as latent images.
     """
     grids = [(x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in (state, *condition)]
     tokens, behind = pack(state), [pack(x) for x in condition]
-    passes = 1 if stage in DRAFT_STAGES and not run.config.draft_guidance else 2
-    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.branches[:passes]]
+    texts = run.texts if guided else (run.positive,)
+    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_levels(levels, run.device)
     moments = run.moments(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
@@ -189,10 +202,10 @@ def dense_steps(
         if run.interrupted():
             continue
         timestep = at[i] * 1000
-        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count)
+        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
-        run.record(stage, levels[i], [total] * run.batch, passes=passes)
+        run.record(stage, levels[i], [total] * run.batch, passes=2 if guided else 1)
         if main:
             tokens = run.on_step(run.step, timestep, tokens)
             run.step += 1
@@ -249,7 +262,7 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
-    proposal, _ = dense_steps(run, start, levels, behind, "draft", main=False)
+    proposal, _ = dense_steps(run, start, levels, behind, "draft", main=False, guided=run.config.draft_guidance)
     run.stats.draft_nfe = len(levels) - 1
     return Draft(proposal, source)
 
@@ -378,8 +391,8 @@ class MixedState:
 
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
-    layouts: the model's, one for each guidance branch. fine: the fine target tokens of each sample; first: slots, the
-    sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
+    layouts: the model's, one for each of the run's texts. fine: the fine target tokens of each sample; first: slots,
+    the sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
     model's for these alone; locked_layouts, for all slots without the text.
     """
 
@@ -434,8 +447,10 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     fine = tuple(CHILDREN * count for count in selection.counts)
     lock, first = config.lock_text, run.model.slots(max(fine))
     cached = lock or config.kv_refresh > 1
-    layouts = [run.model.mixed_layout(text, pictures, layout, padded, config.key_bias, cached) for text in run.branches]
-    pairs, first_layouts, locked_layouts = list(zip(run.branches, layouts)), [], []
+    texts = run.texts
+    shared = layout.repeat(len(run.branches) // len(texts))
+    layouts = [run.model.mixed_layout(text, pictures, shared, padded, config.key_bias, cached) for text in texts]
+    pairs, first_layouts, locked_layouts = list(zip(texts, layouts)), [], []
     if config.kv_refresh > 1:
         first_layouts = [run.model.first_layout(text, x, first, lock) for text, x in pairs]
     if lock:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
@@ -72,6 +75,28 @@ def fused_norms(vae: torch.nn.Module) -> Iterator[None]:
             setattr(owner, name, module)
 
 
+def one_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """The convolution's forward, which computes a lone frame in two dimensions: before it there are zeros alone, so of
+    each kernel the last slice is all that counts, a third of the work."""
+    if x.shape[2] != 1 or cache_x is not None:
+        return type(conv).forward(conv, x, cache_x)
+    padding = (conv._padding[2], conv._padding[0])
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+
+
+@contextlib.contextmanager
+def lone_frames(vae: torch.nn.Module) -> Iterator[None]:
+    """Within it `one_frame` serves the causal convolutions of an AutoencoderKLQwenImage."""
+    convs = [m for m in vae.modules() if isinstance(m, QwenImageCausalConv3d) and "forward" not in vars(m)]
+    try:
+        for conv in convs:
+            conv.forward = partial(one_frame, conv)
+        yield
+    finally:
+        for conv in convs:
+            vars(conv).pop("forward", None)
+
+
 def _decoder_features(decoder: torch.nn.Module, x: Tensor) -> list[Tensor]:
     features = []
     for layer in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0]):
@@ -118,25 +143,42 @@ class QwenCodec:
     def __init__(self, vae: AutoencoderKLQwenImage):
         self.vae = vae
         self.token = PATCH * 2 ** len(vae.temperal_downsample)
+        self._brought: dict[tuple, Tensor] = {}
 
-    def _channels(self, values: list[float], like: Tensor) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1, 1).to(like.device, like.dtype)
+    def _channels(self, name: str, like: Tensor) -> Tensor:
+        key = (name, like.device, like.dtype)
+        if key not in self._brought:  # once: the copy waits for all that the device was given before
+            values = torch.tensor(self.vae.config[name]).view(1, -1, 1, 1, 1)
+            self._brought[key] = values.to(like.device, like.dtype)
+        return self._brought[key]
+
+    def mode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, h, w] -> the posterior's mode, as the model has it: [B, C, 1, H, W]."""
+        return self.vae.encode(pixels[:, :, None]).latent_dist.mode()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, h, w] -> latents, the mode of the posterior."""
-        latents = self.vae.encode(pixels[:, :, None]).latent_dist.mode()
-        mean = self._channels(self.vae.config.latents_mean, latents)
-        return ((latents - mean) / self._channels(self.vae.config.latents_std, latents))[:, :, 0]
+        return self.scaled(self.mode(pixels))
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The model's own latents -> normalised ones, without the axis of frames."""
+        mean = self._channels("latents_mean", latents)
+        return ((latents - mean) / self._channels("latents_std", latents))[:, :, 0]
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
         # a division by the rounded reciprocal: the pipelines of diffusers do so, and their bits are ours
         x = latents[:, :, None].to(self.vae.dtype)
-        reciprocal = 1.0 / self._channels(self.vae.config.latents_std, x)
-        return x / reciprocal + self._channels(self.vae.config.latents_mean, x)
+        reciprocal = 1.0 / self._channels("latents_std", x)
+        return x / reciprocal + self._channels("latents_mean", x)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels in [-1, 1], [B, 3, h, w]."""
-        return self.vae.decode(self._unscaled(latents), return_dict=False)[0][:, :, 0]
+        return self.pixels(self.unscaled(latents))
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The model's own latents [B, C, 1, H, W] -> pixels in [-1, 1], [B, 3, h, w]."""
+        return self.vae.decode(latents, return_dict=False)[0][:, :, 0]
 
     def features(self, latents: Tensor) -> list[Tensor]:
         """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block.
@@ -144,7 +186,7 @@ class QwenCodec:
         A first frame sees zeros before it, so the layers need no cache of earlier frames.
         """
         bring_in(self.vae)
-        x = self.vae.post_quant_conv(self._unscaled(latents))
+        x = self.vae.post_quant_conv(self.unscaled(latents))
         return [f[:, :, 0] for f in _decoder_features(self.vae.decoder, x)]
 
 

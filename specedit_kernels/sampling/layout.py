@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -66,6 +66,12 @@ class SequenceLayout:
     @property
     def capacity(self) -> int:
         return self.index.shape[1]
+
+    def repeat(self, times: int) -> SequenceLayout:
+        """The layout of the batch so many times over."""
+        stacked = {f.name: getattr(self, f.name) for f in fields(self)}
+        stacked = {n: torch.cat([x] * times) if isinstance(x, Tensor) else x for n, x in stacked.items()}
+        return SequenceLayout(**stacked)
 
     def target_slots(self) -> Tensor:
         """bool [B, capacity]: slots that hold target tokens."""

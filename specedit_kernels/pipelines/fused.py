@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the transformers in few launches share: their sequence, its attention, the MLP with its activation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import ops
+from .attention import text_mass
+from .kv_cache import PackedKV
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What a step has to know of its sequence: `text` tokens, then image tokens; N tokens in all.
+
+    cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
+    tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
+    left as it is; None: in order. Without text tokens those of the text stay as they were kept. text_at: the key of the
+    first text token, behind those of the image or 0. used: keys there are where that is known beforehand, None: all.
+    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
+    sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps compute
+    the keys and values of these tokens anew in any case, so those that are packed need not be renewed.
+    """
+
+    text: int
+    cos: Tensor
+    sin: Tensor
+    key_bias: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    rows: Tensor | None = None
+    text_at: int = 0
+    used: int | None = None
+    region: Tensor | None = None
+    text_mask: Tensor | None = None
+    watched: bool = False
+    passing: bool = False
+
+
+# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
+# of one tensor at several offsets for views at the first of them.
+Kept = tuple[Tensor, Tensor] | PackedKV
+
+
+def places(q: Tensor, kept: Kept | None, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Where a block writes its keys and values and reads all: `kept`, [B, keys, H, D], or new ones like q."""
+    if kept is None:
+        return torch.empty_like(q), torch.empty_like(q)
+    if isinstance(kept, PackedKV):
+        if sequence.rows is not None:  # else all of them are written
+            kept.load()
+        return kept.scratch
+    return kept
+
+
+def renew(kept: Kept | None, sequence: Sequence) -> None:
+    """Call when a block's keys and values are written."""
+    if isinstance(kept, PackedKV) and not sequence.passing:
+        kept.store()
+
+
+def is_plain(layer: torch.nn.Module) -> bool:
+    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight."""
+    return type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
+
+
+def _as_one(tensors: list[Tensor]) -> Tensor | None:
+    """Tensors of one dtype that lie one behind another in memory as one, joined at the first dimension; else None."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for x in tensors:
+        if x.data_ptr() != end or x.shape[1:] != first.shape[1:] or x.dtype != first.dtype or not x.is_contiguous():
+            return None
+        if x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += x.numel() * x.element_size()
+    return first.as_strided((sum(len(x) for x in tensors), *first.shape[1:]), first.stride())
+
+
+def join_(layers: Iterable[torch.nn.Module]) -> bool:
+    """Lay the weights of these linear layers one behind another, so that one product serves all of them.
+
+    They stay the layers' own parameters, and keep their values. Nothing is done where a layer is no plain one. Whatever
+    moves weights undoes it. Returns whether any was moved.
+    """
+    layers, moved = list(layers), False
+    if not all(map(is_plain, layers)):
+        return False
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if len({(x.dtype, x.device, x.shape[1:]) for x in parts}) > 1 or _as_one(parts) is not None:
+            continue
+        # as they are: what trains the layers later could not use inference tensors, nor may one hold another's memory
+        with torch.inference_mode(parts[0].is_inference()), torch.no_grad():
+            joined = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
+            for x, place in zip(parts, joined.split([len(x) for x in parts])):
+                place.copy_(x)
+                x.data = place
+        moved = True
+    return moved
+
+
+def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in layers]: views of one product where `join_` has joined them."""
+    layers, joined = list(layers), ()
+    if not torch.compiler.is_compiling() and all(map(is_plain, layers)):
+        joined = [_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")]
+    if not joined or any(part is None for part in joined):
+        return [layer(x) for layer in layers]
+    return list(F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1))
+
+
+def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one on CUDA.
+
+    Not in fp32: what the product's end knows of tanh is good for 16 bits.
+    """
+    if is_plain(layer) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
+    return F.gelu(layer(x), approximate="tanh")
+
+
+def feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
+    """A block's MLP."""
+    first, *rest = ff.net
+    if type(first) is not GELU or first.approximate != "tanh":
+        return ff(x)
+    x = gelu(first.proj, x)
+    for layer in rest:
+        x = layer(x)
+    return x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """Attention [B, N, H * D]."""
+    k, v = k[:, : sequence.used], v[:, : sequence.used]
+    if sequence.region is not None:
+        out = _attend_by_region(q, k, v, sequence)
+    elif sequence.key_bias is None and sequence.keys is None:
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    else:
+        out = ops.mixed_res_attn(
+            q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
+        )[0]  # fmt: skip
+    return out.flatten(2)
+
+
+def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """Attention [B, N, H, D] whose image -> text part goes by region, as `attention.sparse_text_attention` has it."""
+    n, at = sequence.text, sequence.text_at
+    text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
+    asking = sequence.queries
+    words = ops.mixed_res_attn(q[:, :n], k, v)[0]
+    picture = ops.mixed_res_attn(q[:, n:], k[:, image], v[:, image], q_lens=None if asking is None else asking - n)
+    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, sequence.text_mask)
+    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
+
+
+def watched_mass(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor | None:
+    """What `attention.TextWatch` records, where it is asked for: fp32 [B, image tokens, text tokens]."""
+    if not sequence.watched:
+        return None
+    return text_mass(q, k, ops.mixed_res_attn(q, k, v)[1], sequence.text)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen's steps of few launches against the forward of diffusers: whole, over kept keys, of two branches at once, and in
+the pipeline."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from tiny_models import qwen_text, tiny_image, tiny_qwen
+
+from specedit_kernels import SpecEditConfig
+from specedit_kernels.pipelines import PIPELINES
+from specedit_kernels.pipelines import qwen_fused as fused
+from specedit_kernels.pipelines.qwen_model import FusedQwenModel, QwenText
+from specedit_kernels.pipelines.vae import codec_of, lone_frames
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT, TARGET, WIDTH = 5, (2, 4), 32
+
+
+def tiny_transformer(zero_cond_t=False):
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6), zero_cond_t=zero_cond_t,
+    )  # fmt: skip
+    with torch.no_grad():
+        # norms start with weights of one, and would hide which belongs to which
+        for weight in transformer.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return transformer.eval()
+
+
+def whole(transformer, batch, **more):
+    """(the sequence of a target and a reference, diffusers' shapes of it)."""
+    shapes = [(1, *TARGET), (1, 3, 2)]
+    image, words = transformer.pos_embed([shapes], device=torch.device("cpu"), max_txt_seq_len=TEXT)
+    turn = torch.cat([words, image])[None]
+    if transformer.zero_cond_t:
+        more["modulate"] = (torch.arange(14) >= 8).int().expand(batch, -1)
+    return fused.Sequence(TEXT, turn.real, turn.imag, **more), [shapes] * batch
+
+
+def inputs(batch):
+    return torch.randn(batch, 14, 64), torch.randn(batch, TEXT, WIDTH)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded text"])
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero_cond_t"])
+def test_a_step_is_the_transformers_own(zero, padded):
+    transformer, batch = tiny_transformer(zero), 2
+    tokens, embeds = inputs(batch)
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    mask[1, 3:] = not padded
+    bias = torch.zeros(batch, TEXT + 14).masked_fill_(~torch.cat([mask, mask.new_ones(batch, 14)], 1), float("-inf"))
+    sequence, shapes = whole(transformer, batch, key_bias=bias if padded else None)
+    timestep = torch.tensor([700.0, 300.0])
+    expected = transformer(
+        hidden_states=tokens, timestep=timestep / 1000, encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask if padded else None, img_shapes=shapes, return_dict=False,
+    )[0]  # fmt: skip
+    got = fused.forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, tokens), sequence)
+    assert torch.allclose(got, expected, atol=3e-6) and expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_half_precision_sums_end_at_the_ends_of_their_range():
+    transformer = tiny_transformer().half()
+    for layer in transformer.transformer_blocks:
+        layer.img_mod[1].bias[-WIDTH:] = 2.0  # the gate
+        layer.img_mlp.net[2].bias[0] = 6e4
+    tokens, embeds = (x.half() for x in inputs(1))
+    modulation = fused.modulation(transformer, torch.tensor([700.0]), tokens)
+    got = fused.forward(transformer, tokens, embeds, modulation, whole(transformer, 1)[0])
+    assert got.dtype == torch.float16 and got.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero_cond_t"])
+def test_a_compiled_block_traces_whole_and_writes_to_kept_keys(zero):
+    transformer, batch = tiny_transformer(zero), 1
+    block = torch.compile(fused.double_block, fullgraph=True, backend="aot_eager")
+    layer, (tokens, embeds) = transformer.transformer_blocks[0], inputs(batch)
+    image_mod, text_mod = fused.modulation(transformer, torch.tensor([700.0]), tokens)
+    plain, _ = whole(transformer, batch)
+    rows = torch.arange(TEXT, TEXT + 14, dtype=torch.int32)[None]
+    keys = torch.tensor([TEXT + 14], dtype=torch.int32)
+    locked = fused.Sequence(
+        0, plain.cos[:, TEXT:], plain.sin[:, TEXT:], torch.randn(1, 22), keys - TEXT, keys, rows,
+        modulate=plain.modulate,
+    )  # fmt: skip
+    width = 6 * transformer.inner_dim
+    for sequence in (plain, locked):
+        start = [transformer.txt_in(embeds)[:, : sequence.text], transformer.img_in(tokens)]
+        kept = None if sequence is plain else tuple(torch.randn(batch, 22, 2, 16) for _ in range(2))
+        results = []
+        for function in (fused.double_block, block):
+            text, image = (x.clone() for x in start)
+            own = kept and tuple(x.clone() for x in kept)
+            function(layer, text, image, sequence, own, image_mod[..., :width], text_mod[:, :width], False)
+            results.append((text, image, *(own or ())))
+        assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(*results))
+        assert not torch.allclose(results[0][1], start[1])
+    torch._dynamo.reset()
+
+
+def test_branches_are_joined_where_their_texts_are_nearly_of_one_length():
+    model = FusedQwenModel.__new__(FusedQwenModel)
+    text = lambda n, mask=None: QwenText(torch.randn(2, n, 4), mask)  # noqa: E731
+    assert model.joined((text(5),)) is None and model.joined((text(5), text(5 + model.JOINED + 1))) is None
+    same = model.joined((text(5), text(5)))
+    assert same.mask is None and same.embeds.shape == (4, 5, 4)
+    some = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    long, short = text(5), text(3, some)
+    made = model.joined((long, short))
+    assert made.mask.tolist() == [[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert torch.equal(made.embeds[:2], long.embeds) and torch.equal(made.embeds[2:, :3], short.embeds)
+
+
+@torch.no_grad()
+def test_lone_frames_are_the_models_own():
+    vae = tiny_qwen().vae
+    codec, x = codec_of(vae), torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = codec.encode(x)
+    y = codec.decode(z)
+    with lone_frames(vae):
+        served = [m for m in vae.modules() if "forward" in vars(m)]
+        assert len(served) > 10
+        assert torch.allclose(codec.encode(x), z, atol=1e-5) and torch.allclose(codec.decode(z), y, atol=1e-5)
+        clip = torch.rand(1, 3, 5, 16, 16)
+        assert vae.encode(clip).latent_dist.mode().shape[2] == 2  # frames before a frame are still seen
+        inside = vae.encode(clip).latent_dist.mode()
+    assert not any("forward" in vars(m) for m in vae.modules())
+    assert torch.allclose(vae.encode(clip).latent_dist.mode(), inside, atol=1e-5)
+
+
+def mask(columns):
+    found = torch.zeros(128, 128)
+    found[:, : 16 * columns] = 1
+    return found
+
+
+@functools.cache
+def pipe_of(plus=False, zero=False, device="cpu"):
+    plain = tiny_qwen(plus, zero)
+    if device == "cuda":
+        plain.to("cuda", torch.bfloat16)
+    pipe = PIPELINES[type(plain)](**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def edit(pipe, name, columns=2, seed=0, guided=True, padded=3, **options):
+    config = SpecEditConfig(**{**dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), **options}, runner=name)
+    device, dtype = pipe.transformer.device, pipe.transformer.dtype
+    text = qwen_text(padded=padded)
+    if guided:
+        text.update(qwen_text(7, negative=True, seed=4), true_cfg_scale=3.0)
+    text = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) if isinstance(v, torch.Tensor) else v
+            for k, v in text.items()}  # fmt: skip
+    pictures = [tiny_image(seed=seed)]
+    if "Plus" in type(pipe).__name__:
+        pictures.append(tiny_image(96, 160, seed=seed + 1))
+    return pipe(image=pictures, mask_image=mask(columns), specedit=config, height=128, width=128, max_area=128 * 128,
+                generator=torch.Generator().manual_seed(seed), output_type="pt", **text)  # fmt: skip
+
+
+OPTIONS = {
+    "full": dict(stages=(2, 2, 2), finish="full", kv_refresh=1), "cached": {}, "locked text": dict(lock_text=True),
+    "whole steps, locked text": dict(kv_refresh=1, lock_text=True), "unguided draft": dict(draft_guidance=False),
+    "dense": dict(stages=(0, 0, 2), finish="full", kv_refresh=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("plus", "zero"), [(False, False), (True, True)], ids=["edit", "plus zero_cond_t"])
+def test_fused_edits_are_eager_ones(plus, zero, options, guided):
+    pipe = pipe_of(plus, zero)
+    expected, got = (edit(pipe, name, guided=guided, **options) for name in ("eager", "fused"))
+    assert got.stats.runner == "fused" and expected.stats.runner == "eager"
+    assert [s.flops for s in got.stats.steps] == [s.flops for s in expected.stats.steps]
+    assert torch.allclose(got.images, expected.images, atol=1e-5) and expected.images.std() > 0.01
+    kept = options.get("kv_refresh") != 1 or "lock_text" in options
+    assert (got.stats.kv_cache_bytes > 0) == (expected.stats.kv_cache_bytes > 0) == kept
+
+
+@pytest.mark.parametrize("joined", [-1, 256])
+def test_branches_one_by_one_and_at_once_are_the_same(monkeypatch, joined):
+    monkeypatch.setattr(FusedQwenModel, "JOINED", joined)
+    calls, forward = [], fused.forward
+
+    def counted(transformer, tokens, *rest):
+        calls.append(tokens.shape[0])
+        return forward(transformer, tokens, *rest)
+
+    monkeypatch.setattr(fused, "forward", counted)
+    pipe = pipe_of(True, True)
+    got = edit(pipe, "fused", lock_text=True, draft_guidance=False)
+    assert torch.allclose(got.images, edit(pipe, "eager", lock_text=True, draft_guidance=False).images, atol=1e-5)
+    assert calls == ([1] + [1] * 8 if joined < 0 else [1] + [2] * 4)
+
+
+def test_the_timestep_hook_of_our_own_is_no_reason_to_stay_eager():
+    pipe = pipe_of(True, True)
+    for _ in range(2):  # the first call puts it on
+        assert edit(pipe, "fused").stats.runner == "fused"
+    blocks = pipe.transformer.transformer_blocks
+    assert blocks[0]._forward_pre_hooks
+    handle = blocks[0].register_forward_pre_hook(lambda *arguments: None)
+    assert edit(pipe, "fused").stats.runner == "eager"
+    handle.remove()
+
+
+# on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("plus", "zero"), [(False, False), (True, True)], ids=["edit", "plus zero_cond_t"])
+def test_replayed_steps_are_the_steps_to_the_last_bit(plus, zero, options):
+    pipe = pipe_of(plus, zero, "cuda")
+    expected = {columns: edit(pipe, "fused", columns, columns, **options) for columns in (2, 6)}
+    for columns in (2, 6, 2):
+        out = edit(pipe, "graph", columns, columns, **options)
+        assert out.stats.runner == "graph" and torch.equal(out.images, expected[columns].images)
+    assert out.stats.captures == 0 and out.stats.graph_bytes > 0
+    eager = edit(pipe, "eager", 2, 2, **options).images
+    assert (expected[2].images - eager).norm() < 0.02 * eager.norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [dict(lock_text=True), dict(draft_guidance=False), OPTIONS["full"]], ids=str)
+def test_heads_of_the_published_size(options):
+    """128 channels a head, texts of two lengths, kept keys of two branches in one buffer."""
+    plain = tiny_qwen(True, True)
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=32, zero_cond_t=True
+    )  # fmt: skip
+    plain.register_modules(transformer=transformer)
+    plain.to("cuda", torch.bfloat16)
+    pipe = PIPELINES[type(plain)](**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    for columns in (2, 6):
+        eager, *others = (edit(pipe, name, columns, **options).images for name in ("eager", "fused", "graph", "graph"))
+        assert torch.equal(others[0], others[1]) and torch.equal(others[0], others[2])
+        assert (others[0] - eager).norm() < 0.02 * eager.norm()
+
+
+@needs_gpu
+def test_compiled_steps_are_near_the_eager_ones():
+    pipe = pipe_of(True, True, "cuda")
+    out, eager = (edit(pipe, name, lock_text=True) for name in ("compile", "eager"))
+    assert out.stats.runner == "compile" and out.stats.captures
+    assert (out.images - eager.images).norm() < 0.02 * eager.images.norm()
