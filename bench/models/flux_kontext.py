@@ -388,7 +388,8 @@ def bars(rows):
     for edit, (peer, bar) in itertools.product(EDITS, SPEEDUPS.items()):
         ours, theirs = (rows.get(name, {}).get("seconds") for name in (edit, peer))
         if ours and theirs:
-            found[f"{edit}: times as fast as {peer}"] = {"value": theirs / ours, "bar": bar, "met": theirs / ours >= bar}
+            value = theirs / ours
+            found[f"{edit}: times as fast as {peer}"] = {"value": value, "bar": bar, "met": value >= bar}
     for name, row in rows.items():
         if "of_roofline" in row:
             value = row["of_roofline"]

@@ -196,7 +196,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 
         rows = None if cache is None else cache[0][0].shape[1]
         scale, transformer = self.attention_kwargs.get("scale"), id(self.transformer)
-        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows, watched)
+        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
+               watched)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:
             [layout.watch.mass] = seen

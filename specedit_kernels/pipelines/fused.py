@@ -27,8 +27,8 @@ class Sequence:
     left as it is; None: in order. Without text tokens those of the text stay as they were kept. text_at: the key of the
     first text token, behind those of the image or 0. used: keys there are where that is known beforehand, None: all.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
-    sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps compute
-    the keys and values of these tokens anew in any case, so those that are packed need not be renewed.
+    sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps
+    compute the keys and values of these tokens anew in any case, so packed ones need not be renewed.
     """
 
     text: int

@@ -53,7 +53,7 @@ class PackedKV:
 
 
 class PackedDict(dict):
-    """A dictionary of (keys, values) that keeps them in fp8: what is read is made anew, in the dtype that was stored."""
+    """A dictionary of (keys, values) that keeps them in fp8; what is read is a copy in the dtype that was stored."""
 
     def __setitem__(self, key: Any, pair: tuple[Tensor, Tensor]) -> None:
         kept = [torch.empty_like(x, dtype=DTYPE) for x in pair]

@@ -343,7 +343,7 @@ def _warn_once(text: str) -> None:
 def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tensor:
     """RGB pictures of one size as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
 
-    They go to the device as bytes and become numbers there, where the host would take longer than the device for a step.
+    They go to the device as bytes and become numbers there: the host would take longer than the device for a step.
     """
     levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
     # a tensor: a division by a number multiplies by its reciprocal
