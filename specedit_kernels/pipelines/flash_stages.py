@@ -187,4 +187,6 @@ def multi_step_edit(run: Run, source_text: Text, levels: list[float]) -> Tensor:
     behind = [r.latents for r in run.references]
     branch = replace(run, positive=source_text, on_draft_step=lambda: None)
     noise, _ = stages.dense_steps(branch, run.source, levels[::-1], behind, "invert", main=False)
+    if run.config.guidance > 1:
+        run.negative, run.true_cfg_scale = source_text, run.config.guidance
     return stages.dense_steps(run, noise, levels, behind, "edit")[0]
