@@ -144,8 +144,8 @@ def test_the_watched_mass_is_the_softmax_weight(pipe):
     seen = {}
     draft = flash_stages.draft
 
-    def spy(run, watched):
-        found = draft(run, watched)
+    def spy(run, moment, watched):
+        found = draft(run, moment, watched)
         seen["mass"] = found.mass
         return found
 

@@ -161,10 +161,12 @@ class FlashEditMixin(SpecEditMixin):
             wrap_processors(self._generator)
             run.model = run.model.using(self._generator)
 
+        # of the draft and of the edit
+        [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
         scores = mass = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
-            draft = flash_stages.draft(run, watched)
+            draft = flash_stages.draft(run, moment, watched)
             mass = draft.mass
             clock.mark("draft")
         if user_mask is not None:
@@ -193,7 +195,7 @@ class FlashEditMixin(SpecEditMixin):
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
-        clean = flash_stages.one_step_edit(run, source_text, noise, selection, reach, words, shield)
+        clean = flash_stages.one_step_edit(run, moment, source_text, noise, selection, reach, words, shield)
         tokens = run.on_step(0, torch.full((), 1000.0, device=run.device), pack(clean))
         run.step = 1
         clock.mark("edit")
