@@ -137,7 +137,8 @@ def _device(index):
     """(multiprocessors, whether a kernel can start before the one that it follows has ended)."""
     if not torch.cuda.is_available():  # the interpreter
         return 2, False
-    return torch.cuda.get_device_properties(index).multi_processor_count, torch.cuda.get_device_capability(index)[0] >= 9
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
 
 
 def sparse_cross_attn(q, k, v, region, text_mask, scale):
