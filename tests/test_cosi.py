@@ -217,7 +217,8 @@ def distilling(pipe, folder, steps, **options):
     def loss(generator):
         noise, source = (torch.randn(SHAPE, generator=generator) for _ in range(2))
         answer = source * 0.5 + 0.1 * noise
-        return {"loss": distil_loss(flux(pipe, module), flux_text(), noise, answer, [source], torch.ones(2, 1, 8, 8))[0]}
+        loss, _ = distil_loss(flux(pipe, module), flux_text(), noise, answer, [source], torch.ones(2, 1, 8, 8))
+        return {"loss": loss}
 
     loop = Loop("generator", parameters, loss, folder, steps=steps, warmup=2, log_every=2, progress=False, **options)
     return loop, module

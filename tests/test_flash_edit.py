@@ -144,8 +144,8 @@ def test_the_watched_mass_is_the_softmax_weight(pipe):
     seen = {}
     draft = flash_stages.draft
 
-    def spy(run, watched):
-        found = draft(run, watched)
+    def spy(run, moment, watched):
+        found = draft(run, moment, watched)
         seen["mass"] = found.mass
         return found
 
@@ -259,6 +259,21 @@ def test_the_inversion_baseline_runs_there_and_back(pipe):
     assert error[1] < error[0] / 4
 
 
+def test_the_guided_baseline_edits_with_both_branches(pipe):
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        one, two = (run(pipe, method="inversion", steps=2, guidance=g) for g in (1.0, 2.0))
+        same = run(pipe, method="inversion", steps=2, guidance=2.0, call=dict(source_prompt="make the cat blue"))
+        alone = run(pipe, method="inversion", steps=2, call=dict(source_prompt="make the cat blue"))
+    finally:
+        hook.remove()
+    assert len(calls) == 4 + 6 + 6 + 4
+    assert not torch.allclose(one.images, two.images, atol=1e-3)
+    # no guidance where both branches have one text
+    torch.testing.assert_close(same.images, alone.images, atol=3e-6, rtol=1e-5)
+
+
 # weights of one-step networks
 
 
@@ -325,6 +340,7 @@ def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
 
 @pytest.mark.parametrize("options, error, text", [
     (dict(method="slow"), ValueError, "method"), (dict(steps=0), ValueError, "steps"),
+    (dict(guidance=0.5), ValueError, "guidance"),
     (dict(cosi=1), TypeError, "cosi"), (dict(bg_shield=None), TypeError, "bg_shield"),
     (dict(mask_ratio="1"), TypeError, "mask_ratio"), (dict(layer=-1), ValueError, "layer"),
     (dict(token_ratio=-1.0), ValueError, "token_ratio"), (dict(max_active=1.5), ValueError, "max_active"),

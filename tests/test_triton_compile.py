@@ -159,17 +159,21 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90) | _group_norm(80) | _group_norm(90))
-    packing = {"mask_ptr": "*u8", "token_ptr": "*i32", "count_ptr": "*i32"}
-    jobs["_pack_kernel"] = lambda: _compile(
-        sparse_cross_attn._pack_kernel, 90, packing, {"BLOCK_T": sparse_cross_attn.BLOCK_T}, {"num_warps": 4}, ASTSource
-    )
-    for (dim, half), (block_m, block_n, num_warps) in sparse_cross_attn.CONFIGS.items():
-        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
-        types |= dict.fromkeys(("region_ptr", "token_ptr", "count_ptr"), "*i32") | {"scale": "fp32"}
-        blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n)
-        for capability in (80, 90):
-            jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=num_warps: (
-                _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, {"num_warps": w}, ASTSource))
+    listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
+    for capability in (80, 90):
+        early = capability == 90
+        jobs[f"sparse list {capability}"] = lambda c=capability, e=early: _compile(
+            sparse_cross_attn._list_kernel, c, listing, {"BLOCK_L": sparse_cross_attn.BLOCK_L, "EARLY": e},
+            {"num_warps": 8}, ASTSource,
+        )  # fmt: skip
+        for (dim, half), (block_m, block_n, num_warps, num_stages) in sparse_cross_attn.CONFIGS.items():
+            types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
+            types |= listing | {"scale": "fp32"}
+            blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=sparse_cross_attn.ROWS,
+                          EARLY=early)  # fmt: skip
+            launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
+            jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
+                _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource))
     results = {}
     for name, job in jobs.items():
         try:

@@ -1,102 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to the text tokens that a region sees, in Triton.
 
-A first kernel lists the tokens that each region sees. In the second a program takes a tile of queries of one head and,
-region by region, runs the online softmax of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1) in base 2 over
-the listed tokens alone. A tile whose queries have no region writes its zeros and ends.
+A first kernel lists each region's queries and the tokens that it sees. In the second, some programs write the zeros of
+queries without a region, and do not wait for the first kernel; the others take tiles of listed queries of one head and
+run the online softmax of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1) in base 2 over the listed tokens
+alone. So the products are as many as the regions' queries need, however these are scattered.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-# (BLOCK_M, BLOCK_N, num_warps) by padded head dimension and whether inputs have 16 bits: chosen by what fits.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits: by what fits.
 CONFIGS = {
-    (64, True): (64, 32, 4), (128, True): (64, 32, 4), (256, True): (64, 32, 8),
-    (64, False): (32, 32, 4), (128, False): (32, 32, 8), (256, False): (16, 16, 8),
+    (64, True): (64, 32, 4, 1), (128, True): (64, 32, 4, 1), (256, True): (64, 32, 8, 1),
+    (64, False): (32, 32, 4, 1), (128, False): (32, 32, 8, 1), (256, False): (16, 16, 8, 1),
 }  # fmt: skip
-BLOCK_T = 512  # text tokens that are listed at once
+BLOCK_L = 1024  # queries or tokens that are listed at once
+ROWS = 32  # queries whose zeros a program writes
+ATTENDERS = 2  # programs that attend, by multiprocessor
 
 
-@triton.jit(do_not_specialize=["num_k", "regions"])
-def _pack_kernel(
-    mask_ptr, token_ptr, count_ptr, stride_mb, stride_mr, stride_mn, num_k, regions, BLOCK_T: tl.constexpr
-):  # fmt: skip
-    """Of one region of one sample: the tokens that it sees, in order, and how many they are."""
-    pid = tl.program_id(0)
-    row_ptr = mask_ptr + (pid // regions).to(tl.int64) * stride_mb + (pid % regions) * stride_mr
-    token_ptr += pid.to(tl.int64) * num_k
+@triton.jit
+def _list(value_ptr, stride, wanted, entry_ptr, num, BLOCK_L: tl.constexpr):
+    """Write the places, in order, at which the values are `wanted`; returns how many they are."""
     count = 0
-    for start in range(0, num_k, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        seen = tl.load(row_ptr + t * stride_mn, mask=t < num_k, other=0).to(tl.int32)
-        tl.store(token_ptr + count + tl.cumsum(seen, 0) - seen, t, mask=seen != 0)
-        count += tl.sum(seen, 0)
-    tl.store(count_ptr + pid, count)
+    for start in range(0, num, BLOCK_L):
+        at = start + tl.arange(0, BLOCK_L)
+        found = ((tl.load(value_ptr + at * stride, mask=at < num, other=-1).to(tl.int32) == wanted) & (at < num)).to(
+            tl.int32
+        )
+        tl.store(entry_ptr + count + tl.cumsum(found, 0) - found, at, mask=found != 0)
+        count += tl.sum(found, 0)
+    return count
 
 
-@triton.jit(do_not_specialize=["num_q", "num_k", "regions", "heads"])
+@triton.jit(do_not_specialize=["num_q", "num_k", "regions"])
+def _list_kernel(
+    region_ptr, mask_ptr, query_ptr, token_ptr, count_ptr, stride_rb, stride_rn, stride_mb, stride_mr, stride_mn,
+    num_q, num_k, regions, BLOCK_L: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Of one region of one sample: the queries in it and the tokens that it sees, and how many they are."""
+    if EARLY:
+        cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    b, r = (pid // 2 // regions).to(tl.int64), pid // 2 % regions
+    row = (pid // 2).to(tl.int64)
+    if pid % 2 == 0:
+        found = _list(region_ptr + b * stride_rb, stride_rn, r, query_ptr + row * num_q, num_q, BLOCK_L)
+    else:
+        found = _list(mask_ptr + b * stride_mb + r * stride_mr, stride_mn, 1, token_ptr + row * num_k, num_k, BLOCK_L)
+    tl.store(count_ptr + pid, found)
+
+
+@triton.jit(do_not_specialize=["num_q", "num_k", "regions", "samples", "fillers", "attenders"])
 def _sparse_cross_attn_kernel(
-    q_ptr, k_ptr, v_ptr, region_ptr, token_ptr, count_ptr, out_ptr, lse_ptr, scale,
+    q_ptr, k_ptr, v_ptr, region_ptr, query_ptr, token_ptr, count_ptr, out_ptr, lse_ptr, scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rn,
-    num_q, num_k, regions, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_q, num_k, regions, heads, samples, fillers, attenders,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
-    # Heads of the same queries side by side, as they lie in the output: most programs only write.
-    h = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tl.program_id(0) // heads
-    tiles = tl.cdiv(num_q, BLOCK_M)
-    b = (tile // tiles).to(tl.int64)
-    slot = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = slot < num_q
-    rows = slot.to(tl.int64)
+    pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     in_head = (d < HEAD_DIM)[None, :]
-    region = tl.load(region_ptr + b * stride_rb + rows * stride_rn, mask=exists, other=-1)
-    live = (region >= 0) & (region < regions)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    if tl.max(live.to(tl.int32), 0) > 0:
-        q_at = q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qn + d[None, :]
-        q = tl.load(q_at, mask=live[:, None] & in_head, other=0.0)
+    if pid < fillers:
+        groups = tl.cdiv(num_q, ROWS)
+        b = (pid // groups).to(tl.int64)
+        slot = (pid % groups) * ROWS + tl.arange(0, ROWS)
+        region = tl.load(region_ptr + b * stride_rb + slot.to(tl.int64) * stride_rn, mask=slot < num_q, other=0)
+        dead = (slot < num_q) & ((region < 0) | (region >= regions))
+        out_at = out_ptr + (b * num_q + slot)[:, None] * heads * HEAD_DIM + d[None, :]
+        lse_at = lse_ptr + b * heads * num_q + slot
+        for h in range(0, heads):
+            nothing = tl.zeros([ROWS, BLOCK_D], out_ptr.dtype.element_ty)
+            tl.store(out_at + h * HEAD_DIM, nothing, mask=dead[:, None] & in_head)
+            tl.store(lse_at + h * num_q, tl.full([ROWS], float("-inf"), tl.float32), mask=dead)
+        if EARLY:
+            cuda.gdc_wait()
+    else:
+        if EARLY:
+            cuda.gdc_wait()
         unit = scale * LOG2_E
-        for r in range(0, regions):
-            mine = live & (region == r)
-            if tl.max(mine.to(tl.int32), 0) > 0:
-                row = b * regions + r
-                count = tl.load(count_ptr + row)
-                for start in range(0, count, BLOCK_N):
+        first = pid - fillers
+        for row32 in range(0, samples * regions):
+            row = tl.full([], row32, tl.int64)
+            queries, tokens = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
+            b = row // regions
+            items = tl.cdiv(queries, BLOCK_M) * heads
+            for item in range(first, items, attenders):
+                h = tl.full([], item % heads, tl.int64)
+                place = item // heads * BLOCK_M + tl.arange(0, BLOCK_M)
+                used = place < queries
+                slot = tl.load(query_ptr + row * num_q + place, mask=used, other=0).to(tl.int64)
+                q_at = q_ptr + b * stride_qb + h * stride_qh + slot[:, None] * stride_qn + d[None, :]
+                q = tl.load(q_at, mask=used[:, None] & in_head, other=0.0)
+                acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+                total = tl.zeros([BLOCK_M], dtype=tl.float32)
+                # finite, so that the first difference of tops is no NaN
+                top = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+                for start in range(0, tokens, BLOCK_N):
                     wanted = start + tl.arange(0, BLOCK_N)
-                    valid = wanted < count
-                    token = tl.load(token_ptr + row * num_k + wanted, mask=valid, other=0)
-                    at = token.to(tl.int64)[:, None]
+                    valid = wanted < tokens
+                    at = tl.load(token_ptr + row * num_k + wanted, mask=valid, other=0).to(tl.int64)[:, None]
                     loaded = valid[:, None] & in_head
                     k_at = k_ptr + b * stride_kb + h * stride_kh + at * stride_kn + d[None, :]
                     v_at = v_ptr + b * stride_vb + h * stride_vh + at * stride_vn + d[None, :]
                     k = tl.load(k_at, mask=loaded, other=0.0)
                     v = tl.load(v_at, mask=loaded, other=0.0)
                     qk = tl.dot(q, tl.trans(k), input_precision="ieee") * unit
-                    qk = tl.where(mine[:, None] & valid[None, :], qk, float("-inf"))
+                    qk = tl.where(valid[None, :], qk, float("-inf"))
                     new_top = tl.maximum(top, tl.max(qk, 1))
-                    # A row that has met no key yet has top -inf, and -inf - -inf is NaN: keep the pivot finite.
-                    pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-                    p = tl.exp2(qk - pivot[:, None])
-                    alpha = tl.exp2(top - pivot)
+                    p = tl.exp2(qk - new_top[:, None])
+                    alpha = tl.exp2(top - new_top)
                     total = total * alpha + tl.sum(p, 1)
                     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
                     top = new_top
+                empty = total == 0.0
+                total = tl.where(empty, 1.0, total)
+                out = acc * (1.0 / total)[:, None]
+                lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
+                out_at = out_ptr + ((b * num_q + slot) * heads + h)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=used[:, None] & in_head)
+                tl.store(lse_ptr + (b * heads + h) * num_q + slot, lse, mask=used)
+            first = (first - items) % attenders
+            first = tl.where(first < 0, first + attenders, first)
 
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    out = tl.where(empty[:, None], 0.0, acc / total[:, None])
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
-    out_at = out_ptr + ((b * num_q + rows) * heads + h)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=exists[:, None] & in_head)
-    tl.store(lse_ptr + (b * heads + h) * num_q + rows, lse, mask=exists)
+
+@cache
+def _device(index):
+    """(multiprocessors, whether a kernel can start before the one that it follows has ended)."""
+    if not torch.cuda.is_available():  # the interpreter
+        return 2, False
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
 
 
 def sparse_cross_attn(q, k, v, region, text_mask, scale):
@@ -110,18 +152,26 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
     if num_k == 0 or regions == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, num_warps = CONFIGS[max(64, block_d), q.element_size() == 2]
-    token = torch.empty((batch, regions, num_k), dtype=torch.int32, device=q.device)
-    count = torch.empty((batch, regions), dtype=torch.int32, device=q.device)
+    block_m, block_n, num_warps, num_stages = CONFIGS[max(64, block_d), q.element_size() == 2]
+    processors, early = _device(q.device.index)
+    rows = batch * regions
+    lists = torch.empty(rows * (num_q + num_k + 2), dtype=torch.int32, device=q.device)
+    count, query, token = lists[: 2 * rows], lists[2 * rows : (2 + num_q) * rows], lists[(2 + num_q) * rows :]
+    fillers = batch * triton.cdiv(num_q, ROWS)
+    # all queries of one region at most, and a last tile in part for each other
+    tiles = batch * (triton.cdiv(num_q, block_m) + regions - 1)
+    attenders = min(tiles * heads, ATTENDERS * processors)
+    early_launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(q):
-        _pack_kernel[(batch * regions,)](
-            text_mask.view(torch.uint8), token, count, *text_mask.stride(), num_k, regions, BLOCK_T=BLOCK_T,
-            num_warps=4,
+        _list_kernel[(2 * rows,)](
+            region, text_mask.view(torch.uint8), query, token, count, *region.stride(), *text_mask.stride(),
+            num_q, num_k, regions, BLOCK_L=BLOCK_L, EARLY=early, num_warps=8,
         )  # fmt: skip
-        _sparse_cross_attn_kernel[(batch * triton.cdiv(num_q, block_m) * heads,)](
-            q, k, v, region, token, count, out, lse, scale,
+        _sparse_cross_attn_kernel[(fillers + attenders,)](
+            q, k, v, region, query, token, count, out, lse, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *region.stride(),
-            num_q, num_k, regions, heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=2,
+            num_q, num_k, regions, heads, batch, fillers, attenders,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=ROWS, EARLY=early,
+            num_warps=num_warps, num_stages=num_stages, **early_launch,
         )  # fmt: skip
     return out, lse

@@ -4,8 +4,9 @@
     python bench/quality/flash_table.py --cosi runs/cosi                 # OUT/flash_table.md and .json
     python bench/quality/flash_table.py --cosi runs/cosi --limit 12 --rows flash 'flash, *'
 
-Columns: right, by the judge; PSNR and SSIM outside the edit against the source; PSNR inside against the true target, of
-edits with one right answer; recall of the true region and share of the tokens of the mask; and, of the source branch,
+Columns: right, by the judge; PSNR and SSIM outside the edit against the source, and PSNR there against the source as the
+autoencoder gives it back, whose own error would hide what the edit does; PSNR inside against the true target, of edits
+with one right answer; recall of the true region and share of the tokens of the mask; and, of the source branch,
 how far it is from giving the source back: the cycle that COSI trains.
 """
 
@@ -113,12 +114,13 @@ def run(row, part, runner, pipes):
     return out.images.float(), out.mask, None
 
 
-def measure(part, images, mask, source_error, judge):
+def measure(part, images, mask, source_error, judge, runner):
     source, target = part.pictures()
     outside = ~to_pixels(grow(part.reach, 1))
     unique = part.edits.unique().to(images.device)
     figures = {
         "psnr_out": masked_psnr(images, source, outside), "ssim_out": ssim(images, source, outside),
+        "psnr_kept": masked_psnr(images, runner.vae(source), outside),
         "psnr_in": masked_psnr(images, target, part.mask).masked_fill(~unique, torch.nan),
     }  # fmt: skip
     if judge is not None:
@@ -131,8 +133,8 @@ def measure(part, images, mask, source_error, judge):
     return {name: values.double().cpu() for name, values in figures.items()}
 
 
-COLUMNS = {"right": ("right", 3), "psnr_out": ("out dB", 2), "ssim_out": ("out SSIM", 4), "psnr_in": ("in dB", 2),
-           "recall": ("recall", 3), "share": ("tokens %", 1), "cycle": ("cycle", 2)}
+COLUMNS = {"right": ("right", 3), "psnr_out": ("out dB", 2), "ssim_out": ("out SSIM", 4), "psnr_kept": ("kept dB", 2),
+           "psnr_in": ("in dB", 2), "recall": ("recall", 3), "share": ("tokens %", 1), "cycle": ("cycle", 2)}
 
 
 def markdown(header, records):
@@ -144,7 +146,8 @@ def markdown(header, records):
         f" {place['model']}, COSI {header['cosi']}, commit {place['commit'][:10]}, {place['date']}, {place['device']},"
         f" {place['dtype']}.", "",
         markdown_table(["row", *(title for title, _ in COLUMNS.values())], lines), "",
-        "right: the judge's share; out: outside the edit (and a token around it) against the source; in: inside the"
+        "right: the judge's share; out: outside the edit (and a token around it) against the source; kept: the same"
+        " against the source as the autoencoder gives it back, without the autoencoder's own error; in: inside the"
         " exact mask against the true target, of edits with one right answer; recall of the true region, of the same"
         " edits; tokens: share of the mask; cycle: mean squared error of the source branch's latents against the"
         " source's, in thousandths.", ""])
@@ -179,7 +182,7 @@ def main(argv=None):
         begun, columns = time.perf_counter(), {}
         for rows in torch.arange(len(edits)).split(args.batch):
             made = run(row, edits[rows], runner, pipes)
-            for key, values in measure(edits[rows], *made, judge).items():
+            for key, values in measure(edits[rows], *made, judge, runner).items():
                 columns.setdefault(key, []).append(values)
         records[name] = {key: mean(torch.cat(values)) for key, values in columns.items()}
         say(f"{name}: {time.perf_counter() - begun:.1f} s; "

@@ -35,6 +35,8 @@ class FlashEditConfig:
     method: "flash": one step (FlashEdit, arXiv 2509.22244). "inversion": the multi-step baseline, Euler inversion under
         the source's text and Euler editing, without any of the options below.
     steps: of the inversion and of the editing of "inversion", each.
+    guidance: of the editing of "inversion": over 1 it has both branches, with true guidance from the source's text to
+        the edit's.
     cosi: the noise is the source's, from the inversion network; False, or without its weights: white noise.
     bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and the
         edit computes its region alone; False: the whole picture.
@@ -51,6 +53,7 @@ class FlashEditConfig:
 
     method: str = "flash"
     steps: int = 50
+    guidance: float = 1.0
     cosi: bool = True
     bg_shield: bool = True
     ssca: bool = True
@@ -82,6 +85,7 @@ class FlashEditConfig:
         _integer("feather", self.feather, 0)
         if self.layer is not None:
             _integer("layer", self.layer, 0)
+        _number("guidance", self.guidance, 1.0, float("inf"))
         _number("mask_ratio", self.mask_ratio, 0.0, float("inf"))
         _number("token_ratio", self.token_ratio, 0.0, float("inf"))
         _number("max_active", self.max_active, 0.0, 1.0)
@@ -157,10 +161,12 @@ class FlashEditMixin(SpecEditMixin):
             wrap_processors(self._generator)
             run.model = run.model.using(self._generator)
 
+        # of the draft and of the edit
+        [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
         scores = mass = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
-            draft = flash_stages.draft(run, watched)
+            draft = flash_stages.draft(run, moment, watched)
             mass = draft.mass
             clock.mark("draft")
         if user_mask is not None:
@@ -189,7 +195,7 @@ class FlashEditMixin(SpecEditMixin):
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
-        clean = flash_stages.one_step_edit(run, source_text, noise, selection, reach, words, shield)
+        clean = flash_stages.one_step_edit(run, moment, source_text, noise, selection, reach, words, shield)
         tokens = run.on_step(0, torch.full((), 1000.0, device=run.device), pack(clean))
         run.step = 1
         clock.mark("edit")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +34,11 @@ class FlashDraft:
     mass: Tensor | None
 
 
-def draft(run: Run, watched: torch.nn.Module | None) -> FlashDraft:
+def draft(run: Run, moment: Any, watched: torch.nn.Module | None) -> FlashDraft:
     """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
 
     change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
-    The source stands for the source branch's prediction, which is to be it.
+    The source stands for the source branch's prediction, which is to be it. moment: the model's, of level 1.
     watched: the attention whose text is watched (`watched_module`), or None.
     """
     grid = coarse_grid(run.grid)
@@ -53,7 +54,6 @@ def draft(run: Run, watched: torch.nn.Module | None) -> FlashDraft:
         watch = TextWatch(watched, run.positive.embeds.shape[1])
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
-    [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
     velocity = run.model.velocity(run.positive, every, moment, layout)
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
@@ -143,9 +143,10 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
 
 
 def one_step_edit(
-    run: Run, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor, words: Tensor | None, shield: bool
-) -> Tensor:
-    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape.
+    run: Run, moment: Any, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor, words: Tensor | None,
+    shield: bool,
+) -> Tensor:  # fmt: skip
+    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. moment: the model's, of level 1.
 
     words: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
     shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
@@ -154,15 +155,14 @@ def one_step_edit(
     """
     model, text, sequence = run.model, run.positive, region_first(run, noise, selection, reach)
     tokens, layout = sequence.rows(), sequence.layout
-    capacity, level = tokens.shape[1], torch.full((1,), 1000.0, device=run.device)
+    capacity = tokens.shape[1]
     heard = (None, None)
     if words is not None:
         heard = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
-    [moment] = model.moments(text, level)
     if shield:
         first = min(model.slots(max(sequence.counts)), capacity)
         branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *heard)
-        [source_moment] = model.moments(source_text, level)
+        [source_moment] = model.moments(source_text, torch.full((1,), 1000.0, device=run.device))
         rebuilt = tokens - model.velocity(source_text, tokens, source_moment, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)
@@ -187,4 +187,6 @@ def multi_step_edit(run: Run, source_text: Text, levels: list[float]) -> Tensor:
     behind = [r.latents for r in run.references]
     branch = replace(run, positive=source_text, on_draft_step=lambda: None)
     noise, _ = stages.dense_steps(branch, run.source, levels[::-1], behind, "invert", main=False)
+    if run.config.guidance > 1:
+        run.negative, run.true_cfg_scale = source_text, run.config.guidance
     return stages.dense_steps(run, noise, levels, behind, "edit")[0]
