@@ -292,7 +292,11 @@ def edit(arguments) -> None:
     overlay = region_overlay(source, result.mask[0].cpu())
     write_image(edited, out)
     write_image(overlay, mask_out)
-    print(edit_summary(arguments, config, result.stats, edited.size, result.mask[0], out, mask_out, pipe))
+    threshold = result.stats.threshold
+    if threshold is not None and not flash:
+        scale = pipelines.stages.threshold_scale(result.scores.flatten(1), config.resolved_relative())
+        threshold *= float(scale[0])
+    print(edit_summary(arguments, config, result.stats, edited.size, result.mask[0], threshold, out, mask_out, pipe))
 
 
 def region_overlay(source, mask):
@@ -324,8 +328,8 @@ def _flops(value: float) -> str:
     return f"{value:.0f} FLOP"
 
 
-def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path, pipe) -> str:
-    """What an edit did, on one screen."""
+def edit_summary(arguments, config, stats, size, mask, threshold, out: Path, mask_out: Path, pipe) -> str:
+    """What an edit did, on one screen. threshold: of its scores, or None."""
     from .pipelines.output import group_steps
 
     device, many = pipe.device, pipe.STEPS_OF_PLAIN
@@ -337,10 +341,8 @@ def edit_summary(arguments, config, stats, size, mask, out: Path, mask_out: Path
         f"edited      {out}",
         f"mask        {mask_out}: {int(mask.sum())} of {fine} tokens in the edit region, {_share(stats.edited[0])}",
     ]
-    if stats.threshold is not None:
-        lines.append(
-            f"draft       {config.draft}, scores over {stats.threshold:g} are edited, grown by {config.dilation}"
-        )
+    if threshold is not None:
+        lines.append(f"draft       {config.draft}, scores over {threshold:.3g} are edited, grown by {config.dilation}")
     if arguments.method == "flash":
         noise = "of the source" if stats.inverted else "white: the model folder has no one-step weights (cosi/)"
         words = "" if stats.key_tokens is None else f"; {int(stats.key_tokens[0].sum())} key text tokens"

@@ -257,6 +257,56 @@ def test_verify_finds_the_place_of_a_change(pipe):
     assert scores[2:4, 6:8].min() > 0.3 and scores[5:].max() < 1e-5 and scores[:, :5].max() < 1e-5
 
 
+@torch.no_grad()
+def test_of_two_proposals_the_larger_score_counts(pipe):
+    run, _, _, _ = make_run(pipe, SpecEditConfig(metric="latent"), half_mask())
+    small = stages.source_at(run, (4, 4))
+    first, last = small.clone(), small.clone()
+    first[..., :2, :2] += 3 * torch.randn(1, 16, 2, 2, generator=seeded(1))
+    last[..., 2:4, 6:8] += 3 * torch.randn(1, 16, 2, 2, generator=seeded(2))
+    one, other = (stages.verify(run, stages.Draft(x, small)) for x in (first, last))
+    both = stages.verify(run, stages.Draft(last, small, first))
+    assert torch.equal(both, torch.maximum(one, other))
+    assert both.reshape(8, 8)[:2, :2].min() > 0.3 and both.reshape(8, 8)[2:4, 6:8].min() > 0.3
+
+
+def test_a_coarse_draft_proposes_its_first_and_its_last_step(pipe, monkeypatch):
+    seen = []
+    verify = stages.verify
+    monkeypatch.setattr(stages, "verify", lambda run, draft: seen.append(draft) or verify(run, draft))
+    for coarse in (1, 3):
+        config = SpecEditConfig(stages=(coarse, 1, 1))
+        pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options())
+    assert seen[0].first is None
+    assert torch.equal(seen[1].first, seen[0].proposal) and not torch.equal(seen[1].first, seen[1].proposal)
+
+
+def test_thresholds_follow_the_picture(pipe):
+    scores = torch.tensor([[0.0, 0.1, 2.0], [0.3, 0.5, float("nan")], [0.0, 0.0, 0.01], [0.0, 0.0, 0.0]])
+    found = stages.threshold_scale(scores, 0.5)[:, 0]
+    assert torch.allclose(found, torch.tensor([1.0, 0.5, 0.05**0.5, 0.05**0.5]))
+    assert (stages.threshold_scale(scores, 0.0) == 1).all()
+
+    run, _, _, _ = make_run(pipe, SpecEditConfig(), half_mask())
+    weak = torch.full((1, 64), 0.001)
+    weak[0, 0] = 0.09
+    now = {"scores": weak}
+
+    def edited(config):
+        run.config = config
+        original, stages.verify = stages.verify, lambda *_: now["scores"]
+        try:
+            return pipe._verify_select(run, None, "coarse")[1].edited.sum().item()
+        finally:
+            stages.verify = original
+
+    assert edited(SpecEditConfig(threshold=0.1, dilation=0)) == 0  # a given threshold stands
+    assert edited(SpecEditConfig(threshold=0.1, relative=0.5, dilation=0)) == 4  # the block of the one token
+    assert edited(SpecEditConfig(dilation=0)) == 4
+    now["scores"] = weak / 10  # too weak for anything to have changed
+    assert edited(SpecEditConfig(dilation=0)) == 0
+
+
 # an ideal model: one clean picture, known velocity. Every state of the trajectory is then exact.
 
 
@@ -767,6 +817,7 @@ def test_no_host_synchronisation_between_steps():
         (dict(dilation=1.5), TypeError, "dilation: expected an integer, got float"),
         (dict(feather=True), TypeError, "feather: expected an integer, got bool"),
         (dict(threshold="x"), TypeError, "threshold: expected a number, got str"),
+        (dict(relative=1.5), ValueError, "relative: expected a number in"),
         (dict(threshold=float("nan")), ValueError, "threshold: expected a number in"),
         (dict(max_active=1.5), ValueError, r"max_active: expected a number in \[0.0, 1.0\]"),
         (dict(key_bias=1), TypeError, "key_bias: expected True or False"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The measures of bench/quality's table on small cases made by hand, its rows on a pipeline of random weights."""
 
+import argparse
 import json
 import math
 import sys
@@ -16,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import calibrate  # noqa: E402
 import contact_sheet  # noqa: E402
+import selection  # noqa: E402
 import table  # noqa: E402
 import table_measures as measures  # noqa: E402
 import table_runs as runs  # noqa: E402
 from tiny_models import tiny_pipeline  # noqa: E402
 
 from specedit_kernels import SpecEditConfig, ops  # noqa: E402
+from specedit_kernels.pipelines import stages  # noqa: E402
 from specedit_kernels.sampling.grid import from_blocks, to_blocks  # noqa: E402
 
 
@@ -334,7 +337,39 @@ def test_probe_scores_every_metric_and_reference(runner, edits):
     found = calibrate.probe(pipe, runner, edits, config, batch=3)
     assert len(found) == 6 and all(s.shape == edits.tokens.shape for s in found.values())
     run = runner.run(runs.Row("", config=config), edits)
-    assert torch.allclose(found["decoder", "matched"], run.scores, atol=1e-4)
+    scale = stages.threshold_scale(run.scores.flatten(1), config.resolved_relative())
+    assert torch.allclose(found["decoder", "matched"], run.scores / scale[..., None], atol=1e-4)
+
+
+def test_selection_study(runner, edits, tmp_path):
+    """Score maps go to disk; the rules are compared from there; what is done in a run is one of them."""
+    args = argparse.Namespace(out=tmp_path, batch=3, reference_steps=2, model="random", dtype="float32", size=128,
+                              text_length=16, true_cfg_scale=1.0)
+    selection.collect(args, runner, None, edits, lambda text: None)
+    scores = torch.load(tmp_path / "scores.pt")
+    assert len(scores["kind"]) == len(edits) and scores["2 of 9 decoder0"].shape == edits.tokens.shape
+    maps = {k: v.float() for k, v in scores.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    found = selection.rules(maps, 0.1)
+    config = SpecEditConfig(stages=(2, 4, 3))
+    run = runner.run(runs.Row("", config=config), edits)
+    scale = stages.threshold_scale(run.scores.flatten(1), 0.5)
+    assert torch.allclose(found[selection.IN_USE], run.scores / scale[..., None], rtol=0.02, atol=1e-3)
+    scores["kind"] = torch.zeros_like(scores["kind"])
+    scores["reference"][:, :2, :2] = True
+    results = selection.compare_rules(scores)
+    assert {"local", "calibration"} <= results[0].keys() and results[0]["rule"] == selection.IN_USE
+    assert selection.IN_USE in selection.rules_markdown(scores["setting"], results)
+
+
+def test_rules_on_scores_by_hand():
+    s = torch.full((1, 4, 4), 0.02)
+    s[0, 0, 0], s[0, 0, 1], s[0, 3, 3] = 0.8, 0.3, 0.3
+    assert torch.allclose(selection.smoothed(torch.ones(1, 4, 4)), torch.ones(1, 4, 4))
+    over = selection.joined(s, 0.5, 0.5) > 0.5  # 0.3 is over half of it: beside the seed it counts, alone it does not
+    assert over[0, 0, :2].all() and over.sum() == 2
+    weak = s / 20
+    assert not (selection.floored(weak, 0.5, 0.05, 0.1) > 0.1).any()
+    assert (selection.floored(weak, 0.5, 0.01, 0.1) > 0.1).sum() == 1
 
 
 def test_contact_sheet_fits():

@@ -75,7 +75,8 @@ class Measured(Exception):
 
 
 class Probe:
-    """Before a SpecEdit pipeline: scores a draft by every metric and reference, and goes no further."""
+    """Before a SpecEdit pipeline: scores a draft by every metric and reference, over what the threshold is scaled by
+    for the picture, and goes no further."""
 
     @classmethod
     def of(cls, pipe):
@@ -90,7 +91,9 @@ class Probe:
         for metric in METRICS:
             for reference in REFERENCES:
                 run.config = replace(base, metric=metric, reference=reference)
-                self.scores[metric, reference] = stages.verify(run, draft).reshape(-1, *run.grid)
+                scores = stages.verify(run, draft)
+                scale = stages.threshold_scale(scores, base.resolved_relative())
+                self.scores[metric, reference] = (scores / scale).reshape(-1, *run.grid)
         raise Measured
 
 
@@ -265,13 +268,14 @@ def split_rows(threshold_at, presets):
     for preset in presets:
         for split in FULL_SPLITS[preset]:
             name = f"{preset} full {split[0]}+{split[1]}+{split[2]}" + (" (now)" if split == PRESETS[preset] else "")
-            config = replace(base, preset=preset, stages=split, threshold=threshold_at(split[0] / preset))
+            config = replace(base, preset=preset, stages=split, threshold=threshold_at(split[0] / preset),
+                             relative=base.resolved_relative())
             rows.append((preset, Row(name, config=config)))
     for preset in presets:
         for coarse in LOCKED_SPLITS[preset]:
             name = f"{preset} locked {coarse}+{preset - coarse}" + (" (now)" if coarse == PRESETS[preset][0] else "")
             config = replace(base, preset=preset, finish="locked", stages=(coarse, preset - coarse, 0),
-                             threshold=threshold_at(coarse / preset))
+                             threshold=threshold_at(coarse / preset), relative=base.resolved_relative())
             rows.append((preset, Row(name, config=config)))
     return rows
 

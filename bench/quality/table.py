@@ -83,7 +83,7 @@ def all_rows():
             "pixels": dict(preserve="pixels"), "no-bias": dict(key_bias=False),
             "fine-condition": dict(coarse_condition=False), "literal": dict(reference="literal"),
             "latent": dict(metric="latent"), "projected": dict(metric="projected"),
-            "no-dilation": dict(dilation=0), "stride-3": dict(uniform_stride=3),
+            "absolute": dict(relative=0.0), "no-dilation": dict(dilation=0), "stride-3": dict(uniform_stride=3),
         }
         if finish == "full":  # the locked finish knows no other
             variants["unselected-coarse"] = dict(unselected="coarse")
@@ -280,7 +280,8 @@ def config_of(row):
     if row.config is None:
         return None
     values = {k: v for k, v in vars(row.config).items() if v is not None}
-    return values | {"threshold": row.config.resolved_threshold(), "stages": list(row.config.step_counts())}
+    return values | {"threshold": row.config.resolved_threshold(), "relative": row.config.resolved_relative(),
+                     "stages": list(row.config.step_counts())}
 
 
 def read_records(path, header, rows):
@@ -309,7 +310,8 @@ def read_records(path, header, rows):
 
 
 def defaults():
-    return {f.name: f.default for f in fields(SpecEditConfig)}
+    # before there was `relative`, thresholds were absolute
+    return {f.name: f.default for f in fields(SpecEditConfig)} | {"relative": 0.0}
 
 
 def same_config(former, current):

@@ -396,7 +396,8 @@ def with_thresholds(rows, recommended):
     table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in recommended}
 
     def changed(config):
-        return replace(config, threshold=table.get((config.metric, config.reference, config.draft), config.threshold))
+        found = table.get((config.metric, config.reference, config.draft), config.threshold)
+        return replace(config, threshold=found, relative=config.resolved_relative())
 
     return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
 

@@ -34,15 +34,20 @@ SELECTIONS = ("score", "random", "uniform")
 KV_CACHE_DTYPES = ("auto", "fp8")
 RUNNERS = ("eager", "fused", "graph", "compile")
 
+# draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
+# the "coarse" one alone so far.
+RELATIVE = {"coarse": 0.5, "quarter": 0.0, "full_step": 0.0}
+
 # (metric, reference, draft) -> threshold on the [0, 4] scale of token_discrepancy, for use with dilation 1.
 # Found by bench/quality/calibrate.py on an H100 with the shipped editor, on 188 local and small calibration edits at
-# 512 px: recall .98 at 17 % of the tokens for "coarse" (2 of 9 steps) and at 14 % for "full_step", .95 at 21 % for
-# "quarter", where the edits' own share is 7.7 %; on 200 held-out local edits (9.4 %) coarse has .979 at 20 %.
+# 512 px, where the edits' own share is 7.7 %: recall .98 at 14 % of the tokens for "full_step", .95 at 21 % for
+# "quarter", and .989 at 16.7 % for "coarse" (2 of 9 steps; by bench/quality/selection.py on 187 such edits: .984 at
+# 17.1 % with the last step's scores alone over .059). The other four of "coarse" are still of that form.
 # That editor is a FLUX.1-Kontext. Qwen-Image-Edit, with an autoencoder of its own, takes the same numbers for want of
 # a calibration: give `threshold` where they do not fit.
 THRESHOLDS: dict[tuple[str, str, str], float] = {
     ("decoder", "matched", "quarter"): 0.073,
-    ("decoder", "matched", "coarse"): 0.059,
+    ("decoder", "matched", "coarse"): 0.1,
     ("decoder", "matched", "full_step"): 0.14,
     ("decoder", "literal", "quarter"): 1.8,
     ("decoder", "literal", "coarse"): 1.4,
@@ -93,7 +98,8 @@ class SpecEditConfig:
     preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9, and 8 or 4 for step-distilled
         weights. A separate draft is counted apart.
     stages: (coarse, mixed, full) step counts in place of the preset's.
-    draft: what is verified. "coarse": the clean estimate of the main trajectory's own coarse steps, no extra step.
+    draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's and
+        the last's, no extra step.
         "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps (the paper's). "full_step": the
         clean estimate after one full-resolution step, which takes the place of the coarse steps.
     draft_steps: steps of the "quarter" draft (the paper's N_draft).
@@ -110,6 +116,10 @@ class SpecEditConfig:
     reference: "matched": the source at the draft's resolution, brought up in the same way. "literal": the
         full-resolution source (the paper's).
     threshold: a score above it marks a token as edited, on the [0, 4] scale; None takes the calibrated one.
+    relative: how far the threshold follows the picture: it is multiplied by (its largest score / 2) ** relative, 2
+        being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
+        taken. A largest score under 0.1 counts as 0.1, or noise would be an edit. 0: the threshold as it is; None: 0.5
+        with the calibrated threshold of the "coarse" draft, else 0.
     dilation: radius, in fine tokens, by which the edited region is grown.
     uniform_stride: every k-th block a side is recomputed too (the paper has 3); 0 for none.
     min_active: with fewer edited tokens than this nothing has changed, and the source is returned.
@@ -149,6 +159,7 @@ class SpecEditConfig:
     metric: str = "decoder"
     reference: str = "matched"
     threshold: float | None = None
+    relative: float | None = None
     dilation: int = 1
     uniform_stride: int = 0
     min_active: int = 1
@@ -187,6 +198,8 @@ class SpecEditConfig:
         _number("max_active", self.max_active, 0.0, 1.0)
         if self.threshold is not None:
             _number("threshold", self.threshold, float("-inf"), float("inf"))
+        if self.relative is not None:
+            _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
         _flag("coarse_references", self.coarse_references)
@@ -213,3 +226,9 @@ class SpecEditConfig:
         if self.threshold is not None:
             return float(self.threshold)
         return THRESHOLDS[self.metric, self.reference, self.draft]
+
+    def resolved_relative(self) -> float:
+        """How far the threshold follows the picture: the given share, or the one for this kind of threshold."""
+        if self.relative is not None:
+            return float(self.relative)
+        return RELATIVE[self.draft] if self.threshold is None else 0.0

@@ -42,6 +42,7 @@ class SpecEditStats:
     active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
+    threshold: of the scores, before it is scaled to a picture (SpecEditConfig.relative).
     key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None. inverted: whether the
     noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
     of the source's latents (BG-Shield), or None.

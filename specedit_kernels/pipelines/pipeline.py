@@ -230,17 +230,18 @@ class SpecEditMixin:
         # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
         if first_full:
             guided = config.draft_guidance
-            fine, estimate = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
+            fine, (estimate, _) = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
             scores, selection = self._verify_select(run, Draft(estimate, run.source), "draft_step")
         elif coarse_steps:
             small = stages.source_at(run, coarse_grid(run.grid))
             coarse = algebra.pool_noise(run.noise).to(start.dtype)
             behind = stages.references_at(run, 2, small)
-            coarse, estimate = stages.dense_steps(
+            coarse, (first, last) = stages.dense_steps(
                 run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance
             )
             if selection is None:
-                scores, selection = self._verify_select(run, Draft(estimate, small), "coarse")
+                found = Draft(last, small, first if coarse_steps > 1 else None)
+                scores, selection = self._verify_select(run, found, "coarse")
             else:
                 clock.mark("coarse")
         if not any(selection.changed):
@@ -277,7 +278,10 @@ class SpecEditMixin:
         scores = stages.verify(run, draft)
         run.clock.mark("verify")
         run.stats.threshold = run.config.resolved_threshold()
-        return scores, stages.select(run, scores, run.stats.threshold, run.config.dilation)
+        relative = run.config.resolved_relative()
+        # one threshold for the batch
+        scaled = scores / stages.threshold_scale(scores, relative) if relative else scores
+        return scores, stages.select(run, scaled, run.stats.threshold, run.config.dilation)
 
     def _start_noise(self, latents, shape, grid: Grid, generator, device, dtype) -> Tensor:
         """White fine noise [B, C, H, W] in fp32: drawn as the plain pipeline draws it, or unpacked from `latents`."""

@@ -8,6 +8,7 @@ on the host, once, because the length of the mixed sequence has to be known ther
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -183,12 +184,13 @@ def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
 def dense_steps(
     run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
     guided: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
 
     guided: False leaves true guidance out.
 
-    Returns (the state at the last level, the clean estimate x - s v at the last step's start); both as latent images.
+    Returns (the state at the last level, the clean estimates x - s v at the first and the last step's start), all as
+    latent images.
     """
     grids = [(x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in (state, *condition)]
     tokens, behind = pack(state), [pack(x) for x in condition]
@@ -197,13 +199,14 @@ def dense_steps(
     at = _device_levels(levels, run.device)
     moments = run.moments(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
-    estimate = tokens
+    first = estimate = tokens
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
         velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
+        first = estimate if i == 0 else first
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
         run.record(stage, levels[i], [total] * run.batch, passes=2 if guided else 1)
         if main:
@@ -211,15 +214,20 @@ def dense_steps(
             run.step += 1
         else:
             run.on_draft_step()
-    return unpack(tokens, grids[0]), unpack(estimate, grids[0])
+    return unpack(tokens, grids[0]), (unpack(first, grids[0]), unpack(estimate, grids[0]))
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft: the clean latents it proposes, and the source's at the same resolution. [B, C, h, w] each."""
+    """A draft: the clean latents it proposes, and the source's at the same resolution. [B, C, h, w] each.
+
+    first: another proposal, of the first step. That is the mean of all answers, and departs from the source wherever
+    one of them does; a later one has settled for some.
+    """
 
     proposal: Tensor
     source: Tensor
+    first: Tensor | None = None
 
 
 def _encode_at(run: Run, pixels: Tensor, grid: Grid) -> Tensor:
@@ -267,6 +275,21 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
     return Draft(proposal, source)
 
 
+def feature_maps(
+    codec: KLCodec | QwenCodec, embed: Callable[[Tensor], Tensor] | None, metric: str, latents: Tensor
+) -> list[Tensor]:
+    """What one named metric compares, of scaled clean latents on the fine grid; embed as in `discrepancy`."""
+    if metric == "decoder":
+        return codec.features(latents)
+    tokens = pack(latents)
+    return [embed(tokens) if metric == "projected" else tokens]
+
+
+def _mean_discrepancy(a: Sequence[Tensor], b: Sequence[Tensor], grid: Grid) -> Tensor:
+    scores = [ops.token_discrepancy(x, y, grid) for x, y in zip(a, b)]
+    return scores[0] if len(scores) == 1 else torch.stack(scores).mean(dim=0)
+
+
 def discrepancy(
     codec: KLCodec | QwenCodec,
     embed: Callable[[Tensor], Tensor] | None,
@@ -279,13 +302,8 @@ def discrepancy(
 
     proposal, source: scaled clean latents on the fine grid. embed: the transformer's, needed for "projected" alone.
     """
-    if metric == "decoder":
-        pairs = list(zip(codec.features(proposal), codec.features(source)))
-    else:
-        a, b = pack(proposal), pack(source)
-        pairs = [(embed(a), embed(b))] if metric == "projected" else [(a, b)]
-    scores = [ops.token_discrepancy(a, b, grid) for a, b in pairs]
-    return scores[0] if len(scores) == 1 else torch.stack(scores).mean(dim=0)
+    a, b = (feature_maps(codec, embed, metric, x) for x in (proposal, source))
+    return _mean_discrepancy(a, b, grid)
 
 
 def verify(run: Run, draft: Draft) -> Tensor:
@@ -293,6 +311,7 @@ def verify(run: Run, draft: Draft) -> Tensor:
 
     "matched" compares the draft with the source at the draft's resolution, both brought up by bilinear interpolation of
     their latents; a draft lacks fine detail, and "literal", against the full-resolution source, marks that lack too.
+    Of two proposals the larger score counts.
     """
 
     def bring_up(latents: Tensor) -> Tensor:
@@ -302,8 +321,25 @@ def verify(run: Run, draft: Draft) -> Tensor:
         return F.interpolate(latents.float(), size=size, mode="bilinear", align_corners=False).to(latents.dtype)
 
     reference = run.source if run.config.reference == "literal" else bring_up(draft.source)
-    model, metric = run.model, run.config.metric
-    return discrepancy(model.codec, model.embed, metric, bring_up(draft.proposal), reference, run.grid)
+    maps = functools.partial(feature_maps, run.model.codec, run.model.embed, run.config.metric)
+    against = maps(reference)
+    scores = _mean_discrepancy(maps(bring_up(draft.proposal)), against, run.grid)
+    if draft.first is not None:
+        scores = torch.maximum(scores, _mean_discrepancy(maps(bring_up(draft.first)), against, run.grid))
+    return scores
+
+
+UNRELATED_SCORE = 2.0  # of orthogonal features: cosine 0
+WEAKEST_SCORE = 0.1  # a largest score under it is taken for it
+
+
+def threshold_scale(scores: Tensor, relative: float) -> Tensor:
+    """What a threshold is multiplied by for each picture, fp32 [B, 1]: (largest score / 2) ** relative.
+
+    scores: fp32 [B, N], where a NaN does not count. A strong draft's scores all lie higher, those around its edit too.
+    """
+    largest = scores.nan_to_num(nan=0.0).amax(dim=1, keepdim=True)
+    return (largest.clamp(min=WEAKEST_SCORE) / UNRELATED_SCORE) ** relative
 
 
 @dataclass(frozen=True)
