@@ -329,7 +329,7 @@ def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
 
     def change(**fields):
         changed = qwen_model.QwenLayout(
-            layout.shapes, None, type(layout.attention)(**{**vars(layout.attention), **fields})
+            layout.shapes, type(layout.attention)(**{**vars(layout.attention), **fields})
         )
         return (run.velocity(state.tokens, at, [changed]) - base).abs().max()
 
@@ -384,14 +384,15 @@ def test_odd_sides_are_centred_as_the_model_does_it():
 
 
 @torch.no_grad()
-def test_the_text_stands_in_one_place_in_every_stage(plus, monkeypatch):
+def test_the_text_stands_behind_the_pictures_of_its_stage(plus, monkeypatch):
+    """As in a plain run on pictures of that size."""
     seen = {}
     inner = type(next(iter(plus.transformer.attn_processors.values())).inner)
     real = inner.__call__
     image = pictures(2)
 
     def spy(self, attn, hidden, text, mask, attention_mask, rotary):
-        seen[hidden.shape[1]] = rotary[1]
+        seen[hidden.shape[1]] = rotary
         return real(self, attn, hidden, text, mask, attention_mask, rotary)
 
     monkeypatch.setattr(inner, "__call__", spy)
@@ -399,10 +400,11 @@ def test_the_text_stands_in_one_place_in_every_stage(plus, monkeypatch):
     plus(image=image, height=128, width=128, generator=seeded(), specedit=config, **options())
     # draft: 4 + 4 + 2 x 3 tokens; coarse: 16 + 16 + 3 x 5; fine: 64 + 64 + 60
     assert sorted(seen) == [14, 47, 188]
-    _, text = plus.transformer.pos_embed(
-        [[(1, 8, 8), (1, 8, 8), (1, 6, 10)]], max_txt_seq_len=12, device=torch.device("cpu")
-    )
-    assert all(torch.equal(table, text) for table in seen.values())
+    grids = {14: [(2, 2), (2, 2), (2, 3)], 47: [(4, 4), (4, 4), (3, 5)], 188: [(8, 8), (8, 8), (6, 10)]}
+    for tokens, sides in grids.items():
+        shapes = [[(1, *side) for side in sides]]
+        expected = plus.transformer.pos_embed(shapes, max_txt_seq_len=12, device=torch.device("cpu"))
+        assert all(torch.equal(a, b) for a, b in zip(seen[tokens], expected))
 
 
 # stages

@@ -225,11 +225,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
 
 
 class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
-    """For QwenDoubleStreamAttnProcessor2_0.
-
-    `specedit_layout`: a mixed sequence's; attention is ours. `specedit_rotary`: complex tables (image, text) in place
-    of those that the transformer made; attention is the inner processor's.
-    """
+    """For QwenDoubleStreamAttnProcessor2_0; `specedit_layout` is the mixed sequence's."""
 
     def __init__(self, inner: QwenDoubleStreamAttnProcessor2_0, block: torch.nn.Module):
         super().__init__(inner)
@@ -251,12 +247,10 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         specedit_layout: AttentionLayout | None = None,
-        specedit_rotary: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if specedit_layout is None:
-            rotary = image_rotary_emb if specedit_rotary is None else specedit_rotary
             return self.inner(
-                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, rotary
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         text = encoder_hidden_states
         # -1 for the heads: tensor parallelism shards them

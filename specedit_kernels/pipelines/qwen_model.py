@@ -2,7 +2,7 @@
 """Qwen-Image-Edit as the stages see it.
 
 Its positions and its timestep of condition tokens (zero_cond_t) follow from a list of picture shapes, so a sequence
-that is no list of whole pictures has to bring both itself: rotary tables by the attention processor, the index of the
+that is no list of whole pictures has to bring both itself: rotary tables to the attention processor, the index of the
 modulation by a hook of the blocks. `QwenImageEditModel` calls the transformer's own forward, `FusedQwenModel` that of
 few launches.
 """
@@ -35,14 +35,12 @@ class QwenText(Text):
 
 @dataclass(frozen=True)
 class QwenLayout:
-    """shapes: (frames, rows, columns) of each picture, what the transformer makes its own positions from.
+    """shapes: (frames, rows, columns) of each picture, from which the transformer makes positions of its own.
 
-    rotary: complex tables (image tokens, text tokens) in place of those, or None. attention: the mixed sequence's, None
-    for whole pictures.
+    attention: the mixed sequence's, None for whole pictures.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
-    rotary: tuple[Tensor, Tensor] | None
     attention: AttentionLayout | None
 
 
@@ -88,32 +86,25 @@ class QwenImageEditModel(EditModel):
         return self.transformer.img_in
 
     def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
-        shapes, full = _shapes(grids), _shapes((pictures.target, *pictures.references))
-        if shapes == full:
-            return QwenLayout(shapes, None, None)
-        # smaller pictures lie about the centre on grids of their own; the text stays where the full ones put it
-        table, options = self.transformer.pos_embed, dict(max_txt_seq_len=text.embeds.shape[1])
-        image, _ = table([list(shapes)], device=text.embeds.device, **options)
-        _, words = table([list(full)], device=text.embeds.device, **options)
-        return QwenLayout(shapes, (image, words), None)
+        # Smaller pictures are a plain run of their own, so the text stands where that has it, right behind them.
+        return QwenLayout(_shapes(grids), None)
 
-    def _tables(self, layout: QwenLayout, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Complex rotary tables of whole pictures: (image tokens, `length` text tokens)."""
-        if layout.rotary is not None:
-            return layout.rotary
-        return self.transformer.pos_embed([list(layout.shapes)], device=device, max_txt_seq_len=length)
+    def _turns(self, text: QwenText, layout: QwenLayout) -> Tensor:
+        """Complex rotary table of text and whole pictures, [tokens, head dim / 2]."""
+        device, length = text.embeds.device, text.embeds.shape[1]
+        return torch.cat(self.transformer.pos_embed([list(layout.shapes)], device=device, max_txt_seq_len=length)[::-1])
 
     def watched_layout(
         self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
     ) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
-        turn = torch.cat(self._tables(layout, length, text.embeds.device)[::-1])
+        turn = self._turns(text, layout)
         cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
         bias = None
         if text.mask is not None:
             bias = cos.new_zeros(cos.shape[:2])
             bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
-        return replace(layout, rotary=None, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
+        return replace(layout, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
 
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
@@ -140,7 +131,7 @@ class QwenImageEditModel(EditModel):
         lengths = layout.lengths + length if padded else None
         attention = AttentionLayout(cos, sin, bias, lengths, modulate, self.new_cache() if cached else None)
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
-        return QwenLayout(_shapes([(1, 1)]), None, attention)
+        return QwenLayout(_shapes([(1, 1)]), attention)
 
     def first_layout(
         self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
@@ -149,8 +140,6 @@ class QwenImageEditModel(EditModel):
 
     def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
-        if layout.rotary is not None:
-            kwargs["specedit_rotary"] = layout.rotary
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
@@ -200,7 +189,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
     def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
         device = text.embeds.device
-        turn = torch.cat(self._tables(layout, length, device)[::-1])[None]
+        turn = self._turns(text, layout)[None]
         counts = [math.prod(grid) for grid in grids]
         bias = modulate = None
         if text.mask is not None:
