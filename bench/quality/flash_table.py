@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from judge import judge_edits
-from scenes import KINDS
+from scenes import EVALUATION_COUNTS
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
 from specedit_kernels.pipelines.flash_edit import GENERATOR
 from specedit_kernels.pipelines.low_rank import merged_copy
@@ -62,12 +62,14 @@ def all_rows():
     """In the order of what they are worth, should the time run out."""
     return {
         "flash": Row(FLASH),
-        "flash, before matching": Row(FLASH, generator="distilled"),
         "flash, no cosi": Row(replace(FLASH, cosi=False)),
+        "flash, inverted noise in the region too": Row(replace(FLASH, region_noise="inverted")),
         "flash, no bg_shield": Row(replace(FLASH, bg_shield=False)),
         "flash, no ssca": Row(replace(FLASH, ssca=False)),
         "flash, no ssca, no bg_shield": Row(replace(FLASH, bg_shield=False, ssca=False)),
         "flash, none of the three": Row(replace(FLASH, cosi=False, bg_shield=False, ssca=False)),
+        "flash, before matching": Row(FLASH, generator="distilled"),
+        "flash, before matching, no cosi": Row(replace(FLASH, cosi=False), generator="distilled"),
         "inversion-50+50": Row(FlashEditConfig(method="inversion")),
         "plain-50": Row(steps=50),
         "plain-1": Row(steps=1),
@@ -170,8 +172,8 @@ def main(argv=None):
     before = Path(args.cosi) / "distilled" / GENERATOR
     if before.is_file():
         pipes["distilled"]._generator = merged_copy(runner.pipe.transformer, before)
-    edits = make_set(device, args.size, args.limit)
-    edits = edits[(edits.edits.kind == KINDS.index("local")).nonzero()[:, 0]]
+    # the first kind: its edits and their seeds are those of the whole set
+    edits = make_set(device, args.size, args.limit, {"local": EVALUATION_COUNTS["local"]})
     say(f"{len(edits)} edits are drawn")
     header, records = {"setting": setting(args, device), "edits": len(edits), "cosi": args.cosi}, {}
     for name, row in all_rows().items():
