@@ -48,7 +48,8 @@ class AttentionLayout:
     two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None: all have one.
     cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
     A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted
-    from the first text slot, renews those and attends to all.
+    from the first text slot, renews those and attends to all. fresh: int32 [B], how many slots, text included, such a
+    call renews of each sample, which may be fewer than it brings, or None: all; renewed: bool [B, slots], those.
     cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
     slots are read, none renewed. own: bool [B, first image slots], those whose keys and values are this call's.
     region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot
@@ -66,6 +67,8 @@ class AttentionLayout:
     start: int = 0
     cached_text: int | None = None
     own: Tensor | None = None
+    fresh: Tensor | None = None
+    renewed: Tensor | None = None
     region: Tensor | None = None
     text_mask: Tensor | None = None
     watch: TextWatch | None = None
@@ -76,9 +79,12 @@ class AttentionLayout:
         behind = self.cos.shape[1] - first
         modulate = None if self.modulate is None else self.modulate[:, : self.modulate.shape[1] - behind]
         region = None if self.region is None else self.region[:, : self.region.shape[1] - behind]
+        renewed = None
+        if behind and self.fresh is not None:
+            renewed = torch.arange(start, first, device=self.cos.device) < self.fresh[:, None]
         return replace(
             self, cos=self.cos[:, start:first], sin=self.sin[:, start:first], modulate=modulate, region=region,
-            first=first, start=start,
+            first=first, start=start, renewed=renewed,
         )  # fmt: skip
 
 
@@ -105,7 +111,10 @@ def joint_attention(
         cached = layout.cache[module]
         if layout.cached_text is None:
             for kept, fresh in zip(cached, (k, v)):
-                kept[:, layout.start : layout.first] = fresh
+                place = kept[:, layout.start : layout.first]
+                if layout.renewed is not None:
+                    fresh = torch.where(layout.renewed[..., None, None], fresh, place)
+                place.copy_(fresh)
             k, v = cached
             if layout.first == k.shape[1]:  # no slot is left behind: a cache that gives copies shall know
                 layout.cache[module] = k, v

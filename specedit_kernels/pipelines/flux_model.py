@@ -76,6 +76,7 @@ class FluxKontextModel(EditModel):
             key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
             lengths=layout.lengths + length if padded else None,
             cache=self.new_cache() if cached else None,
+            fresh=layout.fine_lengths + length if cached else None,
         )
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(torch.zeros(layout.capacity, 3, device=device, dtype=text.embeds.dtype), attention)

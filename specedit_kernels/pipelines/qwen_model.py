@@ -129,7 +129,9 @@ class QwenImageEditModel(EditModel):
         if self.transformer.zero_cond_t:
             modulate = (~layout.target_slots()).int()
         lengths = layout.lengths + length if padded else None
-        attention = AttentionLayout(cos, sin, bias, lengths, modulate, self.new_cache() if cached else None)
+        attention = AttentionLayout(cos, sin, bias, lengths, modulate)
+        if cached:
+            attention = replace(attention, cache=self.new_cache(), fresh=layout.fine_lengths + length)
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), attention)
 
