@@ -19,6 +19,15 @@ namespace specedit::attn {
 #ifndef SPECEDIT_ATTN_SLACK
 #define SPECEDIT_ATTN_SLACK 8
 #endif
+#ifndef SPECEDIT_ATTN_CHUNKS
+#define SPECEDIT_ATTN_CHUNKS 4
+#endif
+#ifndef SPECEDIT_ATTN_WAIT_CHUNK
+#define SPECEDIT_ATTN_WAIT_CHUNK 3
+#endif
+#ifndef SPECEDIT_ATTN_POLYNOMIAL_EVERY
+#define SPECEDIT_ATTN_POLYNOMIAL_EVERY 1024
+#endif
 #ifndef SPECEDIT_ATTN_LOADER_REGISTERS
 #define SPECEDIT_ATTN_LOADER_REGISTERS 24
 #endif
@@ -40,6 +49,9 @@ constexpr int kBlockN = SPECEDIT_ATTN_BLOCK_N;  // keys of a tile
 constexpr int kMaxBatch = 512;  // batch entries whose lengths fit in shared memory
 constexpr int kMaxParts = 16;
 constexpr float kSlack = SPECEDIT_ATTN_SLACK;
+constexpr int kChunks = SPECEDIT_ATTN_CHUNKS;         // of a tile's softmax
+constexpr int kWaitChunk = SPECEDIT_ATTN_WAIT_CHUNK;  // the chunk before which it waits for the last weights' products
+constexpr int kPolynomialEvery = SPECEDIT_ATTN_POLYNOMIAL_EVERY;  // one exponential of so many by arithmetic
 constexpr bool kTakeTurns = SPECEDIT_ATTN_TAKE_TURNS;
 
 struct Strides {

@@ -278,6 +278,7 @@ struct Products {
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_polynomial(float x) { return x < -127 ? 0 : std::exp2(x); }
 
 template <typename T>
 uint32_t pack(float low, float high) {
