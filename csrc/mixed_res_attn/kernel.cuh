@@ -27,7 +27,7 @@ struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
-  static constexpr int kLoaderRegisters = GATHER ? 56 : SPECEDIT_ATTN_LOADER_REGISTERS;
+  static constexpr int kLoaderRegisters = GATHER ? 56 : 24;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
   // A thread's biases of a tile lie together; the padding keeps its four kinds of threads on different banks.
@@ -614,7 +614,8 @@ struct Computer {
   // large `raise` moves the top up and rescales what there is of this tile. What the products of the last tile still
   // use (weights, o) is left alone until they have ended.
 
-  __host__ __device__ static constexpr int chunk_at(int c) { return c * (N / 16) / kChunks * 8; }  // first element of chunk c
+  // The first element of chunk c.
+  __host__ __device__ static constexpr int chunk_at(int c) { return c * (N / 16) / kSoftmaxChunks * 8; }
 
   // Adds the biases of a chunk where they vary, and finds its largest scores.
   template <int c, bool VARIES>
@@ -677,20 +678,15 @@ struct Computer {
     set_pivot(constant);
   }
 
-  __device__ float exponential(float x, int i) {
-    const float exponent = fmaf(x, p.score_unit, offset[i / 2 % 2]);
-    if (i % kPolynomialEvery == kPolynomialEvery - 1) return sm90::exp2_polynomial(exponent);
-    return sm90::exp2_approx(exponent);
-  }
-
   template <int c>
   __device__ void weigh() {
 #pragma unroll
     for (int i = chunk_at(c); i < chunk_at(c + 1); i += 2) {
-      score[i] = exponential(score[i], i);
-      score[i + 1] = exponential(score[i + 1], i + 1);
-      total[i / 2 % 2] += score[i];
-      other[i / 2 % 2] += score[i + 1];
+      const int r = i / 2 % 2;
+      score[i] = sm90::exp2_approx(fmaf(score[i], p.score_unit, offset[r]));
+      score[i + 1] = sm90::exp2_approx(fmaf(score[i + 1], p.score_unit, offset[r]));
+      total[r] += score[i];
+      other[r] += score[i + 1];
     }
   }
 
@@ -698,20 +694,17 @@ struct Computer {
   template <int c, bool FIRST, bool VARIES>
   __device__ void chunks(uint32_t count, const float4* bias, float constant, float (&high)[2], bool above) {
     if (__builtin_expect(above, 0)) raise<c>(high, constant);
-    if constexpr (!FIRST && c == kWaitChunk) end_pv(count - 1);
-    if constexpr (c + 1 < kChunks) {
+    if constexpr (c + 1 < kSoftmaxChunks) {
       look_at<c + 1, VARIES>(bias, high);
       above = __any_sync(0xffffffffu, high[0] > limit[0] || high[1] > limit[1]);
-    } else {
-      release(&s.bias_empty[count % S::kBiasSlots]);
-    }
-    weigh<c>();
-    if constexpr (c > 0 && c >= kWaitChunk) pack_weights<c == kWaitChunk ? 0 : chunk_at(c - 1), chunk_at(c)>();
-    if constexpr (c + 1 < kChunks) {
+      weigh<c>();
       chunks<c + 1, FIRST, VARIES>(count, bias, constant, high, above);
     } else {
-      if constexpr (!FIRST && kWaitChunk == kChunks) end_pv(count - 1);
-      pack_weights<kWaitChunk == kChunks ? 0 : chunk_at(c), N / 2>();
+      // Nothing is packed before the last time that a top may rise: `raise` knows the scores alone.
+      if constexpr (!FIRST) end_pv(count - 1);
+      release(&s.bias_empty[count % S::kBiasSlots]);
+      weigh<c>();
+      pack_weights();
       if (__builtin_expect(rescale, 0)) rescale_output();
     }
   }
@@ -755,10 +748,9 @@ struct Computer {
   }
 
   // The accumulator's layout is that of an operand in registers: blocks 2 i and 2 i + 1 are its 16 columns i.
-  template <int BEGIN, int END>
   __device__ void pack_weights() {
 #pragma unroll
-    for (int i = BEGIN / 2; i < END / 2; ++i) weight[i] = sm90::pack<T>(score[2 * i], score[2 * i + 1]);
+    for (int i = 0; i < N / 4; ++i) weight[i] = sm90::pack<T>(score[2 * i], score[2 * i + 1]);
   }
 
   // One arrival a warp, when all its lanes are past the wait for this buffer: a lane that lagged could find the barrier
@@ -800,10 +792,10 @@ struct Computer {
     for (int left = w.end - w.begin - 1; left > 0; --left) {
       // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
       sm90::barrier_wait(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
-      if constexpr (kTakeTurns) sm90::named_sync(1 + g, 2 * kGroup);
+      sm90::named_sync(1 + g, 2 * kGroup);
       issue_qk(count + 1);
       issue_pv(count);
-      if constexpr (kTakeTurns) sm90::named_arrive(2 - g, 2 * kGroup);
+      sm90::named_arrive(2 - g, 2 * kGroup);
       ++count;
       softmax<false>(count);
     }
@@ -877,7 +869,7 @@ struct Computer {
   }
 
   __device__ void run() {
-    if (kTakeTurns && g == 1) sm90::named_arrive(1, 2 * kGroup);
+    if (g == 1) sm90::named_arrive(1, 2 * kGroup);
     const int lane = threadIdx.x % 32;
     const int row = g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4;
     uint32_t count = 0;

@@ -152,8 +152,6 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ inline void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
-
 // Keeps the compiler from moving accesses to accumulators across this point.
 template <int N>
 __device__ inline void pin(float (&x)[N]) {
@@ -255,16 +253,6 @@ __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// The same by arithmetic, for x < 127: 2^n of the nearest integer n times a cubic in the rest, which is off by 1e-4 of
-// the result at most. 0 below -127.
-__device__ inline float exp2_polynomial(float x) {
-  asm("max.NaN.f32 %0, %0, 0fC2FE0000;" : "+f"(x));
-  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: n stands in its low bits
-  const float rest = x - (shifted - 12582912.0f);
-  const float y = fmaf(fmaf(fmaf(0.055008921f, rest, 0.242210955f), rest, 0.693282929f), rest, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
 }
 
 // Two values rounded into one register, `low` in the low half.

@@ -111,7 +111,6 @@ inline bool named_sync_all(int id, int threads, bool value) {
 inline void let_grid_after_start() {}
 inline void wait_for_grid_before() {}
 inline void proxy_fence() {}
-inline void pause() {}
 inline void prefetch_map(const CUtensorMap*) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 
@@ -278,7 +277,6 @@ struct Products {
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float exp2_approx(float x) { return std::exp2(x); }
-inline float exp2_polynomial(float x) { return x < -127 ? 0 : std::exp2(x); }
 
 template <typename T>
 uint32_t pack(float low, float high) {
