@@ -17,8 +17,8 @@ CSRC = HERE.parent / "csrc"
 # None, the loader, the biases', one that computes.
 SLOW_WARPS = (-1, 0, 1, 4)
 CASES = (
-    "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "scatter", "kv_index",
-    "kv_index_parts", "all_indices",
+    "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs", "late",
+    "far_scores", "far_scores_kv_index", "scatter", "kv_index", "kv_index_parts", "all_indices",
 )  # fmt: skip
 
 
@@ -78,14 +78,16 @@ def test_the_kernel_on_the_cpu(program, case, slow_warp):
 @pytest.mark.parametrize(
     "before, after, case, slow_warp",
     [
-        # The biases' warp waits on K's barrier, which can go two phases on without it: the deadlock of the first build.
-        ("sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);",
-         "sm90::barrier_wait(&s.k_empty[slot.stage % S::kStages], (slot.stage / S::kStages) ^ 1);", "one_tile", 1),
         # The bias of the neighbouring key.
         ("column % 8 / 2 * S::kBiasStride + column / 8 * 2 + column % 2",
          "column % 8 / 2 * S::kBiasStride + column / 8 * 2 + 1 - column % 2", "one_tile", -1),
+        # Biases are overwritten before they were used.
+        ("sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);", "", "rounds", 4),
+        # Weights made before the maximum rose keep their old unit; so do the products.
+        ("        score[i] *= factor;\n", "", "stairs", -1),
+        ("if (__builtin_expect(rescale, 0)) rescale_output();", "", "jumps", -1),
     ],
-    ids=["a_wait_that_can_be_overtaken", "bias_of_another_key"],
+    ids=["bias_of_another_key", "biases_too_early", "old_weights", "old_products"],
 )  # fmt: skip
 def test_a_broken_kernel_fails(usable, tmp_path, before, after, case, slow_warp):
     """The emulation can tell: the same test on a kernel with one line wrong."""

@@ -27,7 +27,7 @@ struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
-  static constexpr int kLoaderRegisters = GATHER ? 56 : SPECEDIT_ATTN_LOADER_REGISTERS;
+  static constexpr int kLoaderRegisters = GATHER ? 56 : 24;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
   // A thread's biases of a tile lie together; the padding keeps its four kinds of threads on different banks.
@@ -571,7 +571,8 @@ struct Computer {
   float score[N / 2];
   uint32_t weight[N / 4];
   float top[2];  // running maximum of the rows, as a raw score
-  float total[2];
+  float total[2], other[2];  // sums of the weights, of even and of odd columns
+  float offset[2], limit[2];  // of this tile: what exponents add to scaled scores; the score that is too large
   float scaling[2];
   bool rescale;
 
@@ -605,78 +606,144 @@ struct Computer {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
   }
 
-  // Scores become weights, in place; total and top follow.
+  // ---- Softmax ----
+  //
+  // A tile's scores become weights in chunks of keys. A row's exponents are taken against its running maximum `top`,
+  // which holds as long as no key exceeds it by more than the slack: so no chunk waits for the maximum of the whole
+  // tile. While the exponentials of one chunk run, the largest scores of the next are found, and only where one is too
+  // large `raise` moves the top up and rescales what there is of this tile. What the products of the last tile still
+  // use (weights, o) is left alone until they have ended.
+
+  // The first element of chunk c.
+  __host__ __device__ static constexpr int chunk_at(int c) { return c * (N / 16) / kSoftmaxChunks * 8; }
+
+  // Adds the biases of a chunk where they vary, and finds its largest scores.
+  template <int c, bool VARIES>
+  __device__ void look_at(const float4* bias, float (&high)[2]) {
+    if constexpr (VARIES) {
+#pragma unroll
+      for (int i = chunk_at(c); i < chunk_at(c + 1); i += 8) {
+        const float4 x = bias[i / 8];
+        score[i + 0] += x.x;
+        score[i + 1] += x.y;
+        score[i + 2] += x.x;
+        score[i + 3] += x.y;
+        score[i + 4] += x.z;
+        score[i + 5] += x.w;
+        score[i + 6] += x.z;
+        score[i + 7] += x.w;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float* x = score + chunk_at(c) + 2 * r;
+      float even = fmaxf(x[0], x[1]);
+      float odd = fmaxf(x[4], x[5]);
+#pragma unroll
+      for (int i = 8; i < chunk_at(c + 1) - chunk_at(c); i += 8) {
+        even = fmaxf(fmaxf(even, x[i]), x[i + 1]);
+        odd = fmaxf(fmaxf(odd, x[i + 4]), x[i + 5]);
+      }
+      high[r] = fmaxf(even, odd);
+    }
+  }
+
+  __device__ void set_pivot(float constant) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // No key yet: all scores are -inf, and so must be the exponents.
+      offset[r] = top[r] == -INFINITY ? -INFINITY : (constant - top[r]) * p.score_unit;
+      limit[r] = top[r] + p.slack - constant;
+    }
+  }
+
+  // Raises the tops to the largest scores up to chunk c. Also where a top is -inf and there is a key.
+  template <int c>
+  __device__ void raise(const float (&high)[2], float constant) {
+    rescale = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float raised = fmaxf(top[r], quad_max(high[r]) + constant);
+      const float factor = raised == -INFINITY ? 1.0f : sm90::exp2_approx((top[r] - raised) * p.score_unit);
+      top[r] = raised;
+      scaling[r] *= factor;
+      total[r] *= factor;
+      other[r] *= factor;
+#pragma unroll
+      for (int i = 2 * r; i < chunk_at(c); i += 4) {
+        score[i] *= factor;
+        score[i + 1] *= factor;
+      }
+    }
+    set_pivot(constant);
+  }
+
+  template <int c>
+  __device__ void weigh() {
+#pragma unroll
+    for (int i = chunk_at(c); i < chunk_at(c + 1); i += 2) {
+      const int r = i / 2 % 2;
+      score[i] = sm90::exp2_approx(fmaf(score[i], p.score_unit, offset[r]));
+      score[i + 1] = sm90::exp2_approx(fmaf(score[i + 1], p.score_unit, offset[r]));
+      total[r] += score[i];
+      other[r] += score[i + 1];
+    }
+  }
+
+  // Chunk c and those after it. above: whether its largest scores, `high`, are too large.
+  template <int c, bool FIRST, bool VARIES>
+  __device__ void chunks(uint32_t count, const float4* bias, float constant, float (&high)[2], bool above) {
+    if (__builtin_expect(above, 0)) raise<c>(high, constant);
+    if constexpr (c + 1 < kSoftmaxChunks) {
+      look_at<c + 1, VARIES>(bias, high);
+      above = __any_sync(0xffffffffu, high[0] > limit[0] || high[1] > limit[1]);
+      weigh<c>();
+      chunks<c + 1, FIRST, VARIES>(count, bias, constant, high, above);
+    } else {
+      // Nothing is packed before the last time that a top may rise: `raise` knows the scores alone.
+      if constexpr (!FIRST) end_pv(count - 1);
+      release(&s.bias_empty[count % S::kBiasSlots]);
+      weigh<c>();
+      pack_weights();
+      if (__builtin_expect(rescale, 0)) rescale_output();
+    }
+  }
+
+  // FIRST: there are no products of a tile before. count: this tile.
+  template <bool FIRST, bool VARIES>
+  __device__ void softmax(uint32_t count, float constant) {
+    const float4* bias =
+        reinterpret_cast<const float4*>(&s.bias[count % S::kBiasSlots][threadIdx.x % 4 * S::kBiasStride]);
+    set_pivot(constant);
+    rescale = false;
+    scaling[0] = scaling[1] = 1.0f;
+    float high[2];
+    look_at<0, VARIES>(bias, high);
+    const bool above = __any_sync(0xffffffffu, high[0] > limit[0] || high[1] > limit[1]);
+    chunks<0, FIRST, VARIES>(count, bias, constant, high, above);
+  }
+
+  template <bool FIRST>
   __device__ void softmax(uint32_t count) {
     const int slot = count % S::kBiasSlots;
     sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
     const float constant = s.bias_constant[slot];
-    if (s.bias_varies[slot]) {
-      const float4* bias = reinterpret_cast<const float4*>(&s.bias[slot][threadIdx.x % 4 * S::kBiasStride]);
-#pragma unroll
-      for (int i = 0; i < N / 16; ++i) {
-        const float4 x = bias[i];
-        score[8 * i + 0] += x.x;
-        score[8 * i + 1] += x.y;
-        score[8 * i + 2] += x.x;
-        score[8 * i + 3] += x.y;
-        score[8 * i + 4] += x.z;
-        score[8 * i + 5] += x.w;
-        score[8 * i + 6] += x.z;
-        score[8 * i + 7] += x.w;
-      }
-    }
-    float high[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float even = fmaxf(score[2 * r], score[2 * r + 1]);
-      float odd = fmaxf(score[2 * r + 4], score[2 * r + 5]);
-#pragma unroll
-      for (int i = 2; i < N / 8; i += 2) {
-        even = fmaxf(fmaxf(even, score[4 * i + 2 * r]), score[4 * i + 2 * r + 1]);
-        odd = fmaxf(fmaxf(odd, score[4 * i + 2 * r + 4]), score[4 * i + 2 * r + 5]);
-      }
-      high[r] = quad_max(fmaxf(even, odd)) + constant;
-    }
-    // Also where the maximum is still -inf and there is a key; not where both are -inf.
-    rescale = __any_sync(0xffffffffu, high[0] > top[0] + p.slack || high[1] > top[1] + p.slack);
-    release(&s.bias_empty[slot]);
-    if (rescale) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float raised = fmaxf(top[r], high[r]);
-        scaling[r] = raised == -INFINITY ? 1.0f : sm90::exp2_approx((top[r] - raised) * p.score_unit);
-        total[r] *= scaling[r];
-        top[r] = raised;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // No key yet: all scores are -inf, and so must be the exponents.
-      const float pivot = top[r] == -INFINITY ? INFINITY : (top[r] - constant) * p.score_unit;
-      float even = 0.0f;
-      float odd = 0.0f;
-#pragma unroll
-      for (int i = 0; i < N / 8; ++i) {
-        float& x = score[4 * i + 2 * r];
-        float& y = score[4 * i + 2 * r + 1];
-        x = sm90::exp2_approx(fmaf(x, p.score_unit, -pivot));
-        y = sm90::exp2_approx(fmaf(y, p.score_unit, -pivot));
-        even += x;
-        odd += y;
-      }
-      total[r] += even + odd;
-    }
+    const bool varies = s.bias_varies[slot];
+    if (FIRST) sm90::products_wait<0>();
+    else sm90::products_wait<1>();
+    sm90::pin(score);
+    release(&s.k_empty[stage_of(count)]);
+    if (varies) softmax<FIRST, true>(count, constant);
+    else softmax<FIRST, false>(count, constant);
   }
 
   __device__ void rescale_output() {
-    if (rescale) {
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        o[4 * i + 0] *= scaling[0];
-        o[4 * i + 1] *= scaling[0];
-        o[4 * i + 2] *= scaling[1];
-        o[4 * i + 3] *= scaling[1];
-      }
+    for (int i = 0; i < D / 8; ++i) {
+      o[4 * i + 0] *= scaling[0];
+      o[4 * i + 1] *= scaling[0];
+      o[4 * i + 2] *= scaling[1];
+      o[4 * i + 3] *= scaling[1];
     }
   }
 
@@ -712,39 +779,29 @@ struct Computer {
     sm90::products_commit();
   }
 
-  __device__ void attend(const Work& w, uint32_t& count) {
-    sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
-    issue_qk(count);
-    sm90::products_wait<0>();
-    sm90::pin(score);
-    release(&s.k_empty[stage_of(count)]);
-    softmax(count);
-    pack_weights();
-    for (int left = w.end - w.begin - 1; left > 0; --left) {
-      // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
-      sm90::barrier_wait(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
-      if constexpr (kTakeTurns) sm90::named_sync(1 + g, 2 * kGroup);
-      issue_qk(count + 1);
-      issue_pv(count);
-      if constexpr (kTakeTurns) sm90::named_arrive(2 - g, 2 * kGroup);
-      sm90::products_wait<1>();
-      sm90::pin(score);
-      release(&s.k_empty[stage_of(count + 1)]);
-      softmax(count + 1);
-      // Never true. Without a branch on the sums ptxas moves the wait up, before the exponentials that it should follow.
-      if (total[0] + total[1] < 0.0f) sm90::pause();
-      sm90::products_wait<0>();
-      sm90::pin(o);
-      release(&s.v_empty[stage_of(count)]);
-      rescale_output();
-      pack_weights();
-      ++count;
-    }
-    release(&s.q_empty[g]);
-    issue_pv(count);
+  __device__ void end_pv(uint32_t count) {
     sm90::products_wait<0>();
     sm90::pin(o);
     release(&s.v_empty[stage_of(count)]);
+  }
+
+  __device__ void attend(const Work& w, uint32_t& count) {
+    sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
+    issue_qk(count);
+    softmax<true>(count);
+    for (int left = w.end - w.begin - 1; left > 0; --left) {
+      // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
+      sm90::barrier_wait(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
+      sm90::named_sync(1 + g, 2 * kGroup);
+      issue_qk(count + 1);
+      issue_pv(count);
+      sm90::named_arrive(2 - g, 2 * kGroup);
+      ++count;
+      softmax<false>(count);
+    }
+    release(&s.q_empty[g]);
+    issue_pv(count);
+    end_pv(count);
     ++count;
   }
 
@@ -812,7 +869,7 @@ struct Computer {
   }
 
   __device__ void run() {
-    if (kTakeTurns && g == 1) sm90::named_arrive(1, 2 * kGroup);
+    if (g == 1) sm90::named_arrive(1, 2 * kGroup);
     const int lane = threadIdx.x % 32;
     const int row = g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4;
     uint32_t count = 0;
@@ -827,8 +884,7 @@ struct Computer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         top[r] = -INFINITY;
-        total[r] = 0.0f;
-        scaling[r] = 1.0f;
+        total[r] = other[r] = 0.0f;
       }
       if (w.begin < w.end) attend(w, count);
       else release(&s.q_empty[g]);
@@ -836,7 +892,7 @@ struct Computer {
       float lse[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(total[r]);
+        const float sum = quad_sum(total[r] + other[r]);
         inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         lse[r] = sum == 0.0f ? -INFINITY : fmaf(top[r], p.score_unit, log2f(sum));
       }

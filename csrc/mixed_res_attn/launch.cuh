@@ -26,7 +26,7 @@ void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream) {
     config.blockDim = dim3(256);
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
+    config.numAttrs = 1;
     check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
   }
 }

@@ -9,38 +9,17 @@
 
 namespace specedit::attn {
 
-// Tile sizes and schedule, set from outside to compare variants.
-#ifndef SPECEDIT_ATTN_BLOCK_N
-#define SPECEDIT_ATTN_BLOCK_N 176
-#endif
-#ifndef SPECEDIT_ATTN_TAKE_TURNS
-#define SPECEDIT_ATTN_TAKE_TURNS 1
-#endif
-#ifndef SPECEDIT_ATTN_SLACK
-#define SPECEDIT_ATTN_SLACK 8
-#endif
-#ifndef SPECEDIT_ATTN_LOADER_REGISTERS
-#define SPECEDIT_ATTN_LOADER_REGISTERS 24
-#endif
-#ifndef SPECEDIT_ATTN_EARLY_JOIN
-#define SPECEDIT_ATTN_EARLY_JOIN 1
-#endif
-#ifndef SPECEDIT_ATTN_PART_COST
-#define SPECEDIT_ATTN_PART_COST 6
-#endif
-#ifndef SPECEDIT_ATTN_JOIN_COST
-#define SPECEDIT_ATTN_JOIN_COST 12
-#endif
-
-constexpr int kGroup = 128;     // threads of a warp group
+constexpr int kGroup = 128;        // threads of a warp group
 constexpr int kThreads = 384;
-constexpr int kRows = 64;       // queries of a computing warp group
-constexpr int kBlockM = 128;    // queries of a tile
-constexpr int kBlockN = SPECEDIT_ATTN_BLOCK_N;  // keys of a tile
-constexpr int kMaxBatch = 512;  // batch entries whose lengths fit in shared memory
+constexpr int kRows = 64;          // queries of a computing warp group
+constexpr int kBlockM = 128;       // queries of a tile
+constexpr int kBlockN = 176;       // keys of a tile
+constexpr int kSoftmaxChunks = 4;  // chunks of keys that a tile's softmax goes in
+constexpr int kMaxBatch = 512;     // batch entries whose lengths fit in shared memory
 constexpr int kMaxParts = 16;
-constexpr float kSlack = SPECEDIT_ATTN_SLACK;
-constexpr bool kTakeTurns = SPECEDIT_ATTN_TAKE_TURNS;
+constexpr float kSlack = 8;        // how far exponents may exceed the running maximum's
+constexpr int kPartCost = 6;       // start and end of a part, and the join of all, in quarters of a K tile's time
+constexpr int kJoinCost = 12;
 
 struct Strides {
   int64_t batch, row, head;
@@ -75,7 +54,7 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // Cost of cutting each of `rest` tiles of `blocks` K tiles into `parts`, on `workers` blocks; in quarters of a K tile.
 __host__ __device__ inline int cut_cost(int rest, int blocks, int parts, int workers) {
   const int rounds = ceil_div(rest * parts, workers);
-  return rounds * (4 * ceil_div(blocks, parts) + SPECEDIT_ATTN_PART_COST) + (parts > 1 ? SPECEDIT_ATTN_JOIN_COST : 0);
+  return rounds * (4 * ceil_div(blocks, parts) + kPartCost) + (parts > 1 ? kJoinCost : 0);
 }
 
 __host__ __device__ inline bool may_cut(int rest, int blocks, int parts, int slots) {

@@ -152,8 +152,6 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ inline void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
-
 // Keeps the compiler from moving accesses to accumulators across this point.
 template <int N>
 __device__ inline void pin(float (&x)[N]) {

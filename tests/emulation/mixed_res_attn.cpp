@@ -29,7 +29,8 @@ using Ints = std::vector<int>;
 constexpr int kSlowness = 200;
 constexpr float kUntouched = 123.0f;
 
-enum class Bias { kNone, kAlternating, kSorted, kRandom };
+// kJumps: from -200 to 0 in the middle, 150 at the end; kStairs: growing; kLate: -inf in the first half.
+enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate };
 
 struct Case {
   bool half;    // fp16, else bf16
@@ -39,20 +40,27 @@ struct Case {
   Ints q_lens = {}, kv_lens = {}, cu_q = {}, cu_k = {};
   int q_slots = 0, k_slots = 0;  // > 0: by index, so many slots
   bool scatter = false;
+  bool cut = false;  // whether tiles are to be cut
+  float later = 1;   // factor of the second half of the rows of k: scores far above those before
 };
 
 const std::map<std::string, Case> kCases = {
     {"one_tile", {false, 128, 1, 100, 900, 1, 1, 1, Bias::kAlternating}},
     {"few_rows_d64", {false, 64, 1, 44, 1500, 1, 1, 1, Bias::kAlternating}},
     {"rounds", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
-    {"parts", {false, 128, 1, 150, 3000, 1, 1, 4, Bias::kRandom}},
+    {"parts", {false, 128, 1, 150, 3000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 0, false, true}},
     {"lengths", {true, 128, 2, 200, 500, 2, 2, 3, Bias::kSorted, {130, 5}, {499, 17}}},
     {"lengths_0", {false, 128, 2, 200, 500, 1, 1, 2, Bias::kNone, {0, 200}, {499, 0}}},
     {"packed",
      {false, 64, 4, 260, 700, 2, 1, 3, Bias::kRandom, {}, {}, {0, 130, 130, 133, 250}, {0, 300, 300, 301, 690}}},
+    {"jumps", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kJumps}},
+    {"stairs", {true, 128, 1, 70, 1000, 1, 1, 1, Bias::kStairs}},
+    {"late", {false, 128, 1, 200, 1300, 1, 1, 1, Bias::kLate}},
+    {"far_scores", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kAlternating, {}, {}, {}, {}, 0, 0, false, false, 60}},
+    {"far_scores_kv_index", {true, 64, 1, 70, 800, 2, 1, 1, Bias::kNone, {}, {}, {}, {}, 0, 700, false, false, 60}},
     {"scatter", {false, 128, 1, 150, 400, 2, 2, 2, Bias::kAlternating, {140}, {}, {}, {}, 170, 0, true}},
     {"kv_index", {false, 128, 1, 150, 700, 2, 1, 3, Bias::kRandom, {}, {}, {}, {}, 0, 600}},
-    {"kv_index_parts", {false, 128, 1, 150, 2000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 3000}},
+    {"kv_index_parts", {false, 128, 1, 150, 2000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 3000, false, true}},
     {"all_indices", {true, 64, 2, 150, 700, 2, 1, 3, Bias::kSorted, {120, 60}, {800, 333}, {}, {}, 130, 900, true}},
 };
 
@@ -95,10 +103,17 @@ struct Problem {
     fill(q, c.rows_q, c.heads);
     fill(k, c.rows_k, c.heads_k);
     fill(v, c.rows_k, c.heads_k);
+    for (size_t i = k.size() / 2; i < k.size(); ++i) k[i] = make<T>(read(k[i]) * c.later);
     for (int i = 0; i < entries * c.rows_k; ++i) {
-      const bool coarse = c.bias == Bias::kSorted ? i % c.rows_k * 2 > c.rows_k : i % 2;
+      const int key = i % c.rows_k;
+      const bool later = key * 2 > c.rows_k;
       const float any = i % 7 ? normal(random) : -INFINITY;
-      bias.push_back(c.bias == Bias::kRandom ? any : coarse ? std::log(4.0f) : 0.0f);
+      float x = (c.bias == Bias::kSorted ? later : i % 2) ? std::log(4.0f) : 0.0f;
+      if (c.bias == Bias::kRandom) x = any;
+      if (c.bias == Bias::kJumps) x = key + 3 > c.rows_k ? 150.0f : later ? 0.0f : -200.0f;
+      if (c.bias == Bias::kStairs) x = 0.1f * key;
+      if (c.bias == Bias::kLate) x = later ? any : -INFINITY;
+      bias.push_back(x);
     }
     // Rows -1 (empty) to one past the last: an index out of range counts as empty.
     const auto index = [&](Ints& x, int slots, int rows) {
@@ -280,7 +295,7 @@ bool passes(const Case& c, int seed, int slow_warp) {
   const bool rest = problem.rest_is_right();
   std::printf("error %.1e, rest %s, %d tiles cut into %d parts\n", error, rest ? "right" : "wrong", problem.cut_count[0],
               problem.cut_count[1]);
-  return error < 0.02 && rest;
+  return error < 0.02 && rest && (problem.cut_count[1] > 1) == c.cut;
 }
 
 }  // namespace

@@ -111,7 +111,6 @@ inline bool named_sync_all(int id, int threads, bool value) {
 inline void let_grid_after_start() {}
 inline void wait_for_grid_before() {}
 inline void proxy_fence() {}
-inline void pause() {}
 inline void prefetch_map(const CUtensorMap*) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 
