@@ -55,7 +55,7 @@ def test_plain_pipeline_keeps_the_source(pipe, length):
     assert error < 0.05
 
 
-# rows above `top` and columns from `right` on are far from the turtle; of fewer pixels a block and the feather take more
+# rows above `top` and columns from `right` on are far from the turtle; a block is wider where there are fewer pixels
 @pytest.mark.parametrize("side, top, right, options", [(512, 240, 264, []), (256, 80, 144, ["--method", "flash"])],
                          ids=["specedit", "flash"])  # fmt: skip
 def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, options):
