@@ -133,6 +133,25 @@ def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
     assert torch.equal(first.images, edit(pipe, "graph", 2).images)
 
 
+def test_what_a_runner_has_ruled_out_is_not_looked_for(stubbed, monkeypatch):
+    """Passes over all modules that cost more than a launch: weights are brought together where they lie elsewhere than
+    at the last call, and no module is asked for hooks again."""
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    expected, lie, arranged = edit(pipe, "fused").images, ["here"], []
+
+    def fail(*arguments):
+        raise AssertionError("all modules are walked")
+
+    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: ("", list(lie)))
+    monkeypatch.setattr(SpecEditFluxKontextPipeline, "_arrange", lambda pipe: bool(arranged.append(lie[0])))
+    monkeypatch.setattr(SpecEditFluxKontextPipeline, "_execution_device", property(fail))
+    monkeypatch.setattr(SpecEditFluxKontextPipeline, "maybe_free_model_hooks", fail)
+    for lie[0] in ("here", "here", "there", "there", "here"):
+        assert torch.equal(edit(pipe, "graph").images, expected)
+    assert arranged == ["here", "there", "here"]
+
+
 @pytest.mark.parametrize("hooked", [None, "transformer_blocks.0", "vae"])
 def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())

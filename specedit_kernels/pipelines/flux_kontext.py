@@ -147,7 +147,8 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
         self._current_timestep = None
         self._interrupt = False
-        device = self._execution_device
+        runner = self._runner(specedit)
+        device = self._device_of(runner)
         clock = StageClock(device)
 
         # text
@@ -188,8 +189,6 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
         pixels = preprocess(self.image_processor, image, height, width, device)
         if pixels.shape[1] != 3:
             raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
-
-        runner = self._runner(specedit)
 
         def encode_whole(pixels: Tensor) -> Tensor:
             return self._encode_vae_image(image=pixels, generator=generator)

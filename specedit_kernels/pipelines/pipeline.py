@@ -76,7 +76,9 @@ class SpecEditMixin:
         reason, signature = f"{type(self).__name__} has no other", []
         if name in self.RUNNERS:
             reason, signature = inspect(name, self.transformer, self.vae)
-            if not reason and self._arrange():
+            kept = self._specedit_runner
+            arranged = kept is not None and kept.name == name and kept.watches(signature)
+            if not (reason or arranged) and self._arrange():
                 reason, signature = inspect(name, self.transformer, self.vae)
         if reason:
             _warn_once(f"runner={name!r}: steps run eagerly: {reason}")
@@ -90,6 +92,11 @@ class SpecEditMixin:
     def _arrange(self) -> bool:
         """Bring weights into the order in memory that a runner's steps like best. Whether any was moved."""
         return False
+
+    def _device_of(self, runner: StepRunner | None) -> torch.device:
+        """Where a call computes. A runner's modules have no hooks, which the pipeline's own answer looks for in every
+        module: that takes longer than a launch of any stage."""
+        return self._execution_device if runner is None else next(self.transformer.parameters()).device
 
     def _free_runner(self) -> None:
         if self._specedit_runner is not None:
@@ -188,7 +195,8 @@ class SpecEditMixin:
         else:
             images = self._decode(run, clean, selection, output_type)
             clock.mark("decode")
-        self.maybe_free_model_hooks()
+        if runner is None:  # which leaves modules with hooks alone
+            self.maybe_free_model_hooks()
         run.stats.seconds = clock.seconds()
         if runner:
             run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes

@@ -118,7 +118,8 @@ class _SpecEditQwenMixin(SpecEditMixin):
         self._attention_kwargs = dict(attention_kwargs or {})
         self._current_timestep = None
         self._interrupt = False
-        device = self._execution_device
+        runner = self._runner(specedit)
+        device = self._device_of(runner)
         clock = StageClock(device)
 
         # text
@@ -168,7 +169,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
             if guidance_scale is None:
                 raise ValueError("guidance_scale: expected a number for a guidance-distilled model, got None")
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
-        parts, runner = (self.transformer, self.vae, guidance, self._attention_kwargs), self._runner(specedit)
+        parts = (self.transformer, self.vae, guidance, self._attention_kwargs)
         model = QwenImageEditModel(*parts) if runner is None else FusedQwenModel(*parts, runner)
 
         def encode(at: Tensor) -> Tensor:

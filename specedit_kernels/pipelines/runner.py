@@ -148,6 +148,10 @@ class StepRunner:
         """Device memory of the buffers."""
         return sum(x.numel() * x.element_size() for kept in self._buffers.values() for x in kept)
 
+    def watches(self, signature: list[Hashable]) -> bool:
+        """Whether weights lie where they did at the last call; never, where the signature does not say where."""
+        return bool(signature) and signature == self._signature
+
     def watch(self, signature: list[Hashable]) -> None:
         """Forget all where it is not what it was at the last call."""
         if signature != self._signature:
