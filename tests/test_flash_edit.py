@@ -24,7 +24,7 @@ from specedit_kernels import (  # noqa: E402
 )
 from specedit_kernels.pipelines import flash_stages  # noqa: E402
 from specedit_kernels.pipelines.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
-from specedit_kernels.pipelines.flash_edit import GENERATOR, INVERTER  # noqa: E402
+from specedit_kernels.pipelines.flash_edit import COSI, GENERATOR, INVERTER  # noqa: E402
 from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
@@ -291,6 +291,38 @@ def test_cosi_weights_change_generator_and_noise(plain, weights):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_model_folder_brings_its_weights_and_they_go_where_the_pipeline_goes(plain, weights, tmp_path):
+    plain.save_pretrained(tmp_path)
+    assert FlashEditFluxKontextPipeline.from_pretrained(tmp_path)._generator is None
+    (tmp_path / COSI).mkdir()
+    for name in (GENERATOR, INVERTER):
+        (tmp_path / COSI / name).write_bytes((weights / name).read_bytes())
+    pipe = FlashEditFluxKontextPipeline.from_pretrained(tmp_path)
+    assert pipe.to(torch.float64) is pipe
+    assert {pipe._generator.dtype, pipe._inverter.dtype, pipe.transformer.dtype} == {torch.float64}
+
+
+def test_the_edit_region_has_white_noise_unless_told_otherwise(plain, weights, monkeypatch):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    region_first, used = flash_stages.region_first, []
+
+    def spy(run, noise, *rest):
+        used.append((run.noise.float(), noise))
+        return region_first(run, noise, *rest)
+
+    monkeypatch.setattr(flash_stages, "region_first", spy)
+    outs = [run(pipe, white(4), region_noise=r) for r in ("white", "inverted")]
+    (fresh, blend), (_, inverted) = used
+    assert torch.equal(blend[..., :8], fresh[..., :8]) and torch.equal(blend[..., 8:], inverted[..., 8:])
+    assert (inverted != fresh).float().mean() > 0.9 and all(out.stats.inverted for out in outs)
+    # nothing is left to invert where all is edited
+    whole = [run(pipe, white(), cosi=cosi) for cosi in (True, False)]
+    assert torch.equal(whole[0].images, whole[1].images) and not whole[0].stats.inverted
+    assert run(pipe, white(), region_noise="inverted").stats.inverted
+
+
 def test_without_weights_the_noise_is_white_and_it_says_so(pipe, caplog):
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         with_cosi = run(pipe, white(4))
@@ -341,7 +373,8 @@ def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
 @pytest.mark.parametrize("options, error, text", [
     (dict(method="slow"), ValueError, "method"), (dict(steps=0), ValueError, "steps"),
     (dict(guidance=0.5), ValueError, "guidance"),
-    (dict(cosi=1), TypeError, "cosi"), (dict(bg_shield=None), TypeError, "bg_shield"),
+    (dict(cosi=1), TypeError, "cosi"), (dict(region_noise="source"), ValueError, "region_noise"),
+    (dict(bg_shield=None), TypeError, "bg_shield"),
     (dict(mask_ratio="1"), TypeError, "mask_ratio"), (dict(layer=-1), ValueError, "layer"),
     (dict(token_ratio=-1.0), ValueError, "token_ratio"), (dict(max_active=1.5), ValueError, "max_active"),
     (dict(preserve="all"), ValueError, "preserve"),
@@ -406,7 +439,7 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
     for name in (GENERATOR, INVERTER):
         (model / "cosi" / name).write_bytes((weights / name).read_bytes())
     code, text, _ = command()
-    assert code == 0 and "noise       of the source" in text and "1 x invert 64" in text
+    assert code == 0 and "noise       of the source, white in the edit region" in text and "1 x invert 64" in text
 
 
 # steps of few launches

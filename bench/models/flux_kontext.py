@@ -448,9 +448,10 @@ def plot(rows, path):
         for name in PEERS:
             if rows.get(name, {}).get("seconds"):
                 lines.axhline(rows[name]["seconds"], color="grey", linestyle=":")
-                lines.annotate(name, (0, rows[name]["seconds"]), fontsize="small")
-        lines.set(xlabel="edited area, %", ylabel="seconds", ylim=(0, None))
-        lines.legend(fontsize="small")
+                lines.text(0.99, rows[name]["seconds"], name, transform=lines.get_yaxis_transform(), ha="right",
+                           va="bottom", fontsize="small")  # fmt: skip
+        lines.set(xlabel="edited area, %", ylabel="seconds", yscale="log")
+        lines.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0, 0.62))
         left = np.zeros(len(shown))
         for stage in dict.fromkeys(s for row in shown.values() for s in row["stages"]):
             width = np.array([row["stages"].get(stage, 0.0) for row in shown.values()])

@@ -4,10 +4,10 @@
     python bench/quality/flash_table.py --cosi runs/cosi                 # OUT/flash_table.md and .json
     python bench/quality/flash_table.py --cosi runs/cosi --limit 12 --rows flash 'flash, *'
 
-Columns: right, by the judge; PSNR and SSIM outside the edit against the source, and PSNR there against the source as the
-autoencoder gives it back, whose own error would hide what the edit does; PSNR inside against the true target, of edits
-with one right answer; recall of the true region and share of the tokens of the mask; and, of the source branch,
-how far it is from giving the source back: the cycle that COSI trains.
+Columns: right, by the judge; PSNR and SSIM outside the edit against the source, and PSNR there against the source as
+the autoencoder gives it back, whose own error would hide what the edit does; PSNR inside against the true target, of
+edits with one right answer; sharpness, as in table.py; recall of the true region and share of the tokens of the mask;
+and, of the source branch, how far it is from giving the source back: the cycle that COSI trains.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from judge import judge_edits
-from scenes import KINDS
+from scenes import EVALUATION_COUNTS
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
 from specedit_kernels.pipelines.flash_edit import GENERATOR
 from specedit_kernels.pipelines.low_rank import merged_copy
-from table_measures import grow, masked_psnr, mean, recall_precision, to_pixels
+from table_measures import grow, masked_psnr, mean, median, recall_precision, to_pixels
 from table_runs import (
     SHIPPED,
     Batched,
@@ -37,6 +37,7 @@ from table_runs import (
     make_set,
     markdown_table,
     prepare,
+    relative_sharpness,
     setting,
     stopwatch,
     write_json,
@@ -62,12 +63,14 @@ def all_rows():
     """In the order of what they are worth, should the time run out."""
     return {
         "flash": Row(FLASH),
-        "flash, before matching": Row(FLASH, generator="distilled"),
         "flash, no cosi": Row(replace(FLASH, cosi=False)),
+        "flash, inverted noise in the region too": Row(replace(FLASH, region_noise="inverted")),
         "flash, no bg_shield": Row(replace(FLASH, bg_shield=False)),
         "flash, no ssca": Row(replace(FLASH, ssca=False)),
         "flash, no ssca, no bg_shield": Row(replace(FLASH, bg_shield=False, ssca=False)),
         "flash, none of the three": Row(replace(FLASH, cosi=False, bg_shield=False, ssca=False)),
+        "flash, before matching": Row(FLASH, generator="distilled"),
+        "flash, before matching, no cosi": Row(replace(FLASH, cosi=False), generator="distilled"),
         "inversion-50+50": Row(FlashEditConfig(method="inversion")),
         "plain-50": Row(steps=50),
         "plain-1": Row(steps=1),
@@ -116,12 +119,14 @@ def run(row, part, runner, pipes):
 
 def measure(part, images, mask, source_error, judge, runner):
     source, target = part.pictures()
-    outside = ~to_pixels(grow(part.reach, 1))
+    around = grow(part.reach, 1)
+    outside = ~to_pixels(around)
     unique = part.edits.unique().to(images.device)
     figures = {
         "psnr_out": masked_psnr(images, source, outside), "ssim_out": ssim(images, source, outside),
         "psnr_kept": masked_psnr(images, runner.vae(source), outside),
         "psnr_in": masked_psnr(images, target, part.mask).masked_fill(~unique, torch.nan),
+        "sharpness": relative_sharpness(part.edits, source, target, images, around),
     }  # fmt: skip
     if judge is not None:
         figures["right"] = judge_edits(judge, part.edits, source, images).float()
@@ -134,7 +139,8 @@ def measure(part, images, mask, source_error, judge, runner):
 
 
 COLUMNS = {"right": ("right", 3), "psnr_out": ("out dB", 2), "ssim_out": ("out SSIM", 4), "psnr_kept": ("kept dB", 2),
-           "psnr_in": ("in dB", 2), "recall": ("recall", 3), "share": ("tokens %", 1), "cycle": ("cycle", 2)}
+           "psnr_in": ("in dB", 2), "sharpness": ("sharp", 3), "recall": ("recall", 3),
+           "share": ("tokens %", 1), "cycle": ("cycle", 2)}
 
 
 def markdown(header, records):
@@ -148,9 +154,10 @@ def markdown(header, records):
         markdown_table(["row", *(title for title, _ in COLUMNS.values())], lines), "",
         "right: the judge's share; out: outside the edit (and a token around it) against the source; kept: the same"
         " against the source as the autoencoder gives it back, without the autoencoder's own error; in: inside the"
-        " exact mask against the true target, of edits with one right answer; recall of the true region, of the same"
-        " edits; tokens: share of the mask; cycle: mean squared error of the source branch's latents against the"
-        " source's, in thousandths.", ""])
+        " exact mask against the true target, of edits with one right answer; sharp: gradient energy where the output"
+        " changed over the target's where that did, median of the edits with an object; recall of the true region, of"
+        " the edits with one right answer; tokens: share of the mask; cycle: mean squared error of the source branch's"
+        " latents against the source's, in thousandths.", ""])
 
 
 def main(argv=None):
@@ -170,8 +177,8 @@ def main(argv=None):
     before = Path(args.cosi) / "distilled" / GENERATOR
     if before.is_file():
         pipes["distilled"]._generator = merged_copy(runner.pipe.transformer, before)
-    edits = make_set(device, args.size, args.limit)
-    edits = edits[(edits.edits.kind == KINDS.index("local")).nonzero()[:, 0]]
+    # the first kind: its edits and their seeds are those of the whole set
+    edits = make_set(device, args.size, args.limit, {"local": EVALUATION_COUNTS["local"]})
     say(f"{len(edits)} edits are drawn")
     header, records = {"setting": setting(args, device), "edits": len(edits), "cosi": args.cosi}, {}
     for name, row in all_rows().items():
@@ -184,7 +191,8 @@ def main(argv=None):
             made = run(row, edits[rows], runner, pipes)
             for key, values in measure(edits[rows], *made, judge, runner).items():
                 columns.setdefault(key, []).append(values)
-        records[name] = {key: mean(torch.cat(values)) for key, values in columns.items()}
+        records[name] = {key: (median if key == "sharpness" else mean)(torch.cat(values))
+                         for key, values in columns.items()}
         say(f"{name}: {time.perf_counter() - begun:.1f} s; "
             + ", ".join(f"{k} {cell(v, 3)}" for k, v in records[name].items()))
         write_json(args.out / "flash_table.json", jsonable({**header, "rows": records}))

@@ -276,6 +276,15 @@ def set_reference(part, runner, output):
     return torch.where(unique, part.tokens, own), own
 
 
+def relative_sharpness(edits, source, target, images, around):
+    """[n]: gradient energy of an output where it changed, within tokens `around`, over the true target's where that
+    changed: an object's edges, each picture's own, as poses differ. nan where there is no object or no change."""
+    mine, theirs = to_pixels(changed_tokens(source, images) & around), to_pixels(changed_tokens(source, target))
+    sharp = sharpness(images, mine) / sharpness(target, theirs).clamp(min=1e-8)
+    with_object = torch.isin(edits.task, torch.tensor([TASKS.index(t) for t in ADDS_OBJECT])).to(images.device)
+    return sharp.masked_fill(~(with_object & mine.flatten(1).any(1)), torch.nan)
+
+
 @torch.no_grad()
 def measure(part, result, judge, own=None):
     """Figures of each edit: a dict of lists of n. own: bool like tokens, what the plain reference run changed."""
@@ -304,11 +313,7 @@ def measure(part, result, judge, own=None):
     figures["drift"] = masked_psnr(images, source, far)
     figures["drift_max"] = largest_difference(images, source, far)
 
-    # An object's edges, each picture's within what it changed: poses differ.
-    mine, theirs = to_pixels(changed_tokens(source, images) & around), to_pixels(changed_tokens(source, target))
-    sharp = sharpness(images, mine) / sharpness(target, theirs).clamp(min=1e-8)
-    with_object = torch.isin(edits.task, torch.tensor([TASKS.index(t) for t in ADDS_OBJECT])).to(there)
-    figures["sharpness"] = sharp.masked_fill(~(with_object & mine.flatten(1).any(1)), torch.nan)
+    figures["sharpness"] = relative_sharpness(edits, source, target, images, around)
 
     if result.mask is not None:
         mask = result.mask

@@ -25,6 +25,8 @@ from .stages import Run, Selection
 logger = logging.getLogger("specedit_kernels")
 
 METHODS = ("flash", "inversion")
+REGION_NOISES = ("white", "inverted")
+COSI = "cosi"  # the folder of both files in a model's own
 GENERATOR, INVERTER = "generator.safetensors", "inverter.safetensors"
 
 
@@ -37,7 +39,10 @@ class FlashEditConfig:
     steps: of the inversion and of the editing of "inversion", each.
     guidance: of the editing of "inversion": over 1 it has both branches, with true guidance from the source's text to
         the edit's.
-    cosi: the noise is the source's, from the inversion network; False, or without its weights: white noise.
+    cosi: the noise is the source's, from the inversion network (in the background, see region_noise); False, or
+        without its weights: white noise.
+    region_noise: with cosi, the noise in the edit region: "white", the run's own, or "inverted", the source's there too.
+        That one carries the source along, and one step gives half of the instructions' answers from it (bench/LOG.md).
     bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and the
         edit computes its region alone; False: the whole picture.
     ssca: text reaches the background without the key semantic tokens of the instruction.
@@ -55,6 +60,7 @@ class FlashEditConfig:
     steps: int = 50
     guidance: float = 1.0
     cosi: bool = True
+    region_noise: str = "white"
     bg_shield: bool = True
     ssca: bool = True
     # on 11 calibration edits, the shipped editor's own first step: recall .995 at 23 % of the tokens (true share: 10 %)
@@ -73,10 +79,12 @@ class FlashEditConfig:
     uniform_stride: ClassVar[int] = 0
     min_active: ClassVar[int] = 1
     coarse_references: ClassVar[bool] = False
+    kv_cache_dtype: ClassVar[str] = "auto"
 
     def __post_init__(self):
         _one_of("method", self.method, METHODS)
         _one_of("runner", self.runner, RUNNERS)
+        _one_of("region_noise", self.region_noise, REGION_NOISES)
         _one_of("preserve", self.preserve, (None, "pixels"))
         for name in ("cosi", "bg_shield", "ssca"):
             _flag(name, getattr(self, name))
@@ -108,12 +116,29 @@ class FlashEditMixin(SpecEditMixin):
     so the empty one stands for the source. Where prompt embeddings are given, the source branch's take the names of the
     negative ones, `negative_prompt_embeds` and the like. mask_image, preserve, output: as in SpecEdit.
     The generator is the pipeline's own transformer until `load_cosi` brings a distilled one and its inversion network.
+    `from_pretrained` does so from a local folder's `cosi/`, where it has one.
     """
 
     CONFIG = FlashEditConfig
 
     _generator = None
     _inverter = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options) -> Any:
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        weights = Path(pretrained_model_name_or_path) / COSI
+        if weights.is_dir():
+            pipe.load_cosi(weights)
+        return pipe
+
+    def to(self, *args, **options) -> Any:
+        """As any pipeline's; the one-step networks go along with the transformer."""
+        pipe = super().to(*args, **options)
+        for module in (self._generator, self._inverter):
+            if module is not None:
+                module.to(device=self.transformer.device, dtype=self.transformer.dtype)
+        return pipe
 
     def load_cosi(self, folder: str | Path) -> None:
         """Take the one-step generator and the inversion network from a folder that COSI training wrote.
@@ -181,14 +206,15 @@ class FlashEditMixin(SpecEditMixin):
         if not any(selection.changed):
             return run.source, selection, scores
 
-        noise = run.noise
-        if config.cosi and self._inverter is not None:
+        noise, words, whole = run.noise, None, all(selection.dense)
+        if config.cosi and self._inverter is None:
+            logger.warning("cosi: no inversion network is loaded (load_cosi): the noise is white")
+        elif config.cosi and not (whole and config.region_noise == "white"):
             noise = flash_stages.invert(run, run.model.using(self._inverter), source_text)
+            if config.region_noise == "white":
+                noise = flash_stages.white_inside(run, noise, selection)
             run.stats.inverted = True
             clock.mark("invert")
-        elif config.cosi:
-            logger.warning("cosi: no inversion network is loaded (load_cosi): the noise is white")
-        words, whole = None, all(selection.dense)
         if config.ssca and not whole:
             words = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
             run.stats.key_tokens = words

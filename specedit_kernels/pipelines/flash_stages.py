@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..sampling import noise as algebra
-from ..sampling.grid import coarse_grid, from_blocks, pack, unpack
+from ..sampling.grid import PATCH, coarse_grid, from_blocks, pack, unpack
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, sequence_length
 from . import stages
 from .attention import TextWatch
@@ -89,6 +89,11 @@ def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
     told = predict_noise(inverter, text, run.source)
     run.record("invert", 0.0, [math.prod(run.grid)] * run.batch)
     return complete_noise(told, run.noise).float()
+
+
+def white_inside(run: Run, noise: Tensor, selection: Selection) -> Tensor:
+    """The run's own white noise in the edit region, `noise` elsewhere: fp32 [B, C, H, W]."""
+    return torch.where(stages.on_pixels(selection.edited, run.grid, PATCH), run.noise.float(), noise)
 
 
 @dataclass(frozen=True)

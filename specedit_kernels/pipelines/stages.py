@@ -536,7 +536,7 @@ def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:
     return unpack(fine, run.grid), unpack(coarse, coarse_grid(run.grid))
 
 
-def _on_pixels(mask: Tensor, grid: Grid, times: int) -> Tensor:
+def on_pixels(mask: Tensor, grid: Grid, times: int) -> Tensor:
     """Token mask bool [B, N] -> [B, 1, times*rows, times*columns]."""
     image = mask.reshape(-1, 1, *grid)
     return image.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
@@ -556,7 +556,7 @@ def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[floa
     else:
         rest = algebra.expand_state(coarse.float(), level, run.noise)
     topped = algebra.top_up(fine.float(), level, to, run.fresh_noise(fine.shape))
-    mask = _on_pixels(selection.active, run.grid, PATCH)
+    mask = on_pixels(selection.active, run.grid, PATCH)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
     return dense_steps(run, joined, levels, [r.latents for r in run.references], "full")[0]
 
@@ -564,7 +564,7 @@ def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[floa
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
     """The locked finish: clean latents of the edit region from the sequence, the source's everywhere else."""
     fine, _ = _scatter_back(run, state)
-    return torch.where(_on_pixels(selection.edited, run.grid, PATCH), fine, run.source)
+    return torch.where(on_pixels(selection.edited, run.grid, PATCH), fine, run.source)
 
 
 def everything(run: Run) -> Selection:
@@ -592,7 +592,7 @@ def edit_alpha(edited: Tensor, grid: Grid, pixel: int, feather: int) -> Tensor:
 
     edited: bool [B, N]. pixel: pixels a side of a fine token. The seam falls linearly, outside the region.
     """
-    region = _on_pixels(edited, grid, pixel)
+    region = on_pixels(edited, grid, pixel)
     mask = region.float()
     radius = feather // 2
     if radius == 0:
