@@ -113,6 +113,12 @@ def _format(path: Path) -> str:
     return PIL.Image.registered_extensions()[path.suffix.lower()]
 
 
+def model_folder(text: str | os.PathLike) -> Path:
+    """The folder that a path names; where there is none, the shipped model of that name, if there is one."""
+    folder, shipped = Path(text), ASSETS / text
+    return shipped if not folder.exists() and folder.name == str(text) and shipped.is_dir() else folder
+
+
 def model_class(folder: Path) -> str:
     """The diffusers class, one of SUPPORTED, that model_index.json of a pipeline folder names, or UserError."""
     if not folder.is_dir():
@@ -223,7 +229,7 @@ def edit(arguments) -> None:
     image = read_image(arguments.image)
     user_mask = None if arguments.mask is None else read_image(arguments.mask, behind="black")
     references = [read_image(path) for path in arguments.reference]
-    folder = Path(arguments.model)
+    folder = model_folder(arguments.model)
     name = model_class(folder)
     if references and name != SEVERAL_PICTURES:
         raise UserError(f"--reference: {folder} is a {name}, which takes one picture")
@@ -375,7 +381,7 @@ def mask(arguments) -> None:
     out = check_output(arguments.output, [arguments.source, arguments.edited])
     source = read_image(arguments.source)
     edited = read_image(arguments.edited)
-    folder = Path(arguments.vae) if arguments.vae else SHIPPED_MODEL
+    folder = model_folder(arguments.vae) if arguments.vae else SHIPPED_MODEL
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     if subfolder is None and not (folder / "config.json").is_file():
         if not arguments.vae:
@@ -488,7 +494,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="edited.png", help="the edited picture")
     p.add_argument("--mask-output", default=None, help="the mask over the source (default: mask.png beside the output)")
     p.add_argument("--mask", default=None, help="a picture, white where to edit, in place of the draft")
-    p.add_argument("--model", default=str(SHIPPED_MODEL), help="a FLUX.1-Kontext or Qwen-Image-Edit folder")
+    p.add_argument(
+        "--model",
+        default=str(SHIPPED_MODEL),
+        help="a FLUX.1-Kontext or Qwen-Image-Edit folder, or a shipped one's name: tiny_kontext, tiny_qwen_image_edit",
+    )
     p.add_argument(
         "--reference",
         action="append",
@@ -524,7 +534,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="SOURCE", help="the source picture")
     p.add_argument("edited", metavar="EDITED", help="the edited picture; resized to the source's size")
     p.add_argument("-o", "--output", default="heat.png", help="the heat map over the source")
-    p.add_argument("--vae", default=None, help="a VAE folder or a pipeline folder (default: the shipped model's)")
+    p.add_argument(
+        "--vae", default=None, help="a VAE folder, a pipeline folder or a shipped model's name (default: tiny_kontext)"
+    )
     p.add_argument("--metric", choices=("decoder", "latent"), default="decoder", help="what is compared")
     p.add_argument("--threshold", type=_number, default=None, help="score over which a token is changed")
     p.add_argument("--device", default=None, help="a torch device (default: cuda where there is one, else cpu)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped checkpoint, loaded by diffusers' own code, and the example edit of the README."""
+"""The shipped checkpoints, loaded by diffusers' own code, and the example edit of the README."""
 
 from pathlib import Path
 
@@ -9,15 +9,21 @@ import torch
 
 pytest.importorskip("diffusers", reason="the pipelines need diffusers")
 
-from diffusers import FluxKontextPipeline  # noqa: E402
+from diffusers import FluxKontextPipeline, QwenImageEditPipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import specedit_kernels  # noqa: E402
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, cli  # noqa: E402
+from specedit_kernels import (  # noqa: E402
+    SpecEditConfig,
+    SpecEditFluxKontextPipeline,
+    SpecEditQwenImageEditPipeline,
+    cli,
+)
 from specedit_kernels.pipelines.flash_edit import COSI  # noqa: E402
 
 ASSETS = Path(specedit_kernels.__file__).parent / "assets"
 MODEL = ASSETS / "tiny_kontext"
+QWEN = ASSETS / "tiny_qwen_image_edit"
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +34,13 @@ def pipe():
     return loaded
 
 
-def test_size():
-    sizes = {path: path.stat().st_size for path in MODEL.rglob("*") if path.is_file()}
+@pytest.mark.parametrize("model", [MODEL, QWEN], ids=lambda folder: folder.name)
+def test_size(model):
+    sizes = {path: path.stat().st_size for path in model.rglob("*") if path.is_file()}
     one_step = sum(size for path, size in sizes.items() if path.parent.name == COSI)
-    assert 0 < one_step <= 15_000_000  # FlashEdit's
-    assert sum(sizes.values()) - one_step <= 40_000_000
+    assert one_step <= 15_000_000 and bool(one_step) == (model == MODEL)  # FlashEdit's
+    assert 30_000_000 < sum(sizes.values()) - one_step <= 40_000_000
+    assert max(sizes.values()) <= 15_000_000
 
 
 def test_it_is_a_kontext(pipe):
@@ -92,3 +100,25 @@ def test_from_pretrained_gives_the_drop_in_class(pipe):
     assert 0.02 < share < 0.6 and out.stats.nfe == 9 and out.stats.fallbacks == [None]
     plain = 9 * out.stats.plain_step_flops
     assert sum(step.flops for step in out.stats.steps) < 0.8 * plain
+
+
+def test_the_tiny_qwen_edits():
+    """Loaded by diffusers' own code; at 256 pixels the turtle turns purple and the rest stays as it is."""
+    plain = QwenImageEditPipeline.from_pretrained(QWEN)
+    assert plain.transformer.config.in_channels == 64 and plain.vae.config.z_dim == 16
+    ours = SpecEditQwenImageEditPipeline(**plain.components)
+    ours.set_progress_bar_config(disable=True)
+    picture = Image.open(ASSETS / "example.png").convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
+    settings = cli.model_settings(cli.model_folder("tiny_qwen_image_edit"), "QwenImageEditPipeline")
+    assert settings == {"max_area": 512**2, "true_cfg_scale": 1.0}
+    out = ours(image=picture, prompt="color the turtle purple", generator=torch.Generator().manual_seed(0),
+               specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"),
+               **settings | {"max_area": 256**2})
+    assert out.stats.nfe == 9 and out.stats.fallbacks == [None] and out.mask.float().mean() < 0.4
+    source, edited = (np.asarray(x).astype(int) for x in (picture, out.images[0]))
+    assert not (source != edited)[:120].any()  # above the turtle
+    turtle = (source[..., 1] > source[..., 0] + 40) & (source[..., 1] > source[..., 2] + 40)  # green pixels
+    turtle[:150] = False
+    turtle[:, 100:] = False
+    red, green, blue = edited[turtle].mean(0)
+    assert turtle.sum() > 1500 and blue > green + 60 and red > green + 30

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -269,6 +270,7 @@ def test_wrong_models_and_devices(capsys, tmp_path, model, source):
         return fails(capsys, "edit", source, "add a hat", "-o", tmp_path / "o.png", "--model", folder, *more)
 
     assert "no such model folder" in edit(tmp_path / "none")
+    assert "no such model folder" in edit("tiny_none")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "it has no model_index.json" in edit(empty)
@@ -330,3 +332,13 @@ def test_help_does_not_load_the_pipelines():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("edit", "mask", "doctor"))
+
+
+def test_shipped_models_have_names(tmp_path, monkeypatch):
+    """A name is a shipped folder's, unless a folder of that name stands here; a path is itself."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.model_folder("tiny_kontext") == cli.SHIPPED_MODEL
+    assert cli.model_folder(tmp_path / "tiny_kontext") == tmp_path / "tiny_kontext"
+    assert cli.model_folder("elsewhere") == Path("elsewhere")
+    (tmp_path / "tiny_kontext").mkdir()
+    assert cli.model_folder("tiny_kontext") == Path("tiny_kontext")

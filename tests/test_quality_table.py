@@ -292,6 +292,29 @@ def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
         run("e", "plain-4", onto="a")
 
 
+def test_table_without_a_plain_run_to_hold_against(runner, edits, tmp_path, monkeypatch):
+    """--reference-steps 0: nothing runs but what was asked for, and masks are held against the true ones."""
+    rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("9-coarse-full", config=SpecEditConfig(max_active=1.0))]
+    drawn = []
+    monkeypatch.setattr(table, "all_rows", lambda: rows)
+    monkeypatch.setattr(table, "load_pipeline", lambda *_: runner.pipe)
+    monkeypatch.setattr(table, "make_set", lambda *given: drawn.append(given[3]) or edits)
+    monkeypatch.setattr(table, "Runner", lambda *_: runner)
+    options = f"table.py --model random --judge none --device cpu --size 128 --out {tmp_path} --reference-steps 0"
+    monkeypatch.setattr(sys, "argv", [*options.split(), "--rows", "9-coarse-full", "--kinds", "local", "global"])
+    assert table.main() == 0
+    assert drawn == [{"local": 200, "global": 40}]
+    saved = json.loads((tmp_path / "table.json").read_text())
+    assert list(saved["rows"]) == ["9-coarse-full"] and saved["reference"] == "none" and not saved["targets"]
+    summary = saved["rows"]["9-coarse-full"]["summary"]["all"]
+    assert summary["recall"] == summary["recall_true"] is not None and "recall_own" not in summary
+    assert "held against the true masks" in (tmp_path / "table.md").read_text()
+    against_50 = options.removesuffix(" --reference-steps 0").split()
+    monkeypatch.setattr(sys, "argv", [*against_50, "--rows", "9-coarse-full", "--onto", str(tmp_path / "table.json")])
+    with pytest.raises(SystemExit):
+        table.main()
+
+
 def test_flops_of_steps_over_cached_keys(runner, edits):
     edits = edits[torch.arange(2)]
     base = SpecEditConfig(finish="locked", max_active=1.0)

@@ -9,6 +9,7 @@ precision, share and whole misses over thresholds and dilations. stages: presets
 """
 
 import argparse
+import fnmatch
 import json
 import math
 from dataclasses import replace
@@ -165,17 +166,20 @@ def calibrate_thresholds(args, runner, judge, say):
     right = hold_against_plain(args, runner, judge, edits)
     # An edit that the editor cannot do has no mask to be found.
     keep = right & edits.reference.flatten(1).any(1).cpu()
-    say(f"{args.reference_steps} plain steps: right {right.float().mean():.3f}; {int(keep.sum())} edits are used")
+    say((f"{args.reference_steps} plain steps: right {right.float().mean():.3f}; " if args.reference_steps else "")
+        + f"{int(keep.sum())} edits are used")
     if not keep.any():
         raise SystemExit("the plain run gets no edit right: nothing to calibrate on")
     edits = edits[keep.nonzero()[:, 0]]
     reference, kinds = edits.reference, edits.edits.kind
     pipe = Probe.of(runner.pipe)
     results, table, by_share = [], {}, []
-    header = {"setting": setting(args, runner.device), "edits": len(edits),
+    header = {"setting": setting(args, runner.device), "edits": len(edits), "reference_steps": args.reference_steps,
               "true_share": edits.tokens.float().mean().item(), "reference_share": reference.float().mean().item()}
     for draft, probes in PROBES.items():
         for place, (label, change) in enumerate(probes.items()):
+            if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
+                continue
             found = probe(pipe, runner, edits, SpecEditConfig(draft=draft, **change), args.batch)
             for (metric, form), scores in found.items():
                 auc = area_under_curve(scores, reference)
@@ -214,10 +218,14 @@ def thresholds_markdown(header, results, table):
         lines.append([f"{r['draft']}, {r['metric']}, {r['reference']}", f"{r['auc']:.4f}",
                       *(cell(r["auc_by_kind"].get(k), 4) for k in COUNTS),
                       *("–" if p is None else f"{100 * p['share']:.1f} ({p['threshold']:.3g})" for p in found)])
+    chosen, reference = "", ""
+    if header["reference_steps"]:
+        chosen = " that the editor's plain run gets right"
+        reference = " where there is one right answer, else what the plain run of the same noise changed"
     text = ["# Thresholds", "",
-            f"{header['edits']} calibration edits that the editor's plain run gets right; true share of tokens"
+            f"{header['edits']} calibration edits{chosen}; true share of tokens"
             f" {header['true_share']:.1%}, of the reference masks {header['reference_share']:.1%}. Reference mask: the"
-            " true one where there is one right answer, else what the plain run of the same noise changed."
+            f" true one{reference}."
             " Tokens are dilated and rounded up to 2x2 blocks, as a run selects them; recall is the mean over edits.",
             "", setting_text(header["setting"]) + ".", "",
             markdown_table(head, lines), "",
@@ -246,8 +254,11 @@ def thresholds_markdown(header, results, table):
 
 
 def hold_against_plain(args, runner, judge, edits):
-    """Sets the edits' reference masks from a plain run; gives [n] bool, which edits that run gets right."""
+    """Sets the edits' reference masks from a plain run; gives [n] bool, which edits that run gets right. Of no steps:
+    the true masks, and all edits."""
     edits.reference = edits.tokens.clone()
+    if not args.reference_steps:
+        return torch.ones(len(edits), dtype=torch.bool)
     row, right = Row("plain", steps=args.reference_steps), []
     for rows in torch.arange(len(edits)).split(args.batch):
         part = edits[rows]
@@ -346,10 +357,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "out/calibration")
     parser.add_argument("--part", choices=("thresholds", "stages", "both"), default="both")
+    parser.add_argument("--probes", nargs="+", metavar="GLOB", default=["*"], help="names or patterns of drafts")
     parser.add_argument("--threshold", type=float, help="of the stages' runs; default: those in OUT/thresholds.json")
     parser.add_argument("--presets", type=int, nargs="+", choices=tuple(FULL_SPLITS), default=sorted(FULL_SPLITS),
                         help="whose splits to try")
-    parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run")
+    parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run; 0: none, the true masks")
     args = parser.parse_args()
     device = prepare(args)
     say = stopwatch()

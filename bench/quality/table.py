@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from scenes import KINDS, TASKS
+from scenes import EVALUATION_COUNTS, KINDS, TASKS
 from specedit_kernels import SpecEditConfig
 from table_measures import CHANGED_FLOOR, CHANGED_SHARE, changed_tokens, largest, mean, median
 from table_runs import (
@@ -169,13 +169,13 @@ def marked(record):
     return record["row"] + (f" [{record['run']}]" if record.get("run") else "")
 
 
-def kind_table(kind, records, names):
+def kind_table(kind, records, names, reference=REFERENCE):
     """The table of one kind; local edits lead, with `right` of every kind."""
     shown = [c for c in COLUMNS if kind != "global" or c in ("tflop", "psnr_in", "active", "dense", "returned_source")]
     if kind == "ambiguous":
         shown = [c for c in shown if c not in ("psnr_in", "psnr_out", "recall_true", "recall_own", "missed_own")]
     rights = KINDS if kind == "local" else (kind,)
-    base = records.get(REFERENCE, {}).get("summary", {}).get(kind, {}).get("tflop")
+    base = records.get(reference, {}).get("summary", {}).get(kind, {}).get("tflop")
     head = ["row", "NFE", *("right " + k if kind == "local" else "right" for k in rights), "FLOPs /",
             *(COLUMNS[c][0] for c in shown)]
     lines = []
@@ -198,10 +198,10 @@ def kind_table(kind, records, names):
     return markdown_table(head, lines)
 
 
-def targets(records):
+def targets(records, reference=REFERENCE):
     """What the project asked of preset 9, with what was measured: (claim, measured, met) each."""
     out = []
-    plain = records.get(REFERENCE, {}).get("summary", {}).get("local")
+    plain = records.get(reference, {}).get("summary", {}).get("local")
     four = records.get("plain-4", {}).get("summary", {})
     for finish in ("full", "locked"):
         name = f"9-coarse-{finish}"
@@ -211,10 +211,10 @@ def targets(records):
         local = row["local"]
         if "right" in local:
             loss = 100 * (plain["right"] - local["right"])
-            out.append((f"{name}: at most 2 points of `right` under {REFERENCE}, local",
+            out.append((f"{name}: at most 2 points of `right` under {reference}, local",
                         f"{100 * local['right']:.1f} % against {100 * plain['right']:.1f} %", round(loss, 6) <= 2))
         loss = plain["psnr_in"] - local["psnr_in"]
-        out.append((f"{name}: at most .5 dB under {REFERENCE} inside, local",
+        out.append((f"{name}: at most .5 dB under {reference} inside, local",
                     f"{local['psnr_in']:.2f} against {plain['psnr_in']:.2f} dB", loss <= 0.5))
         for kind in ("local", "ambiguous"):
             if kind in four and kind in row:
@@ -246,6 +246,7 @@ def pairs(records, against=REFERENCE):
 
 def markdown(header, records, names):
     """The whole report."""
+    against = header.get("reference", REFERENCE)
     kinds = header["edits"]["kind"]
     text = ["# Quality of edits with known answers", "",
             f"{len(kinds)} held-out edits ({', '.join(f'{kinds.count(k)} {k}' for k in KINDS)}),"
@@ -255,21 +256,25 @@ def markdown(header, records, names):
             text += [f"[{number}]: rows of an earlier run: {setting_text(place)}.", ""]
     for kind in KINDS:
         if kind in kinds:
-            text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", kind_table(kind, records, names), ""]
-    goals = targets(records)
+            text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", kind_table(kind, records, names, against),
+                     ""]
+    goals = targets(records, against)
     if goals:
         text += ["## Targets", "", markdown_table(["target", "measured", "met"],
                                                   [[c, m, "yes" if met else "**no**"] for c, m, met in goals]), ""]
-    flips = pairs(records)
+    flips = pairs(records, against)
     if flips:
-        text += [f"Edits that only the row / only {REFERENCE} got right: "
+        text += [f"Edits that only the row / only {against} got right: "
                  + ", ".join(f"{n} {w}/{b}" for n, (w, b) in flips.items() if n in names) + ".", ""]
     failed = [n for n in names if "error" in records.get(n, {})]
     if failed:
         text += ["Failed rows: " + ", ".join(failed) + ".", ""]
+    if against == "none":
+        text += ["No plain run was asked for: recall, precision, AUC and misses are held against the true masks, also where"
+                 " those are one of many answers.", ""]
     rule = header["rule"]
     text += ["## Legend", LEGEND.format(
-        reference=REFERENCE, text_length=header["setting"]["text_length"], shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
+        reference=against, text_length=header["setting"]["text_length"], shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
         floor=rule["floor"], share=rule["share"], rule_recall=f"{rule['recall']:.1%}",
         rule_precision=f"{rule['precision']:.1%}").strip(), ""]
     return "\n".join(text)
@@ -294,7 +299,8 @@ def read_records(path, header, rows):
         former["setting"].setdefault("true_cfg_scale", 1.0)  # before there was a choice
         same = all(former["setting"][k] == header["setting"][k]
                    for k in ("model", "size", "text_length", "dtype", "true_cfg_scale"))
-        if not same or former["edits"] != header["edits"]:
+        if (not same or former["edits"] != header["edits"]
+                or former.get("reference", REFERENCE) != header.get("reference", REFERENCE)):
             return {}
         found = [json.loads(line) for line in lines[1:]]
     except (json.JSONDecodeError, KeyError, IndexError):
@@ -332,6 +338,9 @@ def read_former(path, header, rows):
     for key in ("model", "size", "text_length", "dtype", "true_cfg_scale"):
         if place[key] != header["setting"][key]:
             raise ValueError(f"--onto: expected a table of {key} {header['setting'][key]}, got {place[key]}")
+    wanted, got = (x.get("reference", REFERENCE) for x in (header, former))
+    if got != wanted:
+        raise ValueError(f"--onto: expected a table held against {wanted}, got {got}")
     edits = header["edits"]["kind"]
     if former["counts"] != {k: edits.count(k) for k in KINDS}:
         raise ValueError(f"--onto: expected a table of as many edits of each kind, got {former['counts']}")
@@ -384,23 +393,25 @@ class Table:
         known = {**self.former, **self.records}
         ordered = {n: known[n] for n in self.names if n in known}
         plain = {n: {k: v for k, v in r.items() if k != "figures"} for n, r in ordered.items()}
-        for name, flips in pairs(ordered).items():
+        against = self.header.get("reference", REFERENCE)
+        for name, flips in pairs(ordered, against).items():
             plain[name]["pairs"] = flips
         edits = self.header["edits"]
         write_json(self.out / "table.json", jsonable({
             **{k: v for k, v in self.header.items() if k != "edits"},
             "counts": {k: edits["kind"].count(k) for k in KINDS}, "rows": plain,
-            "targets": [dict(zip(("target", "measured", "met"), t)) for t in targets(ordered)]}))
+            "targets": [dict(zip(("target", "measured", "met"), t)) for t in targets(ordered, against)]}))
         write_text(self.out / "table.md", markdown(self.header, ordered, self.names))
 
 
-def run_row(row, edits, runner, judge, args, own):
+def run_row(row, edits, runner, judge, args, own, reference=REFERENCE):
     """One record: {"row", "nfe", "draft_nfe", "config", "seconds", "figures", "summary"}.
 
-    own: bool like edits.tokens, what the reference run changed; a run of the reference row fills it in."""
+    own: bool like edits.tokens, what the reference run changed; a run of the reference row fills it in. None: there is
+    no such run."""
     started = time.perf_counter()
     columns, nfe = {}, (0, 0)
-    is_reference = row.name == REFERENCE
+    is_reference = row.name == reference
     for rows in torch.arange(len(edits)).split(args.batch):
         part = edits[rows]
         result = runner.run(row, part)
@@ -410,7 +421,7 @@ def run_row(row, edits, runner, judge, args, own):
             there = rows.to(reference.device)
             edits.reference[there], own[there] = reference, changed
             part = edits[rows]
-        for name, values in measure(part, result, judge, own[rows.to(own.device)]).items():
+        for name, values in measure(part, result, judge, None if own is None else own[rows.to(own.device)]).items():
             columns.setdefault(name, []).append(values)
     figures = {name: torch.cat(values) for name, values in columns.items()}
     record = {"row": row.name, "nfe": nfe[0], "draft_nfe": nfe[1], "config": config_of(row),
@@ -439,6 +450,9 @@ def main():
     add_thresholds(parser)
     parser.add_argument("--onto", type=Path, help="a former table.json, whose other rows are kept")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of edits")
+    parser.add_argument("--reference-steps", type=int, choices=(0, *PLAIN_STEPS), default=50,
+                        help="of the plain run that others are held against; 0: none, masks against the true ones")
     args = parser.parse_args()
     rows = all_rows()
     if args.thresholds is not None:
@@ -456,14 +470,15 @@ def main():
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
     runner = Runner(pipe, args.text_length, args.true_cfg_scale)
-    edits = make_set(device, args.size, args.limit)
+    reference = f"plain-{args.reference_steps}" if args.reference_steps else "none"
+    edits = make_set(device, args.size, args.limit, {k: n for k, n in EVALUATION_COUNTS.items() if k in args.kinds})
     say(f"{len(edits)} edits are drawn")
     local = {k: edits.edits.kind == i for i, k in enumerate(KINDS)}
     share = edits.tokens.flatten(1).float().mean(1).cpu()
     header = {
         "setting": setting(args, device), "rule": check_rule(edits, runner, args.batch),
         "true_shares": {k: share[m].mean().item() for k, m in local.items() if m.any()},
-        "edits": edit_columns(edits.edits, edits.seeds), "former": [],
+        "edits": edit_columns(edits.edits, edits.seeds), "former": [], "reference": reference,
     }
     former = {}
     if args.onto is not None:
@@ -474,7 +489,7 @@ def main():
     path = args.out / "records.jsonl"
     table = Table(args, header, names, read_records(path, header, rows), former)
     edits.reference = edits.tokens.clone()
-    own = torch.zeros_like(edits.tokens)
+    own = torch.zeros_like(edits.tokens) if args.reference_steps else None
 
     # The reference comes first, whatever was asked for: others are held against what it changed. Then, in the order of
     # the patterns, those of few steps, so that a run that is cut short has most of them.
@@ -485,13 +500,13 @@ def main():
         pattern = next(i for i, glob in enumerate(args.rows) if fnmatch.fnmatchcase(name, glob))
         return pattern, sum(row.config.step_counts()) if row.config else row.steps
 
-    order = [REFERENCE, *sorted((n for n in chosen if n != REFERENCE), key=place)]
+    order = [*([reference] if args.reference_steps else []), *sorted((n for n in chosen if n != reference), key=place)]
     for name in order:
-        if name != REFERENCE and name in table.records and not args.redo:
+        if name != reference and name in table.records and not args.redo:
             say(f"{name}: kept from a former run")
             continue
         try:
-            record = run_row(by_name[name], edits, runner, judge, args, own)
+            record = run_row(by_name[name], edits, runner, judge, args, own, reference)
         except Exception as error:  # a row that fails is reported as failed, and the others go on
             traceback.print_exc()
             record = {"row": name, "error": f"{type(error).__name__}: {error}"}
