@@ -391,7 +391,7 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
     )
     run, level, at = ended["run"], begun["level"], ended["level"]
     assert 0 < at < level < 1
-    inside = stages._on_pixels(ended["active"], GRID, 2).expand_as(run.source)
+    inside = stages.on_pixels(ended["active"], GRID, 2).expand_as(run.source)
     same = begun["state"] == (1 - level) * run.source + level * run.noise
     assert not same[inside].any()
     assert same[~inside].all() if unselected == "source" else not same[~inside].all()
