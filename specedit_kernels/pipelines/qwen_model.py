@@ -172,12 +172,20 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
     # the timesteps of the last call of `moments`, and what it gave
     _moments: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
+    # the same of `joined`, which every step asks
+    _joined: tuple[tuple[QwenText, ...], QwenText | None] = ((), None)
 
     @property
     def _block(self) -> fused.Block:
         return fused.compiled_block() if self.runner.name == "compile" else fused.double_block
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
+        before = self._joined[0]
+        if len(before) != len(texts) or any(a is not b for a, b in zip(before, texts)):
+            self._joined = tuple(texts), self._join(texts)
+        return self._joined[1]
+
+    def _join(self, texts: Sequence[QwenText]) -> QwenText | None:
         lengths = [text.embeds.shape[1] for text in texts]
         longest = max(lengths)
         if len(texts) == 1 or longest - min(lengths) > self.JOINED:

@@ -188,7 +188,7 @@ class StepRunner:
         )
         if not fits:
             # graphs write to the old ones, which go before there are new ones; "a, b" belongs to "a"
-            self._drop([key for key in self._graphs if key[1] and name.startswith(key[1])])
+            self._drop([key for key in self._graphs if name.split(", ")[0] == key[1]])
             kept = self._buffers[name] = []
             whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
