@@ -265,6 +265,7 @@ def tiny_vae():
 @torch.no_grad()
 @pytest.mark.parametrize("served", ["reference", "triton"])
 def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, device, served):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # or convolutions make more of a last bit
     vae = tiny_vae().to(device)
     pixels, latents = torch.randn(2, 3, 16, 24, device=device), torch.randn(2, 4, 8, 12, device=device)
 

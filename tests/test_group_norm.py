@@ -147,9 +147,10 @@ def test_three_launches(random, parameters, device):
 )
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
 def test_offsets_beyond_32_bits(layout, device):
-    """The last sample of many gets the bits that it gets alone."""
+    """The last sample of many gets what it gets alone, but for the order of sums."""
     batch, weight = 2**31 // (64 * 1024 * 1024) + 2, torch.ones(64, device=device)
     x = layout(torch.zeros(batch, 64, 1024, 1024, dtype=torch.bfloat16, device=device))
     x[-1].normal_()
     y = op(x, 32, weight, weight * 0)
-    assert not y[:-1].any() and torch.equal(y[-1:], op(x[-1:].clone(), 32, weight, weight * 0))
+    assert not y[:-1].any()
+    torch.testing.assert_close(y[-1:], op(x[-1:].clone(), 32, weight, weight * 0), rtol=2**-7, atol=1e-6)

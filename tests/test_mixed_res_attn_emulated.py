@@ -18,7 +18,7 @@ CSRC = HERE.parent / "csrc"
 SLOW_WARPS = (-1, 0, 1, 4)
 CASES = (
     "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs", "late",
-    "far_scores", "far_scores_kv_index", "scatter", "kv_index", "kv_index_parts", "all_indices",
+    "far_scores", "far_scores_kv_index", "shares", "shares_of_lengths", "many_sharers", "scatter", "kv_index", "kv_index_parts", "all_indices",
 )  # fmt: skip
 
 
@@ -78,16 +78,23 @@ def test_the_kernel_on_the_cpu(program, case, slow_warp):
 @pytest.mark.parametrize(
     "before, after, case, slow_warp",
     [
+        # Biases are overwritten before they were used.
+        ("sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);\n      __syncwarp();", "", "rounds", 4),
         # The bias of the neighbouring key.
         ("column % 8 / 2 * S::kBiasStride + column / 8 * 2 + column % 2",
          "column % 8 / 2 * S::kBiasStride + column / 8 * 2 + 1 - column % 2", "one_tile", -1),
-        # Biases are overwritten before they were used.
-        ("sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);", "", "rounds", 4),
-        # Weights made before the maximum rose keep their old unit; so do the products.
-        ("        score[i] *= factor;\n", "", "stairs", -1),
-        ("if (__builtin_expect(rescale, 0)) rescale_output();", "", "jumps", -1),
+        # Weights made before the maximum rose keep their old unit.
+        ("\n        score[i] *= factor;\n", "\n", "stairs", -1),
+        # Scores that are computed anew are not.
+        ("sums[r] = fmaf(static_cast<float>(a[j]), static_cast<float>(b[j]), sums[r]);",
+         "sums[r] = 0.0f;", "far_scores", -1),
+        # The group that has no rows gives a buffer back without having waited for it.
+        ("      sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));\n      release(&s.v_empty",
+         "      release(&s.v_empty", "few_rows_d64", 4),
+        # One part too few is joined.
+        ("2 + inside", "1 + inside", "parts", -1),
     ],
-    ids=["bias_of_another_key", "biases_too_early", "old_weights", "old_products"],
+    ids=["biases_too_early", "bias_of_another_key", "old_weights", "old_scores", "given_back_unseen", "a_part_too_few"],
 )  # fmt: skip
 def test_a_broken_kernel_fails(usable, tmp_path, before, after, case, slow_warp):
     """The emulation can tell: the same test on a kernel with one line wrong."""

@@ -9,10 +9,11 @@
 // - A key's bias enters the scores divided by the scale, so that one multiply-add turns a score into an exponent. A
 //   warp of the loading group fetches the bias of a tile and tells whether it is one number; then it costs a scalar.
 //   Keys past the end have bias -inf: there is no other masking.
-// - The running maximum is raised only where it has fallen more than kSlack behind, so that the accumulators are
-//   seldom rescaled. Weights then reach 2^kSlack, which neither bf16 nor fp16 minds.
-// - Tiles are dealt to persistent blocks in whole rounds; those of the last, incomplete round are cut along their keys
-//   into equal parts, whose results a second kernel joins. The cut depends on lengths alone: equal calls, equal bits.
+// - The running maximum is raised only where the sum of a tile's weights shows that it has fallen far behind: scores are
+//   not compared, and the accumulators seldom rescaled. Weights then reach kLargeSum, which neither bf16 nor fp16 minds.
+// - Tiles are dealt to persistent blocks in rounds; those of the last, incomplete round are cut along their keys so that
+//   all blocks end together, and a second kernel joins the parts. The cut depends on lengths alone: equal calls, equal
+//   bits.
 #pragma once
 
 #include <cmath>
@@ -22,12 +23,16 @@
 
 namespace specedit::attn {
 
+// What is known of the biases of a tile.
+constexpr int kVaries = 1;    // they are not one number
+constexpr int kFarAbove = 2;  // one is so far above those of the tiles before that weights may not be finite
+
 template <typename T, int D, bool GATHER>
 struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
-  static constexpr int kLoaderRegisters = GATHER ? 56 : 24;
+  static constexpr int kLoaderRegisters = GATHER ? 56 : SPECEDIT_ATTN_LOADER_REGISTERS;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
   // A thread's biases of a tile lie together; the padding keeps its four kinds of threads on different banks.
@@ -43,13 +48,15 @@ struct Shared {
   T v[S::kStages][S::kBlockN * D];
   float bias[S::kBiasSlots][4 * S::kBiasStride];
   float bias_constant[S::kBiasSlots];
-  int bias_varies[S::kBiasSlots];
+  int bias_kind[S::kBiasSlots];
   uint64_t q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
   uint64_t bias_full[S::kBiasSlots], bias_empty[S::kBiasSlots], tail;
-  // The plan: lengths, first rows (packed layout) and first tile of each batch entry; how the last round is cut.
-  int q_len[kMaxBatch], k_len[kMaxBatch], q_row[kMaxBatch], k_row[kMaxBatch], tile_start[kMaxBatch + 1];
-  int whole, rest, parts;
+  // The plan: lengths, first rows (packed layout) and first tile of each batch entry; the tiles done in rounds, those of
+  // the last round; what the front of a tile may cost, and from where to where the backs are this block's.
+  int q_len[kMaxBatch], k_len[kMaxBatch], q_row[kMaxBatch], k_row[kMaxBatch], tile_start[kMaxBatch];
+  int tiles, whole, rounds, rest, level, stretch;
+  Place first, last;
 };
 
 __device__ inline int clamp(int x, int low, int high) { return min(max(x, low), high); }
@@ -65,84 +72,222 @@ __device__ inline int length_of(const int* lens, const int* cu, int b, int slots
   return lens == nullptr ? length : clamp(lens[b], 0, length);
 }
 
+// The batch entry of a tile.
+template <typename SharedT>
+__device__ inline int entry_of(const Params& p, const SharedT& s, int id) {
+  int low = 0;
+  int high = p.batch - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (s.tile_start[middle] <= id) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// Calls visit(b, backs, cost) for each batch entry with tiles from `whole` on, in order; cost: that of its backs.
+template <typename SharedT, typename Visit>
+__device__ inline void visit_backs(const Params& p, const SharedT& s, int whole, int tiles, int level, Visit visit) {
+  for (int b = entry_of(p, s, whole); b < p.batch && s.tile_start[b] < tiles; ++b) {
+    const int end = b + 1 < p.batch ? s.tile_start[b + 1] : tiles;
+    if (end == s.tile_start[b]) continue;
+    const Backs backs = Backs::of(s.q_len[b], s.k_len[b], level);
+    visit(b, backs, backs.before(end - s.tile_start[b]) - backs.before(max(whole - s.tile_start[b], 0)));
+  }
+}
+
+// Where the backs before cost `cost`.
+template <typename SharedT>
+__device__ inline Place place_of(const Params& p, const SharedT& s, int whole, int tiles, int level, int cost) {
+  Place at{tiles, 0};
+  int start = 0;
+  visit_backs(p, s, whole, tiles, level, [&](int b, const Backs& backs, int sum) {
+    if (cost >= start && cost < start + sum) {
+      at = backs.at(cost - start + backs.before(max(whole - s.tile_start[b], 0)));
+      at.tile += s.tile_start[b];
+    }
+    start += sum;
+  });
+  return at;
+}
+
+// What the host could not plan, for lengths are on the device.
+template <typename SharedT>
+__device__ void plan_on_device(const Params& p, SharedT& s) {
+  const int lane = threadIdx.x;
+  int tiles = 0;
+  int blocks = 0;
+  for (int start = 0; start < p.batch; start += 32) {
+    const int b = start + lane;
+    const int count = b < p.batch ? ceil_div(s.q_len[b], kBlockM) * p.heads : 0;
+    if (count > 0) blocks = max(blocks, ceil_div(s.k_len[b], kBlockN));
+    int sum = count;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += below;
+    }
+    if (b < p.batch) s.tile_start[b] = tiles + sum - count;
+    tiles += __shfl_sync(0xffffffffu, sum, 31);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) blocks = max(blocks, __shfl_xor_sync(0xffffffffu, blocks, step));
+  __syncwarp();
+  const int workers = gridDim.x;
+  const int worker = blockIdx.x;
+  const int rest = tiles % workers;
+  const int whole = tiles - rest;
+  const int sharers = workers - rest;
+  const int most = 4 * blocks + kPieceCost;
+  const auto sum_at = [&](int level) {
+    int sum = 0;
+    visit_backs(p, s, whole, tiles, level, [&](int, const Backs&, int cost) { sum += cost; });
+    return sum;
+  };
+  // The lowest level at which no sharer takes longer than a front; 32 levels are tried at once.
+  int level = most;
+  if (rest > 0 && p.part_out != nullptr && blocks <= kMaxBlocks && workers <= kMaxWorkers) {
+    int low = kPieceCost + 4 * kLeastPart - 1;  // too low
+    while (most - low > 1 && level - low > 1) {
+      const int step = ceil_div(level - low, 32);
+      const int mine = min(low + (lane + 1) * step, level);
+      const bool enough = mine >= stretch_of(sum_at(mine), sharers, blocks);
+      const unsigned all = __ballot_sync(0xffffffffu, enough || mine == level);
+      const int found = __ffs(all) - 1;
+      level = min(low + (found + 1) * step, level);
+      low += found * step;
+    }
+  }
+  const bool cut = level + kJoinCost < most;
+  const int stretch = cut ? stretch_of(sum_at(level), sharers, blocks) - kPieceCost : 1;
+  Place at{tiles, 0};
+  if (cut && worker >= rest && lane < 2) at = place_of(p, s, whole, tiles, level, (worker - rest + lane) * stretch);
+  if (lane == 0) {
+    s.tiles = tiles;
+    s.whole = cut ? whole : tiles;
+    s.rest = cut ? rest : 0;
+    s.level = level;
+    s.stretch = stretch;
+    s.first = at;
+  }
+  if (lane == 1) s.last = at;
+}
+
 template <typename T, int D, bool GATHER>
 __device__ void make_plan(const Params& p, Shared<T, D, GATHER>& s) {
-  using S = Shape<T, D, GATHER>;
   for (int b = threadIdx.x; b < p.batch; b += kThreads) {
     s.q_len[b] = length_of(p.q_lens, p.cu_q, b, p.num_q, p.rows_q, s.q_row[b]);
     s.k_len[b] = length_of(p.kv_lens, p.cu_k, b, p.num_k, p.rows_k, s.k_row[b]);
+    if (p.planned) s.tile_start[b] = b * p.heads * ceil_div(p.num_q, kBlockM);
+  }
+  if (p.planned && threadIdx.x == 0) {
+    const int sharer = static_cast<int>(blockIdx.x) - p.rest;
+    const bool shares = p.rest > 0 && sharer >= 0;
+    s.whole = p.whole;
+    s.rest = p.rest;
+    s.level = p.level;
+    s.first = shares ? p.places[sharer] : Place{0, 0};
+    s.last = shares ? p.places[sharer + 1] : Place{0, 0};
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    int total = 0;
-    int blocks = 0;
-    for (int start = 0; start < p.batch; start += 32) {
-      const int b = start + lane;
-      int tiles = b < p.batch ? ceil_div(s.q_len[b], kBlockM) * p.heads : 0;
-      if (tiles > 0) blocks = max(blocks, ceil_div(s.k_len[b], S::kBlockN));
-      int sum = tiles;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += below;
-      }
-      if (b < p.batch) s.tile_start[b] = total + sum - tiles;
-      total += __shfl_sync(0xffffffffu, sum, 31);
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) blocks = max(blocks, __shfl_xor_sync(0xffffffffu, blocks, step));
-    const int workers = gridDim.x;
-    const int rest = total % workers;
-    const int parts = lane % kMaxParts + 1;
-    int choice = cut_cost(rest, blocks, parts, workers) * 32 + parts;
-    if (!may_cut(rest, blocks, parts, p.slots)) choice = 0x7fffffff;
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) choice = min(choice, __shfl_xor_sync(0xffffffffu, choice, step));
-    if (lane == 0) {
-      s.tile_start[p.batch] = total;
-      s.whole = total - rest;
-      s.rest = rest;
-      s.parts = rest == 0 ? 1 : choice % 32;
-    }
+  if (!p.planned) {
+    if (threadIdx.x < 32) plan_on_device(p, s);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    s.rounds = ceil_div(max(s.whole - static_cast<int>(blockIdx.x), 0), static_cast<int>(gridDim.x));
   }
   __syncthreads();
 }
 
+// Notes the tile of which this block does the front, for the kernel that joins parts. A warp's work.
+template <typename SharedT>
+__device__ void note_cut_tile(const Params& p, const SharedT& s) {
+  const int worker = blockIdx.x;
+  const int lane = threadIdx.x % 32;
+  if (worker >= p.most_cut) return;
+  CutTile cut{};
+  if (worker < s.rest) {
+    const int id = s.whole + worker;
+    int begin = 0;  // of the sharers that may begin in its back
+    int end = static_cast<int>(gridDim.x) - s.rest;
+    if (!p.planned) {
+      int before = 0;
+      visit_backs(p, s, s.whole, s.tiles, s.level, [&](int b, const Backs& backs, int sum) {
+        const int skipped = backs.before(max(s.whole - s.tile_start[b], 0));
+        if (s.tile_start[b] <= id) begin = (before + backs.before(id - s.tile_start[b]) - skipped) / s.stretch;
+        before += sum;
+      });
+      end = begin + 32;
+    }
+    int inside = 0;
+    for (int start = begin; start < end; start += 32) {
+      const int i = start + lane;
+      Place at{0, 0};
+      if (i < end) at = p.planned ? p.places[i] : place_of(p, s, s.whole, s.tiles, s.level, i * s.stretch);
+      const unsigned found = __ballot_sync(0xffffffffu, at.tile == id && at.block > 0);
+      if (inside == 0 && found != 0) cut.sharer = start + __ffs(found) - 1;
+      inside += __popc(found);
+    }
+    cut.b = entry_of(p, s, id);
+    const int of_head = ceil_div(s.q_len[cut.b], kBlockM);
+    const int local = id - s.tile_start[cut.b];
+    cut.head = local / of_head;
+    cut.tile = local - cut.head * of_head;
+    cut.rows = min(s.q_len[cut.b] - cut.tile * kBlockM, kBlockM);
+    cut.rest = s.rest;
+    const int blocks = ceil_div(s.k_len[cut.b], kBlockN);
+    const bool whole_front = front_of(blocks, cut.rows <= kRows ? kHalfCost : 4, s.level) == blocks;
+    cut.parts = whole_front ? 0 : 2 + inside;
+  }
+  if (lane == 0) p.cut_tiles[worker] = cut;
+}
+
 // One item of a block's work: a tile of queries of one head, and the K tiles [begin, end) that it meets.
 struct Work {
-  int b, head, tile, begin, end;
+  int b, head, tile, rows, begin, end;
   int part;  // slot of the result, or -1: the result is final
 
+  // Whether computing warp group g has rows.
+  __device__ bool has_rows(int g) const { return rows > g * kRows; }
+
+  // The block's item number `item`.
   template <typename SharedT>
   __device__ bool get(const Params& p, const SharedT& s, int item) {
-    int id = item;
-    int index = 0;
-    part = -1;
-    if (item >= s.whole) {
-      if (item >= s.whole + s.rest * s.parts) return false;
-      if (s.parts > 1) {
-        // Part by part, so that the tiles of one head read the same keys at the same time.
-        part = item - s.whole;
-        index = part / s.rest;
-        id = s.whole + part - index * s.rest;
-      }
+    const int worker = blockIdx.x;
+    const int workers = gridDim.x;
+    int id = item * workers + worker;
+    const bool back = id >= s.whole && worker >= s.rest;
+    if (back) {
+      id = s.first.tile + item - s.rounds;
+      if (id >= s.last.tile + (s.last.block > 0)) return false;
+    } else if (id >= s.whole + s.rest) {
+      return false;
     }
-    int low = 0;
-    int high = p.batch - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (s.tile_start[middle] <= id) low = middle;
-      else high = middle - 1;
-    }
-    b = low;
+    b = entry_of(p, s, id);
     const int tiles = ceil_div(s.q_len[b], kBlockM);
     const int local = id - s.tile_start[b];
     head = local / tiles;
     tile = local - head * tiles;
-    const int blocks = ceil_div(s.k_len[b], SharedT::S::kBlockN);
-    begin = part < 0 ? 0 : index * blocks / s.parts;
-    end = part < 0 ? blocks : (index + 1) * blocks / s.parts;
+    rows = min(s.q_len[b] - tile * kBlockM, kBlockM);
+    begin = 0;
+    end = ceil_div(s.k_len[b], SharedT::S::kBlockN);
+    part = -1;
+    const int front = id < s.whole ? end : front_of(end, rows <= kRows ? kHalfCost : 4, s.level);
+    if (back) {
+      // A tile without a back is an item without rows and keys.
+      if (front == end) rows = 0;
+      begin = front;
+      part = s.rest + id - s.whole;
+      if (id == s.last.tile) end = front + s.last.block;
+      if (id == s.first.tile && s.first.block > 0) {
+        begin = front + s.first.block;
+        part = s.rest + worker;
+      }
+    } else if (front < end) {
+      end = front;
+      part = id - s.whole;
+    }
     return true;
   }
 };
@@ -220,7 +365,7 @@ struct TileLoader {
     Ring<S::kStages> k_ring, v_ring;
     uint32_t q_parity = 0;
     Work w;
-    for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
+    for (int item = 0; w.get(p, s, item); ++item) {
       const int kv_head = w.head / p.group;
       const int copy_b = p.cu_k == nullptr ? w.b : 0;
       const int k_row = s.k_row[w.b];
@@ -274,10 +419,11 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
   const int lane = threadIdx.x % 32;
   Ring<S::kBiasSlots> slot;
   Work w;
-  for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
+  for (int item = 0; w.get(p, s, item); ++item) {
     const float* bias = nullptr;
     if (p.bias != nullptr) bias = p.bias + (p.cu_k == nullptr ? w.b * p.bias_batch : 0) + s.k_row[w.b];
     const int k_len = s.k_len[w.b];
+    float before = -INFINITY;  // the largest bias of the tiles before
     for (int block = w.begin; block < w.end; ++block) {
       float value[kEach];
 #pragma unroll
@@ -290,6 +436,11 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) same = same && (value[i] == first || i * 32 + lane >= S::kBlockN);
       same = __all_sync(0xffffffffu, same);
+      float high = value[0];
+#pragma unroll
+      for (int i = 1; i < kEach; ++i) high = fmaxf(high, value[i]);
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
       sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);
       __syncwarp();
       if (!same) {
@@ -300,9 +451,10 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
         }
       }
       if (lane == 0) {
-        s.bias_varies[slot.stage] = !same;
+        s.bias_kind[slot.stage] = (same ? 0 : kVaries) | (high > before + 8 * p.slack ? kFarAbove : 0);
         s.bias_constant[slot.stage] = same ? first : 0.0f;
       }
+      before = fmaxf(before, high);
       __syncwarp();
       if (lane == 0) sm90::barrier_arrive(&s.bias_full[slot.stage]);
       slot.next();
@@ -315,31 +467,34 @@ __device__ inline bool query_row(const Params& p, int b, int slot, int q_len, in
   return row >= 0 && row < p.rows_q;
 }
 
-// The queries of one computing warp group by q_index: a warp copies their rows.
+// The queries of one computing warp group by q_index: a box for each row and panel. Rows outside read as zeros.
 template <typename T, int D>
 __device__ void gather_queries(const Params& p, Shared<T, D, false>& s, int g) {
-  constexpr int kChunks = D / 8;
   const int lane = threadIdx.x % 32;
-  const uint32_t target = sm90::shared_address(s.q[g]);
   uint32_t parity = 0;
   Work w;
-  for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
-    const T* base = static_cast<const T*>(p.q) + w.b * p.q_strides.batch + w.head * p.q_strides.head;
-    const int first = w.tile * kBlockM + g * kRows;
+  for (int item = 0; w.get(p, s, item); ++item) {
+    // Looked up while the rows before are still in use.
+    int rows[kRows / 32];
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      const int slot = w.tile * kBlockM + g * kRows + i * 32 + lane;
+      if (!query_row(p, w.b, slot, s.q_len[w.b], rows[i])) rows[i] = -1;
+    }
     sm90::barrier_wait(&s.q_empty[g], parity ^ 1);
     parity ^= 1;
-#pragma unroll 4
-    for (int i = lane; i < kRows * kChunks; i += 32) {
-      int row;
-      const bool valid = query_row(p, w.b, first + i / kChunks, s.q_len[w.b], row);
-      const T* source = valid ? base + row * p.q_strides.row + i % kChunks * 8 : base;
-      sm90::copy_16(target + swizzled(i / kChunks, i % kChunks, kRows), source, valid);
-    }
-    sm90::copies_commit();
-    sm90::copies_wait<0>();
-    sm90::proxy_fence();
     __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(&s.q_full[g]);
+    if (lane == 0) sm90::barrier_expect(&s.q_full[g], kRows * D * sizeof(T));
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) {
+        T* target = s.q[g] + (panel * kRows + i * 32 + lane) * 64;
+        sm90::copy_box(target, &p.q_row_map, &s.q_full[g], 0, rows[i], panel, w.head, w.b);
+      }
+    }
+    __syncwarp();
   }
 }
 
@@ -355,33 +510,6 @@ struct RowLoader {
 
   const Params& p;
   SharedT& s;
-  uint64_t* pending = nullptr;  // told when the copies before the last commit have arrived
-
-  __device__ void tell() {
-    sm90::proxy_fence();
-    sm90::barrier_arrive(pending);
-  }
-
-  // Waits until a buffer is free; copies that others wait for are not held up by it.
-  __device__ void acquire(uint64_t* empty, uint32_t parity) {
-    if (sm90::barrier_try(empty, parity ^ 1)) return;
-    if (pending != nullptr) {
-      sm90::copies_wait<0>();
-      tell();
-      pending = nullptr;
-    }
-    sm90::barrier_wait(empty, parity ^ 1);
-  }
-
-  __device__ void commit(uint64_t* full) {
-    sm90::copies_commit();
-    if (pending != nullptr) {
-      sm90::copies_wait<1>();
-      tell();
-    }
-    pending = full;
-  }
-
   // rows[i]: the row that this warp's lane i knows; see run().
   __device__ void copy_tile(const T* base, int64_t row_stride, T* target, const int (&rows)[2]) {
     constexpr int kRowsOfWarp = kRowsAtOnce / 4;
@@ -412,31 +540,37 @@ struct RowLoader {
     Ring<S::kBiasSlots> slot;
     uint32_t q_parity = 0;
     Work w;
-    for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
+    for (int item = 0; w.get(p, s, item); ++item) {
       const int kv_head = w.head / p.group;
       const T* k = static_cast<const T*>(p.k) + w.b * p.k_strides.batch + kv_head * p.k_strides.head;
       const T* v = static_cast<const T*>(p.v) + w.b * p.v_strides.batch + kv_head * p.v_strides.head;
       const int* index = p.kv_index + w.b * p.kv_index_batch;
       const float* bias = p.bias == nullptr ? nullptr : p.bias + w.b * p.bias_batch;
       const int k_len = s.k_len[w.b];
-      // The row of a key slot, -1 where there is none.
-      const auto row_of = [&](int key) {
-        const int row = key < k_len ? index[key] : -1;
-        return row < p.rows_k ? row : -1;
+      // Lane i of a warp knows its rows number i and i + 32 of a tile: where in the tile they are, which row of k that is
+      // (-1: none) and its bias. Both are asked for a tile ahead.
+      const auto place_of = [&](int i) {
+        const int number = i * 32 + lane;
+        return number / kRowsOfWarp * kRowsAtOnce + warp * kRowsOfWarp + number % kRowsOfWarp;
       };
-      // Lane i of a warp looks up the warp's rows i and i + 32 of a tile.
       const auto look_up = [&](int block, int(&rows)[2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int number = i * 32 + lane;
-          const int place = number / kRowsOfWarp * kRowsAtOnce + warp * kRowsOfWarp + number % kRowsOfWarp;
-          rows[i] = number < kSteps * kRowsOfWarp ? row_of(block * S::kBlockN + place) : -1;
+          const int key = block * S::kBlockN + place_of(i);
+          const int row = i * 32 + lane < kSteps * kRowsOfWarp && key < k_len ? index[key] : -1;
+          rows[i] = row < p.rows_k ? row : -1;
+        }
+      };
+      const auto look_up_bias = [&](const int(&rows)[2], float(&values)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          values[i] = rows[i] < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[rows[i]] * p.bias_unit;
         }
       };
       const auto load_q = [&] {
         const T* base = static_cast<const T*>(p.q) + w.b * p.q_strides.batch + w.head * p.q_strides.head;
         for (int g = 0; g < 2; ++g) {
-          acquire(&s.q_empty[g], q_parity);
+          sm90::barrier_wait(&s.q_empty[g], q_parity ^ 1);
           const uint32_t target = sm90::shared_address(s.q[g]);
           const int first = w.tile * kBlockM + g * kRows;
 #pragma unroll 4
@@ -447,64 +581,64 @@ struct RowLoader {
             const T* source = valid ? base + row * p.q_strides.row + i % kChunks * 8 : base;
             sm90::copy_16(target + swizzled(i / kChunks, i % kChunks, kRows), source, valid);
           }
-          commit(&s.q_full[g]);
+          sm90::copies_arrive(&s.q_full[g]);
         }
       };
-      // Every thread's value of column `thread`, and of `thread` + 128 where there is one.
-      const auto load_bias = [&](int block) {
-        constexpr int kEach = (S::kBlockN + kGroup - 1) / kGroup;
-        const auto value_at = [&](int column) {
-          const int row = row_of(block * S::kBlockN + column);
-          return row < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[row] * p.bias_unit;
-        };
-        const float first = value_at(0);
-        bool same = true;
-        acquire(&s.bias_empty[slot.stage], slot.parity);
+      const auto load_bias = [&](const float(&values)[2]) {
+        sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);
+        float* target = s.bias[slot.stage];
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          const int column = i * kGroup + thread;
-          if (column < S::kBlockN) {
-            const float value = value_at(column);
-            same = same && value == first;
-            s.bias[slot.stage][bias_place<S>(column)] = value;
-          }
+        for (int i = 0; i < 2; ++i) {
+          if (i * 32 + lane < kSteps * kRowsOfWarp) target[bias_place<S>(place_of(i))] = values[i];
         }
+        sm90::named_sync(3, kGroup);
+        const float first = target[0];
+        bool same = true;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) same = same && (values[i] == first || i * 32 + lane >= kSteps * kRowsOfWarp);
         same = sm90::named_sync_all(3, kGroup, same);
         if (thread == 0) {
-          s.bias_varies[slot.stage] = !same;
+          s.bias_kind[slot.stage] = same ? 0 : kVaries;
           s.bias_constant[slot.stage] = same ? first : 0.0f;
         }
         sm90::barrier_arrive(&s.bias_full[slot.stage]);
         slot.next();
       };
       const auto load_v = [&](const int(&rows)[2]) {
-        acquire(&s.v_empty[v_ring.stage], v_ring.parity);
+        sm90::barrier_wait(&s.v_empty[v_ring.stage], v_ring.parity ^ 1);
+        __syncwarp();
         copy_tile(v, p.v_strides.row, s.v[v_ring.stage], rows);
-        commit(&s.v_full[v_ring.stage]);
+        sm90::copies_arrive(&s.v_full[v_ring.stage]);
         v_ring.next();
       };
-      int rows[2];
-      int before[2];
-      if (w.begin == w.end) load_q();
-      else look_up(w.begin, rows);
+      int before[2], rows[2], after[2];
+      float values[2], values_after[2];
+      if (w.begin == w.end) {
+        load_q();
+      } else {
+        look_up(w.begin, rows);
+        look_up_bias(rows, values);
+      }
       for (int block = w.begin; block < w.end; ++block) {
-        acquire(&s.k_empty[k_ring.stage], k_ring.parity);
+        look_up(block + 1, after);
+        sm90::barrier_wait(&s.k_empty[k_ring.stage], k_ring.parity ^ 1);
+        __syncwarp();
         copy_tile(k, p.k_strides.row, s.k[k_ring.stage], rows);
-        commit(&s.k_full[k_ring.stage]);
+        sm90::copies_arrive(&s.k_full[k_ring.stage]);
         k_ring.next();
-        load_bias(block);
+        load_bias(values);
+        look_up_bias(after, values_after);
         if (block == w.begin) load_q();
         else load_v(before);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) before[i] = rows[i];
-        if (block + 1 < w.end) look_up(block + 1, rows);
+        for (int i = 0; i < 2; ++i) {
+          before[i] = rows[i];
+          rows[i] = after[i];
+          values[i] = values_after[i];
+        }
       }
       if (w.begin < w.end) load_v(before);
       q_parity ^= 1;
-    }
-    if (pending != nullptr) {
-      sm90::copies_wait<0>();
-      tell();
     }
   }
 };
@@ -571,8 +705,8 @@ struct Computer {
   float score[N / 2];
   uint32_t weight[N / 4];
   float top[2];  // running maximum of the rows, as a raw score
-  float total[2], other[2];  // sums of the weights, of even and of odd columns
-  float offset[2], limit[2];  // of this tile: what exponents add to scaled scores; the score that is too large
+  float total[2];
+  float offset[2];  // what this tile's exponents add to scaled scores
   float scaling[2];
   bool rescale;
 
@@ -608,133 +742,220 @@ struct Computer {
 
   // ---- Softmax ----
   //
-  // A tile's scores become weights in chunks of keys. A row's exponents are taken against its running maximum `top`,
-  // which holds as long as no key exceeds it by more than the slack: so no chunk waits for the maximum of the whole
-  // tile. While the exponentials of one chunk run, the largest scores of the next are found, and only where one is too
-  // large `raise` moves the top up and rescales what there is of this tile. What the products of the last tile still
-  // use (weights, o) is left alone until they have ended.
+  // A tile's scores become weights against the rows' running maxima `top`, which hold as long as no key exceeds them by
+  // too much. That the sums of the weights tell: they need not be compared one by one. Where a sum is large (`settle`)
+  // the top moves up, and what there is is rescaled. What the products of the last tile still use (weights, o) is left
+  // alone until they have ended.
+  //
+  // A row that has met no key yet has no top to go by; a tile whose biases are far above those before may take weights
+  // beyond the largest number. Such tiles go the careful way, in chunks of keys, each after its largest scores. If a
+  // score does it, by 88 nat above all before, the tile's scores are computed anew.
 
-  // The first element of chunk c.
-  __host__ __device__ static constexpr int chunk_at(int c) { return c * (N / 16) / kSoftmaxChunks * 8; }
+  __host__ __device__ static constexpr int chunk_at(int c) { return c * (N / 16) / kChunks * 8; }  // its first element
 
-  // Adds the biases of a chunk where they vary, and finds its largest scores.
-  template <int c, bool VARIES>
-  __device__ void look_at(const float4* bias, float (&high)[2]) {
-    if constexpr (VARIES) {
+  __device__ const float4* biases_of(uint32_t count) const {
+    return reinterpret_cast<const float4*>(&s.bias[count % S::kBiasSlots][threadIdx.x % 4 * S::kBiasStride]);
+  }
+
+  template <int c>
+  __device__ void add_biases(const float4* bias) {
 #pragma unroll
-      for (int i = chunk_at(c); i < chunk_at(c + 1); i += 8) {
-        const float4 x = bias[i / 8];
-        score[i + 0] += x.x;
-        score[i + 1] += x.y;
-        score[i + 2] += x.x;
-        score[i + 3] += x.y;
-        score[i + 4] += x.z;
-        score[i + 5] += x.w;
-        score[i + 6] += x.z;
-        score[i + 7] += x.w;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float* x = score + chunk_at(c) + 2 * r;
-      float even = fmaxf(x[0], x[1]);
-      float odd = fmaxf(x[4], x[5]);
-#pragma unroll
-      for (int i = 8; i < chunk_at(c + 1) - chunk_at(c); i += 8) {
-        even = fmaxf(fmaxf(even, x[i]), x[i + 1]);
-        odd = fmaxf(fmaxf(odd, x[i + 4]), x[i + 5]);
-      }
-      high[r] = fmaxf(even, odd);
+    for (int i = chunk_at(c); i < chunk_at(c + 1); i += 8) {
+      const float4 x = bias[i / 8];
+      score[i + 0] += x.x;
+      score[i + 1] += x.y;
+      score[i + 2] += x.x;
+      score[i + 3] += x.y;
+      score[i + 4] += x.z;
+      score[i + 5] += x.w;
+      score[i + 6] += x.z;
+      score[i + 7] += x.w;
     }
   }
 
-  __device__ void set_pivot(float constant) {
+  __device__ void set_offset(float constant) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // No key yet: all scores are -inf, and so must be the exponents.
       offset[r] = top[r] == -INFINITY ? -INFINITY : (constant - top[r]) * p.score_unit;
-      limit[r] = top[r] + p.slack - constant;
     }
   }
 
-  // Raises the tops to the largest scores up to chunk c. Also where a top is -inf and there is a key.
-  template <int c>
-  __device__ void raise(const float (&high)[2], float constant) {
-    rescale = true;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float raised = fmaxf(top[r], quad_max(high[r]) + constant);
-      const float factor = raised == -INFINITY ? 1.0f : sm90::exp2_approx((top[r] - raised) * p.score_unit);
-      top[r] = raised;
-      scaling[r] *= factor;
-      total[r] *= factor;
-      other[r] *= factor;
-#pragma unroll
-      for (int i = 2 * r; i < chunk_at(c); i += 4) {
-        score[i] *= factor;
-        score[i + 1] *= factor;
-      }
-    }
-    set_pivot(constant);
+  // Moves the top of row r up by what `high`, its largest score so far, exceeds it. Returns the factor for all weights
+  // before.
+  __device__ float raise(int r, float high) {
+    const float raised = fmaxf(top[r], high);
+    const float factor = raised == -INFINITY ? 1.0f : sm90::exp2_approx((top[r] - raised) * p.score_unit);
+    top[r] = raised;
+    scaling[r] *= factor;
+    total[r] *= factor;
+    return factor;
   }
 
   template <int c>
-  __device__ void weigh() {
+  __device__ void weigh(float (&even)[2], float (&odd)[2]) {
 #pragma unroll
     for (int i = chunk_at(c); i < chunk_at(c + 1); i += 2) {
       const int r = i / 2 % 2;
       score[i] = sm90::exp2_approx(fmaf(score[i], p.score_unit, offset[r]));
       score[i + 1] = sm90::exp2_approx(fmaf(score[i + 1], p.score_unit, offset[r]));
-      total[r] += score[i];
-      other[r] += score[i + 1];
+      even[r] += score[i];
+      odd[r] += score[i + 1];
     }
   }
 
-  // Chunk c and those after it. above: whether its largest scores, `high`, are too large.
-  template <int c, bool FIRST, bool VARIES>
-  __device__ void chunks(uint32_t count, const float4* bias, float constant, float (&high)[2], bool above) {
-    if (__builtin_expect(above, 0)) raise<c>(high, constant);
-    if constexpr (c + 1 < kSoftmaxChunks) {
-      look_at<c + 1, VARIES>(bias, high);
-      above = __any_sync(0xffffffffu, high[0] > limit[0] || high[1] > limit[1]);
-      weigh<c>();
-      chunks<c + 1, FIRST, VARIES>(count, bias, constant, high, above);
-    } else {
-      // Nothing is packed before the last time that a top may rise: `raise` knows the scores alone.
-      if constexpr (!FIRST) end_pv(count - 1);
-      release(&s.bias_empty[count % S::kBiasSlots]);
-      weigh<c>();
-      pack_weights();
-      if (__builtin_expect(rescale, 0)) rescale_output();
+  template <int c>
+  __device__ void careful_chunk(const float4* bias, float constant, bool varies) {
+    if (varies) add_biases<c>(bias);
+    float high[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = chunk_at(c); i < chunk_at(c + 1); ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], score[i]);
+    const bool above = high[0] + constant > top[0] + p.slack || high[1] + constant > top[1] + p.slack;
+    if (__any_sync(0xffffffffu, above)) {
+      rescale = true;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float factor = raise(r, quad_max(high[r]) + constant);
+#pragma unroll
+        for (int i = 2 * r; i < chunk_at(c); i += 4) {
+          score[i] *= factor;
+          score[i + 1] *= factor;
+        }
+      }
+      set_offset(constant);
     }
+    weigh<c>(total, total);
+    if constexpr (c + 1 < kChunks) careful_chunk<c + 1>(bias, constant, varies);
   }
 
-  // FIRST: there are no products of a tile before. count: this tile.
-  template <bool FIRST, bool VARIES>
-  __device__ void softmax(uint32_t count, float constant) {
-    const float4* bias =
-        reinterpret_cast<const float4*>(&s.bias[count % S::kBiasSlots][threadIdx.x % 4 * S::kBiasStride]);
-    set_pivot(constant);
+  // For a first tile, or when the products of the last one have ended.
+  __device__ void careful_softmax(uint32_t count, float constant, bool varies) {
     rescale = false;
     scaling[0] = scaling[1] = 1.0f;
-    float high[2];
-    look_at<0, VARIES>(bias, high);
-    const bool above = __any_sync(0xffffffffu, high[0] > limit[0] || high[1] > limit[1]);
-    chunks<0, FIRST, VARIES>(count, bias, constant, high, above);
+    set_offset(constant);
+    careful_chunk<0>(biases_of(count), constant, varies);
+    pack_weights<0, N / 2>();
+    if (rescale) rescale_output();
+  }
+
+  template <int c, bool VARIES>
+  __device__ void quick_chunk(uint32_t count, float (&even)[2], float (&odd)[2]) {
+    if constexpr (c == kWaitChunk) {
+      // Never true. Else ptxas moves the wait up, before exponentials that it should follow, or those that should follow
+      // it before.
+      if (even[0] + even[1] + odd[0] + odd[1] < 0.0f) {
+        sm90::pause();
+        offset[0] = offset[1] = -INFINITY;
+      }
+      end_pv(count - 1);
+    }
+    if constexpr (VARIES) add_biases<c>(biases_of(count));
+    weigh<c>(even, odd);
+    if constexpr (c >= kWaitChunk && c > 0) pack_weights<c == kWaitChunk ? 0 : chunk_at(c - 1), chunk_at(c)>();
+    if constexpr (c + 1 < kChunks) quick_chunk<c + 1, VARIES>(count, even, odd);
+    else pack_weights<chunk_at(c), N / 2>();
+  }
+
+  // False: weights may be infinite, or too large to be rescaled, and nothing but them has changed.
+  template <bool VARIES>
+  __device__ bool quick_softmax(uint32_t count, float constant) {
+    set_offset(constant);
+    float even[2] = {0.0f, 0.0f};
+    float odd[2] = {0.0f, 0.0f};
+    quick_chunk<0, VARIES>(count, even, odd);
+    even[0] += odd[0];
+    even[1] += odd[1];
+    if (__builtin_expect(__any_sync(0xffffffffu, even[0] > kLargeSum || even[1] > kLargeSum), 0)) {
+      if (__any_sync(0xffffffffu, even[0] > kHopelessSum || even[1] > kHopelessSum)) return false;
+      settle(even);
+    }
+    total[0] += even[0];
+    total[1] += even[1];
+    return true;
+  }
+
+  // Some weights of this tile are large: their unit is made the largest.
+  __device__ void settle(float (&sum)[2]) {
+    scaling[0] = scaling[1] = 1.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float high = 1.0f;
+#pragma unroll
+      for (int i = 2 * r; i < N / 2; i += 4) high = fmaxf(fmaxf(high, score[i]), score[i + 1]);
+      const float factor = raise(r, top[r] + log2f(quad_max(high)) * (p.slack / kSlack));
+      sum[r] *= factor;
+#pragma unroll
+      for (int i = 2 * r; i < N / 2; i += 4) {
+        score[i] *= factor;
+        score[i + 1] *= factor;
+      }
+    }
+    pack_weights<0, N / 2>();
+    rescale_output();
+  }
+
+  // The scores of K tile `block` anew, a row of K after the other.
+  __device__ void score_again(const Work& w, int block) {
+    const int lane = threadIdx.x % 32;
+    const int row = threadIdx.x % kGroup / 32 * 16 + lane / 4;
+    const uint8_t* q = reinterpret_cast<const uint8_t*>(s.q[g]);
+    const T* k = static_cast<const T*>(p.k) + (p.cu_k == nullptr ? w.b * p.k_strides.batch : 0) +
+        w.head / p.group * p.k_strides.head;
+    float again[N / 2];
+#pragma unroll 1
+    for (int i = 0; i < N / 4; ++i) {
+      const int key = block * N + i / 2 * 8 + lane % 4 * 2 + i % 2;
+      int64_t key_row = s.k_row[w.b] + key;
+      bool valid = key < s.k_len[w.b];
+      if (GATHER && valid) {
+        key_row = p.kv_index[w.b * p.kv_index_batch + key];
+        valid = key_row >= 0 && key_row < p.rows_k;
+      }
+      float sums[2] = {0.0f, 0.0f};
+#pragma unroll 1
+      for (int chunk = 0; valid && chunk < D / 8; ++chunk) {
+        T a[8], b[8];
+        *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(k + key_row * p.k_strides.row + chunk * 8);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(q + swizzled(row + 8 * r, chunk, kRows));
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sums[r] = fmaf(static_cast<float>(a[j]), static_cast<float>(b[j]), sums[r]);
+        }
+      }
+      again[i / 2 * 4 + i % 2] = sums[0];
+      again[i / 2 * 4 + 2 + i % 2] = sums[1];
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) score[i] = again[i];
   }
 
   template <bool FIRST>
-  __device__ void softmax(uint32_t count) {
+  __device__ void softmax(const Work& w, int block, uint32_t count) {
     const int slot = count % S::kBiasSlots;
     sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
     const float constant = s.bias_constant[slot];
-    const bool varies = s.bias_varies[slot];
+    const int kind = s.bias_kind[slot];
+    const bool varies = kind & kVaries;
+    const bool no_key = __any_sync(0xffffffffu, top[0] == -INFINITY || top[1] == -INFINITY);
     if (FIRST) sm90::products_wait<0>();
     else sm90::products_wait<1>();
     sm90::pin(score);
     release(&s.k_empty[stage_of(count)]);
-    if (varies) softmax<FIRST, true>(count, constant);
-    else softmax<FIRST, false>(count, constant);
+    if constexpr (FIRST) {
+      careful_softmax(count, constant, varies);
+    } else {
+      bool done = false;
+      if (__builtin_expect(no_key || (kind & kFarAbove), 0)) {
+        end_pv(count - 1);
+      } else {
+        if (varies) done = quick_softmax<true>(count, constant);
+        else done = quick_softmax<false>(count, constant);
+        if (__builtin_expect(!done, 0)) score_again(w, block);
+      }
+      if (__builtin_expect(!done, 0)) careful_softmax(count, constant, varies);
+    }
+    release(&s.bias_empty[slot]);
   }
 
   __device__ void rescale_output() {
@@ -748,9 +969,10 @@ struct Computer {
   }
 
   // The accumulator's layout is that of an operand in registers: blocks 2 i and 2 i + 1 are its 16 columns i.
+  template <int BEGIN, int END>
   __device__ void pack_weights() {
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) weight[i] = sm90::pack<T>(score[2 * i], score[2 * i + 1]);
+    for (int i = BEGIN / 2; i < END / 2; ++i) weight[i] = sm90::pack<T>(score[2 * i], score[2 * i + 1]);
   }
 
   // One arrival a warp, when all its lanes are past the wait for this buffer: a lane that lagged could find the barrier
@@ -764,6 +986,12 @@ struct Computer {
   __device__ static int stage_of(uint32_t count) { return count % S::kStages; }
   __device__ static uint32_t parity_of(uint32_t count) { return count / S::kStages % 2; }
 
+  // A buffer is filled. Row copies go another way than the one on which products read: what they wrote is made visible.
+  __device__ static void wait_full(uint64_t* bar, uint32_t parity) {
+    sm90::barrier_wait(bar, parity);
+    if constexpr (GATHER) sm90::proxy_fence();
+  }
+
   __device__ void issue_qk(uint32_t count) {
     sm90::pin(score);
     sm90::products_fence();
@@ -772,7 +1000,7 @@ struct Computer {
   }
 
   __device__ void issue_pv(uint32_t count) {
-    sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));
+    wait_full(&s.v_full[stage_of(count)], parity_of(count));
     sm90::pin(o);
     sm90::products_fence();
     multiply_pv(stage_of(count));
@@ -786,23 +1014,39 @@ struct Computer {
   }
 
   __device__ void attend(const Work& w, uint32_t& count) {
-    sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
+    wait_full(&s.k_full[stage_of(count)], parity_of(count));
     issue_qk(count);
-    softmax<true>(count);
-    for (int left = w.end - w.begin - 1; left > 0; --left) {
+    softmax<true>(w, w.begin, count);
+    for (int block = w.begin + 1; block < w.end; ++block) {
       // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
-      sm90::barrier_wait(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
-      sm90::named_sync(1 + g, 2 * kGroup);
+      wait_full(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
+      if (kTakeTurns && w.has_rows(1)) sm90::named_sync(1 + g, 2 * kGroup);
       issue_qk(count + 1);
       issue_pv(count);
-      sm90::named_arrive(2 - g, 2 * kGroup);
+      if (kTakeTurns && w.has_rows(1)) sm90::named_arrive(2 - g, 2 * kGroup);
       ++count;
-      softmax<false>(count);
+      softmax<false>(w, block, count);
     }
     release(&s.q_empty[g]);
     issue_pv(count);
     end_pv(count);
     ++count;
+  }
+
+  // An item without rows for this warp group: it gives back what it does not read, and takes no turns; nor does the
+  // other. It waits for each buffer before it gives it back, so that it never arrives twice in one phase.
+  __device__ void sit_out(const Work& w, uint32_t& count) {
+    release(&s.q_empty[g]);
+    for (int block = w.begin; block < w.end; ++block) {
+      const int slot = count % S::kBiasSlots;
+      sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
+      release(&s.k_empty[stage_of(count)]);
+      sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
+      release(&s.bias_empty[slot]);
+      sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));
+      release(&s.v_empty[stage_of(count)]);
+      ++count;
+    }
   }
 
   // Rows as fp32, for the kernel that joins parts.
@@ -869,22 +1113,25 @@ struct Computer {
   }
 
   __device__ void run() {
-    if (g == 1) sm90::named_arrive(1, 2 * kGroup);
+    if (kTakeTurns && g == 1) sm90::named_arrive(1, 2 * kGroup);
     const int lane = threadIdx.x % 32;
     const int row = g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4;
     uint32_t count = 0;
     uint32_t q_parity = 0;
     Work w;
-    for (int item = blockIdx.x; w.get(p, s, item); item += gridDim.x) {
-      const int rows = min(s.q_len[w.b] - w.tile * kBlockM, kBlockM);
-      sm90::barrier_wait(&s.q_full[g], q_parity);
+    for (int item = 0; w.get(p, s, item); ++item) {
+      wait_full(&s.q_full[g], q_parity);
       q_parity ^= 1;
+      if (!w.has_rows(g)) {
+        sit_out(w, count);
+        continue;
+      }
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         top[r] = -INFINITY;
-        total[r] = other[r] = 0.0f;
+        total[r] = 0.0f;
       }
       if (w.begin < w.end) attend(w, count);
       else release(&s.q_empty[g]);
@@ -892,12 +1139,12 @@ struct Computer {
       float lse[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(total[r] + other[r]);
+        const float sum = quad_sum(total[r]);
         inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         lse[r] = sum == 0.0f ? -INFINITY : fmaf(top[r], p.score_unit, log2f(sum));
       }
-      if (w.part >= 0) store_part(w, rows, row, inverse, lse);
-      else store_rows(w, rows, row, inverse, lse);
+      if (w.part >= 0) store_part(w, w.rows, row, inverse, lse);
+      else store_rows(w, w.rows, row, inverse, lse);
     }
   }
 };
@@ -940,20 +1187,9 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   if (threadIdx.x < kGroup) {
     sm90::fewer_registers<S::kLoaderRegisters>();
     const int warp = threadIdx.x / 32;
-    if (blockIdx.x == 0 && warp == 3 && s.parts > 1) {
-      // For the kernel that joins the parts.
-      Work w;
-      for (int i = threadIdx.x % 32; i < s.rest; i += 32) {
-        w.get(p, s, s.whole + i);
-        p.cut_tiles[i] = {w.b, w.head, w.tile, min(s.q_len[w.b] - w.tile * kBlockM, kBlockM)};
-      }
-    }
-    if (blockIdx.x == 0 && threadIdx.x == 0 && p.cut_count != nullptr) {
-      p.cut_count[0] = s.rest;
-      p.cut_count[1] = s.parts;
-    }
     if constexpr (GATHER) {
       RowLoader<T, D>{p, s}.run();
+      if (warp == 3) note_cut_tile(p, s);
       clear_empty_slots<T, D>(p, s, blockIdx.x * 4 + warp, gridDim.x * 4);
     } else if (warp == 0) {
       TileLoader<T, D>{p, s}.run();
@@ -961,6 +1197,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       load_biases<T, D>(p, s);
     } else {
       if (p.q_index != nullptr) gather_queries<T, D>(p, s, warp - 2);
+      if (warp == 3) note_cut_tile(p, s);
       clear_empty_slots<T, D>(p, s, blockIdx.x * 2 + warp - 2, gridDim.x * 2);
     }
   } else {
@@ -977,15 +1214,16 @@ template <typename T, int D>
 __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Params p) {
   constexpr int kEach = D / 32;
   sm90::wait_for_grid_before();
-  const int rest = p.cut_count[0];
-  const int parts = p.cut_count[1];
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.y * 8 + threadIdx.x / 32;
-  const int index = blockIdx.x;
-  if (parts == 1 || index >= rest) return;
-  const CutTile cut = p.cut_tiles[index];
-  if (row >= cut.rows) return;
-  const auto place = [&](int part) { return (static_cast<int64_t>(part) * rest + index) * kBlockM + row; };
+  const CutTile cut = p.cut_tiles[blockIdx.x];
+  const int parts = cut.parts;
+  if (parts == 0 || row >= cut.rows) return;
+  const int rest = cut.rest;
+  const auto place = [&](int part) {
+    const int slot = part < 2 ? part * rest + blockIdx.x : 2 * rest + cut.sharer + part - 2;
+    return static_cast<int64_t>(slot) * kBlockM + row;
+  };
   const float mine = lane < parts ? p.part_lse[place(lane)] : -INFINITY;
   float top = mine;
 #pragma unroll

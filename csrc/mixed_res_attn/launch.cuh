@@ -8,7 +8,7 @@
 namespace specedit::attn {
 
 template <typename T, int D, bool GATHER>
-void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream) {
+void launch(const Params& p, int blocks, int rest, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<T, D, GATHER>);
   static_assert(kBytes <= 232448);
   check_cuda(
@@ -16,17 +16,17 @@ void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream) {
       "mixed_res_attn");
   attention_kernel<T, D, GATHER><<<blocks, kThreads, kBytes, stream>>>(p);
   check_cuda(cudaGetLastError(), "mixed_res_attn");
-  if (cut_tiles > 0) {
+  if (p.part_out != nullptr) {
     // Started while the attention still runs; it waits for its end by itself.
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cut_tiles, kBlockM / 8);
+    config.gridDim = dim3(rest, kBlockM / 8);
     config.blockDim = dim3(256);
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = 1;
+    config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
     check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
   }
 }

@@ -9,29 +9,71 @@
 
 namespace specedit::attn {
 
-constexpr int kGroup = 128;        // threads of a warp group
+// Tile sizes and schedule, set from outside to compare variants.
+#ifndef SPECEDIT_ATTN_BLOCK_N
+#define SPECEDIT_ATTN_BLOCK_N 176
+#endif
+#ifndef SPECEDIT_ATTN_TAKE_TURNS
+#define SPECEDIT_ATTN_TAKE_TURNS 1
+#endif
+#ifndef SPECEDIT_ATTN_SLACK
+#define SPECEDIT_ATTN_SLACK 8
+#endif
+#ifndef SPECEDIT_ATTN_CHUNKS
+#define SPECEDIT_ATTN_CHUNKS 4
+#endif
+#ifndef SPECEDIT_ATTN_WAIT_CHUNK
+#define SPECEDIT_ATTN_WAIT_CHUNK 3
+#endif
+#ifndef SPECEDIT_ATTN_LOADER_REGISTERS
+#define SPECEDIT_ATTN_LOADER_REGISTERS 24
+#endif
+#ifndef SPECEDIT_ATTN_EARLY_JOIN
+#define SPECEDIT_ATTN_EARLY_JOIN 1
+#endif
+#ifndef SPECEDIT_ATTN_PIECE_COST
+#define SPECEDIT_ATTN_PIECE_COST 6
+#endif
+#ifndef SPECEDIT_ATTN_HALF_COST
+#define SPECEDIT_ATTN_HALF_COST 3
+#endif
+#ifndef SPECEDIT_ATTN_JOIN_COST
+#define SPECEDIT_ATTN_JOIN_COST 12
+#endif
+
+constexpr int kGroup = 128;     // threads of a warp group
 constexpr int kThreads = 384;
-constexpr int kRows = 64;          // queries of a computing warp group
-constexpr int kBlockM = 128;       // queries of a tile
-constexpr int kBlockN = 176;       // keys of a tile
-constexpr int kSoftmaxChunks = 4;  // chunks of keys that a tile's softmax goes in
-constexpr int kMaxBatch = 512;     // batch entries whose lengths fit in shared memory
+constexpr int kRows = 64;       // queries of a computing warp group
+constexpr int kBlockM = 128;    // queries of a tile
+constexpr int kBlockN = SPECEDIT_ATTN_BLOCK_N;  // keys of a tile
+constexpr int kMaxBatch = 512;  // batch entries whose lengths fit in shared memory
 constexpr int kMaxParts = 16;
-constexpr float kSlack = 8;        // how far exponents may exceed the running maximum's
-constexpr int kPartCost = 6;       // start and end of a part, and the join of all, in quarters of a K tile's time
-constexpr int kJoinCost = 12;
+constexpr int kMaxPlaces = 192;                 // of a plan that the host makes
+constexpr float kSlack = SPECEDIT_ATTN_SLACK;  // by how much a score may exceed the running maximum, as an exponent
+constexpr float kLargeSum = 4096;              // of a thread's weights of a row and tile
+constexpr float kHopelessSum = 1e30f;          // its inverse is still a normal number
+constexpr int kChunks = SPECEDIT_ATTN_CHUNKS;         // of a tile's softmax
+constexpr int kWaitChunk = SPECEDIT_ATTN_WAIT_CHUNK;  // the chunk before which it waits for the last weights' products
+constexpr bool kTakeTurns = SPECEDIT_ATTN_TAKE_TURNS;
 
 struct Strides {
   int64_t batch, row, head;
 };
 
-// A tile that was cut: where its rows go.
+// A tile of the last round: where its rows go, and where its parts are. Part 0 is its front, part 1 the begin of its
+// back; the others are those with which sharers `sharer` and following go on. rest: tiles of the last round. No parts: it
+// was not cut.
 struct CutTile {
-  int b, head, tile, rows;
+  int b, head, tile, rows, parts, sharer, rest;
+};
+
+// K tile `block` of the back of tile `tile`.
+struct Place {
+  int tile, block;
 };
 
 struct Params {
-  CUtensorMap q_map, k_map, v_map;
+  CUtensorMap q_map, q_row_map, k_map, v_map;  // q_row_map: a row of a panel at a time
   const void *q, *k, *v;
   Strides q_strides, k_strides, v_strides, out_strides;
   const float* bias;
@@ -39,41 +81,132 @@ struct Params {
   int64_t bias_batch, q_index_batch, kv_index_batch, out_index_batch, lse_batch, lse_head;
   void* out;
   float* lse;
-  // Parts of cut tiles: fp32 [slots, kBlockM, D], then base-2 lse [slots, kBlockM]; the cut tiles; {tiles, parts}.
+  // Parts of the tiles of the last round,: fp32 [slots, kBlockM, D], then base-2 lse [slots, kBlockM].
+  // Slots: the fronts, the begins of backs, one for each sharer. cut_tiles: most_cut of them. Null where nothing is to be
+  // cut.
   float *part_out, *part_lse;
   CutTile* cut_tiles;
-  int* cut_count;
   float score_unit;   // scale * log2(e): from a raw score to an exponent
   float bias_unit;    // 1 / scale: from a bias to a raw score
   float slack;        // kSlack as a raw score
-  int batch, heads, group, num_q, num_k, rows_q, rows_k, rows_out, slots;
+  int batch, heads, group, num_q, num_k, rows_q, rows_k, rows_out, most_cut;
+  // The plan, if the host could make it: tiles done in rounds, those of the last round, what a front may cost, and where
+  // each sharer of the backs begins.
+  bool planned;
+  int whole, rest, level;
+  Place places[kMaxPlaces];
 };
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Cost of cutting each of `rest` tiles of `blocks` K tiles into `parts`, on `workers` blocks; in quarters of a K tile.
-__host__ __device__ inline int cut_cost(int rest, int blocks, int parts, int workers) {
-  const int rounds = ceil_div(rest * parts, workers);
-  return rounds * (4 * ceil_div(blocks, parts) + kPartCost) + (parts > 1 ? kJoinCost : 0);
+// ---- The plan -------------------------------------------------------------------------------------------------------
+//
+// `workers` blocks do the tiles in rounds, a tile each, so that blocks that share a head read the same keys at the same
+// time. Of the last, incomplete round a worker each does the front of a tile; the workers without one share the backs of
+// all its tiles, in stretches that may begin and end within a back. A second kernel joins the parts of a tile. Costs
+// are in quarters of the time that a K tile takes.
+
+constexpr int kPieceCost = SPECEDIT_ATTN_PIECE_COST;  // start and end of a tile or a part of it
+constexpr int kJoinCost = SPECEDIT_ATTN_JOIN_COST;
+constexpr int kHalfCost = SPECEDIT_ATTN_HALF_COST;    // of a K tile if one warp group alone has queries
+constexpr int kLeastPart = 2;                         // K tiles
+constexpr int kMaxBlocks = 1 << 19;                   // K tiles of a tile that is to be cut: costs fit in 32 bits
+constexpr int kMaxWorkers = 512;
+
+// K tiles of the front of a tile of `blocks` K tiles, `each` of which costs so much, if the front may cost `level`.
+__host__ __device__ inline int front_of(int blocks, int each, int level) {
+  const int front = (level - kPieceCost) / each;
+  return blocks - front < kLeastPart ? blocks : front;
 }
 
-__host__ __device__ inline bool may_cut(int rest, int blocks, int parts, int slots) {
-  return parts == 1 || (2 * parts <= blocks && rest * parts <= slots);
+__host__ __device__ inline int back_cost(int blocks, int each, int level) {
+  const int back = blocks - front_of(blocks, each, level);
+  return back == 0 ? 0 : back * each + kPieceCost;
 }
 
-// How many parts: the cheapest, the fewest of equals.
-__host__ inline int best_parts(int rest, int blocks, int workers, int slots) {
-  int best = 1;
-  if (rest == 0) return best;
-  for (int parts = 2; parts <= kMaxParts; ++parts) {
-    if (!may_cut(rest, blocks, parts, slots)) continue;
-    if (cut_cost(rest, blocks, parts, workers) < cut_cost(rest, blocks, best, workers)) best = parts;
+// Tiles of the heads of one batch entry, as the backs of the last round see them.
+struct Backs {
+  int tiles;       // of a head
+  bool half;       // the last of them fills one warp group at most
+  int full, last;  // cost of the back of a tile, of the last one
+
+  __host__ __device__ static Backs of(int q_len, int k_len, int level) {
+    Backs x;
+    const int blocks = ceil_div(k_len, kBlockN);
+    x.tiles = ceil_div(q_len, kBlockM);
+    x.half = q_len % kBlockM != 0 && q_len % kBlockM <= kRows;
+    x.full = back_cost(blocks, 4, level);
+    x.last = x.half ? back_cost(blocks, kHalfCost, level) : x.full;
+    return x;
   }
-  return best;
+
+  // Of tiles [0, count), counted over heads.
+  __host__ __device__ int before(int count) const {
+    const int lasts = count / tiles;
+    return (count - lasts) * full + lasts * last;
+  }
+
+  // Where the backs of tiles [0, ...) cost `cost`; not so near to an end of a back that the part is too small.
+  __host__ __device__ Place at(int cost) const {
+    const int head = cost / before(tiles);
+    int left = cost - head * before(tiles);
+    const int tile = left / full < tiles - 1 ? left / full : tiles - 1;
+    left -= tile * full;
+    const bool is_half = half && tile == tiles - 1;
+    const int each = is_half ? kHalfCost : 4;
+    const int blocks = ((is_half ? last : full) - kPieceCost) / each;
+    const int block = (left - kPieceCost) / each;
+    const Place place{head * tiles + tile, block < kLeastPart ? 0 : block};
+    return block > blocks - kLeastPart && block >= kLeastPart ? Place{place.tile + 1, 0} : place;
+  }
+};
+
+// A sharer's stretch if the backs cost `sum` together: as long as it takes, and no back is cut into more than 16.
+__host__ __device__ inline int stretch_of(int sum, int sharers, int blocks) {
+  const int least = blocks / 4 > 4 * kLeastPart ? blocks / 4 : 4 * kLeastPart;
+  const int stretch = ceil_div(sum, sharers);
+  return (stretch > least ? stretch : least) + kPieceCost;
 }
 
-// Runs the attention on `blocks` blocks, then the kernel that joins cut tiles if there can be any: at most `cut_tiles`.
+// The plan where all batch entries are alike, which then are as more heads: made by the host. Returns how many tiles may
+// be cut.
+__host__ inline int plan_on_host(Params& p, int tiles, int workers) {
+  p.planned = true;
+  p.rest = tiles % workers;
+  p.whole = tiles - p.rest;
+  const int blocks = ceil_div(p.num_k, kBlockN);
+  const int sharers = workers - p.rest;
+  const int most = 4 * blocks + kPieceCost;
+  const auto stretch_at = [&](int level) {
+    const Backs backs = Backs::of(p.num_q, p.num_k, level);
+    return stretch_of(backs.before(tiles) - backs.before(p.whole), sharers, blocks);
+  };
+  int level = most;
+  if (p.rest > 0 && blocks <= kMaxBlocks && workers <= kMaxWorkers && sharers < kMaxPlaces) {
+    int low = kPieceCost + 4 * kLeastPart - 1;
+    while (level - low > 1) {
+      const int middle = low + (level - low) / 2;
+      if (middle >= stretch_at(middle)) level = middle;
+      else low = middle;
+    }
+  }
+  if (level + kJoinCost >= most) {
+    p.whole = tiles;
+    p.rest = 0;
+    return 0;
+  }
+  p.level = level;
+  const Backs backs = Backs::of(p.num_q, p.num_k, level);
+  const int stretch = stretch_at(level) - kPieceCost;
+  for (int i = 0; i <= sharers; ++i) {
+    const int cost = backs.before(p.whole) + i * stretch;
+    p.places[i] = cost < backs.before(tiles) ? backs.at(cost) : Place{tiles, 0};
+  }
+  return p.rest;
+}
+
+// Runs the attention on `blocks` blocks, then the kernel that joins cut tiles if there can be any: at most `rest`.
 template <typename T, int D, bool GATHER>
-void launch(const Params& p, int blocks, int cut_tiles, cudaStream_t stream);
+void launch(const Params& p, int blocks, int rest, cudaStream_t stream);
 
 }  // namespace specedit::attn

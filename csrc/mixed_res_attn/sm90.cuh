@@ -135,11 +135,9 @@ __device__ inline void copy_16(uint32_t target, const void* source, bool valid) 
                : "memory");
 }
 
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+// Arrives on `bar` when this thread's row copies so far have.
+__device__ inline void copies_arrive(uint64_t* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
@@ -151,6 +149,8 @@ template <int PENDING>
 __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+
+__device__ inline void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
 // Keeps the compiler from moving accesses to accumulators across this point.
 template <int N>

@@ -20,9 +20,9 @@ from .fused import Sequence as FusedSequence
 from .model import Text
 from .runner import StepRunner
 
-# Mixed sequences get slots by so many: one capture then serves all edits of nearly one size. A matrix product computes
-# whole tiles of 128 rows in any case.
-SLOTS = 128
+# Mixed sequences get slots by a sixteenth of their power of two, within these bounds: one capture then serves all edits
+# of nearly one size, and few slots are empty.
+FEWEST_SLOTS, MOST_SLOTS = 32, 128
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class FusedModel:
         self._caches = 0
 
     def slots(self, count: int) -> int:
-        return -(-count // SLOTS) * SLOTS
+        step = min(max((1 << (count - 1).bit_length()) // 16, FEWEST_SLOTS), MOST_SLOTS)
+        return -(-count // step) * step
 
     @contextlib.contextmanager
     def _scaled(self) -> Iterator[None]:

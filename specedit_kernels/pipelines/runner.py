@@ -76,6 +76,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """How a captured input lies: pictures with channels last go on so, since convolutions follow them in that."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class CapturedStep:
     """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes."""
 
@@ -84,7 +90,9 @@ class CapturedStep:
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False):
             self.inputs = {
-                name: None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device)
+                name: None
+                if x is None
+                else torch.empty(x.shape, dtype=x.dtype, device=device, memory_format=_layout(x))
                 for name, x in inputs.items()
             }
         self._fill(inputs)
@@ -202,7 +210,7 @@ class StepRunner:
         """
         if not self._capturing:
             return function(**inputs)
-        shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items() if x is not None)
+        shapes = tuple((name, x.shape, x.dtype, _layout(x)) for name, x in inputs.items() if x is not None)
         key = (tag, buffers, shapes)
         step = self._graphs.get(key)
         if step is None:

@@ -88,13 +88,15 @@ inline void meet(uint32_t mine, uint32_t (&all)[kWarp]) {
 
 template <typename V>
 V meet_and_take(V mine, int lane) {
-  static_assert(sizeof(V) == 4);
-  uint32_t word;
-  uint32_t all[kWarp];
-  std::memcpy(&word, &mine, 4);
-  meet(word, all);
+  static_assert(sizeof(V) % 4 == 0);
   V taken;
-  std::memcpy(&taken, &all[lane], 4);
+  for (size_t i = 0; i < sizeof(V); i += 4) {
+    uint32_t word;
+    uint32_t all[kWarp];
+    std::memcpy(&word, reinterpret_cast<const char*>(&mine) + i, 4);
+    meet(word, all);
+    std::memcpy(reinterpret_cast<char*>(&taken) + i, &all[lane], 4);
+  }
   return taken;
 }
 
@@ -215,6 +217,17 @@ inline bool __all_sync(unsigned, bool mine) {
   emulator::meet(mine, all);
   return std::all_of(all, all + emulator::kWarp, [](uint32_t x) { return x != 0; });
 }
+
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  uint32_t all[emulator::kWarp];
+  emulator::meet(mine, all);
+  unsigned bits = 0;
+  for (int i = 0; i < emulator::kWarp; ++i) bits |= static_cast<unsigned>(all[i] != 0) << i;
+  return bits;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }

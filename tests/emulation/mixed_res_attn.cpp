@@ -58,6 +58,10 @@ const std::map<std::string, Case> kCases = {
     {"late", {false, 128, 1, 200, 1300, 1, 1, 1, Bias::kLate}},
     {"far_scores", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kAlternating, {}, {}, {}, {}, 0, 0, false, false, 60}},
     {"far_scores_kv_index", {true, 64, 1, 70, 800, 2, 1, 1, Bias::kNone, {}, {}, {}, {}, 0, 700, false, false, 60}},
+    {"shares", {false, 64, 1, 300, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
+    {"shares_of_lengths",
+     {false, 64, 3, 400, 2500, 1, 1, 8, Bias::kAlternating, {330, 0, 64}, {2500, 900, 1300}, {}, {}, 0, 0, false, true}},
+    {"many_sharers", {false, 64, 1, 60, 3500, 1, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
     {"scatter", {false, 128, 1, 150, 400, 2, 2, 2, Bias::kAlternating, {140}, {}, {}, {}, 170, 0, true}},
     {"kv_index", {false, 128, 1, 150, 700, 2, 1, 3, Bias::kRandom, {}, {}, {}, {}, 0, 600}},
     {"kv_index_parts", {false, 128, 1, 150, 2000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 3000, false, true}},
@@ -88,7 +92,6 @@ struct Problem {
   std::vector<float> bias, lse, part_out, part_lse;
   Ints q_index, kv_index, out_index;
   std::vector<CutTile> cut_tiles;
-  int cut_count[2] = {0, 1};
   Params p{};
 
   Problem(const Case& c, std::mt19937& random) : c(c), packed(!c.cu_q.empty()), entries(packed ? 1 : c.batch) {
@@ -131,18 +134,19 @@ struct Problem {
     lse.assign(static_cast<size_t>(entries) * c.heads * q_slots, kUntouched);
 
     const auto strides = [](int rows, int heads) { return Strides{int64_t{rows} * heads * D, int64_t{heads} * D, D}; };
-    const auto map = [&](CUtensorMap& target, const std::vector<T>& x, int rows, int heads, int box) {
+    const auto map = [&](CUtensorMap& target, const std::vector<T>& x, int rows, int heads, int box, int panels) {
       const specedit::sm90::TensorMap m{
           reinterpret_cast<const uint16_t*>(x.data()),
           {64, rows, D / 64, heads, entries},
           {1, int64_t{heads} * D, 64, D, int64_t{rows} * heads * D},
           box,
-          D / 64};
+          panels};
       std::memcpy(&target, &m, sizeof(m));
     };
-    map(p.q_map, q, c.rows_q, c.heads, kRows);
-    map(p.k_map, k, c.rows_k, c.heads_k, kBlockN);
-    map(p.v_map, v, c.rows_k, c.heads_k, kBlockN);
+    map(p.q_map, q, c.rows_q, c.heads, kRows, D / 64);
+    map(p.q_row_map, q, c.rows_q, c.heads, 1, 1);
+    map(p.k_map, k, c.rows_k, c.heads_k, kBlockN, D / 64);
+    map(p.v_map, v, c.rows_k, c.heads_k, kBlockN, D / 64);
     p.q = q.data();
     p.k = k.data();
     p.v = v.data();
@@ -164,14 +168,14 @@ struct Problem {
     p.lse_head = q_slots;
     p.out = out.data();
     p.lse = lse.data();
-    p.slots = 4 * c.workers;
-    part_out.assign(static_cast<size_t>(p.slots) * kBlockM * D, NAN);
-    part_lse.assign(static_cast<size_t>(p.slots) * kBlockM, NAN);
+    part_out.assign(static_cast<size_t>(2 * c.workers) * kBlockM * D, NAN);
+    part_lse.assign(static_cast<size_t>(2 * c.workers) * kBlockM, NAN);
     cut_tiles.resize(c.workers);
     p.part_out = part_out.data();
     p.part_lse = part_lse.data();
     p.cut_tiles = cut_tiles.data();
-    p.cut_count = cut_count;
+    p.most_cut = c.workers - 1;
+    if (p.most_cut == 0) p.part_out = nullptr;
     p.score_unit = 1.4426950408889634f / std::sqrt(static_cast<float>(D));
     p.bias_unit = std::sqrt(static_cast<float>(D));
     p.slack = kSlack / p.score_unit;
@@ -183,6 +187,9 @@ struct Problem {
     p.rows_q = c.rows_q;
     p.rows_k = c.rows_k;
     p.rows_out = rows_out;
+    if (!packed && c.q_lens.empty() && c.kv_lens.empty()) {
+      p.most_cut = plan_on_host(p, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.workers);
+    }
   }
 
   template <bool GATHER>
@@ -195,7 +202,7 @@ struct Problem {
       const auto kernel = [&] { attention_kernel<T, D, GATHER>(p); };
       if (!emulator::run_block(kThreads, kernel, slow_warp, kSlowness)) emulator::fail("deadlock");
     }
-    for (int tile = 0; cut_count[1] > 1 && tile < cut_count[0]; ++tile) {
+    for (int tile = 0; tile < p.most_cut; ++tile) {
       for (int rows = 0; rows < kBlockM / 8; ++rows) {
         emulated_block = {static_cast<uint32_t>(tile), static_cast<uint32_t>(rows), 0};
         if (!emulator::run_block(256, [&] { join_kernel<T, D>(p); }, -1, 1)) emulator::fail("deadlock in join");
@@ -293,9 +300,10 @@ bool passes(const Case& c, int seed, int slow_warp) {
   else problem.template run<false>(slow_warp);
   const double error = problem.error();
   const bool rest = problem.rest_is_right();
-  std::printf("error %.1e, rest %s, %d tiles cut into %d parts\n", error, rest ? "right" : "wrong", problem.cut_count[0],
-              problem.cut_count[1]);
-  return error < 0.02 && rest && (problem.cut_count[1] > 1) == c.cut;
+  int parts = 0;
+  for (const CutTile& cut : problem.cut_tiles) parts += cut.parts;
+  std::printf("error %.1e, rest %s, %d parts of tiles\n", error, rest ? "right" : "wrong", parts);
+  return error < 0.02 && rest && (parts > 0) == c.cut;
 }
 
 }  // namespace

@@ -111,6 +111,7 @@ inline bool named_sync_all(int id, int threads, bool value) {
 inline void let_grid_after_start() {}
 inline void wait_for_grid_before() {}
 inline void proxy_fence() {}
+inline void pause() {}
 inline void prefetch_map(const CUtensorMap*) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 
@@ -181,11 +182,13 @@ inline void copy_16(uint32_t target, const void* source, bool valid) {
   });
 }
 
-inline void copies_commit() { copies[emulator::current].commit(); }
-
-template <int PENDING>
-void copies_wait() {
-  copies[emulator::current].wait(PENDING);
+inline void copies_arrive(uint64_t* bar) {
+  emulator::later([bar, all = std::move(copies[emulator::current].open)] {
+    for (const auto& run : all) run();
+    --barrier_of(bar).missing;
+    end_phase(barrier_of(bar));
+  });
+  copies[emulator::current].open.clear();
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ struct Products {
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) { return x < -126 ? 0 : std::exp2(x); }
 
 template <typename T>
 uint32_t pack(float low, float high) {
