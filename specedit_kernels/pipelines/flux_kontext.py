@@ -20,7 +20,7 @@ from .flux_fused import join_projections_
 from .flux_model import FluxKontextModel, FluxText, FusedFluxModel
 from .output import SpecEditPipelineOutput, StageClock
 from .pipeline import SpecEditMixin, per_image, preprocess
-from .vae import fused_norms
+from .vae import channels_last, fused_norms
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -200,7 +200,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
             def run(pixels: Tensor) -> Tensor:
                 with fused_norms(self.vae):
-                    return encode_whole(pixels)
+                    return encode_whole(channels_last(pixels))
 
             tag = ("encode", isinstance(generator, list), self.vae.use_slicing, self.vae.use_tiling)
             return per_image(runner(tag, run, {"pixels": at}), "image", batch)

@@ -26,6 +26,12 @@ def bring_in(module: torch.nn.Module) -> None:
         hook.pre_forward(module)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A picture [B, C, H, W] whose channels lie together, on CUDA: convolutions there work on such, and what they make
+    of it goes on so through the autoencoder, where they would else turn every map to and fro."""
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+
+
 class _GroupNorm(torch.nn.Module):
     """Stands for a group norm, and for the SiLU behind it."""
 
@@ -81,7 +87,7 @@ def one_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = N
     if x.shape[2] != 1 or cache_x is not None:
         return type(conv).forward(conv, x, cache_x)
     padding = (conv._padding[2], conv._padding[0])
-    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+    return F.conv2d(channels_last(x[:, :, 0]), conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
 
 
 @contextlib.contextmanager
