@@ -27,6 +27,7 @@ from specedit_kernels.pipelines import (  # noqa: E402
     stages,
 )
 from specedit_kernels.pipelines.attention import SpecEditAttnProcessor  # noqa: E402
+from specedit_kernels.pipelines.config import THRESHOLDS  # noqa: E402
 from specedit_kernels.pipelines.vae import QwenCodec  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
@@ -572,6 +573,17 @@ def test_stats_count_both_branches(edit):
     cost = lambda n: sum(2 * (24 * 32**2 * (t + n) + 4 * 32 * (t + n) ** 2) for t in (12, 7))  # noqa: E731
     assert stats.flops == 3 * cost(32) + 5 * cost(80) + 3 * cost(128)
     assert stats.plain_flops == 11 * cost(128) and stats.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("guided", "changes", "threshold"),
+    [(False, {}, 0.03), (True, {}, 0.4), (True, dict(draft_guidance=False), 0.03), (True, dict(threshold=1.5), 1.5),
+     (True, dict(draft="full_step"), THRESHOLDS["decoder", "matched", "full_step"])],
+)  # fmt: skip
+def test_thresholds_of_its_own_drafts(edit, guided, changes, threshold):
+    config = SpecEditConfig(stages=(1, 1, 0), finish="locked", **changes)
+    call = options(guided, image=tiny_image())
+    assert edit(generator=seeded(), specedit=config, **call).stats.threshold == threshold
 
 
 @pytest.mark.parametrize(("preset", "counts"), [(8, (3, 3, 2)), (4, (1, 2, 1))])

@@ -45,6 +45,7 @@ from table_runs import (
     setting,
     setting_text,
     stopwatch,
+    with_own_thresholds,
     with_thresholds,
     write_json,
     write_text,
@@ -469,6 +470,7 @@ def main():
     say = stopwatch()
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
+    rows = with_own_thresholds(rows, pipe, args.true_cfg_scale)
     runner = Runner(pipe, args.text_length, args.true_cfg_scale)
     reference = f"plain-{args.reference_steps}" if args.reference_steps else "none"
     edits = make_set(device, args.size, args.limit, {k: n for k, n in EVALUATION_COUNTS.items() if k in args.kinds})

@@ -24,6 +24,7 @@ from runtime import replace_file
 from sampler import decode_latents, encode_images
 from scenes import EVALUATION_COUNTS, EVALUATION_SEED, KINDS, TASKS, TOKEN, Edits, Renderer, evaluation_set
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
+from specedit_kernels.pipelines.qwen_model import QwenImageEditModel
 from specedit_kernels.pipelines.stages import edit_alpha
 from specedit_kernels.sampling.flops import transformer_flops
 from table_measures import (
@@ -403,6 +404,19 @@ def with_thresholds(rows, recommended):
     def changed(config):
         found = table.get((config.metric, config.reference, config.draft), config.threshold)
         return replace(config, threshold=found, relative=config.resolved_relative())
+
+    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
+
+
+def with_own_thresholds(rows, pipe, true_cfg_scale):
+    """The rows as `pipe` runs them: with the thresholds that its model has in place of the config's."""
+    if not isinstance(pipe, SpecEditQwenImageEditPipeline):
+        return rows
+
+    def changed(config):
+        guided = true_cfg_scale > 1 and config.draft_guidance
+        threshold = config.resolved_threshold(QwenImageEditModel.thresholds, guided)
+        return replace(config, threshold=threshold, relative=config.resolved_relative())
 
     return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class EditModel(ABC):
 
     # Keys and values that outlive a step are kept in fp8.
     fp8_cache = False
+    # What the model has in place of the calibrated thresholds of another: SpecEditConfig.resolved_threshold's `own`.
+    thresholds: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({})
 
     def __init__(
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,

@@ -285,7 +285,8 @@ class SpecEditMixin:
         run.clock.mark(stage)
         scores = stages.verify(run, draft)
         run.clock.mark("verify")
-        run.stats.threshold = run.config.resolved_threshold()
+        guided = run.negative is not None and run.config.draft_guidance
+        run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)
         relative = run.config.resolved_relative()
         # one threshold for the batch
         scaled = scores / stages.threshold_scale(scores, relative) if relative else scores

@@ -21,6 +21,7 @@ from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_positions
 from . import qwen_fused as fused
 from .attention import AttentionLayout, TextWatch
+from .config import QWEN_THRESHOLDS
 from .fused_model import FusedLayout, FusedModel
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from .vae import lone_frames
@@ -77,6 +78,8 @@ def rotary_table(positions: Tensor, axes: Sequence[int], theta: float) -> tuple[
 
 class QwenImageEditModel(EditModel):
     """QwenImageTransformer2DModel with AutoencoderKLQwenImage."""
+
+    thresholds = QWEN_THRESHOLDS
 
     @property
     def blocks(self) -> int:

@@ -87,7 +87,7 @@ def one_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = N
     if x.shape[2] != 1 or cache_x is not None:
         return type(conv).forward(conv, x, cache_x)
     padding = (conv._padding[2], conv._padding[0])
-    return F.conv2d(channels_last(x[:, :, 0]), conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
 
 
 @contextlib.contextmanager
