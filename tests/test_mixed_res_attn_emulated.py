@@ -18,7 +18,9 @@ CSRC = HERE.parent / "csrc"
 SLOW_WARPS = (-1, 0, 1, 4)
 CASES = (
     "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs", "late",
-    "far_scores", "far_scores_kv_index", "shares", "shares_of_lengths", "many_sharers", "scatter", "kv_index", "kv_index_parts", "all_indices",
+    "far_scores", "far_scores_kv_index", "shares", "shares_of_lengths", "parts_of_lengths", "many_sharers", "scatter",
+    "kv_index", "kv_index_parts", "kv_index_d64", "kv_index_no_bias", "kv_index_sorted", "gathered", "gathered_parts",
+    "gathered_lengths", "q_index", "q_index_parts", "q_index_lengths", "all_indices",
 )  # fmt: skip
 
 
@@ -91,10 +93,17 @@ def test_the_kernel_on_the_cpu(program, case, slow_warp):
         # The group that has no rows gives a buffer back without having waited for it.
         ("      sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));\n      release(&s.v_empty",
          "      release(&s.v_empty", "few_rows_d64", 4),
+        # What follows the last key is not zeroed.
+        ("int i = valid * 8 + lane;", "int i = S::kBlockN * 8 + lane;", "lengths", -1),
+        # Rows by kv_index overwrite those that V still needs.
+        ("buffer ^= 1;\n        keep_rows();", "keep_rows();", "kv_index", -1),
+        # An empty slot is taken for a query.
+        ("== 0) lse[r] = -INFINITY;", "== 0) lse[r] += 0.0f;", "q_index", -1),
         # One part too few is joined.
         ("2 + inside", "1 + inside", "parts", -1),
     ],
-    ids=["biases_too_early", "bias_of_another_key", "old_weights", "old_scores", "given_back_unseen", "a_part_too_few"],
+    ids=["biases_too_early", "bias_of_another_key", "old_weights", "old_scores", "given_back_unseen", "nan_past_the_end",
+         "rows_too_early", "empty_as_query", "a_part_too_few"],
 )  # fmt: skip
 def test_a_broken_kernel_fails(usable, tmp_path, before, after, case, slow_warp):
     """The emulation can tell: the same test on a kernel with one line wrong."""

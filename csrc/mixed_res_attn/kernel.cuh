@@ -32,12 +32,16 @@ struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
-  static constexpr int kLoaderRegisters = GATHER ? 56 : SPECEDIT_ATTN_LOADER_REGISTERS;
+  static constexpr int kLoaderRegisters = GATHER ? SPECEDIT_ATTN_GATHER_REGISTERS : SPECEDIT_ATTN_LOADER_REGISTERS;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
   // A thread's biases of a tile lie together; the padding keeps its four kinds of threads on different banks.
   static constexpr int kBiasStride = kBlockN / 4 + (kBlockN % 128 == 0 ? 4 : 0);
-  static constexpr int kArrivals = GATHER ? kGroup : 1;  // on a barrier that says a tile is there
+  // Arrivals on a barrier that says that a tile is there, that biases are.
+  static constexpr int kArrivals = GATHER ? kGroup : 1;
+  static constexpr int kBiasArrivals = GATHER ? kGroup / 32 : 1;
+  // Rows by kv_index: eight lanes copy 128 bytes of a row each, so that the warp group copies 16 rows a step.
+  static constexpr int kSteps = kBlockN / 16;
 };
 
 template <typename T, int D, bool GATHER>
@@ -47,8 +51,14 @@ struct Shared {
   T k[S::kStages][S::kBlockN * D];
   T v[S::kStages][S::kBlockN * D];
   float bias[S::kBiasSlots][4 * S::kBiasStride];
-  float bias_constant[S::kBiasSlots];
+  // By kv_index a warp of the loading group has a constant of its own: NaN where its biases are not one number.
+  __align__(16) float bias_constant[S::kBiasSlots][GATHER ? 4 : 1];
   int bias_kind[S::kBiasSlots];
+  // Rows by kv_index of two tiles, as each warp and each group of eight lanes needs them.
+  __align__(16) int rows[GATHER ? 2 : 1][GATHER ? 4 : 1][4][GATHER ? (S::kSteps + 3) / 4 * 4 : 1];
+  // Which rows of q exist, of this item and the one before: the rows of an item are stored when the queries of the next
+  // may be there. Written where queries come by index.
+  uint32_t q_exists[2][2][kRows / 32];
   uint64_t q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
   uint64_t bias_full[S::kBiasSlots], bias_empty[S::kBiasSlots], tail;
@@ -139,9 +149,19 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
   const int whole = tiles - rest;
   const int sharers = workers - rest;
   const int most = 4 * blocks + kPieceCost;
+  // Mostly the last round is of one batch entry: its tiles, and how many of them are a head's last, are counted once.
+  const int entry = rest > 0 ? entry_of(p, s, whole) : 0;
+  const bool alone = rest > 0 && (entry + 1 == p.batch || s.tile_start[entry + 1] == tiles);
+  const int of_head = max(ceil_div(s.q_len[entry], kBlockM), 1);
+  const int lasts = alone ? (tiles - s.tile_start[entry]) / of_head - (whole - s.tile_start[entry]) / of_head : 0;
   const auto sum_at = [&](int level) {
     int sum = 0;
-    visit_backs(p, s, whole, tiles, level, [&](int, const Backs&, int cost) { sum += cost; });
+    if (alone) {
+      const Backs backs = Backs::of(s.q_len[entry], s.k_len[entry], level);
+      sum = (rest - lasts) * backs.full + lasts * backs.last;
+    } else {
+      visit_backs(p, s, whole, tiles, level, [&](int, const Backs&, int cost) { sum += cost; });
+    }
     return sum;
   };
   // The lowest level at which no sharer takes longer than a front; 32 levels are tried at once.
@@ -151,7 +171,7 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
     while (most - low > 1 && level - low > 1) {
       const int step = ceil_div(level - low, 32);
       const int mine = min(low + (lane + 1) * step, level);
-      const bool enough = mine >= stretch_of(sum_at(mine), sharers, blocks);
+      const bool enough = suffices(mine, sum_at(mine), sharers, blocks);
       const unsigned all = __ballot_sync(0xffffffffu, enough || mine == level);
       const int found = __ffs(all) - 1;
       level = min(low + (found + 1) * step, level);
@@ -346,12 +366,10 @@ struct TileLoader {
     if (foreign) {
       sm90::barrier_wait(done, tail_parity);
       tail_parity ^= 1;
-      const int rows = S::kBlockN - valid;
-      for (int i = lane; i < rows * D / 8; i += 32) {
-        const int panel = i / (rows * 8);
-        const int rest = i - panel * rows * 8;
-        uint4* at = reinterpret_cast<uint4*>(target) + panel * S::kBlockN * 8 + valid * 8 + rest;
-        *at = make_uint4(0, 0, 0, 0);
+      uint4* const words = reinterpret_cast<uint4*>(target);
+      for (int i = valid * 8 + lane; i < S::kBlockN * 8; i += 32) {
+#pragma unroll
+        for (int panel = 0; panel < D / 64; ++panel) words[panel * S::kBlockN * 8 + i] = make_uint4(0, 0, 0, 0);
       }
       sm90::proxy_fence();
       __syncwarp();
@@ -452,7 +470,7 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
       }
       if (lane == 0) {
         s.bias_kind[slot.stage] = (same ? 0 : kVaries) | (high > before + 8 * p.slack ? kFarAbove : 0);
-        s.bias_constant[slot.stage] = same ? first : 0.0f;
+        s.bias_constant[slot.stage][0] = same ? first : 0.0f;
       }
       before = fmaxf(before, high);
       __syncwarp();
@@ -462,182 +480,241 @@ __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
   }
 }
 
-__device__ inline bool query_row(const Params& p, int b, int slot, int q_len, int& row) {
-  row = slot < q_len ? p.q_index[b * p.q_index_batch + slot] : -1;
-  return row >= 0 && row < p.rows_q;
-}
+// 32 * WORDS rows of q that a warp copies: lane i of it knows the rows number i, i + 32 and so on. Rows outside read as
+// zeros.
+template <typename T, int D, int WORDS>
+struct Queries {
+  int rows[WORDS];
+  uint32_t exist[WORDS];
 
-// The queries of one computing warp group by q_index: a box for each row and panel. Rows outside read as zeros.
+  template <typename SharedT>
+  __device__ void look_up(const Params& p, const SharedT& s, const Work& w, int first) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      const int slot = w.tile * kBlockM + first + i * 32 + static_cast<int>(threadIdx.x) % 32;
+      rows[i] = slot < s.q_len[w.b] ? p.q_index == nullptr ? slot : p.q_index[w.b * p.q_index_batch + slot] : -1;
+      const bool exists = rows[i] >= 0 && rows[i] < p.rows_q;
+      exist[i] = __ballot_sync(0xffffffffu, exists);
+      if (!exists) rows[i] = 0;
+    }
+  }
+
+  __device__ static const T* base(const Params& p, const Work& w) {
+    return static_cast<const T*>(p.q) + w.b * p.q_strides.batch + w.head * p.q_strides.head;
+  }
+
+  __device__ void prefetch(const Params& p, const Work& w) const {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      if ((exist[i] >> threadIdx.x % 32 & 1) == 0) continue;
+      const T* row = base(p, w) + rows[i] * p.q_strides.row;
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) sm90::prefetch(row + panel * 64);
+    }
+  }
+
+  // To rows `first` and following of a tile of kRows rows. Eight lanes copy a panel's 128 bytes of a row; from one step,
+  // of four rows, to the next the swizzle turns bit 2 of the column.
+  __device__ void copy(const Params& p, const Work& w, T* tile, int first) const {
+    const int lane = threadIdx.x % 32;
+    const T* source = base(p, w) + lane % 8 * 8;
+    const uint32_t even = sm90::shared_address(tile) + first * 128 + swizzled(lane / 8, lane % 8, kRows);
+    const uint32_t odd = even ^ 64;
+#pragma unroll
+    for (int i = 0; i < 8 * WORDS; ++i) {
+      const int row = __shfl_sync(0xffffffffu, rows[i / 8], i % 8 * 4 + lane / 8);
+      const uint32_t exists = exist[i / 8] >> lane / 8 & 1u << i % 8 * 4;
+      const T* from = source + row * p.q_strides.row;
+      const uint32_t to = (i % 2 == 0 ? even : odd) + i * 4 * 128;
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) {
+        sm90::copy_16(to + panel * kRows * 128, from + panel * 64, exists);
+      }
+    }
+  }
+};
+
+// The queries of one computing warp group by q_index: a warp's work.
 template <typename T, int D>
 __device__ void gather_queries(const Params& p, Shared<T, D, false>& s, int g) {
+  constexpr int kWords = kRows / 32;
   const int lane = threadIdx.x % 32;
   uint32_t parity = 0;
   Work w;
   for (int item = 0; w.get(p, s, item); ++item) {
-    // Looked up while the rows before are still in use.
-    int rows[kRows / 32];
-#pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
-      const int slot = w.tile * kBlockM + g * kRows + i * 32 + lane;
-      if (!query_row(p, w.b, slot, s.q_len[w.b], rows[i])) rows[i] = -1;
-    }
+    // Looked up, and fetched as far as L2, while the rows before are still in use.
+    Queries<T, D, kWords> queries;
+    queries.look_up(p, s, w, g * kRows);
+    if (item > 0) queries.prefetch(p, w);
     sm90::barrier_wait(&s.q_empty[g], parity ^ 1);
-    parity ^= 1;
     __syncwarp();
-    if (lane == 0) sm90::barrier_expect(&s.q_full[g], kRows * D * sizeof(T));
-    __syncwarp();
+    if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
-#pragma unroll
-      for (int panel = 0; panel < D / 64; ++panel) {
-        T* target = s.q[g] + (panel * kRows + i * 32 + lane) * 64;
-        sm90::copy_box(target, &p.q_row_map, &s.q_full[g], 0, rows[i], panel, w.head, w.b);
-      }
+      for (int i = 0; i < kWords; ++i) s.q_exists[parity][g][i] = queries.exist[i];
+      sm90::barrier_arrive(&s.q_full[g]);
     }
     __syncwarp();
+    queries.copy(p, w, s.q[g], 0);
+    sm90::copies_arrive(&s.q_full[g]);
+    parity ^= 1;
   }
 }
 
-// K and V rows by kv_index: the whole warp group copies them, 16 bytes a thread and instruction.
+// K and V rows by kv_index: the whole warp group copies them, 16 bytes a thread and instruction. What each instruction
+// needs besides is kept small: they take issue slots from the softmax.
 template <typename T, int D>
 struct RowLoader {
   using SharedT = Shared<T, D, true>;
   using S = typename SharedT::S;
-  static constexpr int kChunks = D / 8;
-  static constexpr int kRowsAtOnce = kGroup / kChunks;
-  static constexpr int kSteps = S::kBlockN / kRowsAtOnce;
-  static_assert(S::kBlockN % kRowsAtOnce == 0);
+  static constexpr int kSteps = S::kSteps;
+  static constexpr int kRowsOfWarp = kSteps * 4;
+  static_assert(S::kBlockN % 16 == 0 && kRowsOfWarp > 32 && kRowsOfWarp <= 64);
 
   const Params& p;
   SharedT& s;
-  // rows[i]: the row that this warp's lane i knows; see run().
-  __device__ void copy_tile(const T* base, int64_t row_stride, T* target, const int (&rows)[2]) {
-    constexpr int kRowsOfWarp = kRowsAtOnce / 4;
+
+  // Lane i of a warp looks up its rows number i and i + 32 of a tile. Where in the tile row `number` of a warp lies:
+  __device__ static int place_of(int number) {
+    return number / 4 * 16 + static_cast<int>(threadIdx.x) % kGroup / 32 * 4 + number % 4;
+  }
+
+  // Bit 4 i % 32 of exist[i / 8]: whether this lane's row of step i exists; the others read as zeros.
+  __device__ void copy_tile(const T* base, uint32_t stride, T* target, int buffer, const uint32_t (&exist)[2]) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x % kGroup / 32;
-    const int sub = lane / kChunks;
-    const int chunk = lane % kChunks;
-    const T* source = base + chunk * 8;
-    const uint32_t shared = sm90::shared_address(target);
+    const int* rows = s.rows[buffer][warp][lane / 8];
+    const char* source = reinterpret_cast<const char*>(base + lane % 8 * 8);
+    const uint32_t to = sm90::shared_address(target) + swizzled(place_of(lane / 8), lane % 8, S::kBlockN);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      // The warp's row number i * kRowsOfWarp + sub.
-      const int number = i * kRowsOfWarp + sub;
-      const int row = __shfl_sync(0xffffffffu, rows[i * kRowsOfWarp / 32], number % 32);
-      const int place = i * kRowsAtOnce + warp * kRowsOfWarp + sub;
-      const bool valid = row >= 0;
-      sm90::copy_16(shared + swizzled(place, chunk, S::kBlockN), source + (valid ? row : 0) * row_stride, valid);
+    for (int i = 0; i < kSteps; i += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(rows + i);
+#pragma unroll
+      for (int j = i; j < i + 4 && j < kSteps; ++j) {
+        const int row = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+        const char* from = source + static_cast<uint64_t>(static_cast<uint32_t>(row)) * stride;
+        const uint32_t exists = exist[j / 8] & 1u << j % 8 * 4;
+#pragma unroll
+        for (int panel = 0; panel < D / 64; ++panel) {
+          sm90::copy_16(to + j * 16 * 128 + panel * S::kBlockN * 128, from + panel * 128, exists);
+        }
+      }
     }
   }
 
   __device__ void run() {
-    constexpr int kRowsOfWarp = kRowsAtOnce / 4;
-    static_assert(kSteps * kRowsOfWarp <= 64 && 32 % kRowsOfWarp == 0);
     const int thread = threadIdx.x % kGroup;
     const int lane = thread % 32;
     const int warp = thread / 32;
+    const uint32_t k_stride = static_cast<uint32_t>(p.k_strides.row * sizeof(T));
+    const uint32_t v_stride = static_cast<uint32_t>(p.v_strides.row * sizeof(T));
     Ring<S::kStages> k_ring, v_ring;
     Ring<S::kBiasSlots> slot;
     uint32_t q_parity = 0;
+    int buffer = 0;  // of the rows of the next tile of K; the last one's are in the other
     Work w;
     for (int item = 0; w.get(p, s, item); ++item) {
       const int kv_head = w.head / p.group;
       const T* k = static_cast<const T*>(p.k) + w.b * p.k_strides.batch + kv_head * p.k_strides.head;
       const T* v = static_cast<const T*>(p.v) + w.b * p.v_strides.batch + kv_head * p.v_strides.head;
-      const int* index = p.kv_index + w.b * p.kv_index_batch;
+      int key = w.begin * S::kBlockN + place_of(lane);  // of the tile looked up next
+      const int* at = p.kv_index + w.b * p.kv_index_batch + key;
       const float* bias = p.bias == nullptr ? nullptr : p.bias + w.b * p.bias_batch;
       const int k_len = s.k_len[w.b];
-      // Lane i of a warp knows its rows number i and i + 32 of a tile: where in the tile they are, which row of k that is
-      // (-1: none) and its bias. Both are asked for a tile ahead.
-      const auto place_of = [&](int i) {
-        const int number = i * 32 + lane;
-        return number / kRowsOfWarp * kRowsAtOnce + warp * kRowsOfWarp + number % kRowsOfWarp;
+      int rows[2];        // of the tile looked up last, -1 for none
+      float values[2];    // their biases
+      uint32_t exist[2];  // of the tile of K to copy next
+      uint32_t before[2];
+      const auto look_up = [&] {
+        constexpr int kNext = 32 / 4 * 16;
+        rows[0] = key < k_len ? at[0] : -1;
+        rows[1] = lane + 32 < kRowsOfWarp && key + kNext < k_len ? at[kNext] : -1;
+        key += S::kBlockN;
+        at += S::kBlockN;
       };
-      const auto look_up = [&](int block, int(&rows)[2]) {
+      const auto look_up_bias = [&] {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int key = block * S::kBlockN + place_of(i);
-          const int row = i * 32 + lane < kSteps * kRowsOfWarp && key < k_len ? index[key] : -1;
-          rows[i] = row < p.rows_k ? row : -1;
+          if (rows[i] >= p.rows_k) rows[i] = -1;
+          values[i] = rows[i] < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[rows[i]];
         }
       };
-      const auto look_up_bias = [&](const int(&rows)[2], float(&values)[2]) {
+      const auto keep_rows = [&] {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          values[i] = rows[i] < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[rows[i]] * p.bias_unit;
+          const int number = i * 32 + lane;
+          if (number < kRowsOfWarp) s.rows[buffer][warp][number % 4][number / 4] = max(rows[i], 0);
+          exist[i] = __ballot_sync(0xffffffffu, rows[i] >= 0) >> lane / 8;
         }
+        __syncwarp();
       };
       const auto load_q = [&] {
-        const T* base = static_cast<const T*>(p.q) + w.b * p.q_strides.batch + w.head * p.q_strides.head;
-        for (int g = 0; g < 2; ++g) {
-          sm90::barrier_wait(&s.q_empty[g], q_parity ^ 1);
-          const uint32_t target = sm90::shared_address(s.q[g]);
-          const int first = w.tile * kBlockM + g * kRows;
-#pragma unroll 4
-          for (int i = thread; i < kRows * kChunks; i += kGroup) {
-            int row = first + i / kChunks;
-            bool valid = row < s.q_len[w.b];
-            if (p.q_index != nullptr) valid = query_row(p, w.b, first + i / kChunks, s.q_len[w.b], row);
-            const T* source = valid ? base + row * p.q_strides.row + i % kChunks * 8 : base;
-            sm90::copy_16(target + swizzled(i / kChunks, i % kChunks, kRows), source, valid);
-          }
-          sm90::copies_arrive(&s.q_full[g]);
+        // A warp copies half of a computing warp group's queries.
+        const int g = warp / 2;
+        const int half = warp % 2;
+        Queries<T, D, 1> queries;
+        queries.look_up(p, s, w, warp * 32);
+        sm90::barrier_wait(&s.q_empty[g], q_parity ^ 1);
+        __syncwarp();
+        if (lane == 0) {
+          s.q_exists[q_parity][g][half] = queries.exist[0];
+          sm90::barrier_arrive(&s.q_full[g]);
         }
+        queries.copy(p, w, s.q[g], half * 32);
+        sm90::copies_arrive(&s.q_full[g]);
       };
-      const auto load_bias = [&](const float(&values)[2]) {
+      const auto load_bias = [&] {
         sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);
+        __syncwarp();
         float* target = s.bias[slot.stage];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i * 32 + lane < kSteps * kRowsOfWarp) target[bias_place<S>(place_of(i))] = values[i];
-        }
-        sm90::named_sync(3, kGroup);
-        const float first = target[0];
+        const float first = __shfl_sync(0xffffffffu, values[0], 0);
         bool same = true;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) same = same && (values[i] == first || i * 32 + lane >= kSteps * kRowsOfWarp);
-        same = sm90::named_sync_all(3, kGroup, same);
-        if (thread == 0) {
-          s.bias_kind[slot.stage] = same ? 0 : kVaries;
-          s.bias_constant[slot.stage] = same ? first : 0.0f;
+        for (int i = 0; i < 2; ++i) {
+          const int number = i * 32 + lane;
+          if (number >= kRowsOfWarp) continue;
+          same = same && values[i] == first;
+          target[bias_place<S>(place_of(number))] = values[i] * p.bias_unit;
         }
-        sm90::barrier_arrive(&s.bias_full[slot.stage]);
+        same = __all_sync(0xffffffffu, same);
+        if (lane == 0) {
+          s.bias_constant[slot.stage][warp] = same ? first * p.bias_unit : NAN;
+          sm90::barrier_arrive(&s.bias_full[slot.stage]);
+        }
         slot.next();
       };
-      const auto load_v = [&](const int(&rows)[2]) {
+      const auto load_v = [&] {
         sm90::barrier_wait(&s.v_empty[v_ring.stage], v_ring.parity ^ 1);
         __syncwarp();
-        copy_tile(v, p.v_strides.row, s.v[v_ring.stage], rows);
+        copy_tile(v, v_stride, s.v[v_ring.stage], buffer ^ 1, before);
         sm90::copies_arrive(&s.v_full[v_ring.stage]);
         v_ring.next();
       };
-      int before[2], rows[2], after[2];
-      float values[2], values_after[2];
       if (w.begin == w.end) {
         load_q();
       } else {
-        look_up(w.begin, rows);
-        look_up_bias(rows, values);
+        look_up();
+        look_up_bias();
+        keep_rows();
       }
       for (int block = w.begin; block < w.end; ++block) {
-        look_up(block + 1, after);
+        // Rows of the next tile are looked up under the copies of this one, its biases under those of the last.
+        look_up();
         sm90::barrier_wait(&s.k_empty[k_ring.stage], k_ring.parity ^ 1);
         __syncwarp();
-        copy_tile(k, p.k_strides.row, s.k[k_ring.stage], rows);
+        copy_tile(k, k_stride, s.k[k_ring.stage], buffer, exist);
         sm90::copies_arrive(&s.k_full[k_ring.stage]);
         k_ring.next();
-        load_bias(values);
-        look_up_bias(after, values_after);
+        load_bias();
+        look_up_bias();
         if (block == w.begin) load_q();
-        else load_v(before);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          before[i] = rows[i];
-          rows[i] = after[i];
-          values[i] = values_after[i];
-        }
+        else load_v();
+        __syncwarp();
+        before[0] = exist[0];
+        before[1] = exist[1];
+        buffer ^= 1;
+        keep_rows();
       }
-      if (w.begin < w.end) load_v(before);
+      if (w.begin < w.end) load_v();
       q_parity ^= 1;
     }
   }
@@ -934,8 +1011,15 @@ struct Computer {
   __device__ void softmax(const Work& w, int block, uint32_t count) {
     const int slot = count % S::kBiasSlots;
     sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
-    const float constant = s.bias_constant[slot];
-    const int kind = s.bias_kind[slot];
+    float constant = s.bias_constant[slot][0];
+    int kind;
+    if constexpr (GATHER) {
+      const float4 of = *reinterpret_cast<const float4*>(s.bias_constant[slot]);
+      kind = of.x == of.y && of.x == of.z && of.x == of.w ? 0 : kVaries;
+      constant = kind == 0 ? of.x : 0.0f;
+    } else {
+      kind = s.bias_kind[slot];
+    }
     const bool varies = kind & kVaries;
     const bool no_key = __any_sync(0xffffffffu, top[0] == -INFINITY || top[1] == -INFINITY);
     if (FIRST) sm90::products_wait<0>();
@@ -1078,12 +1162,9 @@ struct Computer {
       const int slot = w.tile * kBlockM + at;
       const bool exists = at < rows;
       int64_t target = -1;
-      bool empty = false;
       if (exists) {
         target = target_row(p, w.b, first, slot);
-        int unused;
-        empty = p.q_index != nullptr && !query_row(p, w.b, slot, rows + w.tile * kBlockM, unused);
-        if (c == 0) *lse_at(p, w.b, w.head, first + slot) = empty ? -INFINITY : lse[r] * 0.6931471805599453f;
+        if (c == 0) *lse_at(p, w.b, w.head, first + slot) = lse[r] * 0.6931471805599453f;
       }
       T* const place = static_cast<T*>(p.out) + (p.cu_q == nullptr ? w.b * p.out_strides.batch : 0) +
           target * p.out_strides.row + w.head * p.out_strides.head;
@@ -1106,7 +1187,7 @@ struct Computer {
         const uint32_t e = __shfl_xor_sync(0xffffffffu, odd ? w0 : w1, 1);
         const uint32_t f = __shfl_xor_sync(0xffffffffu, odd ? w2 : w3, 1);
         uint4 all = odd ? make_uint4(e, w1, f, w3) : make_uint4(w0, e, w2, f);
-        if (empty) all = make_uint4(0, 0, 0, 0);
+        if (p.q_index != nullptr && lse[r] == -INFINITY) all = make_uint4(0, 0, 0, 0);
         if (target >= 0) *reinterpret_cast<uint4*>(place + (4 * i + c) * 8) = all;
       }
     }
@@ -1121,6 +1202,8 @@ struct Computer {
     Work w;
     for (int item = 0; w.get(p, s, item); ++item) {
       wait_full(&s.q_full[g], q_parity);
+      // Rows that came one by one went another way than products read.
+      if (!GATHER && p.q_index != nullptr) sm90::proxy_fence();
       q_parity ^= 1;
       if (!w.has_rows(g)) {
         sit_out(w, count);
@@ -1143,6 +1226,13 @@ struct Computer {
         inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         lse[r] = sum == 0.0f ? -INFINITY : fmaf(top[r], p.score_unit, log2f(sum));
       }
+      if (p.q_index != nullptr) {
+        const uint32_t exist = s.q_exists[q_parity ^ 1][g][row % kRows / 32];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if ((exist >> (row + 8 * r) % 32 & 1) == 0) lse[r] = -INFINITY;
+        }
+      }
       if (w.part >= 0) store_part(w, w.rows, row, inverse, lse);
       else store_rows(w, w.rows, row, inverse, lse);
     }
@@ -1161,7 +1251,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   if (threadIdx.x == 0) {
     // A buffer is given back by each of the warps that read it.
     for (int g = 0; g < 2; ++g) {
-      sm90::barrier_init(&s.q_full[g], S::kArrivals);
+      // Copied rows: lane by lane, and once by each warp for what it wrote besides.
+      sm90::barrier_init(&s.q_full[g], GATHER ? 2 * 33 : p.q_index != nullptr ? 33 : 1);
       sm90::barrier_init(&s.q_empty[g], 4);
     }
     for (int i = 0; i < S::kStages; ++i) {
@@ -1171,18 +1262,20 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       sm90::barrier_init(&s.v_empty[i], 8);
     }
     for (int i = 0; i < S::kBiasSlots; ++i) {
-      sm90::barrier_init(&s.bias_full[i], S::kArrivals);
+      sm90::barrier_init(&s.bias_full[i], S::kBiasArrivals);
       sm90::barrier_init(&s.bias_empty[i], 8);
     }
     sm90::barrier_init(&s.tail, 1);
     sm90::barrier_init_fence();
     if constexpr (!GATHER) {
-      if (p.rows_q > 0) sm90::prefetch_map(&p.q_map);
+      if (p.rows_q > 0 && p.q_index == nullptr) sm90::prefetch_map(&p.q_map);
       if (p.rows_k > 0) sm90::prefetch_map(&p.k_map);
       if (p.rows_k > 0) sm90::prefetch_map(&p.v_map);
     }
   }
   make_plan<T, D, GATHER>(p, s);
+  // Only where rows are gathered first is there something to wait for.
+  if constexpr (!GATHER) sm90::wait_for_grid_before();
   sm90::let_grid_after_start();
   if (threadIdx.x < kGroup) {
     sm90::fewer_registers<S::kLoaderRegisters>();
@@ -1247,25 +1340,18 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Param
     for (int i = 0; i < kEach; ++i) sum[i] = fmaf(w, x[i], sum[i]);
   }
   int first;
-  const int q_len = length_of(p.q_lens, p.cu_q, cut.b, p.num_q, p.rows_q, first);
+  length_of(p.q_lens, p.cu_q, cut.b, p.num_q, p.rows_q, first);
   const int slot = cut.tile * kBlockM + row;
-  int unused;
-  bool empty = p.q_index != nullptr;
-  if (empty) {
-    unused = slot < q_len ? p.q_index[cut.b * p.q_index_batch + slot] : -1;
-    empty = unused < 0 || unused >= p.rows_q;
-  }
   if (lane == 0) {
-    *lse_at(p, cut.b, cut.head, first + slot) =
-        empty || total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
+    *lse_at(p, cut.b, cut.head, first + slot) = total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
   }
   const int64_t target = target_row(p, cut.b, first, slot);
   if (target < 0) return;
-  const float inverse = empty || total == 0.0f ? 0.0f : 1.0f / total;
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   uint32_t word[kEach / 2];
 #pragma unroll
   for (int i = 0; i < kEach / 2; ++i) {
-    word[i] = empty ? 0 : sm90::pack<T>(sum[2 * i] * inverse, sum[2 * i + 1] * inverse);
+    word[i] = sm90::pack<T>(sum[2 * i] * inverse, sum[2 * i + 1] * inverse);
   }
   T* at = static_cast<T*>(p.out) + (p.cu_q == nullptr ? cut.b * p.out_strides.batch : 0) +
       target * p.out_strides.row + cut.head * p.out_strides.head + lane * kEach;

@@ -14,18 +14,22 @@ void launch(const Params& p, int blocks, int rest, cudaStream_t stream) {
   check_cuda(
       cudaFuncSetAttribute(attention_kernel<T, D, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "mixed_res_attn");
-  attention_kernel<T, D, GATHER><<<blocks, kThreads, kBytes, stream>>>(p);
-  check_cuda(cudaGetLastError(), "mixed_res_attn");
+  // Kernels that are started while the one before still runs wait for its end by themselves.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = p.gathered;
+  check_cuda(cudaLaunchKernelEx(&config, attention_kernel<T, D, GATHER>, p), "mixed_res_attn");
   if (p.part_out != nullptr) {
-    // Started while the attention still runs; it waits for its end by itself.
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
     config.gridDim = dim3(rest, kBlockM / 8);
     config.blockDim = dim3(256);
-    config.stream = stream;
-    config.attrs = &early;
+    config.dynamicSmemBytes = 0;
     config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
     check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
   }

@@ -9,6 +9,7 @@
 #include <climits>
 
 #include "common.h"
+#include "mixed_res_attn/gather_rows.cuh"
 #include "mixed_res_attn/params.h"
 
 namespace specedit {
@@ -84,6 +85,55 @@ void launch(const Params& p, int64_t dim, int blocks, int rest, cudaStream_t str
   }
 }
 
+// Whether rows by kv_index are gathered before the attention. By itself it gathers them for each tile of queries, which
+// costs issue slots; and it knows strides of 32 bits, in bytes, only.
+bool gathers_first(const View& q, const View& k, const View& v, int64_t num_q) {
+  const int64_t tiles = q.heads / k.heads * ((num_q + attn::kBlockM - 1) / attn::kBlockM);
+  return tiles >= attn::kGatherFirst || std::max(k.strides.row, v.strides.row) > INT_MAX / 2;
+}
+
+// Gathers k, v and bias of all slots of kv_index into `workspace`; p and the views then describe a call without index.
+Tensor gather_rows(Params& p, View& k, View& v, const Tensor& q, cudaStream_t stream) {
+  const int64_t row = k.heads * k.dim;
+  const int64_t slots = k.batch * p.num_k;
+  Tensor workspace = empty_on(q, {slots * (row + 1)}, ScalarType::Float);
+  uint4* const out = static_cast<uint4*>(workspace.data_ptr());
+  attn::RowsParams r{};
+  const auto in_words = [](const Strides& x) { return Strides{x.batch / 8, x.row / 8, x.head / 8}; };
+  r.k = static_cast<const uint4*>(p.k);
+  r.v = static_cast<const uint4*>(p.v);
+  r.k_strides = in_words(p.k_strides);
+  r.v_strides = in_words(p.v_strides);
+  r.bias = p.bias;
+  r.index = p.kv_index;
+  r.lens = p.kv_lens;
+  r.bias_batch = p.bias_batch;
+  r.index_batch = p.kv_index_batch;
+  r.words = small(row / 8, "a row of k");
+  r.head_shift = k.dim == 64 ? 3 : 4;
+  r.k_out = out;
+  r.v_out = out + slots * r.words;
+  r.bias_out = reinterpret_cast<float*>(out + 2 * slots * r.words);
+  r.batch = p.batch;
+  r.slots = p.num_k;
+  r.rows = p.rows_k;
+  const int blocks = attn::ceil_div(small(slots, "slots of kv_index"), attn::kGatherThreads / 32);
+  if (blocks > 0) attn::gather_rows_kernel<<<blocks, attn::kGatherThreads, 0, stream>>>(r);
+  check_cuda(cudaGetLastError(), "mixed_res_attn");
+  const Strides dense{p.num_k * row, row, k.dim};
+  k = View{r.k_out, dense, k.batch, p.num_k, k.heads, k.dim};
+  v = View{r.v_out, dense, k.batch, p.num_k, k.heads, k.dim};
+  p.k = r.k_out;
+  p.v = r.v_out;
+  p.k_strides = p.v_strides = dense;
+  p.bias = r.bias_out;
+  p.bias_batch = p.num_k;
+  p.kv_index = nullptr;
+  p.rows_k = p.num_k;
+  p.gathered = blocks > 0;
+  return workspace;
+}
+
 }  // namespace
 
 Tensor mixed_res_attn(
@@ -92,7 +142,8 @@ Tensor mixed_res_attn(
     std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const bool packed = cu_seqlens_q.has_value();
-  const View qv = view_of(q), kv = view_of(k), vv = view_of(v), ov = view_of(out);
+  const View qv = view_of(q), ov = view_of(out);
+  View kv = view_of(k), vv = view_of(v);
   const ScalarType dtype = q.scalar_type();
   if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || (qv.dim != 64 && qv.dim != 128)) {
     throw std::invalid_argument("mixed_res_attn: q: expected bf16 or fp16 with D 64 or 128");
@@ -142,11 +193,13 @@ Tensor mixed_res_attn(
   p.rows_out = small(ov.rows, "rows of out");
   const int64_t all_tiles = batch * qv.heads * ((num_q + attn::kBlockM - 1) / attn::kBlockM);
   const int tiles = small(all_tiles, "tiles");
+  const cudaStream_t stream = current_stream(q);
+  std::optional<Tensor> gathered;
+  if (p.kv_index != nullptr && gathers_first(qv, kv, vv, num_q)) gathered = gather_rows(p, kv, vv, q, stream);
   if (p.kv_index == nullptr) {
     // A map has no empty dimension; without queries or keys no copy is made.
     const int panels = static_cast<int>(qv.dim / 64);
     if (qv.rows > 0) p.q_map = map_of(qv, dtype, attn::kRows, panels);
-    if (qv.rows > 0 && p.q_index != nullptr) p.q_row_map = map_of(qv, dtype, 1, 1);
     if (kv.rows > 0) {
       p.k_map = map_of(kv, dtype, attn::kBlockN, panels);
       p.v_map = map_of(vv, dtype, attn::kBlockN, panels);
@@ -168,7 +221,6 @@ Tensor mixed_res_attn(
     p.part_lse = p.part_out + rows * qv.dim;
     p.cut_tiles = reinterpret_cast<attn::CutTile*>(p.part_lse + rows);
   }
-  const cudaStream_t stream = current_stream(q);
   if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, blocks, rest, stream);
   else launch<__half>(p, qv.dim, blocks, rest, stream);
   return lse;

@@ -28,6 +28,12 @@ namespace specedit::attn {
 #ifndef SPECEDIT_ATTN_LOADER_REGISTERS
 #define SPECEDIT_ATTN_LOADER_REGISTERS 24
 #endif
+#ifndef SPECEDIT_ATTN_GATHER_REGISTERS
+#define SPECEDIT_ATTN_GATHER_REGISTERS 56
+#endif
+#ifndef SPECEDIT_ATTN_GATHER_FIRST
+#define SPECEDIT_ATTN_GATHER_FIRST 20
+#endif
 #ifndef SPECEDIT_ATTN_EARLY_JOIN
 #define SPECEDIT_ATTN_EARLY_JOIN 1
 #endif
@@ -46,6 +52,9 @@ constexpr int kThreads = 384;
 constexpr int kRows = 64;       // queries of a computing warp group
 constexpr int kBlockM = 128;    // queries of a tile
 constexpr int kBlockN = SPECEDIT_ATTN_BLOCK_N;  // keys of a tile
+constexpr int kGatherThreads = 256;
+// Tiles of queries that meet a row of K from which on rows by kv_index are gathered before the attention, not by it.
+constexpr int kGatherFirst = SPECEDIT_ATTN_GATHER_FIRST;
 constexpr int kMaxBatch = 512;  // batch entries whose lengths fit in shared memory
 constexpr int kMaxParts = 16;
 constexpr int kMaxPlaces = 192;                 // of a plan that the host makes
@@ -73,7 +82,7 @@ struct Place {
 };
 
 struct Params {
-  CUtensorMap q_map, q_row_map, k_map, v_map;  // q_row_map: a row of a panel at a time
+  CUtensorMap q_map, k_map, v_map;
   const void *q, *k, *v;
   Strides q_strides, k_strides, v_strides, out_strides;
   const float* bias;
@@ -90,11 +99,24 @@ struct Params {
   float bias_unit;    // 1 / scale: from a bias to a raw score
   float slack;        // kSlack as a raw score
   int batch, heads, group, num_q, num_k, rows_q, rows_k, rows_out, most_cut;
+  bool gathered;  // the kernel before gathers k, v and bias
   // The plan, if the host could make it: tiles done in rounds, those of the last round, what a front may cost, and where
   // each sharer of the backs begins.
   bool planned;
   int whole, rest, level;
   Place places[kMaxPlaces];
+};
+
+// What gathers rows by kv_index before the attention. Strides and words are of 16 bytes; the targets are contiguous.
+struct RowsParams {
+  const uint4 *k, *v;
+  Strides k_strides, v_strides;
+  const float* bias;
+  const int *index, *lens;
+  int64_t bias_batch, index_batch;
+  uint4 *k_out, *v_out;
+  float* bias_out;
+  int batch, slots, rows, words, head_shift;  // 2^head_shift words of a head, `words` of all
 };
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -162,10 +184,20 @@ struct Backs {
 };
 
 // A sharer's stretch if the backs cost `sum` together: as long as it takes, and no back is cut into more than 16.
+__host__ __device__ inline int least_stretch(int blocks) {
+  return blocks / 4 > 4 * kLeastPart ? blocks / 4 : 4 * kLeastPart;
+}
+
 __host__ __device__ inline int stretch_of(int sum, int sharers, int blocks) {
-  const int least = blocks / 4 > 4 * kLeastPart ? blocks / 4 : 4 * kLeastPart;
+  const int least = least_stretch(blocks);
   const int stretch = ceil_div(sum, sharers);
   return (stretch > least ? stretch : least) + kPieceCost;
+}
+
+// level >= stretch_of(...), without its division.
+__host__ __device__ inline bool suffices(int level, int sum, int sharers, int blocks) {
+  const int stretch = level - kPieceCost;
+  return stretch >= least_stretch(blocks) && static_cast<int64_t>(stretch) * sharers >= sum;
 }
 
 // The plan where all batch entries are alike, which then are as more heads: made by the host. Returns how many tiles may

@@ -129,10 +129,24 @@ __device__ inline void copy_box(
       : "memory");
 }
 
-// 16 bytes to shared memory, zeros where not `valid`; `source` must be a legal address either way.
-__device__ inline void copy_16(uint32_t target, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
-               : "memory");
+// 16 bytes to shared memory, zeros where `valid` is 0; `source` must be a legal address either way.
+__device__ inline void copy_16(uint32_t target, const void* source, uint32_t valid) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "setp.eq.u32 p, %2, 0;\n\t"
+      "cp.async.cg.shared.global [%0], [%1], 16, p;\n\t}" ::"r"(target),
+      "l"(source), "r"(valid)
+      : "memory");
+}
+
+// The cache line of an address to L2.
+__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// Read once: what is written stays in L2 in its stead.
+__device__ inline uint4 load_once(const uint4* at) {
+  uint4 x;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+  return x;
 }
 
 // Arrives on `bar` when this thread's row copies so far have.

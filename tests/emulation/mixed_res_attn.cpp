@@ -18,6 +18,7 @@
 #include <map>
 #include <string>
 
+#include "mixed_res_attn/gather_rows.cuh"
 #include "mixed_res_attn/kernel.cuh"
 
 using namespace specedit::attn;
@@ -29,8 +30,8 @@ using Ints = std::vector<int>;
 constexpr int kSlowness = 200;
 constexpr float kUntouched = 123.0f;
 
-// kJumps: from -200 to 0 in the middle, 150 at the end; kStairs: growing; kLate: -inf in the first half.
-enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate };
+// kOfSlots: as kSorted, with the slots of kv_index in order too. kJumps: from -200 to 0 in the middle, 150 at the end; kStairs: growing; kLate: -inf in the first half.
+enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate, kOfSlots };
 
 struct Case {
   bool half;    // fp16, else bf16
@@ -41,6 +42,7 @@ struct Case {
   int q_slots = 0, k_slots = 0;  // > 0: by index, so many slots
   bool scatter = false;
   bool cut = false;  // whether tiles are to be cut
+  bool gather_first = false;  // rows by kv_index by a kernel of their own
   float later = 1;   // factor of the second half of the rows of k: scores far above those before
 };
 
@@ -56,15 +58,28 @@ const std::map<std::string, Case> kCases = {
     {"jumps", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kJumps}},
     {"stairs", {true, 128, 1, 70, 1000, 1, 1, 1, Bias::kStairs}},
     {"late", {false, 128, 1, 200, 1300, 1, 1, 1, Bias::kLate}},
-    {"far_scores", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kAlternating, {}, {}, {}, {}, 0, 0, false, false, 60}},
-    {"far_scores_kv_index", {true, 64, 1, 70, 800, 2, 1, 1, Bias::kNone, {}, {}, {}, {}, 0, 700, false, false, 60}},
+    {"far_scores", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kAlternating, {}, {}, {}, {}, 0, 0, false, false, false, 60}},
+    {"far_scores_kv_index", {true, 64, 1, 70, 800, 2, 1, 1, Bias::kNone, {}, {}, {}, {}, 0, 700, false, false, false, 60}},
     {"shares", {false, 64, 1, 300, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
     {"shares_of_lengths",
      {false, 64, 3, 400, 2500, 1, 1, 8, Bias::kAlternating, {330, 0, 64}, {2500, 900, 1300}, {}, {}, 0, 0, false, true}},
+    {"parts_of_lengths",
+     {true, 128, 2, 300, 2100, 3, 1, 7, Bias::kSorted, {290, 0}, {1900, 5}, {}, {}, 0, 0, false, true}},
     {"many_sharers", {false, 64, 1, 60, 3500, 1, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
     {"scatter", {false, 128, 1, 150, 400, 2, 2, 2, Bias::kAlternating, {140}, {}, {}, {}, 170, 0, true}},
     {"kv_index", {false, 128, 1, 150, 700, 2, 1, 3, Bias::kRandom, {}, {}, {}, {}, 0, 600}},
     {"kv_index_parts", {false, 128, 1, 150, 2000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 3000, false, true}},
+    {"kv_index_d64", {false, 64, 2, 70, 300, 4, 2, 3, Bias::kAlternating, {}, {}, {}, {}, 0, 177}},
+    {"kv_index_no_bias", {true, 128, 1, 200, 1100, 1, 1, 2, Bias::kNone, {}, {}, {}, {}, 0, 1057}},
+    {"kv_index_sorted", {false, 128, 1, 140, 900, 1, 1, 1, Bias::kOfSlots, {}, {}, {}, {}, 0, 880}},
+    {"gathered", {false, 128, 1, 150, 700, 2, 1, 3, Bias::kRandom, {}, {}, {}, {}, 0, 600, false, false, true}},
+    {"gathered_parts",
+     {true, 64, 1, 150, 2000, 2, 2, 5, Bias::kNone, {}, {}, {}, {}, 0, 3000, false, true, true}},
+    {"gathered_lengths",
+     {true, 64, 3, 150, 700, 4, 2, 3, Bias::kSorted, {120, 60, 0}, {800, 333, 0}, {}, {}, 130, 900, true, false, true}},
+    {"q_index", {false, 128, 2, 700, 500, 2, 1, 4, Bias::kAlternating, {}, {}, {}, {}, 200, 0}},
+    {"q_index_parts", {false, 64, 1, 900, 2500, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 300, 0, false, true}},
+    {"q_index_lengths", {true, 128, 3, 300, 400, 2, 2, 3, Bias::kRandom, {190, 1, 65}, {399, 0, 177}, {}, {}, 190, 0}},
     {"all_indices", {true, 64, 2, 150, 700, 2, 1, 3, Bias::kSorted, {120, 60}, {800, 333}, {}, {}, 130, 900, true}},
 };
 
@@ -91,8 +106,11 @@ struct Problem {
   std::vector<T> q, k, v, out;
   std::vector<float> bias, lse, part_out, part_lse;
   Ints q_index, kv_index, out_index;
+  std::vector<T> k_gathered, v_gathered;
+  std::vector<float> bias_gathered;
   std::vector<CutTile> cut_tiles;
   Params p{};
+  RowsParams rows{};
 
   Problem(const Case& c, std::mt19937& random) : c(c), packed(!c.cu_q.empty()), entries(packed ? 1 : c.batch) {
     q_slots = c.q_slots ? c.q_slots : c.rows_q;
@@ -107,6 +125,14 @@ struct Problem {
     fill(k, c.rows_k, c.heads_k);
     fill(v, c.rows_k, c.heads_k);
     for (size_t i = k.size() / 2; i < k.size(); ++i) k[i] = make<T>(read(k[i]) * c.later);
+    // What lies past a length is not to be met, not even as 0 * NaN.
+    for (int b = 0; c.k_slots == 0 && !packed && b < static_cast<int>(c.kv_lens.size()); ++b) {
+      const size_t row = static_cast<size_t>(c.heads_k) * D;
+      const size_t begin = (static_cast<size_t>(b) * c.rows_k + c.kv_lens[b]) * row;
+      const size_t end = (b + size_t{1}) * c.rows_k * row;
+      std::fill(k.begin() + begin, k.begin() + end, make<T>(NAN));
+      std::fill(v.begin() + begin, v.begin() + end, make<T>(NAN));
+    }
     for (int i = 0; i < entries * c.rows_k; ++i) {
       const int key = i % c.rows_k;
       const bool later = key * 2 > c.rows_k;
@@ -115,15 +141,21 @@ struct Problem {
       if (c.bias == Bias::kRandom) x = any;
       if (c.bias == Bias::kJumps) x = key + 3 > c.rows_k ? 150.0f : later ? 0.0f : -200.0f;
       if (c.bias == Bias::kStairs) x = 0.1f * key;
+      if (c.bias == Bias::kOfSlots) x = later ? std::log(4.0f) : 0.0f;
       if (c.bias == Bias::kLate) x = later ? any : -INFINITY;
       bias.push_back(x);
     }
-    // Rows -1 (empty) to one past the last: an index out of range counts as empty.
+    // Some are -1 (empty) or one past the last: an index out of range counts as empty.
     const auto index = [&](Ints& x, int slots, int rows) {
-      for (int i = 0; i < c.batch * slots; ++i) x.push_back(static_cast<int>(random() % (rows + 2)) - 1);
+      for (int i = 0; i < c.batch * slots; ++i) {
+        const int row = static_cast<int>(random() % rows);
+        const int kind = static_cast<int>(random() % 12);
+        x.push_back(kind == 0 ? -1 : kind == 1 ? rows : row);
+      }
     };
     if (c.q_slots) index(q_index, q_slots, c.rows_q);
     if (c.k_slots) index(kv_index, k_slots, c.rows_k);
+    if (c.bias == Bias::kOfSlots) std::sort(kv_index.begin(), kv_index.end());
     for (int b = 0; c.scatter && b < c.batch; ++b) {
       Ints order(rows_out);
       for (int i = 0; i < rows_out; ++i) order[i] = i;
@@ -144,7 +176,6 @@ struct Problem {
       std::memcpy(&target, &m, sizeof(m));
     };
     map(p.q_map, q, c.rows_q, c.heads, kRows, D / 64);
-    map(p.q_row_map, q, c.rows_q, c.heads, 1, 1);
     map(p.k_map, k, c.rows_k, c.heads_k, kBlockN, D / 64);
     map(p.v_map, v, c.rows_k, c.heads_k, kBlockN, D / 64);
     p.q = q.data();
@@ -187,6 +218,36 @@ struct Problem {
     p.rows_q = c.rows_q;
     p.rows_k = c.rows_k;
     p.rows_out = rows_out;
+    if (c.gather_first) {
+      k_gathered.assign(static_cast<size_t>(c.batch) * k_slots * c.heads_k * D, make<T>(NAN));
+      v_gathered = k_gathered;
+      bias_gathered.assign(static_cast<size_t>(c.batch) * k_slots, NAN);
+      rows.k = reinterpret_cast<const uint4*>(p.k);
+      rows.v = reinterpret_cast<const uint4*>(p.v);
+      rows.k_strides = rows.v_strides = {p.k_strides.batch / 8, p.k_strides.row / 8, p.k_strides.head / 8};
+      rows.bias = p.bias;
+      rows.index = p.kv_index;
+      rows.lens = p.kv_lens;
+      rows.bias_batch = p.bias_batch;
+      rows.index_batch = p.kv_index_batch;
+      rows.k_out = reinterpret_cast<uint4*>(k_gathered.data());
+      rows.v_out = reinterpret_cast<uint4*>(v_gathered.data());
+      rows.bias_out = bias_gathered.data();
+      rows.batch = c.batch;
+      rows.slots = k_slots;
+      rows.rows = c.rows_k;
+      rows.words = c.heads_k * D / 8;
+      rows.head_shift = D == 64 ? 3 : 4;
+      p.k = k_gathered.data();
+      p.v = v_gathered.data();
+      p.k_strides = p.v_strides = strides(k_slots, c.heads_k);
+      p.bias = bias_gathered.data();
+      p.bias_batch = k_slots;
+      p.rows_k = k_slots;
+      p.kv_index = nullptr;
+      map(p.k_map, k_gathered, k_slots, c.heads_k, kBlockN, D / 64);
+      map(p.v_map, v_gathered, k_slots, c.heads_k, kBlockN, D / 64);
+    }
     if (!packed && c.q_lens.empty() && c.kv_lens.empty()) {
       p.most_cut = plan_on_host(p, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.workers);
     }
@@ -194,6 +255,10 @@ struct Problem {
 
   template <bool GATHER>
   void run(int slow_warp) {
+    for (int block = 0; c.gather_first && block < ceil_div(c.batch * k_slots, kGatherThreads / 32); ++block) {
+      emulated_block = {static_cast<uint32_t>(block), 0, 0};
+      emulator::run_block(kGatherThreads, [&] { gather_rows_kernel(rows); }, -1, 1);
+    }
     emulated_grid = {static_cast<uint32_t>(c.workers), 1, 1};
     for (int block = 0; block < c.workers; ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
@@ -231,7 +296,7 @@ struct Problem {
         for (int d = 0; d < D; ++d) {
           score += read(q[at(c.rows_q, row, c.heads, h) + d]) * read(k[at(c.rows_k, rows[j], c.heads_k, head_k) + d]);
         }
-        weight[j] = score / std::sqrt(D) + (p.bias ? bias[entry * c.rows_k + rows[j]] : 0.0f);
+        weight[j] = score / std::sqrt(D) + (c.bias != Bias::kNone ? bias[entry * c.rows_k + rows[j]] : 0.0f);
       }
       double top = -INFINITY;
       for (double x : weight) top = std::max(top, x);
@@ -296,7 +361,7 @@ bool passes(const Case& c, int seed, int slow_warp) {
   std::mt19937 random(seed);
   emulator::random_engine.seed(seed + 1);
   Problem<T, D> problem(c, random);
-  if (c.k_slots) problem.template run<true>(slow_warp);
+  if (c.k_slots && !c.gather_first) problem.template run<true>(slow_warp);
   else problem.template run<false>(slow_warp);
   const double error = problem.error();
   const bool rest = problem.rest_is_right();

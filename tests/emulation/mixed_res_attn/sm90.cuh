@@ -112,6 +112,8 @@ inline void let_grid_after_start() {}
 inline void wait_for_grid_before() {}
 inline void proxy_fence() {}
 inline void pause() {}
+inline void prefetch(const void*) {}
+inline uint4 load_once(const uint4* at) { return *at; }
 inline void prefetch_map(const CUtensorMap*) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 
@@ -175,7 +177,7 @@ struct Queue {
 inline Queue copies[kThreadsMax];
 inline Queue products[kThreadsMax];
 
-inline void copy_16(uint32_t target, const void* source, bool valid) {
+inline void copy_16(uint32_t target, const void* source, uint32_t valid) {
   copies[emulator::current].open.push_back([=] {
     if (valid) std::memcpy(at_shared(target), source, 16);
     else std::memset(at_shared(target), 0, 16);
