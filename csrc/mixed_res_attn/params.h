@@ -90,7 +90,7 @@ struct Params {
   int64_t bias_batch, q_index_batch, kv_index_batch, out_index_batch, lse_batch, lse_head;
   void* out;
   float* lse;
-  // Parts of the tiles of the last round,: fp32 [slots, kBlockM, D], then base-2 lse [slots, kBlockM].
+  // Parts of the tiles of the last round: fp32 [slots, kBlockM, D], then base-2 lse [slots, kBlockM].
   // Slots: the fronts, the begins of backs, one for each sharer. cut_tiles: most_cut of them. Null where nothing is to be
   // cut.
   float *part_out, *part_lse;
