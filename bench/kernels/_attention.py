@@ -91,17 +91,25 @@ def baselines(q, k, v, bias):
     # cuDNN misreads a float32 mask beside bf16 inputs, so the mask takes their dtype.
     table["cudnn + bias"] = (cudnn(bias.to(q.dtype)[:, None, None, :].expand(-1, 1, q.shape[1], -1)), True)
     table["cudnn"] = (cudnn(None), False)
+    flash = fa3()
+    if flash is not None:
+        table["fa3"] = (lambda: flash(q, k, v), False)
+        table["fa3, 2 splits"] = (lambda: flash(q, k, v, num_splits=2), False)
+    return table
+
+
+def fa3():
+    """FlashAttention-3 of q, k, v [B, N, H, D] where fa3-fwd is installed, else None."""
     try:
         from fa3_fwd_interface import flash_attn_func
     except ImportError:
-        return table
+        return None
 
-    def fa3():
-        out = flash_attn_func(q, k, v)
+    def attend(*args, **kwargs):
+        out = flash_attn_func(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    table["fa3"] = (fa3, False)
-    return table
+    return attend
 
 
 def _flex(qt, kt, vt, bias):
