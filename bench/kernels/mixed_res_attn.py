@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mixed_res_attn against the libraries, at B=1, 24 heads of 128, bf16. What stands in a table together is timed in turn."""
+"""mixed_res_attn against the libraries, at B=1, 24 heads of 128, bf16; the rows of a table are timed in turn."""
 
 import functools
 
@@ -127,7 +127,8 @@ def test_gathered_keys(timed, queries, impl):
 def _gathered_queries(queries=922):
     all_q, k, v, bias = _attention.inputs(ROWS, ROWS)
     bias = bias.sort().values.contiguous()
-    index = torch.randperm(ROWS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[:queries].sort().values
+    index = torch.randperm(ROWS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    index = index[:queries].sort().values
     index32, q, target = index.int()[None], all_q[:, index].contiguous(), torch.empty_like(all_q)
     check = _attention.Check(q, k, v, bias)
 

@@ -2,8 +2,8 @@
 """Plots of mixed_res_attn and its peers: ``python bench/kernels/plot_mixed_res_attn.py OUT [--no-flex]``.
 
 Left: TFLOP/s over the number of queries at 8704 keys. Right: time over the active share of 8704 rows, of gathering the
-queries, attending to all keys and scattering the result. B=1, 24 heads of 128, bf16; weights 1 and 4 alternate, the worst
-order, and for one line stand as in a mixed sequence; all callables of a point are timed in turn. Writes
+queries, attending to all keys and scattering the result. B=1, 24 heads of 128, bf16; weights 1 and 4 alternate, the
+worst order, and for one line stand as in a mixed sequence; all callables of a point are timed in turn. Writes
 OUT/mixed_res_attn.json, after the left half too, and with matplotlib OUT/mixed_res_attn.png.
 """
 
