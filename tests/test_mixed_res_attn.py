@@ -192,6 +192,20 @@ def test_gather_of_rows(backend, poison, random, integers, device):
     check(q, k, v, key_bias=bias, kv_index=empty)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("with_lens", [False, True])
+def test_keys_that_many_tiles_of_queries_gather(backend, poison, random, integers, device, dim, dtype, with_lens):
+    """So many that the CUDA kernel has them gathered before it: 8 heads a key head, 3 tiles of 128 queries."""
+    batch = 2 if with_lens else 1
+    q, k, v = (random(batch, n, h, dim, dtype=dtype, device=device) for n, h in ((270, 8), (90, 1), (90, 1)))
+    index = integers(-1, 90, (batch, 141), device)
+    if with_lens:
+        check(q, k, v, kv_index=index, kv_lens=torch.tensor([140, 31], dtype=torch.int32, device=device))
+    else:
+        check(q, k, v, key_bias=random(batch, 90, device=device), kv_index=index)
+
+
 def test_empty_slots_read_nothing(backend, poison, random, device):
     """Rows that no slot names may hold NaN, in k, v and q."""
     q, k, v = qkv(random, device, 1, 40, 70, 2, 64)
