@@ -476,7 +476,7 @@ def test_graphs_replay_the_fused_steps(weights):
     pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_cosi(weights)
-    for columns in (4, 2, 4):  # one bucket of slots
+    for columns in (4, 2, 4):  # a size that was there is there again
         for options in ({}, dict(ssca=False)):
             fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
             assert graph.stats.runner == "graph"

@@ -9,6 +9,7 @@ from tiny_models import call_options, tiny_image, tiny_pipeline
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 from specedit_kernels.pipelines import disable_specedit, enable_specedit, pipeline, runner, stages
+from specedit_kernels.pipelines.fused_model import FusedModel
 from specedit_kernels.pipelines.runner import StepRunner, inspect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +79,23 @@ def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed)
     assert steps.captures == 2
     call(steps, 3, buffers="a")
     assert steps.captures == 3
+
+
+def test_a_captured_picture_lies_as_the_given_one():
+    """Convolutions go along with what they are given: a graph's own input that lay otherwise would give other bits."""
+    picture = torch.zeros(2, 3, 4, 5)
+    last = picture.contiguous(memory_format=torch.channels_last)
+    assert runner._layout(picture) == runner._layout(picture[:, :1]) == torch.contiguous_format
+    assert runner._layout(last) == torch.channels_last
+    assert runner._layout(last[:, :, :2]) == runner._layout(last[0]) == torch.contiguous_format
+
+
+def test_slots_come_by_a_sixteenth():
+    model = FusedModel.__new__(FusedModel)
+    for count in range(1, 5000):
+        slots = model.slots(count)
+        assert count <= slots < count + min(max(32, count / 8), 128) and slots % 32 == 0
+    assert len({model.slots(count) for count in range(1, 1025)}) == 24 and model.slots(0) == 0
 
 
 @pytest.fixture
