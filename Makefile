@@ -5,6 +5,8 @@ PYTHON ?= python3
 # Installed where PYTHON has no torch of its own; a torch that is there (a CUDA one, say) is used as it is.
 TORCH ?= torch==2.13.0
 OUT ?= demo
+# Test processes. One where there is a GPU: tests look at its memory and its launches.
+JOBS ?= $(if $(wildcard /dev/nvidia0),1,2)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/specedit edit $(ASSETS)/example.png "$$(cat $(ASSETS)/example.txt)" -o $(OUT)/edited.png
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch; print('--system-site-packages')" 2>/dev/null) $(VENV)
