@@ -32,7 +32,7 @@ struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
-  static constexpr int kLoaderRegisters = GATHER ? SPECEDIT_ATTN_GATHER_REGISTERS : SPECEDIT_ATTN_LOADER_REGISTERS;
+  static constexpr int kLoaderRegisters = GATHER ? 56 : 24;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
   // A thread's biases of a tile lie together; the padding keeps its four kinds of threads on different banks.
@@ -602,9 +602,8 @@ struct RowLoader {
   }
 
   __device__ void run() {
-    const int thread = threadIdx.x % kGroup;
-    const int lane = thread % 32;
-    const int warp = thread / 32;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroup / 32;
     const uint32_t k_stride = static_cast<uint32_t>(p.k_strides.row * sizeof(T));
     const uint32_t v_stride = static_cast<uint32_t>(p.v_strides.row * sizeof(T));
     Ring<S::kStages> k_ring, v_ring;
@@ -1104,10 +1103,10 @@ struct Computer {
     for (int block = w.begin + 1; block < w.end; ++block) {
       // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
       wait_full(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
-      if (kTakeTurns && w.has_rows(1)) sm90::named_sync(1 + g, 2 * kGroup);
+      if (w.has_rows(1)) sm90::named_sync(1 + g, 2 * kGroup);
       issue_qk(count + 1);
       issue_pv(count);
-      if (kTakeTurns && w.has_rows(1)) sm90::named_arrive(2 - g, 2 * kGroup);
+      if (w.has_rows(1)) sm90::named_arrive(2 - g, 2 * kGroup);
       ++count;
       softmax<false>(w, block, count);
     }
@@ -1194,7 +1193,7 @@ struct Computer {
   }
 
   __device__ void run() {
-    if (kTakeTurns && g == 1) sm90::named_arrive(1, 2 * kGroup);
+    if (g == 1) sm90::named_arrive(1, 2 * kGroup);
     const int lane = threadIdx.x % 32;
     const int row = g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4;
     uint32_t count = 0;

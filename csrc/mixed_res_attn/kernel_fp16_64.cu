@@ -3,7 +3,7 @@
 
 namespace specedit::attn {
 
-template void launch<__half, 64, false>(const Params&, int, int, cudaStream_t);
-template void launch<__half, 64, true>(const Params&, int, int, cudaStream_t);
+template void launch<__half, 64, false>(const Params&, int, cudaStream_t);
+template void launch<__half, 64, true>(const Params&, int, cudaStream_t);
 
 }  // namespace specedit::attn

@@ -8,7 +8,7 @@
 namespace specedit::attn {
 
 template <typename T, int D, bool GATHER>
-void launch(const Params& p, int blocks, int rest, cudaStream_t stream) {
+void launch(const Params& p, int blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<T, D, GATHER>);
   static_assert(kBytes <= 232448);
   check_cuda(
@@ -27,10 +27,10 @@ void launch(const Params& p, int blocks, int rest, cudaStream_t stream) {
   config.numAttrs = p.gathered;
   check_cuda(cudaLaunchKernelEx(&config, attention_kernel<T, D, GATHER>, p), "mixed_res_attn");
   if (p.part_out != nullptr) {
-    config.gridDim = dim3(rest, kBlockM / 8);
+    config.gridDim = dim3(p.most_cut, kBlockM / 8);
     config.blockDim = dim3(256);
     config.dynamicSmemBytes = 0;
-    config.numAttrs = SPECEDIT_ATTN_EARLY_JOIN;
+    config.numAttrs = 1;
     check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
   }
 }

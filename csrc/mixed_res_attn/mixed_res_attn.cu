@@ -47,14 +47,14 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return function;
 }
 
-// Boxes of `rows` rows of `panels` panels of 64 columns of a head, 128-byte swizzle; rows outside read as zeros.
-CUtensorMap map_of(const View& x, ScalarType dtype, int rows, int panels) {
+// Boxes of `rows` rows of a head in panels of 64 columns, 128-byte swizzle; rows outside read as zeros.
+CUtensorMap map_of(const View& x, ScalarType dtype, int rows) {
   constexpr int64_t kSize = 2;
   const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride == 0 ? 16 : stride * kSize); };
   const cuuint64_t dims[5] = {64, static_cast<cuuint64_t>(x.rows), static_cast<cuuint64_t>(x.dim / 64),
                               static_cast<cuuint64_t>(x.heads), static_cast<cuuint64_t>(x.batch)};
   const cuuint64_t strides[4] = {bytes(x.strides.row), 128, bytes(x.strides.head), bytes(x.strides.batch)};
-  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(panels), 1, 1};
+  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(x.dim / 64), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = encoder()(
@@ -76,12 +76,12 @@ int small(int64_t x, const char* what) {
 }
 
 template <typename T>
-void launch(const Params& p, int64_t dim, int blocks, int rest, cudaStream_t stream) {
+void launch(const Params& p, int64_t dim, int blocks, cudaStream_t stream) {
   const bool gather = p.kv_index != nullptr;
   if (dim == 64) {
-    (gather ? attn::launch<T, 64, true> : attn::launch<T, 64, false>)(p, blocks, rest, stream);
+    (gather ? attn::launch<T, 64, true> : attn::launch<T, 64, false>)(p, blocks, stream);
   } else {
-    (gather ? attn::launch<T, 128, true> : attn::launch<T, 128, false>)(p, blocks, rest, stream);
+    (gather ? attn::launch<T, 128, true> : attn::launch<T, 128, false>)(p, blocks, stream);
   }
 }
 
@@ -198,11 +198,10 @@ Tensor mixed_res_attn(
   if (p.kv_index != nullptr && gathers_first(qv, kv, vv, num_q)) gathered = gather_rows(p, kv, vv, q, stream);
   if (p.kv_index == nullptr) {
     // A map has no empty dimension; without queries or keys no copy is made.
-    const int panels = static_cast<int>(qv.dim / 64);
-    if (qv.rows > 0) p.q_map = map_of(qv, dtype, attn::kRows, panels);
+    if (qv.rows > 0) p.q_map = map_of(qv, dtype, attn::kRows);
     if (kv.rows > 0) {
-      p.k_map = map_of(kv, dtype, attn::kBlockN, panels);
-      p.v_map = map_of(vv, dtype, attn::kBlockN, panels);
+      p.k_map = map_of(kv, dtype, attn::kBlockN);
+      p.v_map = map_of(vv, dtype, attn::kBlockN);
     }
   }
 
@@ -210,19 +209,20 @@ Tensor mixed_res_attn(
   check_cuda(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, q.get_device_index()), "mixed_res_attn");
   // Room for the parts of the last round's tiles. Without lengths on the device their number is known here.
   const bool known = p.q_lens == nullptr && p.kv_lens == nullptr && !packed;
-  int rest = known ? attn::plan_on_host(p, tiles, blocks) : std::min(tiles, blocks - 1);
+  if (known) attn::plan_on_host(p, tiles, blocks);
+  else p.most_cut = std::min(tiles, blocks - 1);
   std::optional<Tensor> workspace;
-  p.most_cut = rest;
-  if (rest > 0) {
-    const int64_t rows = (int64_t{rest} + blocks) * attn::kBlockM;
-    const int64_t floats = rows * (qv.dim + 1) + rest * static_cast<int64_t>(sizeof(attn::CutTile) / sizeof(float));
+  if (p.most_cut > 0) {
+    const int64_t rows = (int64_t{p.most_cut} + blocks) * attn::kBlockM;
+    const int64_t notes = p.most_cut * static_cast<int64_t>(sizeof(attn::CutTile) / sizeof(float));
+    const int64_t floats = rows * (qv.dim + 1) + notes;
     workspace = empty_on(q, {floats}, ScalarType::Float);
     p.part_out = static_cast<float*>(workspace->data_ptr());
     p.part_lse = p.part_out + rows * qv.dim;
     p.cut_tiles = reinterpret_cast<attn::CutTile*>(p.part_lse + rows);
   }
-  if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, blocks, rest, stream);
-  else launch<__half>(p, qv.dim, blocks, rest, stream);
+  if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, blocks, stream);
+  else launch<__half>(p, qv.dim, blocks, stream);
   return lse;
 }
 

@@ -9,61 +9,20 @@
 
 namespace specedit::attn {
 
-// Tile sizes and schedule, set from outside to compare variants.
-#ifndef SPECEDIT_ATTN_BLOCK_N
-#define SPECEDIT_ATTN_BLOCK_N 176
-#endif
-#ifndef SPECEDIT_ATTN_TAKE_TURNS
-#define SPECEDIT_ATTN_TAKE_TURNS 1
-#endif
-#ifndef SPECEDIT_ATTN_SLACK
-#define SPECEDIT_ATTN_SLACK 8
-#endif
-#ifndef SPECEDIT_ATTN_CHUNKS
-#define SPECEDIT_ATTN_CHUNKS 4
-#endif
-#ifndef SPECEDIT_ATTN_WAIT_CHUNK
-#define SPECEDIT_ATTN_WAIT_CHUNK 3
-#endif
-#ifndef SPECEDIT_ATTN_LOADER_REGISTERS
-#define SPECEDIT_ATTN_LOADER_REGISTERS 24
-#endif
-#ifndef SPECEDIT_ATTN_GATHER_REGISTERS
-#define SPECEDIT_ATTN_GATHER_REGISTERS 56
-#endif
-#ifndef SPECEDIT_ATTN_GATHER_FIRST
-#define SPECEDIT_ATTN_GATHER_FIRST 20
-#endif
-#ifndef SPECEDIT_ATTN_EARLY_JOIN
-#define SPECEDIT_ATTN_EARLY_JOIN 1
-#endif
-#ifndef SPECEDIT_ATTN_PIECE_COST
-#define SPECEDIT_ATTN_PIECE_COST 6
-#endif
-#ifndef SPECEDIT_ATTN_HALF_COST
-#define SPECEDIT_ATTN_HALF_COST 3
-#endif
-#ifndef SPECEDIT_ATTN_JOIN_COST
-#define SPECEDIT_ATTN_JOIN_COST 12
-#endif
-
-constexpr int kGroup = 128;     // threads of a warp group
+constexpr int kGroup = 128;         // threads of a warp group
 constexpr int kThreads = 384;
-constexpr int kRows = 64;       // queries of a computing warp group
-constexpr int kBlockM = 128;    // queries of a tile
-constexpr int kBlockN = SPECEDIT_ATTN_BLOCK_N;  // keys of a tile
+constexpr int kRows = 64;           // queries of a computing warp group
+constexpr int kBlockM = 128;        // queries of a tile
+constexpr int kBlockN = 176;        // keys of a tile
 constexpr int kGatherThreads = 256;
-// Tiles of queries that meet a row of K from which on rows by kv_index are gathered before the attention, not by it.
-constexpr int kGatherFirst = SPECEDIT_ATTN_GATHER_FIRST;
-constexpr int kMaxBatch = 512;  // batch entries whose lengths fit in shared memory
-constexpr int kMaxParts = 16;
-constexpr int kMaxPlaces = 192;                 // of a plan that the host makes
-constexpr float kSlack = SPECEDIT_ATTN_SLACK;  // by how much a score may exceed the running maximum, as an exponent
-constexpr float kLargeSum = 4096;              // of a thread's weights of a row and tile
-constexpr float kHopelessSum = 1e30f;          // its inverse is still a normal number
-constexpr int kChunks = SPECEDIT_ATTN_CHUNKS;         // of a tile's softmax
-constexpr int kWaitChunk = SPECEDIT_ATTN_WAIT_CHUNK;  // the chunk before which it waits for the last weights' products
-constexpr bool kTakeTurns = SPECEDIT_ATTN_TAKE_TURNS;
+constexpr int kGatherFirst = 20;    // tiles of queries that meet a row of K, from which on kv_index's are gathered before
+constexpr int kMaxBatch = 512;      // batch entries whose lengths fit in shared memory
+constexpr int kMaxPlaces = 192;     // of a plan that the host makes
+constexpr float kSlack = 8;         // by how much a score may exceed the running maximum, as an exponent
+constexpr float kLargeSum = 4096;   // of a thread's weights of a row and tile
+constexpr float kHopelessSum = 1e30f;  // its inverse is still a normal number
+constexpr int kChunks = 4;          // of a tile's softmax
+constexpr int kWaitChunk = 3;       // the chunk before which it waits for the last weights' products
 
 struct Strides {
   int64_t batch, row, head;
@@ -128,9 +87,9 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // all its tiles, in stretches that may begin and end within a back. A second kernel joins the parts of a tile. Costs
 // are in quarters of the time that a K tile takes.
 
-constexpr int kPieceCost = SPECEDIT_ATTN_PIECE_COST;  // start and end of a tile or a part of it
-constexpr int kJoinCost = SPECEDIT_ATTN_JOIN_COST;
-constexpr int kHalfCost = SPECEDIT_ATTN_HALF_COST;    // of a K tile if one warp group alone has queries
+constexpr int kPieceCost = 6;  // start and end of a tile or a part of it
+constexpr int kJoinCost = 12;
+constexpr int kHalfCost = 3;   // of a K tile if one warp group alone has queries
 constexpr int kLeastPart = 2;                         // K tiles
 constexpr int kMaxBlocks = 1 << 19;                   // K tiles of a tile that is to be cut: costs fit in 32 bits
 constexpr int kMaxWorkers = 512;
@@ -200,45 +159,44 @@ __host__ __device__ inline bool suffices(int level, int sum, int sharers, int bl
   return stretch >= least_stretch(blocks) && static_cast<int64_t>(stretch) * sharers >= sum;
 }
 
-// The plan where all batch entries are alike, which then are as more heads: made by the host. Returns how many tiles may
-// be cut.
-__host__ inline int plan_on_host(Params& p, int tiles, int workers) {
+// The plan where all batch entries are alike, which then are as more heads: made by the host.
+__host__ inline void plan_on_host(Params& p, int tiles, int workers) {
   p.planned = true;
   p.rest = tiles % workers;
   p.whole = tiles - p.rest;
   const int blocks = ceil_div(p.num_k, kBlockN);
   const int sharers = workers - p.rest;
   const int most = 4 * blocks + kPieceCost;
-  const auto stretch_at = [&](int level) {
+  const auto sum_at = [&](int level) {
     const Backs backs = Backs::of(p.num_q, p.num_k, level);
-    return stretch_of(backs.before(tiles) - backs.before(p.whole), sharers, blocks);
+    return backs.before(tiles) - backs.before(p.whole);
   };
   int level = most;
   if (p.rest > 0 && blocks <= kMaxBlocks && workers <= kMaxWorkers && sharers < kMaxPlaces) {
     int low = kPieceCost + 4 * kLeastPart - 1;
     while (level - low > 1) {
       const int middle = low + (level - low) / 2;
-      if (middle >= stretch_at(middle)) level = middle;
+      if (suffices(middle, sum_at(middle), sharers, blocks)) level = middle;
       else low = middle;
     }
   }
   if (level + kJoinCost >= most) {
     p.whole = tiles;
-    p.rest = 0;
-    return 0;
+    p.rest = p.most_cut = 0;
+    return;
   }
+  p.most_cut = p.rest;
   p.level = level;
   const Backs backs = Backs::of(p.num_q, p.num_k, level);
-  const int stretch = stretch_at(level) - kPieceCost;
+  const int stretch = stretch_of(sum_at(level), sharers, blocks) - kPieceCost;
   for (int i = 0; i <= sharers; ++i) {
     const int cost = backs.before(p.whole) + i * stretch;
     p.places[i] = cost < backs.before(tiles) ? backs.at(cost) : Place{tiles, 0};
   }
-  return p.rest;
 }
 
-// Runs the attention on `blocks` blocks, then the kernel that joins cut tiles if there can be any: at most `rest`.
+// Runs the attention on `blocks` blocks, then the kernel that joins cut tiles if there can be any.
 template <typename T, int D, bool GATHER>
-void launch(const Params& p, int blocks, int rest, cudaStream_t stream);
+void launch(const Params& p, int blocks, cudaStream_t stream);
 
 }  // namespace specedit::attn

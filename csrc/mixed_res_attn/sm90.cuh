@@ -68,20 +68,6 @@ __device__ inline void named_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A sync that tells whether `value` was true in all threads.
-__device__ inline bool named_sync_all(int id, int threads, bool value) {
-  uint32_t all;
-  asm volatile(
-      "{\n\t.reg .pred p, q;\n\t"
-      "setp.ne.u32 p, %3, 0;\n\t"
-      "barrier.cta.red.and.pred q, %1, %2, p;\n\t"
-      "selp.u32 %0, 1, 0, q;\n\t}"
-      : "=r"(all)
-      : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(value))
-      : "memory");
-  return all;
-}
-
 // ---- Grids ----------------------------------------------------------------------------------------------------------
 
 // The next grid of the stream may start, if it was launched to be let.
@@ -202,9 +188,9 @@ __device__ inline uint32_t opaque(uint32_t x) {
   SPECEDIT_LIST32                                                                                                \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
   "%59,%60,%61,%62,%63"
-#define SPECEDIT_LIST80 \
-  SPECEDIT_LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define SPECEDIT_LIST88 SPECEDIT_LIST80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define SPECEDIT_LIST88                                                                                       \
+  SPECEDIT_LIST64                                                                                             \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87"
 
 #define SPECEDIT_WGMMA_HEAD(n, type, pred) \
   "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #pred ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type
@@ -245,14 +231,12 @@ struct Products;
 
 SPECEDIT_PRODUCTS(64, SPECEDIT_LIST32, 32, 33, 34, 35, 36, 37, SPECEDIT_ACC32(d, 0));
 SPECEDIT_PRODUCTS(128, SPECEDIT_LIST64, 64, 65, 66, 67, 68, 69, SPECEDIT_ACC64(d, 0));
-SPECEDIT_PRODUCTS(160, SPECEDIT_LIST80, 80, 81, 82, 83, 84, 85, SPECEDIT_ACC64(d, 0), SPECEDIT_ACC16(d, 64));
 SPECEDIT_PRODUCTS(
     176, SPECEDIT_LIST88, 88, 89, 90, 91, 92, 93, SPECEDIT_ACC64(d, 0), SPECEDIT_ACC16(d, 64), SPECEDIT_ACC8(d, 80));
 
 #undef SPECEDIT_PRODUCTS
 #undef SPECEDIT_WGMMA_HEAD
 #undef SPECEDIT_LIST88
-#undef SPECEDIT_LIST80
 #undef SPECEDIT_LIST64
 #undef SPECEDIT_LIST32
 #undef SPECEDIT_ACC64

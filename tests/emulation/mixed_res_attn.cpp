@@ -166,18 +166,18 @@ struct Problem {
     lse.assign(static_cast<size_t>(entries) * c.heads * q_slots, kUntouched);
 
     const auto strides = [](int rows, int heads) { return Strides{int64_t{rows} * heads * D, int64_t{heads} * D, D}; };
-    const auto map = [&](CUtensorMap& target, const std::vector<T>& x, int rows, int heads, int box, int panels) {
+    const auto map = [&](CUtensorMap& target, const std::vector<T>& x, int rows, int heads, int box) {
       const specedit::sm90::TensorMap m{
           reinterpret_cast<const uint16_t*>(x.data()),
           {64, rows, D / 64, heads, entries},
           {1, int64_t{heads} * D, 64, D, int64_t{rows} * heads * D},
           box,
-          panels};
+          D / 64};
       std::memcpy(&target, &m, sizeof(m));
     };
-    map(p.q_map, q, c.rows_q, c.heads, kRows, D / 64);
-    map(p.k_map, k, c.rows_k, c.heads_k, kBlockN, D / 64);
-    map(p.v_map, v, c.rows_k, c.heads_k, kBlockN, D / 64);
+    map(p.q_map, q, c.rows_q, c.heads, kRows);
+    map(p.k_map, k, c.rows_k, c.heads_k, kBlockN);
+    map(p.v_map, v, c.rows_k, c.heads_k, kBlockN);
     p.q = q.data();
     p.k = k.data();
     p.v = v.data();
@@ -245,11 +245,11 @@ struct Problem {
       p.bias_batch = k_slots;
       p.rows_k = k_slots;
       p.kv_index = nullptr;
-      map(p.k_map, k_gathered, k_slots, c.heads_k, kBlockN, D / 64);
-      map(p.v_map, v_gathered, k_slots, c.heads_k, kBlockN, D / 64);
+      map(p.k_map, k_gathered, k_slots, c.heads_k, kBlockN);
+      map(p.v_map, v_gathered, k_slots, c.heads_k, kBlockN);
     }
     if (!packed && c.q_lens.empty() && c.kv_lens.empty()) {
-      p.most_cut = plan_on_host(p, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.workers);
+      plan_on_host(p, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.workers);
     }
   }
 

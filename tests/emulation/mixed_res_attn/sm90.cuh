@@ -81,8 +81,6 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
 struct Named {
   int arrived = 0;
   uint64_t meetings = 0;
-  bool all = true;
-  bool result = true;
 };
 
 inline Named named_barriers[16];
@@ -90,7 +88,7 @@ inline Named named_barriers[16];
 inline void named_arrive(int id, int threads) {
   Named& bar = named_barriers[id];
   if (++bar.arrived < threads) return;
-  bar = {0, bar.meetings + 1, true, bar.all};
+  bar = {0, bar.meetings + 1};
   ++emulator::progress;
 }
 
@@ -98,12 +96,6 @@ inline void named_sync(int id, int threads) {
   const uint64_t before = named_barriers[id].meetings;
   named_arrive(id, threads);
   while (named_barriers[id].meetings == before) emulator::yield();
-}
-
-inline bool named_sync_all(int id, int threads, bool value) {
-  named_barriers[id].all = named_barriers[id].all && value;
-  named_sync(id, threads);
-  return named_barriers[id].result;
 }
 
 // ---- What the CPU need not do ---------------------------------------------------------------------------------------
