@@ -48,7 +48,7 @@ from specedit_kernels.pipelines.attention import unwrap_processors
 from specedit_kernels.pipelines.config import RUNNERS
 from specedit_kernels.pipelines.flux_model import FluxText, FusedFluxModel, FusedLayout
 from specedit_kernels.pipelines.runner import StepRunner
-from specedit_kernels.pipelines.vae import KLCodec, channels_last, fused_norms
+from specedit_kernels.pipelines.vae import KLCodec, in_few_launches
 from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side
@@ -231,15 +231,15 @@ class Bench:
 
     def autoencoder(self, decode, fused):
         pixels = torch.rand(1, 3, self.args.side, self.args.side, device=self.device, dtype=self.dtype) * 2 - 1
-        latents = self.pipe._encode_vae_image(pixels, None)
-        if fused:  # as the runners have it
-            pixels, latents = channels_last(pixels), channels_last(latents)
-        codec = KLCodec(self.pipe.vae)
+
+        def encode(x):
+            return self.pipe._encode_vae_image(x, None)
+
+        function, x = (KLCodec(self.pipe.vae).decode, encode(pixels)) if decode else (encode, pixels)
 
         def run():
-            with fused_norms(self.pipe.vae) if fused else contextlib.nullcontext():
-                for _ in range(5):
-                    codec.decode(latents) if decode else self.pipe._encode_vae_image(pixels, None)
+            for _ in range(5):
+                in_few_launches(self.pipe.vae, function, x) if fused else function(x)
 
         return Row(run, times=5)
 

@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxKontextPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import models
+from specedit_kernels.pipelines.flux_model import FluxKontextModel
+from specedit_kernels.pipelines.qwen_model import QwenImageEditModel
 from text import (
     CLIP_LENGTH,
     PHRASE_LENGTH,
@@ -45,6 +47,7 @@ def _rewrite(path, change):
 
 class Flux:
     pipeline, vae = FluxKontextPipeline, AutoencoderKL
+    thresholds = FluxKontextModel.thresholds
     encoder = PhraseEncoder
     parts = {"transformer": ("transformer", models.make_transformer), "clip": ("text_encoder", models.make_clip),
              "t5": ("text_encoder_2", models.make_t5)}
@@ -135,6 +138,7 @@ class Qwen:
     keeps its one token, and the encoder sees no picture. The model sees it as condition tokens, as any Qwen does."""
 
     pipeline, vae = QwenImageEditPipeline, AutoencoderKLQwenImage
+    thresholds = QwenImageEditModel.thresholds
     encoder = QwenPhraseEncoder
     parts = {"transformer": ("transformer", models.make_qwen_transformer),
              "text": ("text_encoder", models.make_qwen_text)}

@@ -24,7 +24,6 @@ from runtime import replace_file
 from sampler import decode_latents, encode_images
 from scenes import EVALUATION_COUNTS, EVALUATION_SEED, KINDS, TASKS, TOKEN, Edits, Renderer, evaluation_set
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
-from specedit_kernels.pipelines.qwen_model import QwenImageEditModel
 from specedit_kernels.pipelines.stages import edit_alpha
 from specedit_kernels.sampling.flops import transformer_flops
 from table_measures import (
@@ -397,28 +396,24 @@ def add_thresholds(parser):
                         help="calibrate.py's thresholds.json, in place of the config's own")
 
 
+def _with_threshold(rows, threshold_of):
+    """The rows with the threshold that threshold_of gives for their config, which follows the picture as before."""
+    def changed(config):
+        return replace(config, threshold=threshold_of(config), relative=config.resolved_relative())
+
+    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
+
+
 def with_thresholds(rows, recommended):
     """The rows with the thresholds that calibrate.py recommends for a metric, reference and draft."""
     table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in recommended}
-
-    def changed(config):
-        found = table.get((config.metric, config.reference, config.draft), config.threshold)
-        return replace(config, threshold=found, relative=config.resolved_relative())
-
-    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
+    return _with_threshold(rows, lambda c: table.get((c.metric, c.reference, c.draft), c.threshold))
 
 
 def with_own_thresholds(rows, pipe, true_cfg_scale):
     """The rows as `pipe` runs them: with the thresholds that its model has in place of the config's."""
-    if not isinstance(pipe, SpecEditQwenImageEditPipeline):
-        return rows
-
-    def changed(config):
-        guided = true_cfg_scale > 1 and config.draft_guidance
-        threshold = config.resolved_threshold(QwenImageEditModel.thresholds, guided)
-        return replace(config, threshold=threshold, relative=config.resolved_relative())
-
-    return [row if row.config is None else replace(row, config=changed(row.config)) for row in rows]
+    own = family_of(pipe).thresholds
+    return _with_threshold(rows, lambda c: c.resolved_threshold(own, true_cfg_scale > 1 and c.draft_guidance))
 
 
 def prepare(args):

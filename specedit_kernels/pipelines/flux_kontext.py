@@ -20,7 +20,7 @@ from .flux_fused import join_projections_
 from .flux_model import FluxKontextModel, FluxText, FusedFluxModel
 from .output import SpecEditPipelineOutput, StageClock
 from .pipeline import SpecEditMixin, per_image, preprocess
-from .vae import channels_last, fused_norms
+from .vae import in_few_launches
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -199,8 +199,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
                 return per_image(encode_whole(at), "image", batch)
 
             def run(pixels: Tensor) -> Tensor:
-                with fused_norms(self.vae):
-                    return encode_whole(channels_last(pixels))
+                return in_few_launches(self.vae, encode_whole, pixels)
 
             tag = ("encode", isinstance(generator, list), self.vae.use_slicing, self.vae.use_tiling)
             return per_image(runner(tag, run, {"pixels": at}), "image", batch)

@@ -19,7 +19,7 @@ from . import flux_fused as fused
 from .attention import AttentionLayout, TextWatch
 from .fused_model import FusedLayout, FusedModel
 from .model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from .vae import channels_last, fused_norms
+from .vae import in_few_launches
 
 
 @dataclass
@@ -206,8 +206,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         def run(latents: Tensor) -> Tensor:
-            with fused_norms(self.codec.vae):
-                return self.codec.decode(channels_last(latents))
+            return in_few_launches(self.codec.vae, self.codec.decode, latents)
 
         tag = ("decode", self.codec.vae.use_slicing, self.codec.vae.use_tiling)
         return self.runner(tag, run, {"latents": latents})

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -24,12 +24,6 @@ def bring_in(module: torch.nn.Module) -> None:
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and hasattr(hook, "pre_forward"):
         hook.pre_forward(module)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """A picture [B, C, H, W] whose channels lie together, on CUDA: convolutions there work on such, and what they make
-    of it goes on so through the autoencoder, where they would else turn every map to and fro."""
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
 class _GroupNorm(torch.nn.Module):
@@ -79,6 +73,13 @@ def fused_norms(vae: torch.nn.Module) -> Iterator[None]:
     finally:
         for owner, name, module, _ in swaps:
             setattr(owner, name, module)
+
+
+def in_few_launches(vae: torch.nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), which calls an AutoencoderKL on a picture [B, C, H, W]: with `fused_norms`, and on CUDA with maps
+    whose channels lie together, as convolutions there work on them; they would else turn every map to and fro."""
+    with fused_norms(vae):
+        return function(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
 
 
 def one_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
