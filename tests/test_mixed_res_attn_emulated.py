@@ -18,7 +18,7 @@ CSRC = HERE.parent / "csrc"
 SLOW_WARPS = (-1, 0, 1, 4)
 CASES = (
     "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs", "late",
-    "far_scores", "far_scores_kv_index", "shares", "shares_of_lengths", "parts_of_lengths", "many_sharers", "scatter",
+    "far_scores", "far_scores_kv_index", "far_scores_q_index", "masks", "masks_bf16", "masks_kv_index", "shares", "shares_of_lengths", "parts_of_lengths", "many_sharers", "scatter",
     "kv_index", "kv_index_parts", "kv_index_d64", "kv_index_no_bias", "kv_index_sorted", "gathered", "gathered_parts",
     "gathered_lengths", "q_index", "q_index_parts", "q_index_lengths", "all_indices",
 )  # fmt: skip
@@ -81,10 +81,17 @@ def test_the_kernel_on_the_cpu(program, case, slow_warp):
     "before, after, case, slow_warp",
     [
         # Biases are overwritten before they were used.
-        ("sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);\n      __syncwarp();", "", "rounds", 4),
+        ("sm90::barrier_wait(&s.k_empty[ring.stage], ring.parity ^ 1);\n      __syncwarp();", "", "rounds", 4),
         # The bias of the neighbouring key.
-        ("column % 8 / 2 * S::kBiasStride + column / 8 * 2 + column % 2",
-         "column % 8 / 2 * S::kBiasStride + column / 8 * 2 + 1 - column % 2", "one_tile", -1),
+        ("columns[i * 32 + lane] = columns_of<T>(value[i]);",
+         "columns[(i * 32 + lane) ^ 1] = columns_of<T>(value[i]);", "one_tile", -1),
+        # What the first of a bias's columns leaves is lost.
+        ("sm90::pack<T>(first, left)", "sm90::pack<T>(first, 0.0f)", "stairs", -1),
+        # Biases that no column can hold.
+        ("if (kind & kBeyond) add_biases(w, block);", "", "masks", -1),
+        # A bias counts twice in scores that are computed anew.
+        ("if (kind & kColumns) add_biases(w, block);", "add_biases(w, block);\n          add_biases(w, block);",
+         "far_scores", -1),
         # Weights made before the maximum rose keep their old unit.
         ("\n        score[i] *= factor;\n", "\n", "stairs", -1),
         # The products so far keep their old unit.
@@ -100,11 +107,11 @@ def test_the_kernel_on_the_cpu(program, case, slow_warp):
         # Rows by kv_index overwrite those that V still needs.
         ("buffer ^= 1;\n        keep_rows();", "keep_rows();", "kv_index", -1),
         # An empty slot is taken for a query.
-        ("== 0) lse[r] = -INFINITY;", "== 0) lse[r] += 0.0f;", "q_index", -1),
+        ("if (p.q_index == nullptr) return 3;", "return 3;", "q_index", -1),
         # One part too few is joined.
-        ("2 + inside", "1 + inside", "parts", -1),
+        ("2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
     ],
-    ids=["biases_too_early", "bias_of_another_key", "old_weights", "old_products", "old_scores", "given_back_unseen", "nan_past_the_end",
+    ids=["biases_too_early", "bias_of_another_key", "a_column_too_few", "bias_beyond", "bias_twice", "old_weights", "old_products", "old_scores", "given_back_unseen", "nan_past_the_end",
          "rows_too_early", "empty_as_query", "a_part_too_few"],
 )  # fmt: skip
 def test_a_broken_kernel_fails(usable, tmp_path, before, after, case, slow_warp):

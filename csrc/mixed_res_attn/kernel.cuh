@@ -8,7 +8,9 @@
 // What is different here:
 // - A key's bias enters the scores divided by the scale, so that one multiply-add turns a score into an exponent. A
 //   warp of the loading group fetches the bias of a tile and tells whether it is one number; then it costs a scalar.
-//   Keys past the end have bias -inf: there is no other masking.
+//   If not, it joins the products: three more columns of K, whose sum it is, beside ones in Q. That is one step more for
+//   each eight of the scores' (D = 128), and no instruction of the softmax. Keys past the end have bias -inf: there is
+//   no other masking.
 // - The running maximum is raised only where the sum of a tile's weights shows that it has fallen far behind: scores are
 //   not compared, and the accumulators seldom rescaled. Weights then reach kLargeSum, which neither bf16 nor fp16 minds.
 // - Tiles are dealt to persistent blocks in rounds; those of the last, incomplete round are cut along their keys so that
@@ -24,22 +26,20 @@
 namespace specedit::attn {
 
 // What is known of the biases of a tile.
-constexpr int kVaries = 1;    // they are not one number
-constexpr int kFarAbove = 2;  // one is so far above those of the tiles before that weights may not be finite
+constexpr int kColumns = 1;   // they are not one number, and the scores hold them
+constexpr int kBeyond = 2;    // they are not one number, and one is too large for the columns
+constexpr int kFarAbove = 4;  // one is so far above those of the tiles before that weights may not be finite
 
 template <typename T, int D, bool GATHER>
 struct Shape {
   static constexpr int kBlockN = attn::kBlockN;
   static constexpr int kStages = D == 64 ? 4 : 2;
-  static constexpr int kBiasSlots = 2 * kStages;  // so that biases are there before the scores
-  static constexpr int kLoaderRegisters = GATHER ? 56 : 24;
+  static constexpr int kLoaderRegisters = GATHER ? 56 : 40;
   // The registers of a block divided by 128 are 504: three warp groups started with 168.
   static constexpr int kComputeRegisters = (504 - kLoaderRegisters) / 16 * 8;
-  // A thread's biases of a tile lie together; the padding keeps its four kinds of threads on different banks.
-  static constexpr int kBiasStride = kBlockN / 4 + (kBlockN % 128 == 0 ? 4 : 0);
-  // Arrivals on a barrier that says that a tile is there, that biases are.
+  // Arrivals on a barrier that says that a tile is there; K's biases arrive beside it.
   static constexpr int kArrivals = GATHER ? kGroup : 1;
-  static constexpr int kBiasArrivals = GATHER ? kGroup / 32 : 1;
+  static constexpr int kBiasWarps = GATHER ? kGroup / 32 : 1;
   // Rows by kv_index: eight lanes copy 128 bytes of a row each, so that the warp group copies 16 rows a step.
   static constexpr int kSteps = kBlockN / 16;
 };
@@ -50,23 +50,31 @@ struct Shared {
   T q[2][kRows * D];
   T k[S::kStages][S::kBlockN * D];
   T v[S::kStages][S::kBlockN * D];
-  float bias[S::kBiasSlots][4 * S::kBiasStride];
-  // By kv_index a warp of the loading group has a constant of its own: NaN where its biases are not one number.
-  __align__(16) float bias_constant[S::kBiasSlots][GATHER ? 4 : 1];
-  int bias_kind[S::kBiasSlots];
+  // The columns that hold biases, 8 of a key; the 8 beside them, which are empty; and what stands there in Q, in 8 rows
+  // that serve for all.
+  T columns[S::kStages][S::kBlockN * 8];
+  T no_columns[S::kBlockN * 8];
+  T ones[2][8 * 8];
+  // The bias of a tile if it is one number, and what is known of it. By kv_index each warp of the loading group has its
+  // own keys of a tile.
+  __align__(16) float bias_constant[S::kStages][S::kBiasWarps];
+  __align__(16) int bias_kind[S::kStages][S::kBiasWarps];
   // Rows by kv_index of two tiles, as each warp and each group of eight lanes needs them.
   __align__(16) int rows[GATHER ? 2 : 1][GATHER ? 4 : 1][4][GATHER ? (S::kSteps + 3) / 4 * 4 : 1];
   // Which rows of q exist, of this item and the one before: the rows of an item are stored when the queries of the next
   // may be there. Written where queries come by index.
   uint32_t q_exists[2][2][kRows / 32];
   uint64_t q_full[2], q_empty[2];
-  uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t bias_full[S::kBiasSlots], bias_empty[S::kBiasSlots], tail;
+  uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages], tail;
   // The plan: lengths, first rows (packed layout) and first tile of each batch entry; the tiles done in rounds, those of
   // the last round; what the front of a tile may cost, and from where to where the backs are this block's.
-  int q_len[kMaxBatch], k_len[kMaxBatch], q_row[kMaxBatch], k_row[kMaxBatch], tile_start[kMaxBatch];
+  int q_len[kMaxBatch], k_len[kMaxBatch], tile_start[kMaxBatch];
+  int q_row[GATHER ? 1 : kMaxBatch], k_row[GATHER ? 1 : kMaxBatch];  // with kv_index nothing is packed
   int tiles, whole, rounds, rest, level, stretch;
   Place first, last;
+
+  __device__ int first_q(int b) const { return GATHER ? 0 : q_row[b]; }
+  __device__ int first_k(int b) const { return GATHER ? 0 : k_row[b]; }
 };
 
 __device__ inline int clamp(int x, int low, int high) { return min(max(x, low), high); }
@@ -95,13 +103,45 @@ __device__ inline int entry_of(const Params& p, const SharedT& s, int id) {
   return low;
 }
 
+// Where tile `id` lies. Tiles that fill one warp group at most, the last ones of heads, come behind all others: in the last
+// round, the one that is planned by cost.
+struct Tile {
+  int b, head, tile;
+
+  template <typename SharedT>
+  __device__ static Tile of(const Params& p, const SharedT& s, int id) {
+    if (p.planned) return of_planned(p, id);
+    const int b = entry_of(p, s, id);
+    Tile x = among(p.heads, s.q_len[b], id - s.tile_start[b]);
+    x.b = b;
+    return x;
+  }
+
+  // Where batch entries are alike: as more heads.
+  __device__ static Tile of_planned(const Params& p, int id) {
+    Tile x = among(p.batch * p.heads, p.num_q, id);
+    if (p.batch > 1) {
+      x.b = x.head / p.heads;
+      x.head -= x.b * p.heads;
+    }
+    return x;
+  }
+
+  __device__ static Tile among(int heads, int q_len, int id) {
+    const int wide = wide_tiles(q_len);
+    if (id >= heads * wide) return {0, id - heads * wide, wide};
+    const int head = id / wide;
+    return {0, head, id - head * wide};
+  }
+};
+
 // Calls visit(b, backs, cost) for each batch entry with tiles from `whole` on, in order; cost: that of its backs.
 template <typename SharedT, typename Visit>
 __device__ inline void visit_backs(const Params& p, const SharedT& s, int whole, int tiles, int level, Visit visit) {
   for (int b = entry_of(p, s, whole); b < p.batch && s.tile_start[b] < tiles; ++b) {
     const int end = b + 1 < p.batch ? s.tile_start[b + 1] : tiles;
     if (end == s.tile_start[b]) continue;
-    const Backs backs = Backs::of(s.q_len[b], s.k_len[b], level);
+    const Backs backs = Backs::of(s.q_len[b], s.k_len[b], p.heads, level);
     visit(b, backs, backs.before(end - s.tile_start[b]) - backs.before(max(whole - s.tile_start[b], 0)));
   }
 }
@@ -119,6 +159,11 @@ __device__ inline Place place_of(const Params& p, const SharedT& s, int whole, i
     start += sum;
   });
   return at;
+}
+
+// Whole tiles that this block does.
+__device__ inline int rounds_of(int whole) {
+  return ceil_div(max(whole - static_cast<int>(blockIdx.x), 0), static_cast<int>(gridDim.x));
 }
 
 // What the host could not plan, for lengths are on the device.
@@ -149,16 +194,15 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
   const int whole = tiles - rest;
   const int sharers = workers - rest;
   const int most = 4 * blocks + kPieceCost;
-  // Mostly the last round is of one batch entry: its tiles, and how many of them are a head's last, are counted once.
+  // Mostly the last round is of one batch entry.
   const int entry = rest > 0 ? entry_of(p, s, whole) : 0;
+  const int start = s.tile_start[entry];
   const bool alone = rest > 0 && (entry + 1 == p.batch || s.tile_start[entry + 1] == tiles);
-  const int of_head = max(ceil_div(s.q_len[entry], kBlockM), 1);
-  const int lasts = alone ? (tiles - s.tile_start[entry]) / of_head - (whole - s.tile_start[entry]) / of_head : 0;
   const auto sum_at = [&](int level) {
     int sum = 0;
     if (alone) {
-      const Backs backs = Backs::of(s.q_len[entry], s.k_len[entry], level);
-      sum = (rest - lasts) * backs.full + lasts * backs.last;
+      const Backs backs = Backs::of(s.q_len[entry], s.k_len[entry], p.heads, level);
+      sum = backs.before(tiles - start) - backs.before(whole - start);
     } else {
       visit_backs(p, s, whole, tiles, level, [&](int, const Backs&, int cost) { sum += cost; });
     }
@@ -166,7 +210,7 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
   };
   // The lowest level at which no sharer takes longer than a front; 32 levels are tried at once.
   int level = most;
-  if (rest > 0 && p.part_out != nullptr && blocks <= kMaxBlocks && workers <= kMaxWorkers) {
+  if (p.part_out != nullptr && can_cut(tiles, workers, blocks)) {
     int low = kPieceCost + 4 * kLeastPart - 1;  // too low
     while (most - low > 1 && level - low > 1) {
       const int step = ceil_div(level - low, 32);
@@ -185,6 +229,7 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
   if (lane == 0) {
     s.tiles = tiles;
     s.whole = cut ? whole : tiles;
+    s.rounds = rounds_of(s.whole);
     s.rest = cut ? rest : 0;
     s.level = level;
     s.stretch = stretch;
@@ -196,14 +241,14 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
 template <typename T, int D, bool GATHER>
 __device__ void make_plan(const Params& p, Shared<T, D, GATHER>& s) {
   for (int b = threadIdx.x; b < p.batch; b += kThreads) {
-    s.q_len[b] = length_of(p.q_lens, p.cu_q, b, p.num_q, p.rows_q, s.q_row[b]);
-    s.k_len[b] = length_of(p.kv_lens, p.cu_k, b, p.num_k, p.rows_k, s.k_row[b]);
-    if (p.planned) s.tile_start[b] = b * p.heads * ceil_div(p.num_q, kBlockM);
+    s.q_len[b] = length_of(p.q_lens, p.cu_q, b, p.num_q, p.rows_q, s.q_row[GATHER ? 0 : b]);
+    s.k_len[b] = length_of(p.kv_lens, p.cu_k, b, p.num_k, p.rows_k, s.k_row[GATHER ? 0 : b]);
   }
   if (p.planned && threadIdx.x == 0) {
     const int sharer = static_cast<int>(blockIdx.x) - p.rest;
     const bool shares = p.rest > 0 && sharer >= 0;
     s.whole = p.whole;
+    s.rounds = rounds_of(p.whole);
     s.rest = p.rest;
     s.level = p.level;
     s.first = shares ? p.places[sharer] : Place{0, 0};
@@ -214,53 +259,41 @@ __device__ void make_plan(const Params& p, Shared<T, D, GATHER>& s) {
     if (threadIdx.x < 32) plan_on_device(p, s);
     __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    s.rounds = ceil_div(max(s.whole - static_cast<int>(blockIdx.x), 0), static_cast<int>(gridDim.x));
-  }
-  __syncthreads();
 }
 
-// Notes the tile of which this block does the front, for the kernel that joins parts. A warp's work.
+// Notes the tile of which this block does the front, for the kernel that joins parts, where the host could not. A warp's
+// work.
 template <typename SharedT>
 __device__ void note_cut_tile(const Params& p, const SharedT& s) {
   const int worker = blockIdx.x;
   const int lane = threadIdx.x % 32;
-  if (worker >= p.most_cut) return;
+  if (p.planned || worker >= p.most_cut) return;
   CutTile cut{};
   if (worker < s.rest) {
     const int id = s.whole + worker;
-    int begin = 0;  // of the sharers that may begin in its back
-    int end = static_cast<int>(gridDim.x) - s.rest;
-    if (!p.planned) {
-      int before = 0;
-      visit_backs(p, s, s.whole, s.tiles, s.level, [&](int b, const Backs& backs, int sum) {
-        const int skipped = backs.before(max(s.whole - s.tile_start[b], 0));
-        if (s.tile_start[b] <= id) begin = (before + backs.before(id - s.tile_start[b]) - skipped) / s.stretch;
-        before += sum;
-      });
-      end = begin + 32;
-    }
-    int inside = 0;
-    for (int start = begin; start < end; start += 32) {
-      const int i = start + lane;
-      Place at{0, 0};
-      if (i < end) at = p.planned ? p.places[i] : place_of(p, s, s.whole, s.tiles, s.level, i * s.stretch);
-      const unsigned found = __ballot_sync(0xffffffffu, at.tile == id && at.block > 0);
-      if (inside == 0 && found != 0) cut.sharer = start + __ffs(found) - 1;
-      inside += __popc(found);
-    }
-    cut.b = entry_of(p, s, id);
-    const int of_head = ceil_div(s.q_len[cut.b], kBlockM);
-    const int local = id - s.tile_start[cut.b];
-    cut.head = local / of_head;
-    cut.tile = local - cut.head * of_head;
-    cut.rows = min(s.q_len[cut.b] - cut.tile * kBlockM, kBlockM);
-    cut.rest = s.rest;
-    const int blocks = ceil_div(s.k_len[cut.b], kBlockN);
-    const bool whole_front = front_of(blocks, cut.rows <= kRows ? kHalfCost : 4, s.level) == blocks;
-    cut.parts = whole_front ? 0 : 2 + inside;
+    int begin = 0;  // of the sharers that may begin in its back, 32 at most
+    int before = 0;
+    visit_backs(p, s, s.whole, s.tiles, s.level, [&](int b, const Backs& backs, int sum) {
+      const int skipped = backs.before(max(s.whole - s.tile_start[b], 0));
+      if (s.tile_start[b] <= id) begin = (before + backs.before(id - s.tile_start[b]) - skipped) / s.stretch;
+      before += sum;
+    });
+    const Place at = place_of(p, s, s.whole, s.tiles, s.level, (begin + lane) * s.stretch);
+    const unsigned found = __ballot_sync(0xffffffffu, at.tile == id && at.block > 0);
+    const Tile tile = Tile::of(p, s, id);
+    const int rows = min(s.q_len[tile.b] - tile.tile * kBlockM, kBlockM);
+    cut = {tile.b, tile.head, tile.tile, rows, 2 + __popc(found), begin + __ffs(found) - 1, s.rest};
+    const int blocks = ceil_div(s.k_len[tile.b], kBlockN);
+    if (front_of(blocks, rows <= kRows ? kHalfCost : 4, s.level) == blocks) cut.parts = 0;
   }
   if (lane == 0) p.cut_tiles[worker] = cut;
+}
+
+// The same of tile number `number` of the last round, from a plan of the host.
+__device__ inline CutTile cut_tile_of(const Params& p, int number) {
+  const Tile tile = Tile::of_planned(p, p.whole + number);
+  const int rows = min(p.num_q - tile.tile * kBlockM, kBlockM);
+  return {tile.b, tile.head, tile.tile, rows, p.cuts[number].parts, p.cuts[number].sharer, p.rest};
 }
 
 // One item of a block's work: a tile of queries of one head, and the K tiles [begin, end) that it meets.
@@ -284,11 +317,10 @@ struct Work {
     } else if (id >= s.whole + s.rest) {
       return false;
     }
-    b = entry_of(p, s, id);
-    const int tiles = ceil_div(s.q_len[b], kBlockM);
-    const int local = id - s.tile_start[b];
-    head = local / tiles;
-    tile = local - head * tiles;
+    const Tile at = Tile::of(p, s, id);
+    b = at.b;
+    head = at.head;
+    tile = at.tile;
     rows = min(s.q_len[b] - tile * kBlockM, kBlockM);
     begin = 0;
     end = ceil_div(s.k_len[b], SharedT::S::kBlockN);
@@ -317,7 +349,7 @@ struct Work {
 // A buffer has two barriers: `full`, on which those that fill it arrive, and `empty`, on which the warps that read it
 // arrive. A wait knows a phase by its parity alone, so whoever waits on a barrier must also be one without whom the
 // barrier's next phase cannot end: else it may sleep through two phases and wait for ever. Hence the loader of a buffer
-// alone waits for its `empty`, and biases have buffers, and barriers, of their own.
+// alone waits for its `empty`. Biases share K's barriers: without them, too, no tile of K is full.
 
 // ---- Loading --------------------------------------------------------------------------------------------------------
 
@@ -386,7 +418,7 @@ struct TileLoader {
     for (int item = 0; w.get(p, s, item); ++item) {
       const int kv_head = w.head / p.group;
       const int copy_b = p.cu_k == nullptr ? w.b : 0;
-      const int k_row = s.k_row[w.b];
+      const int k_row = s.first_k(w.b);
       const int k_len = s.k_len[w.b];
       const auto load_q = [&] {
         if (p.q_index != nullptr) return;
@@ -397,7 +429,7 @@ struct TileLoader {
           if (lane == 0) {
             sm90::barrier_expect(&s.q_full[g], kRows * D * sizeof(T));
             sm90::copy_box(
-                s.q[g], &p.q_map, &s.q_full[g], 0, s.q_row[w.b] + w.tile * kBlockM + g * kRows, 0, w.head, q_b);
+                s.q[g], &p.q_map, &s.q_full[g], 0, s.first_q(w.b) + w.tile * kBlockM + g * kRows, 0, w.head, q_b);
           }
           __syncwarp();
         }
@@ -423,59 +455,102 @@ struct TileLoader {
   }
 };
 
-// Where a thread that computes finds the bias of key `column` of a tile.
-template <typename S>
-__device__ inline int bias_place(int column) {
-  return column % 8 / 2 * S::kBiasStride + column / 8 * 2 + column % 2;
+// The columns' unit beside ones in Q: fp16 alone is too narrow for biases, of which some are masks.
+template <typename T>
+constexpr float kColumnUnit = std::is_same_v<T, __half> ? 1024.0f : 1.0f;
+// What the columns can hold.
+template <typename T>
+constexpr float kColumnMost = std::is_same_v<T, __half> ? 6e7f : 1e38f;
+
+template <typename T>
+__device__ inline bool fits_columns(float bias) {
+  return bias == -INFINITY || fabsf(bias) <= kColumnMost<T>;
 }
 
-// The biases of dense keys: a warp runs ahead of the products by as many tiles as there are slots.
+// The 8 columns of a key: three numbers that add up to its bias, the first in kColumnUnit. What is left is less than a
+// rounding of the score.
+template <typename T>
+__device__ inline uint4 columns_of(float bias) {
+  const float first = bias * (1.0f / kColumnUnit<T>);
+  float left = bias - static_cast<float>(static_cast<T>(first)) * kColumnUnit<T>;
+  if (bias == -INFINITY) left = 0.0f;
+  const float second = static_cast<float>(static_cast<T>(left));
+  return make_uint4(sm90::pack<T>(first, left), sm90::pack<T>(left - second, 0.0f), 0, 0);
+}
+
+// Ones in Q, and columns that stay empty. The work of all threads.
+template <typename T, typename SharedT>
+__device__ void fill_constants(SharedT& s) {
+  uint4* const empty = reinterpret_cast<uint4*>(s.no_columns);
+  uint4* const ones = reinterpret_cast<uint4*>(s.ones);
+  for (int i = threadIdx.x; i < SharedT::S::kBlockN; i += kThreads) empty[i] = make_uint4(0, 0, 0, 0);
+  if (threadIdx.x < 16) {
+    const uint4 row = make_uint4(sm90::pack<T>(kColumnUnit<T>, 1.0f), sm90::pack<T>(1.0f, 0.0f), 0, 0);
+    ones[threadIdx.x] = threadIdx.x < 8 ? row : make_uint4(0, 0, 0, 0);
+  }
+  sm90::proxy_fence();
+}
+
+// The biases of dense keys: a warp's work.
 template <typename T, int D>
 __device__ void load_biases(const Params& p, Shared<T, D, false>& s) {
   using S = Shape<T, D, false>;
   constexpr int kEach = (S::kBlockN + 31) / 32;
   const int lane = threadIdx.x % 32;
-  Ring<S::kBiasSlots> slot;
+  Ring<S::kStages> ring;
   Work w;
   for (int item = 0; w.get(p, s, item); ++item) {
     const float* bias = nullptr;
-    if (p.bias != nullptr) bias = p.bias + (p.cu_k == nullptr ? w.b * p.bias_batch : 0) + s.k_row[w.b];
+    if (p.bias != nullptr) bias = p.bias + (p.cu_k == nullptr ? w.b * p.bias_batch : 0) + s.first_k(w.b);
     const int k_len = s.k_len[w.b];
     float before = -INFINITY;  // the largest bias of the tiles before
-    for (int block = w.begin; block < w.end; ++block) {
-      float value[kEach];
+    float next[kEach];         // of the tile after
+    const auto look_up = [&](int block) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int key = block * S::kBlockN + i * 32 + lane;
-        value[i] = key >= k_len ? -INFINITY : bias == nullptr ? 0.0f : bias[key] * p.bias_unit;
+        next[i] = key >= k_len ? -INFINITY : bias == nullptr ? 0.0f : bias[key];
       }
-      bool same = true;
-      const float first = __shfl_sync(0xffffffffu, value[0], 0);
+    };
+    look_up(w.begin);
+    for (int block = w.begin; block < w.end; ++block) {
+      float value[kEach];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) same = same && (value[i] == first || i * 32 + lane >= S::kBlockN);
-      same = __all_sync(0xffffffffu, same);
+      for (int i = 0; i < kEach; ++i) value[i] = next[i] * p.bias_unit;
+      look_up(block + 1);
+      bool same = true;
+      bool fits = true;
+      const float first = __shfl_sync(0xffffffffu, value[0], 0);
       float high = value[0];
 #pragma unroll
-      for (int i = 1; i < kEach; ++i) high = fmaxf(high, value[i]);
+      for (int i = 0; i < kEach; ++i) {
+        same = same && (value[i] == first || i * 32 + lane >= S::kBlockN);
+        fits = fits && fits_columns<T>(value[i]);
+        high = fmaxf(high, value[i]);
+      }
+      same = __all_sync(0xffffffffu, same);
+      fits = __all_sync(0xffffffffu, fits);
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
-      sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);
+      sm90::barrier_wait(&s.k_empty[ring.stage], ring.parity ^ 1);
       __syncwarp();
-      if (!same) {
+      if (!same && fits) {
+        uint4* const columns = reinterpret_cast<uint4*>(s.columns[ring.stage]);
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          const int column = i * 32 + lane;
-          if (column < S::kBlockN) s.bias[slot.stage][bias_place<S>(column)] = value[i];
+          if (i * 32 + lane < S::kBlockN) columns[i * 32 + lane] = columns_of<T>(value[i]);
         }
+        sm90::proxy_fence();
       }
       if (lane == 0) {
-        s.bias_kind[slot.stage] = (same ? 0 : kVaries) | (high > before + 8 * p.slack ? kFarAbove : 0);
-        s.bias_constant[slot.stage][0] = same ? first : 0.0f;
+        s.bias_kind[ring.stage][0] =
+            (same ? 0 : fits ? kColumns : kBeyond) | (high > before + 8 * p.slack ? kFarAbove : 0);
+        s.bias_constant[ring.stage][0] = same ? first : 0.0f;
       }
       before = fmaxf(before, high);
       __syncwarp();
-      if (lane == 0) sm90::barrier_arrive(&s.bias_full[slot.stage]);
-      slot.next();
+      if (lane == 0) sm90::barrier_arrive(&s.k_full[ring.stage]);
+      ring.next();
     }
   }
 }
@@ -607,7 +682,6 @@ struct RowLoader {
     const uint32_t k_stride = static_cast<uint32_t>(p.k_strides.row * sizeof(T));
     const uint32_t v_stride = static_cast<uint32_t>(p.v_strides.row * sizeof(T));
     Ring<S::kStages> k_ring, v_ring;
-    Ring<S::kBiasSlots> slot;
     uint32_t q_parity = 0;
     int buffer = 0;  // of the rows of the next tile of K; the last one's are in the other
     Work w;
@@ -661,25 +735,31 @@ struct RowLoader {
         queries.copy(p, w, s.q[g], half * 32);
         sm90::copies_arrive(&s.q_full[g]);
       };
+      // Of the tile of K whose buffer is free.
       const auto load_bias = [&] {
-        sm90::barrier_wait(&s.bias_empty[slot.stage], slot.parity ^ 1);
-        __syncwarp();
-        float* target = s.bias[slot.stage];
+        uint4* const columns = reinterpret_cast<uint4*>(s.columns[k_ring.stage]);
         const float first = __shfl_sync(0xffffffffu, values[0], 0);
         bool same = true;
+        bool fits = true;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int number = i * 32 + lane;
           if (number >= kRowsOfWarp) continue;
+          const float value = values[i] * p.bias_unit;
           same = same && values[i] == first;
-          target[bias_place<S>(place_of(number))] = values[i] * p.bias_unit;
+          fits = fits && fits_columns<T>(value);
+          // Other warps' keys may differ from this one's, so they are written even if they are alike.
+          columns[place_of(number)] = bias == nullptr ? make_uint4(sm90::pack<T>(value, 0.0f), 0, 0, 0)
+                                                      : columns_of<T>(value);
         }
+        sm90::proxy_fence();
         same = __all_sync(0xffffffffu, same);
+        fits = __all_sync(0xffffffffu, fits);
         if (lane == 0) {
-          s.bias_constant[slot.stage][warp] = same ? first * p.bias_unit : NAN;
-          sm90::barrier_arrive(&s.bias_full[slot.stage]);
+          s.bias_kind[k_ring.stage][warp] = !fits ? kBeyond : same ? 0 : kColumns;
+          s.bias_constant[k_ring.stage][warp] = first * p.bias_unit;
+          sm90::barrier_arrive(&s.k_full[k_ring.stage]);
         }
-        slot.next();
       };
       const auto load_v = [&] {
         sm90::barrier_wait(&s.v_empty[v_ring.stage], v_ring.parity ^ 1);
@@ -702,8 +782,8 @@ struct RowLoader {
         __syncwarp();
         copy_tile(k, k_stride, s.k[k_ring.stage], buffer, exist);
         sm90::copies_arrive(&s.k_full[k_ring.stage]);
-        k_ring.next();
         load_bias();
+        k_ring.next();
         look_up_bias();
         if (block == w.begin) load_q();
         else load_v();
@@ -722,7 +802,7 @@ struct RowLoader {
 // ---- Results --------------------------------------------------------------------------------------------------------
 
 // The row of `out` that slot `slot` of batch entry b writes, -1 for none.
-__device__ inline int64_t target_row(const Params& p, int b, int first, int slot) {
+__device__ inline int target_row(const Params& p, int b, int first, int slot) {
   if (p.out_index == nullptr) return first + slot;
   const int row = p.out_index[b * p.out_index_batch + slot];
   return row < p.rows_out ? row : -1;
@@ -786,7 +866,16 @@ struct Computer {
   float scaling[2];
   bool rescale;
 
+  template <bool COLUMNS>
   __device__ void multiply_qk(int stage) {
+    sm90::products_fence();
+    if constexpr (COLUMNS) {
+      // Groups of 8 keys follow each other; all groups of 8 queries are the same one.
+      const uint32_t ones = sm90::tile_descriptor(s.ones, sizeof(s.ones[0]));
+      const uint32_t biases = sm90::tile_descriptor(s.columns[stage], (S::kStages - stage) * sizeof(s.no_columns));
+      sm90::Products<T, N>::shared_shared(
+          score, sm90::plain_descriptor(ones, 0), sm90::plain_descriptor(biases, 8 * 16), 0);
+    }
     const uint32_t a = sm90::opaque(sm90::tile_descriptor(s.q[g], 0));
     const uint32_t b = sm90::tile_descriptor(s.k[stage], 0);
 #pragma unroll
@@ -794,15 +883,17 @@ struct Computer {
       // 16 columns are 32 bytes; a panel has 64 columns. Descriptors count 16-byte units.
       const uint32_t a_step = i / 4 * (kRows * 128 / 16) + i % 4 * 2;
       const uint32_t b_step = i / 4 * (N * 128 / 16) + i % 4 * 2;
-      sm90::Products<T, N>::shared_shared(score, a + a_step, b + b_step, i > 0);
+      sm90::Products<T, N>::shared_shared(
+          score, sm90::swizzled_descriptor(a + a_step), sm90::swizzled_descriptor(b + b_step), COLUMNS || i > 0);
     }
+    sm90::products_commit();
   }
 
   __device__ void multiply_pv(int stage) {
     const uint32_t b = sm90::tile_descriptor(s.v[stage], N * 128);
 #pragma unroll
     for (int i = 0; i < N / 16; ++i) {
-      sm90::Products<T, D>::registers_shared(o, weight + 4 * i, b + i * (16 * 128 / 16));
+      sm90::Products<T, D>::registers_shared(o, weight + 4 * i, sm90::swizzled_descriptor(b + i * (16 * 128 / 16)));
     }
   }
 
@@ -829,24 +920,29 @@ struct Computer {
 
   __host__ __device__ static constexpr int chunk_at(int c) { return c * (N / 16) / kChunks * 8; }  // its first element
 
-  __device__ const float4* biases_of(uint32_t count) const {
-    return reinterpret_cast<const float4*>(&s.bias[count % S::kBiasSlots][threadIdx.x % 4 * S::kBiasStride]);
+  // Adds the biases of K tile `block` to the scores, read from memory: what the columns cannot do, and what scores that
+  // are computed anew lack.
+  __device__ void add_biases(const Work& w, int block) {
+    const float* bias = p.bias;
+    if (bias != nullptr && p.cu_k == nullptr) bias += w.b * p.bias_batch;
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int64_t row = row_of(w, block * N + i * 2 + threadIdx.x % 4 * 2 + j);
+        const float x = row < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[row] * p.bias_unit;
+        score[i + j] += x;
+        score[i + 2 + j] += x;
+      }
+    }
   }
 
-  template <int c>
-  __device__ void add_biases(const float4* bias) {
-#pragma unroll
-    for (int i = chunk_at(c); i < chunk_at(c + 1); i += 8) {
-      const float4 x = bias[i / 8];
-      score[i + 0] += x.x;
-      score[i + 1] += x.y;
-      score[i + 2] += x.x;
-      score[i + 3] += x.y;
-      score[i + 4] += x.z;
-      score[i + 5] += x.w;
-      score[i + 6] += x.z;
-      score[i + 7] += x.w;
-    }
+  // The row of K of slot `key`, -1 for none.
+  __device__ int64_t row_of(const Work& w, int key) const {
+    if (key >= s.k_len[w.b]) return -1;
+    if constexpr (!GATHER) return s.first_k(w.b) + key;
+    const int row = p.kv_index[w.b * p.kv_index_batch + key];
+    return row < p.rows_k ? row : -1;
   }
 
   __device__ void set_offset(float constant) {
@@ -881,8 +977,7 @@ struct Computer {
   }
 
   template <int c>
-  __device__ void careful_chunk(const float4* bias, float constant, bool varies) {
-    if (varies) add_biases<c>(bias);
+  __device__ void careful_chunk(float constant) {
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = chunk_at(c); i < chunk_at(c + 1); ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], score[i]);
@@ -901,20 +996,20 @@ struct Computer {
       set_offset(constant);
     }
     weigh<c>(total, total);
-    if constexpr (c + 1 < kChunks) careful_chunk<c + 1>(bias, constant, varies);
+    if constexpr (c + 1 < kChunks) careful_chunk<c + 1>(constant);
   }
 
   // For a first tile, or when the products of the last one have ended.
-  __device__ void careful_softmax(uint32_t count, float constant, bool varies) {
+  __device__ void careful_softmax(float constant) {
     rescale = false;
     scaling[0] = scaling[1] = 1.0f;
     set_offset(constant);
-    careful_chunk<0>(biases_of(count), constant, varies);
+    careful_chunk<0>(constant);
     pack_weights<0, N / 2>();
     if (rescale) rescale_output();
   }
 
-  template <int c, bool VARIES>
+  template <int c>
   __device__ void quick_chunk(uint32_t count, float (&even)[2], float (&odd)[2]) {
     if constexpr (c == kWaitChunk) {
       // Never true. Else ptxas moves the wait up, before exponentials that it should follow, or those that should follow
@@ -925,20 +1020,18 @@ struct Computer {
       }
       end_pv(count - 1);
     }
-    if constexpr (VARIES) add_biases<c>(biases_of(count));
     weigh<c>(even, odd);
     if constexpr (c >= kWaitChunk && c > 0) pack_weights<c == kWaitChunk ? 0 : chunk_at(c - 1), chunk_at(c)>();
-    if constexpr (c + 1 < kChunks) quick_chunk<c + 1, VARIES>(count, even, odd);
+    if constexpr (c + 1 < kChunks) quick_chunk<c + 1>(count, even, odd);
     else pack_weights<chunk_at(c), N / 2>();
   }
 
   // False: weights may be infinite, or too large to be rescaled, and nothing but them has changed.
-  template <bool VARIES>
   __device__ bool quick_softmax(uint32_t count, float constant) {
     set_offset(constant);
     float even[2] = {0.0f, 0.0f};
     float odd[2] = {0.0f, 0.0f};
-    quick_chunk<0, VARIES>(count, even, odd);
+    quick_chunk<0>(count, even, odd);
     even[0] += odd[0];
     even[1] += odd[1];
     if (__builtin_expect(__any_sync(0xffffffffu, even[0] > kLargeSum || even[1] > kLargeSum), 0)) {
@@ -973,28 +1066,32 @@ struct Computer {
   // The scores of K tile `block` anew, a row of K after the other.
   __device__ void score_again(const Work& w, int block) {
     const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x % kGroup / 32 * 16 + lane / 4;
-    const uint8_t* q = reinterpret_cast<const uint8_t*>(s.q[g]);
+    const T* q[2];  // null: no query, which is as one of zeros
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int slot = w.tile * kBlockM + g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4 + 8 * r;
+      int64_t row = -1;
+      if (slot < s.q_len[w.b]) row = p.q_index == nullptr ? s.first_q(w.b) + slot : p.q_index[w.b * p.q_index_batch + slot];
+      q[r] = row < 0 || row >= p.rows_q ? nullptr
+                                        : static_cast<const T*>(p.q) + (p.cu_q == nullptr ? w.b * p.q_strides.batch : 0) +
+              row * p.q_strides.row + w.head * p.q_strides.head;
+    }
     const T* k = static_cast<const T*>(p.k) + (p.cu_k == nullptr ? w.b * p.k_strides.batch : 0) +
         w.head / p.group * p.k_strides.head;
     float again[N / 2];
 #pragma unroll 1
     for (int i = 0; i < N / 4; ++i) {
       const int key = block * N + i / 2 * 8 + lane % 4 * 2 + i % 2;
-      int64_t key_row = s.k_row[w.b] + key;
-      bool valid = key < s.k_len[w.b];
-      if (GATHER && valid) {
-        key_row = p.kv_index[w.b * p.kv_index_batch + key];
-        valid = key_row >= 0 && key_row < p.rows_k;
-      }
+      const int64_t key_row = row_of(w, key);
       float sums[2] = {0.0f, 0.0f};
 #pragma unroll 1
-      for (int chunk = 0; valid && chunk < D / 8; ++chunk) {
+      for (int chunk = 0; key_row >= 0 && chunk < D / 8; ++chunk) {
         T a[8], b[8];
         *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(k + key_row * p.k_strides.row + chunk * 8);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(q + swizzled(row + 8 * r, chunk, kRows));
+          if (q[r] == nullptr) continue;
+          *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(q[r] + chunk * 8);
 #pragma unroll
           for (int j = 0; j < 8; ++j) sums[r] = fmaf(static_cast<float>(a[j]), static_cast<float>(b[j]), sums[r]);
         }
@@ -1006,39 +1103,43 @@ struct Computer {
     for (int i = 0; i < N / 2; ++i) score[i] = again[i];
   }
 
+  // What is known of the biases of a tile that is there.
+  __device__ int kind_of(uint32_t count) const {
+    const int stage = stage_of(count);
+    if constexpr (!GATHER) return s.bias_kind[stage][0];
+    const int4 kinds = *reinterpret_cast<const int4*>(s.bias_kind[stage]);
+    const float4 x = *reinterpret_cast<const float4*>(s.bias_constant[stage]);
+    const int all = kinds.x | kinds.y | kinds.z | kinds.w;
+    if (all & kBeyond) return kBeyond;
+    return all == 0 && x.x == x.y && x.x == x.z && x.x == x.w ? 0 : kColumns;
+  }
+
   template <bool FIRST>
-  __device__ void softmax(const Work& w, int block, uint32_t count) {
-    const int slot = count % S::kBiasSlots;
-    sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
-    float constant = s.bias_constant[slot][0];
-    int kind;
-    if constexpr (GATHER) {
-      const float4 of = *reinterpret_cast<const float4*>(s.bias_constant[slot]);
-      kind = of.x == of.y && of.x == of.z && of.x == of.w ? 0 : kVaries;
-      constant = kind == 0 ? of.x : 0.0f;
-    } else {
-      kind = s.bias_kind[slot];
-    }
-    const bool varies = kind & kVaries;
+  __device__ void softmax(const Work& w, int block, uint32_t count, int kind) {
+    const float constant = kind & (kColumns | kBeyond) ? 0.0f : s.bias_constant[stage_of(count)][0];
     const bool no_key = __any_sync(0xffffffffu, top[0] == -INFINITY || top[1] == -INFINITY);
     if (FIRST) sm90::products_wait<0>();
     else sm90::products_wait<1>();
     sm90::pin(score);
     release(&s.k_empty[stage_of(count)]);
+    if (block + 1 == w.end) release(&s.q_empty[g]);
     if constexpr (FIRST) {
-      careful_softmax(count, constant, varies);
+      if (__builtin_expect(kind & kBeyond, 0)) add_biases(w, block);
+      careful_softmax(constant);
     } else {
       bool done = false;
-      if (__builtin_expect(no_key || (kind & kFarAbove), 0)) {
+      if (__builtin_expect(no_key || (kind & (kBeyond | kFarAbove)), 0)) {
         end_pv(count - 1);
+        if (kind & kBeyond) add_biases(w, block);
       } else {
-        if (varies) done = quick_softmax<true>(count, constant);
-        else done = quick_softmax<false>(count, constant);
-        if (__builtin_expect(!done, 0)) score_again(w, block);
+        done = quick_softmax(count, constant);
+        if (__builtin_expect(!done, 0)) {
+          score_again(w, block);
+          if (kind & kColumns) add_biases(w, block);
+        }
       }
-      if (__builtin_expect(!done, 0)) careful_softmax(count, constant, varies);
+      if (__builtin_expect(!done, 0)) careful_softmax(constant);
     }
-    release(&s.bias_empty[slot]);
   }
 
   __device__ void rescale_output() {
@@ -1075,11 +1176,11 @@ struct Computer {
     if constexpr (GATHER) sm90::proxy_fence();
   }
 
-  __device__ void issue_qk(uint32_t count) {
+  __device__ void issue_qk(uint32_t count, int kind) {
     sm90::pin(score);
-    sm90::products_fence();
-    multiply_qk(stage_of(count));
-    sm90::products_commit();
+    // Each a batch of its own: with one that is joined by an optional step, the compiler has the others wait for it.
+    if (__any_sync(0xffffffffu, kind & kColumns)) multiply_qk<true>(stage_of(count));
+    else multiply_qk<false>(stage_of(count));
   }
 
   __device__ void issue_pv(uint32_t count) {
@@ -1096,22 +1197,50 @@ struct Computer {
     release(&s.v_empty[stage_of(count)]);
   }
 
-  __device__ void attend(const Work& w, uint32_t& count) {
+  // Waits for an item's queries.
+  __device__ void begin(const Work& w, uint32_t& q_parity) {
+    wait_full(&s.q_full[g], q_parity);
+    // Rows that came one by one went another way than products read.
+    if (!GATHER && p.q_index != nullptr) sm90::proxy_fence();
+    q_parity ^= 1;
+  }
+
+  // The products of an item's first scores; returns what is known of the biases.
+  __device__ int first_scores(uint32_t count) {
     wait_full(&s.k_full[stage_of(count)], parity_of(count));
-    issue_qk(count);
-    softmax<true>(w, w.begin, count);
+    const int kind = kind_of(count);
+    issue_qk(count, kind);
+    return kind;
+  }
+
+  // No result yet.
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = -INFINITY;
+      total[r] = 0.0f;
+    }
+  }
+
+  // An item that has begun; `meanwhile` runs under the products of its last weights.
+  template <typename Meanwhile>
+  __device__ void attend(const Work& w, uint32_t& count, int kind, Meanwhile meanwhile) {
+    softmax<true>(w, w.begin, count, kind);
     for (int block = w.begin + 1; block < w.end; ++block) {
       // The products of this tile's scores and of the last tile's weights, then the softmax under the latter.
       wait_full(&s.k_full[stage_of(count + 1)], parity_of(count + 1));
+      kind = kind_of(count + 1);
       if (w.has_rows(1)) sm90::named_sync(1 + g, 2 * kGroup);
-      issue_qk(count + 1);
+      issue_qk(count + 1, kind);
       issue_pv(count);
       if (w.has_rows(1)) sm90::named_arrive(2 - g, 2 * kGroup);
       ++count;
-      softmax<false>(w, block, count);
+      softmax<false>(w, block, count, kind);
     }
-    release(&s.q_empty[g]);
     issue_pv(count);
+    meanwhile();
     end_pv(count);
     ++count;
   }
@@ -1121,11 +1250,8 @@ struct Computer {
   __device__ void sit_out(const Work& w, uint32_t& count) {
     release(&s.q_empty[g]);
     for (int block = w.begin; block < w.end; ++block) {
-      const int slot = count % S::kBiasSlots;
       sm90::barrier_wait(&s.k_full[stage_of(count)], parity_of(count));
       release(&s.k_empty[stage_of(count)]);
-      sm90::barrier_wait(&s.bias_full[slot], count / S::kBiasSlots % 2);
-      release(&s.bias_empty[slot]);
       sm90::barrier_wait(&s.v_full[stage_of(count)], parity_of(count));
       release(&s.v_empty[stage_of(count)]);
       ++count;
@@ -1133,37 +1259,33 @@ struct Computer {
   }
 
   // Rows as fp32, for the kernel that joins parts.
-  __device__ void store_part(const Work& w, int rows, int row, const float (&inverse)[2], const float (&lse)[2]) {
+  __device__ void store_part(const Work& w, int row, const float (&x)[D / 2], const float (&lse)[2]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int at = row + 8 * r;
-      if (at >= rows) continue;
+      if (at >= w.rows) continue;
       const int64_t place = static_cast<int64_t>(w.part) * kBlockM + at;
       if (lane % 4 == 0) p.part_lse[place] = lse[r];
       float* target = p.part_out + place * D + lane % 4 * 2;
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
-        *reinterpret_cast<float2*>(target + 8 * i) =
-            make_float2(o[4 * i + 2 * r] * inverse[r], o[4 * i + 2 * r + 1] * inverse[r]);
+        *reinterpret_cast<float2*>(target + 8 * i) = make_float2(x[4 * i + 2 * r], x[4 * i + 2 * r + 1]);
       }
     }
   }
 
   // The four threads of a row trade words, so that each writes 16 bytes: thread c has blocks 4 i + c, for every i.
-  __device__ void store_rows(const Work& w, int rows, int row, const float (&inverse)[2], const float (&lse)[2]) {
+  __device__ void store_rows(
+      const Work& w, int row, const float (&x)[D / 2], const float (&lse)[2], const int (&targets)[2]) {
     const int lane = threadIdx.x % 32;
     const int c = lane % 4;
-    const int first = s.q_row[w.b];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int at = row + 8 * r;
-      const int slot = w.tile * kBlockM + at;
-      const bool exists = at < rows;
-      int64_t target = -1;
-      if (exists) {
-        target = target_row(p, w.b, first, slot);
-        if (c == 0) *lse_at(p, w.b, w.head, first + slot) = lse[r] * 0.6931471805599453f;
+      const int64_t target = targets[r];
+      if (at < w.rows && c == 0) {
+        *lse_at(p, w.b, w.head, s.first_q(w.b) + w.tile * kBlockM + at) = lse[r] * 0.6931471805599453f;
       }
       T* const place = static_cast<T*>(p.out) + (p.cu_q == nullptr ? w.b * p.out_strides.batch : 0) +
           target * p.out_strides.row + w.head * p.out_strides.head;
@@ -1172,8 +1294,8 @@ struct Computer {
         uint32_t word[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float* x = o + 16 * i + 4 * j + 2 * r;
-          word[j] = sm90::pack<T>(x[0] * inverse[r], x[1] * inverse[r]);
+          const int at = 16 * i + 4 * j + 2 * r;
+          word[j] = sm90::pack<T>(x[at], x[at + 1]);
         }
         const bool upper = c & 2;
         const uint32_t a = __shfl_xor_sync(0xffffffffu, upper ? word[0] : word[2], 2);
@@ -1192,48 +1314,81 @@ struct Computer {
     }
   }
 
+  // The two rows of this thread: the result and its lse in base 2. Bit r of `exist`: whether row r has a query.
+  __device__ void result(int exist, float (&x)[D / 2], float (&lse)[2]) const {
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(total[r]);
+      inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      lse[r] = sum == 0.0f || (exist >> r & 1) == 0 ? -INFINITY : fmaf(top[r], p.score_unit, log2f(sum));
+    }
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) x[i] = o[i] * inverse[i / 2 % 2];
+    sm90::pin(x);
+  }
+
+  __device__ int first_row() const { return g * kRows + threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4; }
+
+  // Where this thread's two rows go in `out`, -1 for nowhere.
+  __device__ void look_up_targets(const Work& w, int (&targets)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = first_row() + 8 * r;
+      targets[r] = at < w.rows ? target_row(p, w.b, s.first_q(w.b), w.tile * kBlockM + at) : -1;
+    }
+  }
+
+  __device__ void store(const Work& w, const float (&x)[D / 2], const float (&lse)[2], const int (&targets)[2]) {
+    if (w.part >= 0) store_part(w, first_row(), x, lse);
+    else store_rows(w, first_row(), x, lse, targets);
+  }
+
+  // Which of this thread's two rows have queries, in an item whose queries had this parity.
+  __device__ int existing(uint32_t q_parity) const {
+    if (p.q_index == nullptr) return 3;
+    const int row = threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4;
+    const uint32_t exist = s.q_exists[q_parity][g][row / 32] >> row % 32;
+    return (exist & 1) | (exist >> 7 & 2);
+  }
+
   __device__ void run() {
     if (g == 1) sm90::named_arrive(1, 2 * kGroup);
-    const int lane = threadIdx.x % 32;
-    const int row = g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4;
     uint32_t count = 0;
     uint32_t q_parity = 0;
-    Work w;
-    for (int item = 0; w.get(p, s, item); ++item) {
-      wait_full(&s.q_full[g], q_parity);
-      // Rows that came one by one went another way than products read.
-      if (!GATHER && p.q_index != nullptr) sm90::proxy_fence();
-      q_parity ^= 1;
-      if (!w.has_rows(g)) {
-        sit_out(w, count);
-        continue;
+    Work w, last;
+    float x[D / 2];  // the result of `last`
+    float lse[2];
+    int targets[2];
+    bool rows = false;  // whether it is to be stored yet
+    bool more = w.get(p, s, 0);
+    for (int item = 1;; ++item) {
+      if (more) begin(w, q_parity);
+      if (__any_sync(0xffffffffu, more && w.has_rows(g) && w.begin < w.end)) {
+        // The products of an item's first scores pass while the rows of the item before are stored.
+        const int kind = first_scores(count);
+        if (rows) store(last, x, lse, targets);
+        last = w;
+        rows = true;
+        clear();
+        const int exist = existing(q_parity ^ 1);
+        attend(last, count, kind, [&] {
+          look_up_targets(last, targets);
+          more = w.get(p, s, item);
+        });
+        result(exist, x, lse);
+      } else {
+        if (rows) store(last, x, lse, targets);
+        if (!more) break;
+        last = w;
+        rows = w.has_rows(g);
+        if (rows) release(&s.q_empty[g]);
+        else sit_out(w, count);
+        clear();
+        result(0, x, lse);
+        look_up_targets(last, targets);
+        more = w.get(p, s, item);
       }
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        top[r] = -INFINITY;
-        total[r] = 0.0f;
-      }
-      if (w.begin < w.end) attend(w, count);
-      else release(&s.q_empty[g]);
-      float inverse[2];
-      float lse[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(total[r]);
-        inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        lse[r] = sum == 0.0f ? -INFINITY : fmaf(top[r], p.score_unit, log2f(sum));
-      }
-      if (p.q_index != nullptr) {
-        const uint32_t exist = s.q_exists[q_parity ^ 1][g][row % kRows / 32];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if ((exist >> (row + 8 * r) % 32 & 1) == 0) lse[r] = -INFINITY;
-        }
-      }
-      if (w.part >= 0) store_part(w, w.rows, row, inverse, lse);
-      else store_rows(w, w.rows, row, inverse, lse);
     }
   }
 };
@@ -1255,14 +1410,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       sm90::barrier_init(&s.q_empty[g], 4);
     }
     for (int i = 0; i < S::kStages; ++i) {
-      sm90::barrier_init(&s.k_full[i], S::kArrivals);
+      sm90::barrier_init(&s.k_full[i], S::kArrivals + S::kBiasWarps);
       sm90::barrier_init(&s.v_full[i], S::kArrivals);
       sm90::barrier_init(&s.k_empty[i], 8);
       sm90::barrier_init(&s.v_empty[i], 8);
-    }
-    for (int i = 0; i < S::kBiasSlots; ++i) {
-      sm90::barrier_init(&s.bias_full[i], S::kBiasArrivals);
-      sm90::barrier_init(&s.bias_empty[i], 8);
     }
     sm90::barrier_init(&s.tail, 1);
     sm90::barrier_init_fence();
@@ -1272,9 +1423,11 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       if (p.rows_k > 0) sm90::prefetch_map(&p.v_map);
     }
   }
+  fill_constants<T>(s);
+  // So far nothing was read or written that a kernel before may still work on, nor is it in a plan that the host made.
+  if (!p.planned) sm90::wait_for_grid_before();
   make_plan<T, D, GATHER>(p, s);
-  // Only where rows are gathered first is there something to wait for.
-  if constexpr (!GATHER) sm90::wait_for_grid_before();
+  if (p.planned) sm90::wait_for_grid_before();
   sm90::let_grid_after_start();
   if (threadIdx.x < kGroup) {
     sm90::fewer_registers<S::kLoaderRegisters>();
@@ -1305,18 +1458,33 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 template <typename T, int D>
 __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Params p) {
   constexpr int kEach = D / 32;
-  sm90::wait_for_grid_before();
+  struct __align__(4 * kEach) Values {
+    float x[kEach];
+  };
+  sm90::let_grid_after_start();
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.y * 8 + threadIdx.x / 32;
-  const CutTile cut = p.cut_tiles[blockIdx.x];
+  CutTile cut;
+  if (p.planned) cut = cut_tile_of(p, blockIdx.x);
+  sm90::wait_for_grid_before();
+  if (!p.planned) cut = p.cut_tiles[blockIdx.x];
   const int parts = cut.parts;
   if (parts == 0 || row >= cut.rows) return;
-  const int rest = cut.rest;
   const auto place = [&](int part) {
-    const int slot = part < 2 ? part * rest + blockIdx.x : 2 * rest + cut.sharer + part - 2;
+    const int slot = part < 2 ? part * cut.rest + blockIdx.x : 2 * cut.rest + cut.sharer + part - 2;
     return static_cast<int64_t>(slot) * kBlockM + row;
   };
+  const auto read = [&](int part) {
+    return *reinterpret_cast<const Values*>(p.part_out + place(part) * D + lane * kEach);
+  };
+  // There are two at least; what they hold is asked for before it is known whether it counts.
+  const Values front = read(0);
+  const Values back = read(1);
   const float mine = lane < parts ? p.part_lse[place(lane)] : -INFINITY;
+  int first;
+  length_of(p.q_lens, p.cu_q, cut.b, p.num_q, p.rows_q, first);
+  const int slot = cut.tile * kBlockM + row;
+  const int64_t target = target_row(p, cut.b, first, slot);
   float top = mine;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
@@ -1327,24 +1495,16 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Param
 #pragma unroll 4
   for (int part = 0; part < parts; ++part) {
     const float w = __shfl_sync(0xffffffffu, weight, part);
-    const float* source = p.part_out + place(part) * D + lane * kEach;
-    // A part without keys for this row wrote nothing that counts, or nothing.
-    float x[kEach] = {};
-    if (w != 0.0f) {
-      if constexpr (kEach == 4) *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(source);
-      else *reinterpret_cast<float2*>(x) = *reinterpret_cast<const float2*>(source);
-    }
     total += w;
+    // A part without keys for this row wrote nothing that counts, or nothing.
+    if (w == 0.0f) continue;
+    const Values values = part == 0 ? front : part == 1 ? back : read(part);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) sum[i] = fmaf(w, x[i], sum[i]);
+    for (int i = 0; i < kEach; ++i) sum[i] = fmaf(w, values.x[i], sum[i]);
   }
-  int first;
-  length_of(p.q_lens, p.cu_q, cut.b, p.num_q, p.rows_q, first);
-  const int slot = cut.tile * kBlockM + row;
   if (lane == 0) {
     *lse_at(p, cut.b, cut.head, first + slot) = total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
   }
-  const int64_t target = target_row(p, cut.b, first, slot);
   if (target < 0) return;
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   uint32_t word[kEach / 2];

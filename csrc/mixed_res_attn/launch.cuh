@@ -14,7 +14,7 @@ void launch(const Params& p, int blocks, cudaStream_t stream) {
   check_cuda(
       cudaFuncSetAttribute(attention_kernel<T, D, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "mixed_res_attn");
-  // Kernels that are started while the one before still runs wait for its end by themselves.
+  // Both kernels may start while the one before still runs: they wait for its end by themselves.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -24,13 +24,12 @@ void launch(const Params& p, int blocks, cudaStream_t stream) {
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = p.gathered;
+  config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, attention_kernel<T, D, GATHER>, p), "mixed_res_attn");
   if (p.part_out != nullptr) {
     config.gridDim = dim3(p.most_cut, kBlockM / 8);
     config.blockDim = dim3(256);
     config.dynamicSmemBytes = 0;
-    config.numAttrs = 1;
     check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
   }
 }

@@ -130,7 +130,6 @@ Tensor gather_rows(Params& p, View& k, View& v, const Tensor& q, cudaStream_t st
   p.bias_batch = p.num_k;
   p.kv_index = nullptr;
   p.rows_k = p.num_k;
-  p.gathered = blocks > 0;
   return workspace;
 }
 
@@ -214,7 +213,7 @@ Tensor mixed_res_attn(
   std::optional<Tensor> workspace;
   if (p.most_cut > 0) {
     const int64_t rows = (int64_t{p.most_cut} + blocks) * attn::kBlockM;
-    const int64_t notes = p.most_cut * static_cast<int64_t>(sizeof(attn::CutTile) / sizeof(float));
+    const int64_t notes = known ? 0 : p.most_cut * static_cast<int64_t>(sizeof(attn::CutTile) / sizeof(float));
     const int64_t floats = rows * (qv.dim + 1) + notes;
     workspace = empty_on(q, {floats}, ScalarType::Float);
     p.part_out = static_cast<float*>(workspace->data_ptr());

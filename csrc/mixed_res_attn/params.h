@@ -5,6 +5,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <climits>
 #include <cstdint>
 
 namespace specedit::attn {
@@ -17,7 +19,7 @@ constexpr int kBlockN = 176;        // keys of a tile
 constexpr int kGatherThreads = 256;
 constexpr int kGatherFirst = 20;    // tiles of queries that meet a row of K, from which on kv_index's are gathered before
 constexpr int kMaxBatch = 512;      // batch entries whose lengths fit in shared memory
-constexpr int kMaxPlaces = 192;     // of a plan that the host makes
+constexpr int kMaxPlaces = 192;     // of a plan that the host makes, and so many cut tiles
 constexpr float kSlack = 8;         // by how much a score may exceed the running maximum, as an exponent
 constexpr float kLargeSum = 4096;   // of a thread's weights of a row and tile
 constexpr float kHopelessSum = 1e30f;  // its inverse is still a normal number
@@ -40,6 +42,11 @@ struct Place {
   int tile, block;
 };
 
+// What a plan of the host says of a cut tile.
+struct Cut {
+  int16_t parts, sharer;
+};
+
 struct Params {
   CUtensorMap q_map, k_map, v_map;
   const void *q, *k, *v;
@@ -58,12 +65,12 @@ struct Params {
   float bias_unit;    // 1 / scale: from a bias to a raw score
   float slack;        // kSlack as a raw score
   int batch, heads, group, num_q, num_k, rows_q, rows_k, rows_out, most_cut;
-  bool gathered;  // the kernel before gathers k, v and bias
-  // The plan, if the host could make it: tiles done in rounds, those of the last round, what a front may cost, and where
-  // each sharer of the backs begins.
+  // The plan, if the host could make it: tiles done in rounds, those of the last round and how each of them is cut, what a
+  // front may cost, and where each sharer of the backs begins.
   bool planned;
   int whole, rest, level;
   Place places[kMaxPlaces];
+  Cut cuts[kMaxPlaces];
 };
 
 // What gathers rows by kv_index before the attention. Strides and words are of 16 bytes; the targets are contiguous.
@@ -90,8 +97,7 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 constexpr int kPieceCost = 6;  // start and end of a tile or a part of it
 constexpr int kJoinCost = 12;
 constexpr int kHalfCost = 3;   // of a K tile if one warp group alone has queries
-constexpr int kLeastPart = 2;                         // K tiles
-constexpr int kMaxBlocks = 1 << 19;                   // K tiles of a tile that is to be cut: costs fit in 32 bits
+constexpr int kLeastPart = 2;  // K tiles
 constexpr int kMaxWorkers = 512;
 
 // K tiles of the front of a tile of `blocks` K tiles, `each` of which costs so much, if the front may cost `level`.
@@ -105,42 +111,43 @@ __host__ __device__ inline int back_cost(int blocks, int each, int level) {
   return back == 0 ? 0 : back * each + kPieceCost;
 }
 
-// Tiles of the heads of one batch entry, as the backs of the last round see them.
-struct Backs {
-  int tiles;       // of a head
-  bool half;       // the last of them fills one warp group at most
-  int full, last;  // cost of the back of a tile, of the last one
+// Tiles of a head that fill more than one warp group.
+__host__ __device__ inline int wide_tiles(int q_len) { return (q_len + kBlockM - kRows - 1) / kBlockM; }
 
-  __host__ __device__ static Backs of(int q_len, int k_len, int level) {
-    Backs x;
+// Tiles of the heads of one batch entry, as the backs of the last round see them: wide ones, then each head's last if it
+// fills one warp group at most.
+struct Backs {
+  int wide;        // of all heads
+  int full, last;  // cost of the back of a wide tile, of one of the last
+
+  __host__ __device__ static Backs of(int q_len, int k_len, int heads, int level) {
     const int blocks = ceil_div(k_len, kBlockN);
-    x.tiles = ceil_div(q_len, kBlockM);
-    x.half = q_len % kBlockM != 0 && q_len % kBlockM <= kRows;
-    x.full = back_cost(blocks, 4, level);
-    x.last = x.half ? back_cost(blocks, kHalfCost, level) : x.full;
-    return x;
+    return {heads * wide_tiles(q_len), back_cost(blocks, 4, level), back_cost(blocks, kHalfCost, level)};
   }
 
-  // Of tiles [0, count), counted over heads.
+  // Of tiles [0, count).
   __host__ __device__ int before(int count) const {
-    const int lasts = count / tiles;
-    return (count - lasts) * full + lasts * last;
+    return count <= wide ? count * full : wide * full + (count - wide) * last;
   }
 
   // Where the backs of tiles [0, ...) cost `cost`; not so near to an end of a back that the part is too small.
   __host__ __device__ Place at(int cost) const {
-    const int head = cost / before(tiles);
-    int left = cost - head * before(tiles);
-    const int tile = left / full < tiles - 1 ? left / full : tiles - 1;
-    left -= tile * full;
-    const bool is_half = half && tile == tiles - 1;
-    const int each = is_half ? kHalfCost : 4;
-    const int blocks = ((is_half ? last : full) - kPieceCost) / each;
-    const int block = (left - kPieceCost) / each;
-    const Place place{head * tiles + tile, block < kLeastPart ? 0 : block};
+    const bool narrow = cost >= wide * full;
+    const int each = narrow ? kHalfCost : 4;
+    const int one = narrow ? last : full;
+    if (narrow) cost -= wide * full;
+    const int tile = cost / one;
+    const int blocks = (one - kPieceCost) / each;
+    const int block = (cost - tile * one - kPieceCost) / each;
+    const Place place{tile + (narrow ? wide : 0), block < kLeastPart ? 0 : block};
     return block > blocks - kLeastPart && block >= kLeastPart ? Place{place.tile + 1, 0} : place;
   }
 };
+
+// Whether tiles of `blocks` K tiles at most can be cut: costs of all together fit in 32 bits.
+__host__ __device__ inline bool can_cut(int tiles, int workers, int blocks) {
+  return tiles % workers > 0 && workers <= kMaxWorkers && int64_t{tiles} * (4 * blocks + kPieceCost) <= INT_MAX;
+}
 
 // A sharer's stretch if the backs cost `sum` together: as long as it takes, and no back is cut into more than 16.
 __host__ __device__ inline int least_stretch(int blocks) {
@@ -168,11 +175,11 @@ __host__ inline void plan_on_host(Params& p, int tiles, int workers) {
   const int sharers = workers - p.rest;
   const int most = 4 * blocks + kPieceCost;
   const auto sum_at = [&](int level) {
-    const Backs backs = Backs::of(p.num_q, p.num_k, level);
+    const Backs backs = Backs::of(p.num_q, p.num_k, p.batch * p.heads, level);
     return backs.before(tiles) - backs.before(p.whole);
   };
   int level = most;
-  if (p.rest > 0 && blocks <= kMaxBlocks && workers <= kMaxWorkers && sharers < kMaxPlaces) {
+  if (can_cut(tiles, workers, blocks) && std::max(p.rest, sharers) < kMaxPlaces) {
     int low = kPieceCost + 4 * kLeastPart - 1;
     while (level - low > 1) {
       const int middle = low + (level - low) / 2;
@@ -187,11 +194,20 @@ __host__ inline void plan_on_host(Params& p, int tiles, int workers) {
   }
   p.most_cut = p.rest;
   p.level = level;
-  const Backs backs = Backs::of(p.num_q, p.num_k, level);
+  const Backs backs = Backs::of(p.num_q, p.num_k, p.batch * p.heads, level);
   const int stretch = stretch_of(sum_at(level), sharers, blocks) - kPieceCost;
   for (int i = 0; i <= sharers; ++i) {
     const int cost = backs.before(p.whole) + i * stretch;
     p.places[i] = cost < backs.before(tiles) ? backs.at(cost) : Place{tiles, 0};
+  }
+  for (int i = 0; i < p.rest; ++i) {
+    const bool whole_front = (p.whole + i < backs.wide ? backs.full : backs.last) == 0;
+    p.cuts[i] = {static_cast<int16_t>(whole_front ? 0 : 2), 0};
+  }
+  for (int i = sharers - 1; i >= 0; --i) {
+    if (p.places[i].block == 0) continue;
+    Cut& cut = p.cuts[p.places[i].tile - p.whole];
+    cut = {static_cast<int16_t>(cut.parts + 1), static_cast<int16_t>(i)};
   }
 }
 

@@ -159,15 +159,20 @@ __device__ inline void pin(float (&x)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Low word of the matrix descriptor of a tile in panels of 128-byte rows with the 128-byte swizzle, 1024-byte aligned.
-// Groups of 8 rows follow each other. `panel`: bytes from one panel of 64 columns to the next; it matters where the
-// columns are the product's N (PTX ISA, "matrix descriptor": leading byte offset). It counts units of 16 bytes.
-__device__ inline uint32_t tile_descriptor(const void* tile, uint32_t panel) {
-  return (shared_address(tile) >> 4) | (panel >> 4) << 16;
+// Low word of a matrix descriptor (PTX ISA, "matrix descriptor"; it counts units of 16 bytes). `leading`, in bytes: of a
+// tile in panels of 128-byte rows with the 128-byte swizzle, 1024-byte aligned, from one panel of 64 columns to the next,
+// which matters where the columns are the product's N; of a plain tile, from 8 columns to the next 8.
+__device__ inline uint32_t tile_descriptor(const void* tile, uint32_t leading) {
+  return (shared_address(tile) >> 4) | (leading >> 4) << 16;
 }
 
 // The whole descriptor: 1024 bytes from one group of 8 rows to the next, 128-byte swizzle.
-__device__ inline uint64_t whole_descriptor(uint32_t low) { return static_cast<uint64_t>(0x40000040u) << 32 | low; }
+__device__ inline uint64_t swizzled_descriptor(uint32_t low) { return static_cast<uint64_t>(0x40000040u) << 32 | low; }
+
+// That of a plain tile: 8 columns of 8 rows are 128 bytes, `group` bytes from one group of 8 rows to the next.
+__device__ inline uint64_t plain_descriptor(uint32_t low, uint32_t group) {
+  return static_cast<uint64_t>(group >> 4) << 32 | low;
+}
 
 // The same value, computed anew at each use: what derives from it is not kept in registers across a loop.
 __device__ inline uint32_t opaque(uint32_t x) {
@@ -192,41 +197,41 @@ __device__ inline uint32_t opaque(uint32_t x) {
   SPECEDIT_LIST64                                                                                             \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87"
 
-#define SPECEDIT_WGMMA_HEAD(n, type, pred) \
-  "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #pred ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type
+#define SPECEDIT_WGMMA(n, type, flag)                              \
+  "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #flag ", 0;\n\t"        \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type
+#define SPECEDIT_SHARED_SHARED(n, type, list, a0, a1, a2, ...)                                    \
+  asm volatile(SPECEDIT_WGMMA(n, type, a2) " {" list "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n\t}" \
+               : __VA_ARGS__                                                                      \
+               : "l"(a), "l"(b), "r"(add))
+#define SPECEDIT_REGISTERS_SHARED(n, type, list, a0, a1, a2, a3, a4, a5, ...)                                        \
+  asm volatile(SPECEDIT_WGMMA(n, type, a5) " {" list "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4            \
+                                           ", p, 1, 1, 1;\n\t}"                                                      \
+               : __VA_ARGS__                                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
 
 // d (+)= a b^T: a [64, 16] and b [N, 16] in shared memory, 16 columns contiguous. add = 0 overwrites d.
 // d += a b: a [64, 16] in registers, b [16, N] in shared memory, N contiguous.
 template <typename T, int N>
 struct Products;
 
-#define SPECEDIT_PRODUCTS(n, list, a0, a1, a2, a3, a4, a5, ...)                                                 \
-  template <typename T>                                                                                         \
-  struct Products<T, n> {                                                                                       \
-    __device__ static inline void shared_shared(float (&d)[n / 2], uint32_t a, uint32_t b, int add) {           \
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                         \
-        asm volatile(SPECEDIT_WGMMA_HEAD(n, "bf16", a2) " {" list "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n\t}"  \
-                     : __VA_ARGS__                                                                              \
-                     : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add));                                                               \
-      } else {                                                                                                  \
-        asm volatile(SPECEDIT_WGMMA_HEAD(n, "f16", a2) " {" list "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n\t}"   \
-                     : __VA_ARGS__                                                                              \
-                     : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add));                                                               \
-      }                                                                                                         \
-    }                                                                                                           \
-    __device__ static inline void registers_shared(float (&d)[n / 2], const uint32_t* a, uint32_t b) {          \
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                         \
-        asm volatile(SPECEDIT_WGMMA_HEAD(n, "bf16", a5) " {" list "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3     \
-                                                        "}, %" #a4 ", p, 1, 1, 1;\n\t}"                         \
-                     : __VA_ARGS__                                                                              \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(whole_descriptor(b)), "r"(1));                             \
-      } else {                                                                                                  \
-        asm volatile(SPECEDIT_WGMMA_HEAD(n, "f16", a5) " {" list "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3      \
-                                                       "}, %" #a4 ", p, 1, 1, 1;\n\t}"                          \
-                     : __VA_ARGS__                                                                              \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(whole_descriptor(b)), "r"(1));                             \
-      }                                                                                                         \
-    }                                                                                                           \
+#define SPECEDIT_PRODUCTS(n, list, a0, a1, a2, a3, a4, a5, ...)                                        \
+  template <typename T>                                                                                \
+  struct Products<T, n> {                                                                              \
+    __device__ static inline void shared_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int add) {  \
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
+        SPECEDIT_SHARED_SHARED(n, "bf16", list, a0, a1, a2, __VA_ARGS__);                              \
+      } else {                                                                                         \
+        SPECEDIT_SHARED_SHARED(n, "f16", list, a0, a1, a2, __VA_ARGS__);                               \
+      }                                                                                                \
+    }                                                                                                  \
+    __device__ static inline void registers_shared(float (&d)[n / 2], const uint32_t* a, uint64_t b) { \
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
+        SPECEDIT_REGISTERS_SHARED(n, "bf16", list, a0, a1, a2, a3, a4, a5, __VA_ARGS__);               \
+      } else {                                                                                         \
+        SPECEDIT_REGISTERS_SHARED(n, "f16", list, a0, a1, a2, a3, a4, a5, __VA_ARGS__);                \
+      }                                                                                                \
+    }                                                                                                  \
   }
 
 SPECEDIT_PRODUCTS(64, SPECEDIT_LIST32, 32, 33, 34, 35, 36, 37, SPECEDIT_ACC32(d, 0));
@@ -235,7 +240,9 @@ SPECEDIT_PRODUCTS(
     176, SPECEDIT_LIST88, 88, 89, 90, 91, 92, 93, SPECEDIT_ACC64(d, 0), SPECEDIT_ACC16(d, 64), SPECEDIT_ACC8(d, 80));
 
 #undef SPECEDIT_PRODUCTS
-#undef SPECEDIT_WGMMA_HEAD
+#undef SPECEDIT_REGISTERS_SHARED
+#undef SPECEDIT_SHARED_SHARED
+#undef SPECEDIT_WGMMA
 #undef SPECEDIT_LIST88
 #undef SPECEDIT_LIST64
 #undef SPECEDIT_LIST32

@@ -30,8 +30,9 @@ using Ints = std::vector<int>;
 constexpr int kSlowness = 200;
 constexpr float kUntouched = 123.0f;
 
-// kOfSlots: as kSorted, with the slots of kv_index in order too. kJumps: from -200 to 0 in the middle, 150 at the end; kStairs: growing; kLate: -inf in the first half.
-enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate, kOfSlots };
+// kOfSlots: as kSorted, with the slots of kv_index in order too. kJumps: from -200 to 0 in the middle, 150 at the end;
+// kStairs: growing; kLate: -inf in the first half; kMasks: kRandom, but -1e9 for every third key.
+enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate, kOfSlots, kMasks };
 
 struct Case {
   bool half;    // fp16, else bf16
@@ -60,6 +61,11 @@ const std::map<std::string, Case> kCases = {
     {"late", {false, 128, 1, 200, 1300, 1, 1, 1, Bias::kLate}},
     {"far_scores", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kAlternating, {}, {}, {}, {}, 0, 0, false, false, false, 60}},
     {"far_scores_kv_index", {true, 64, 1, 70, 800, 2, 1, 1, Bias::kNone, {}, {}, {}, {}, 0, 700, false, false, false, 60}},
+    {"far_scores_q_index",
+     {false, 64, 2, 90, 800, 2, 1, 1, Bias::kRandom, {60, 70}, {}, {}, {}, 70, 0, false, false, false, 60}},
+    {"masks", {true, 128, 1, 70, 1000, 1, 1, 1, Bias::kMasks}},
+    {"masks_bf16", {false, 64, 1, 200, 700, 2, 1, 2, Bias::kMasks}},
+    {"masks_kv_index", {true, 64, 1, 70, 900, 2, 1, 1, Bias::kMasks, {}, {}, {}, {}, 0, 700}},
     {"shares", {false, 64, 1, 300, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
     {"shares_of_lengths",
      {false, 64, 3, 400, 2500, 1, 1, 8, Bias::kAlternating, {330, 0, 64}, {2500, 900, 1300}, {}, {}, 0, 0, false, true}},
@@ -139,6 +145,7 @@ struct Problem {
       const float any = i % 7 ? normal(random) : -INFINITY;
       float x = (c.bias == Bias::kSorted ? later : i % 2) ? std::log(4.0f) : 0.0f;
       if (c.bias == Bias::kRandom) x = any;
+      if (c.bias == Bias::kMasks) x = i % 3 ? any : -1e9f;
       if (c.bias == Bias::kJumps) x = key + 3 > c.rows_k ? 150.0f : later ? 0.0f : -200.0f;
       if (c.bias == Bias::kStairs) x = 0.1f * key;
       if (c.bias == Bias::kOfSlots) x = later ? std::log(4.0f) : 0.0f;
@@ -366,7 +373,8 @@ bool passes(const Case& c, int seed, int slow_warp) {
   const double error = problem.error();
   const bool rest = problem.rest_is_right();
   int parts = 0;
-  for (const CutTile& cut : problem.cut_tiles) parts += cut.parts;
+  const Params& p = problem.p;
+  for (int i = 0; i < p.most_cut; ++i) parts += p.planned ? p.cuts[i].parts : problem.cut_tiles[i].parts;
   std::printf("error %.1e, rest %s, %d parts of tiles\n", error, rest ? "right" : "wrong", parts);
   return error < 0.02 && rest && (parts > 0) == c.cut;
 }

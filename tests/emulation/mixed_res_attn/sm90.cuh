@@ -197,8 +197,20 @@ void products_wait() {
   __syncwarp();
 }
 
-inline uint32_t tile_descriptor(const void* tile, uint32_t panel) {
-  return (shared_address(tile) >> 4) | (panel >> 4) << 16;
+inline uint32_t tile_descriptor(const void* tile, uint32_t leading) {
+  return (shared_address(tile) >> 4) | (leading >> 4) << 16;
+}
+
+inline uint64_t swizzled_descriptor(uint32_t low) { return uint64_t{0x40000040u} << 32 | low; }
+inline uint64_t plain_descriptor(uint32_t low, uint32_t group) { return uint64_t{group >> 4} << 32 | low; }
+
+// Where a tile with 16 contiguous columns keeps element (row, k).
+inline uint32_t address_in(uint64_t descriptor, int row, int k) {
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
+  const uint32_t group = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 == 0) return start + row / 8 * group + row % 8 * 16 + k / 8 * leading + k % 8 * 2;
+  return swizzle(start + row / 8 * group + row % 8 * 128 + k * 2);
 }
 
 template <typename T>
@@ -212,7 +224,7 @@ float element(uint16_t bits) {
 template <typename T>
 float element_at(uint32_t address) {
   uint16_t bits;
-  std::memcpy(&bits, at_shared(swizzle(address)), 2);
+  std::memcpy(&bits, at_shared(address), 2);
   return element<T>(bits);
 }
 
@@ -230,24 +242,21 @@ void multiply(float* d, const float (&a)[2][16], int lane, bool add, Address b) 
 
 template <typename T, int N>
 struct Products {
-  static void shared_shared(float (&d)[N / 2], uint32_t a, uint32_t b, int add) {
+  static void shared_shared(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
     float* const target = d;
     const int lane = emulator::current % 32;
     const int warp = emulator::current % 128 / 32;
     products[emulator::current].open.push_back([=] {
-      const uint32_t a_start = (a & 0x3fff) << 4;
-      const uint32_t b_start = (b & 0x3fff) << 4;
-      const auto address = [](uint32_t start, int row, int k) { return start + row / 8 * 1024 + row % 8 * 128 + k * 2; };
       float rows[2][16];
       for (int i = 0; i < 32; ++i) {
-        rows[i / 16][i % 16] = element_at<T>(address(a_start, warp * 16 + lane / 4 + i / 16 * 8, i % 16));
+        rows[i / 16][i % 16] = element_at<T>(address_in(a, warp * 16 + lane / 4 + i / 16 * 8, i % 16));
       }
-      multiply<T, N>(target, rows, lane, add, [=](int column, int k) { return address(b_start, column, k); });
+      multiply<T, N>(target, rows, lane, add, [=](int column, int k) { return address_in(b, column, k); });
     });
   }
 
   // Lane c of four holds columns 2 c and 2 c + 1, and those plus 8, of its two rows.
-  static void registers_shared(float (&d)[N / 2], const uint32_t* a, uint32_t b) {
+  static void registers_shared(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
     static const uint32_t* registers[kThreadsMax][32];
     static int issued[kThreadsMax];
     float* const target = d;
@@ -263,9 +272,9 @@ struct Products {
         }
       }
       const uint32_t start = (b & 0x3fff) << 4;
-      const uint32_t panel = (b >> 16) << 4;
+      const uint32_t panel = (b >> 16 & 0x3fff) << 4;
       multiply<T, N>(target, rows, thread % 32, true, [=](int column, int k) {
-        return start + column / 64 * panel + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2;
+        return swizzle(start + column / 64 * panel + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2);
       });
     });
   }
