@@ -7,6 +7,7 @@ Wall time of a microsecond kernel is launch noise, so each benchmark puts device
 
 import functools
 import os
+import random
 import statistics
 import subprocess
 from pathlib import Path
@@ -34,8 +35,8 @@ def _median_event_us(run, rounds, calls, before=None):
 def interleaved_us(fns, budget_ms=100.0, rounds=10):
     """{name: median device time of one call in µs}, warm L2, of the callables in ``fns``, {name: callable}.
 
-    Each is captured many times over in a CUDA graph; the graphs are replayed in turn, so that a drift of the clocks
-    meets all of them alike.
+    Each is captured many times over in a CUDA graph; the graphs are replayed in turn, each round in another order, so
+    that a drift of the clocks, and what the one before leaves of power and L2, meets all of them alike.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -53,8 +54,11 @@ def interleaved_us(fns, budget_ms=100.0, rounds=10):
                     fn()
             graph.replay()
             graphs[name] = graph, calls
+        shuffle = random.Random(0).shuffle
         for _ in range(rounds):
-            for name, (graph, calls) in graphs.items():
+            turn = list(graphs.items())
+            shuffle(turn)
+            for name, (graph, calls) in turn:
                 times[name].append(_median_event_us(graph.replay, 1, calls))
     torch.cuda.current_stream().wait_stream(stream)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -897,6 +897,9 @@ struct Computer {
     }
   }
 
+  // The first of this thread's two rows of a tile of queries; the other is 8 further.
+  __device__ int first_row() const { return g * kRows + threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4; }
+
   __device__ static float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -1069,12 +1072,14 @@ struct Computer {
     const T* q[2];  // null: no query, which is as one of zeros
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int slot = w.tile * kBlockM + g * kRows + threadIdx.x % kGroup / 32 * 16 + lane / 4 + 8 * r;
+      const int slot = w.tile * kBlockM + first_row() + 8 * r;
       int64_t row = -1;
-      if (slot < s.q_len[w.b]) row = p.q_index == nullptr ? s.first_q(w.b) + slot : p.q_index[w.b * p.q_index_batch + slot];
-      q[r] = row < 0 || row >= p.rows_q ? nullptr
-                                        : static_cast<const T*>(p.q) + (p.cu_q == nullptr ? w.b * p.q_strides.batch : 0) +
-              row * p.q_strides.row + w.head * p.q_strides.head;
+      if (slot < s.q_len[w.b]) {
+        row = p.q_index == nullptr ? s.first_q(w.b) + slot : p.q_index[w.b * p.q_index_batch + slot];
+      }
+      q[r] = static_cast<const T*>(p.q) + (p.cu_q == nullptr ? w.b * p.q_strides.batch : 0) + row * p.q_strides.row +
+          w.head * p.q_strides.head;
+      if (row < 0 || row >= p.rows_q) q[r] = nullptr;
     }
     const T* k = static_cast<const T*>(p.k) + (p.cu_k == nullptr ? w.b * p.k_strides.batch : 0) +
         w.head / p.group * p.k_strides.head;
@@ -1259,11 +1264,11 @@ struct Computer {
   }
 
   // Rows as fp32, for the kernel that joins parts.
-  __device__ void store_part(const Work& w, int row, const float (&x)[D / 2], const float (&lse)[2]) {
+  __device__ void store_part(const Work& w, const float (&x)[D / 2], const float (&lse)[2]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int at = row + 8 * r;
+      const int at = first_row() + 8 * r;
       if (at >= w.rows) continue;
       const int64_t place = static_cast<int64_t>(w.part) * kBlockM + at;
       if (lane % 4 == 0) p.part_lse[place] = lse[r];
@@ -1277,12 +1282,12 @@ struct Computer {
 
   // The four threads of a row trade words, so that each writes 16 bytes: thread c has blocks 4 i + c, for every i.
   __device__ void store_rows(
-      const Work& w, int row, const float (&x)[D / 2], const float (&lse)[2], const int (&targets)[2]) {
+      const Work& w, const float (&x)[D / 2], const float (&lse)[2], const int (&targets)[2]) {
     const int lane = threadIdx.x % 32;
     const int c = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int at = row + 8 * r;
+      const int at = first_row() + 8 * r;
       const int64_t target = targets[r];
       if (at < w.rows && c == 0) {
         *lse_at(p, w.b, w.head, s.first_q(w.b) + w.tile * kBlockM + at) = lse[r] * 0.6931471805599453f;
@@ -1328,8 +1333,6 @@ struct Computer {
     sm90::pin(x);
   }
 
-  __device__ int first_row() const { return g * kRows + threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4; }
-
   // Where this thread's two rows go in `out`, -1 for nowhere.
   __device__ void look_up_targets(const Work& w, int (&targets)[2]) const {
 #pragma unroll
@@ -1340,14 +1343,14 @@ struct Computer {
   }
 
   __device__ void store(const Work& w, const float (&x)[D / 2], const float (&lse)[2], const int (&targets)[2]) {
-    if (w.part >= 0) store_part(w, first_row(), x, lse);
-    else store_rows(w, first_row(), x, lse, targets);
+    if (w.part >= 0) store_part(w, x, lse);
+    else store_rows(w, x, lse, targets);
   }
 
   // Which of this thread's two rows have queries, in an item whose queries had this parity.
   __device__ int existing(uint32_t q_parity) const {
     if (p.q_index == nullptr) return 3;
-    const int row = threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4;
+    const int row = first_row() % kRows;
     const uint32_t exist = s.q_exists[q_parity][g][row / 32] >> row % 32;
     return (exist & 1) | (exist >> 7 & 2);
   }
