@@ -70,7 +70,7 @@ struct Shared {
   // the last round; what the front of a tile may cost, and from where to where the backs are this block's.
   int q_len[kMaxBatch], k_len[kMaxBatch], tile_start[kMaxBatch];
   int q_row[GATHER ? 1 : kMaxBatch], k_row[GATHER ? 1 : kMaxBatch];  // with kv_index nothing is packed
-  int tiles, whole, rounds, rest, level, stretch;
+  int tiles, whole, rounds, role, rest, level, stretch;
   Place first, last;
 
   __device__ int first_q(int b) const { return GATHER ? 0 : q_row[b]; }
@@ -103,8 +103,7 @@ __device__ inline int entry_of(const Params& p, const SharedT& s, int id) {
   return low;
 }
 
-// Where tile `id` lies. Tiles that fill one warp group at most, the last ones of heads, come behind all others: in the last
-// round, the one that is planned by cost.
+// Where tile `id` lies.
 struct Tile {
   int b, head, tile;
 
@@ -112,26 +111,17 @@ struct Tile {
   __device__ static Tile of(const Params& p, const SharedT& s, int id) {
     if (p.planned) return of_planned(p, id);
     const int b = entry_of(p, s, id);
-    Tile x = among(p.heads, s.q_len[b], id - s.tile_start[b]);
-    x.b = b;
-    return x;
+    const int of_head = ceil_div(s.q_len[b], kBlockM);
+    const int head = (id - s.tile_start[b]) / of_head;
+    return {b, head, id - s.tile_start[b] - head * of_head};
   }
 
   // Where batch entries are alike: as more heads.
   __device__ static Tile of_planned(const Params& p, int id) {
-    Tile x = among(p.batch * p.heads, p.num_q, id);
-    if (p.batch > 1) {
-      x.b = x.head / p.heads;
-      x.head -= x.b * p.heads;
-    }
-    return x;
-  }
-
-  __device__ static Tile among(int heads, int q_len, int id) {
-    const int wide = wide_tiles(q_len);
-    if (id >= heads * wide) return {0, id - heads * wide, wide};
-    const int head = id / wide;
-    return {0, head, id - head * wide};
+    const int of_head = ceil_div(p.num_q, kBlockM);
+    const int head = id / of_head;
+    const int b = p.batch > 1 ? head / p.heads : 0;
+    return {b, head - b * p.heads, id - head * of_head};
   }
 };
 
@@ -141,7 +131,7 @@ __device__ inline void visit_backs(const Params& p, const SharedT& s, int whole,
   for (int b = entry_of(p, s, whole); b < p.batch && s.tile_start[b] < tiles; ++b) {
     const int end = b + 1 < p.batch ? s.tile_start[b + 1] : tiles;
     if (end == s.tile_start[b]) continue;
-    const Backs backs = Backs::of(s.q_len[b], s.k_len[b], p.heads, level);
+    const Backs backs = Backs::of(s.q_len[b], s.k_len[b], level);
     visit(b, backs, backs.before(end - s.tile_start[b]) - backs.before(max(whole - s.tile_start[b], 0)));
   }
 }
@@ -194,15 +184,16 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
   const int whole = tiles - rest;
   const int sharers = workers - rest;
   const int most = 4 * blocks + kPieceCost;
-  // Mostly the last round is of one batch entry.
+  // Mostly the last round is of one batch entry: its tiles, and how many of them are a head's last, are counted once.
   const int entry = rest > 0 ? entry_of(p, s, whole) : 0;
-  const int start = s.tile_start[entry];
   const bool alone = rest > 0 && (entry + 1 == p.batch || s.tile_start[entry + 1] == tiles);
+  const int of_head = max(ceil_div(s.q_len[entry], kBlockM), 1);
+  const int lasts = alone ? (tiles - s.tile_start[entry]) / of_head - (whole - s.tile_start[entry]) / of_head : 0;
   const auto sum_at = [&](int level) {
     int sum = 0;
     if (alone) {
-      const Backs backs = Backs::of(s.q_len[entry], s.k_len[entry], p.heads, level);
-      sum = backs.before(tiles - start) - backs.before(whole - start);
+      const Backs backs = Backs::of(s.q_len[entry], s.k_len[entry], level);
+      sum = (rest - lasts) * backs.full + lasts * backs.last;
     } else {
       visit_backs(p, s, whole, tiles, level, [&](int, const Backs&, int cost) { sum += cost; });
     }
@@ -230,6 +221,7 @@ __device__ void plan_on_device(const Params& p, SharedT& s) {
     s.tiles = tiles;
     s.whole = cut ? whole : tiles;
     s.rounds = rounds_of(s.whole);
+    s.role = worker;
     s.rest = cut ? rest : 0;
     s.level = level;
     s.stretch = stretch;
@@ -245,7 +237,8 @@ __device__ void make_plan(const Params& p, Shared<T, D, GATHER>& s) {
     s.k_len[b] = length_of(p.kv_lens, p.cu_k, b, p.num_k, p.rows_k, s.k_row[GATHER ? 0 : b]);
   }
   if (p.planned && threadIdx.x == 0) {
-    const int sharer = static_cast<int>(blockIdx.x) - p.rest;
+    s.role = p.rest > 0 ? p.roles[blockIdx.x] : 0;
+    const int sharer = s.role - p.rest;
     const bool shares = p.rest > 0 && sharer >= 0;
     s.whole = p.whole;
     s.rounds = rounds_of(p.whole);
@@ -307,15 +300,14 @@ struct Work {
   // The block's item number `item`.
   template <typename SharedT>
   __device__ bool get(const Params& p, const SharedT& s, int item) {
-    const int worker = blockIdx.x;
-    const int workers = gridDim.x;
-    int id = item * workers + worker;
-    const bool back = id >= s.whole && worker >= s.rest;
+    int id = item * gridDim.x + blockIdx.x;
+    const bool back = item >= s.rounds && s.role >= s.rest;
     if (back) {
       id = s.first.tile + item - s.rounds;
       if (id >= s.last.tile + (s.last.block > 0)) return false;
-    } else if (id >= s.whole + s.rest) {
-      return false;
+    } else if (item >= s.rounds) {
+      if (item > s.rounds) return false;
+      id = s.whole + s.role;
     }
     const Tile at = Tile::of(p, s, id);
     b = at.b;
@@ -334,7 +326,7 @@ struct Work {
       if (id == s.last.tile) end = front + s.last.block;
       if (id == s.first.tile && s.first.block > 0) {
         begin = front + s.first.block;
-        part = s.rest + worker;
+        part = s.rest + s.role;
       }
     } else if (front < end) {
       end = front;

@@ -6,8 +6,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <climits>
 #include <cstdint>
+#include <numeric>
 
 namespace specedit::attn {
 
@@ -19,7 +21,7 @@ constexpr int kBlockN = 176;        // keys of a tile
 constexpr int kGatherThreads = 256;
 constexpr int kGatherFirst = 20;    // tiles of queries that meet a row of K, from which on kv_index's are gathered before
 constexpr int kMaxBatch = 512;      // batch entries whose lengths fit in shared memory
-constexpr int kMaxPlaces = 192;     // of a plan that the host makes, and so many cut tiles
+constexpr int kMaxPlaces = 192;     // blocks for which the host makes a plan
 constexpr float kSlack = 8;         // by how much a score may exceed the running maximum, as an exponent
 constexpr float kLargeSum = 4096;   // of a thread's weights of a row and tile
 constexpr float kHopelessSum = 1e30f;  // its inverse is still a normal number
@@ -66,10 +68,11 @@ struct Params {
   float slack;        // kSlack as a raw score
   int batch, heads, group, num_q, num_k, rows_q, rows_k, rows_out, most_cut;
   // The plan, if the host could make it: tiles done in rounds, those of the last round and how each of them is cut, what a
-  // front may cost, and where each sharer of the backs begins.
+  // front may cost, where each sharer of the backs begins. roles: the first `rest` do fronts, the others share.
   bool planned;
   int whole, rest, level;
-  Place places[kMaxPlaces];
+  uint8_t roles[kMaxPlaces];
+  Place places[kMaxPlaces + 1];
   Cut cuts[kMaxPlaces];
 };
 
@@ -111,35 +114,39 @@ __host__ __device__ inline int back_cost(int blocks, int each, int level) {
   return back == 0 ? 0 : back * each + kPieceCost;
 }
 
-// Tiles of a head that fill more than one warp group.
-__host__ __device__ inline int wide_tiles(int q_len) { return (q_len + kBlockM - kRows - 1) / kBlockM; }
-
-// Tiles of the heads of one batch entry, as the backs of the last round see them: wide ones, then each head's last if it
-// fills one warp group at most.
+// Tiles of the heads of one batch entry, as the backs of the last round see them.
 struct Backs {
-  int wide;        // of all heads
-  int full, last;  // cost of the back of a wide tile, of one of the last
+  int tiles;       // of a head
+  bool half;       // the last of them fills one warp group at most
+  int full, last;  // cost of the back of a tile, of the last one
 
-  __host__ __device__ static Backs of(int q_len, int k_len, int heads, int level) {
+  __host__ __device__ static Backs of(int q_len, int k_len, int level) {
+    Backs x;
     const int blocks = ceil_div(k_len, kBlockN);
-    return {heads * wide_tiles(q_len), back_cost(blocks, 4, level), back_cost(blocks, kHalfCost, level)};
+    x.tiles = ceil_div(q_len, kBlockM);
+    x.half = q_len % kBlockM != 0 && q_len % kBlockM <= kRows;
+    x.full = back_cost(blocks, 4, level);
+    x.last = x.half ? back_cost(blocks, kHalfCost, level) : x.full;
+    return x;
   }
 
-  // Of tiles [0, count).
+  // Of tiles [0, count), counted over heads.
   __host__ __device__ int before(int count) const {
-    return count <= wide ? count * full : wide * full + (count - wide) * last;
+    const int lasts = count / tiles;
+    return (count - lasts) * full + lasts * last;
   }
 
   // Where the backs of tiles [0, ...) cost `cost`; not so near to an end of a back that the part is too small.
   __host__ __device__ Place at(int cost) const {
-    const bool narrow = cost >= wide * full;
-    const int each = narrow ? kHalfCost : 4;
-    const int one = narrow ? last : full;
-    if (narrow) cost -= wide * full;
-    const int tile = cost / one;
-    const int blocks = (one - kPieceCost) / each;
-    const int block = (cost - tile * one - kPieceCost) / each;
-    const Place place{tile + (narrow ? wide : 0), block < kLeastPart ? 0 : block};
+    const int head = cost / before(tiles);
+    int left = cost - head * before(tiles);
+    const int tile = left / full < tiles - 1 ? left / full : tiles - 1;
+    left -= tile * full;
+    const bool is_half = half && tile == tiles - 1;
+    const int each = is_half ? kHalfCost : 4;
+    const int blocks = ((is_half ? last : full) - kPieceCost) / each;
+    const int block = (left - kPieceCost) / each;
+    const Place place{head * tiles + tile, block < kLeastPart ? 0 : block};
     return block > blocks - kLeastPart && block >= kLeastPart ? Place{place.tile + 1, 0} : place;
   }
 };
@@ -160,30 +167,46 @@ __host__ __device__ inline int stretch_of(int sum, int sharers, int blocks) {
   return (stretch > least ? stretch : least) + kPieceCost;
 }
 
-// level >= stretch_of(...), without its division.
-__host__ __device__ inline bool suffices(int level, int sum, int sharers, int blocks) {
+// level >= stretch_of(...), without its division, if some sharers have `spare` time together.
+__host__ __device__ inline bool suffices(int level, int sum, int sharers, int blocks, int spare = 0) {
   const int stretch = level - kPieceCost;
-  return stretch >= least_stretch(blocks) && static_cast<int64_t>(stretch) * sharers >= sum;
+  return stretch >= least_stretch(blocks) && static_cast<int64_t>(stretch) * sharers >= sum - spare;
 }
 
-// The plan where all batch entries are alike, which then are as more heads: made by the host.
+// The plan where all batch entries are alike, which then are as more heads: made by the host. Workers that have had half
+// tiles in the rounds have time to spare: they share, and for longer.
 __host__ inline void plan_on_host(Params& p, int tiles, int workers) {
+  constexpr int kMostRounds = 8;  // beyond, half tiles come to all alike
   p.planned = true;
   p.rest = tiles % workers;
   p.whole = tiles - p.rest;
   const int blocks = ceil_div(p.num_k, kBlockN);
   const int sharers = workers - p.rest;
   const int most = 4 * blocks + kPieceCost;
+  const int of_head = ceil_div(p.num_q, kBlockM);
+  const bool cuts = can_cut(tiles, workers, blocks) && workers <= kMaxPlaces;
+  std::array<int, kMaxPlaces> spare{};  // of a worker, then of a role
+  if (cuts) {
+    std::array<int, kMaxPlaces> order;
+    std::iota(order.begin(), order.end(), 0);
+    if (Backs::of(p.num_q, p.num_k, 0).half && p.whole <= kMostRounds * workers) {
+      for (int id = of_head - 1; id < p.whole; id += of_head) spare[id % workers] += (4 - kHalfCost) * blocks;
+      std::stable_sort(order.begin(), order.begin() + workers, [&](int a, int b) { return spare[a] < spare[b]; });
+      std::sort(spare.begin(), spare.begin() + workers);
+    }
+    for (int role = 0; role < workers; ++role) p.roles[order[role]] = static_cast<uint8_t>(role);
+  }
+  const int spare_of_all = std::accumulate(spare.begin() + p.rest, spare.end(), 0);
   const auto sum_at = [&](int level) {
-    const Backs backs = Backs::of(p.num_q, p.num_k, p.batch * p.heads, level);
+    const Backs backs = Backs::of(p.num_q, p.num_k, level);
     return backs.before(tiles) - backs.before(p.whole);
   };
   int level = most;
-  if (can_cut(tiles, workers, blocks) && std::max(p.rest, sharers) < kMaxPlaces) {
+  if (cuts) {
     int low = kPieceCost + 4 * kLeastPart - 1;
     while (level - low > 1) {
       const int middle = low + (level - low) / 2;
-      if (suffices(middle, sum_at(middle), sharers, blocks)) level = middle;
+      if (suffices(middle, sum_at(middle), sharers, blocks, spare_of_all)) level = middle;
       else low = middle;
     }
   }
@@ -194,15 +217,15 @@ __host__ inline void plan_on_host(Params& p, int tiles, int workers) {
   }
   p.most_cut = p.rest;
   p.level = level;
-  const Backs backs = Backs::of(p.num_q, p.num_k, p.batch * p.heads, level);
-  const int stretch = stretch_of(sum_at(level), sharers, blocks) - kPieceCost;
-  for (int i = 0; i <= sharers; ++i) {
-    const int cost = backs.before(p.whole) + i * stretch;
+  const Backs backs = Backs::of(p.num_q, p.num_k, level);
+  const int stretch = stretch_of(std::max(sum_at(level) - spare_of_all, 0), sharers, blocks) - kPieceCost;
+  for (int i = 0, cost = backs.before(p.whole); i <= sharers; ++i) {
     p.places[i] = cost < backs.before(tiles) ? backs.at(cost) : Place{tiles, 0};
+    if (i < sharers) cost += stretch + spare[p.rest + i];
   }
   for (int i = 0; i < p.rest; ++i) {
-    const bool whole_front = (p.whole + i < backs.wide ? backs.full : backs.last) == 0;
-    p.cuts[i] = {static_cast<int16_t>(whole_front ? 0 : 2), 0};
+    const bool half = backs.half && (p.whole + i) % of_head == of_head - 1;
+    p.cuts[i] = {static_cast<int16_t>((half ? backs.last : backs.full) == 0 ? 0 : 2), 0};
   }
   for (int i = sharers - 1; i >= 0; --i) {
     if (p.places[i].block == 0) continue;
