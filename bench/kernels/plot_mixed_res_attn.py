@@ -100,20 +100,25 @@ def draw(report, path):
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
+        names = dict.fromkeys(name for points, key in ((report["queries"], "tflops"), (report["shares"], "us"))
+                              for point in points for name in point[key])  # fmt: skip
+        colour = {name: f"C{i}" for i, name in enumerate(names)}
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
         for axes, points, x, y in (
             (left, report["queries"], "queries", "tflops"), (right, report["shares"], "share", "us"),
         ):  # fmt: skip
-            for name in dict.fromkeys(name for point in points for name in point[y]):
+            for name in names:
                 shown = [(point[x], point[y][name]) for point in points if name in point[y]]
-                axes.plot(*zip(*shown), marker="o", label=name)
-            axes.set_xlabel(x)
+                if shown:
+                    axes.plot(*zip(*shown), marker="o", label=name, color=colour[name])
+            axes.set_xlabel(x if x == "queries" else f"share of {ROWS} rows that are active")
             axes.grid(alpha=0.3)
         left.set_ylabel("TFLOP/s")
-        left.set_title(f"attention to {ROWS} keys")
+        left.set_title(f"attention of all queries to {ROWS} keys")
         right.set_ylabel("µs")
         right.set_title("gather, attention, scatter")
         left.legend(fontsize="small")
+        right.legend(fontsize="small")
         e = report["environment"]
         figure.suptitle(f"{e['gpu']}, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}", fontsize="small")
         figure.savefig(path, dpi=110)

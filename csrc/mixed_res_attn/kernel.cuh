@@ -1472,9 +1472,13 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Param
   const auto read = [&](int part) {
     return *reinterpret_cast<const Values*>(p.part_out + place(part) * D + lane * kEach);
   };
-  // There are two at least; what they hold is asked for before it is known whether it counts.
-  const Values front = read(0);
-  const Values back = read(1);
+  // What parts hold is asked for before it is known whether it counts, of the first ones all together.
+  constexpr int kAtOnce = 4;
+  Values values[kAtOnce];
+#pragma unroll
+  for (int part = 0; part < kAtOnce; ++part) {
+    if (part < parts) values[part] = read(part);
+  }
   const float mine = lane < parts ? p.part_lse[place(lane)] : -INFINITY;
   int first;
   length_of(p.q_lens, p.cu_q, cut.b, p.num_q, p.rows_q, first);
@@ -1487,16 +1491,18 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Param
   const float weight = mine == -INFINITY ? 0.0f : exp2f(mine - top);
   float total = 0.0f;
   float sum[kEach] = {};
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
+  // A part without keys for this row wrote nothing that counts, or nothing.
+  const auto add = [&](int part, const Values& part_values) {
     const float w = __shfl_sync(0xffffffffu, weight, part);
     total += w;
-    // A part without keys for this row wrote nothing that counts, or nothing.
-    if (w == 0.0f) continue;
-    const Values values = part == 0 ? front : part == 1 ? back : read(part);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) sum[i] = fmaf(w, values.x[i], sum[i]);
+    for (int i = 0; i < kEach; ++i) sum[i] = w == 0.0f ? sum[i] : fmaf(w, part_values.x[i], sum[i]);
+  };
+#pragma unroll
+  for (int part = 0; part < kAtOnce; ++part) {
+    if (part < parts) add(part, values[part]);
   }
+  for (int part = kAtOnce; part < parts; ++part) add(part, read(part));
   if (lane == 0) {
     *lse_at(p, cut.b, cut.head, first + slot) = total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
   }
