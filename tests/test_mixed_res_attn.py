@@ -157,6 +157,24 @@ def test_arbitrary_bias(backend, poison, random, device):
     check(q, k, v, key_bias=bias - 1000, luck=3)
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_mask_of_any_size_removes_keys(backend, poison, random, device, dtype, mask):
+    """As if they were not there: also the first keys, and whatever the dtype of q can hold."""
+    q, k, v = qkv(random, device, 1, 70, 400, 2, 64, dtype=dtype)
+    bias = random(1, 400).to(device)
+    kept = torch.arange(400, device=device) % 3 > 0
+    kept[:190] = False
+    bias[:, ~kept] = mask
+    out, lse = check(q, k, v, key_bias=bias)
+    rest, rest_lse = torch.ops.specedit.mixed_res_attn(
+        q, k[:, kept].contiguous(), v[:, kept].contiguous(), key_bias=bias[:, kept].contiguous()
+    )
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(out, rest, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, rest_lse, rtol=1e-4, atol=1e-4)
+
+
 def test_removed_keys_take_no_part(backend, poison, random, device):
     q, k, v = qkv(random, device, 1, 20, 200, 2, 64)
     bias = torch.zeros(1, 200, device=device)
@@ -371,6 +389,30 @@ def test_deterministic(backend, random, device):
     for _ in range(3):
         again = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="calls overlap on a GPU alone")
+@pytest.mark.parametrize("queries, heads", [(300, 24), (128, 132)])
+def test_a_call_waits_for_the_one_before(backend, random, device, queries, heads):
+    """A kernel may start under the one before: here each reads what that one writes. Cut into parts, and not."""
+    q, k, v = qkv(random, device, 1, queries, 3000, heads, 64, dtype=torch.float16)
+    bias = multiplicities(1, 3000, device)
+
+    def chain(between):
+        x, target = q, torch.zeros_like(q)
+        index = torch.arange(queries, dtype=torch.int32, device=device).flip(0)[None].contiguous()
+        for _ in range(8):
+            x = torch.ops.specedit.mixed_res_attn(x, k, v, key_bias=bias)[0]
+            between()
+            torch.ops.specedit.mixed_res_attn_scatter_(target, x, k, v, index, key_bias=bias)
+            between()
+            x = x + target
+        return x
+
+    chain(lambda: None)
+    want = chain(torch.cuda.synchronize)
+    for _ in range(5):
+        assert torch.equal(chain(lambda: None), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="full sizes need a GPU")
