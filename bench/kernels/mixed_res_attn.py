@@ -15,8 +15,12 @@ IMPLS = (
 )  # fmt: skip
 
 
-def attn(*args, **kwargs):
-    return torch.ops.specedit.mixed_res_attn(*args, **kwargs)
+attn = torch.ops.specedit.mixed_res_attn
+
+
+def _some_rows(count):
+    """`count` of the ROWS rows, in random order."""
+    return torch.randperm(ROWS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[:count]
 
 
 def _in_turn(cases):
@@ -88,7 +92,7 @@ def test_dense(timed, shape, impl):
 @functools.lru_cache(maxsize=1)
 def _gathered_keys(queries):
     q, k, v, bias = _attention.inputs(queries, ROWS)
-    index = torch.randperm(ROWS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[: ROWS // 2]
+    index = _some_rows(ROWS // 2)
     index32 = index.int()[None]
     dense = [x[:, index].contiguous() for x in (k, v, bias)]
     check, plain = _attention.Check(q, *dense), _attention.Check(q, *dense[:2])
@@ -127,8 +131,7 @@ def test_gathered_keys(timed, queries, impl):
 def _gathered_queries(queries=922):
     all_q, k, v, bias = _attention.inputs(ROWS, ROWS)
     bias = bias.sort().values.contiguous()
-    index = torch.randperm(ROWS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-    index = index[:queries].sort().values
+    index = _some_rows(queries).sort().values
     index32, q, target = index.int()[None], all_q[:, index].contiguous(), torch.empty_like(all_q)
     check = _attention.Check(q, k, v, bias)
 

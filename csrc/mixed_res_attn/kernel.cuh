@@ -277,7 +277,7 @@ __device__ void note_cut_tile(const Params& p, const SharedT& s) {
     const int rows = min(s.q_len[tile.b] - tile.tile * kBlockM, kBlockM);
     cut = {tile.b, tile.head, tile.tile, rows, 2 + __popc(found), begin + __ffs(found) - 1, s.rest};
     const int blocks = ceil_div(s.k_len[tile.b], kBlockN);
-    if (front_of(blocks, rows <= kRows ? kHalfCost : 4, s.level) == blocks) cut.parts = 0;
+    if (front_of(blocks, block_cost(rows <= kRows), s.level) == blocks) cut.parts = 0;
   }
   if (lane == 0) p.cut_tiles[worker] = cut;
 }
@@ -317,7 +317,7 @@ struct Work {
     begin = 0;
     end = ceil_div(s.k_len[b], SharedT::S::kBlockN);
     part = -1;
-    const int front = id < s.whole ? end : front_of(end, rows <= kRows ? kHalfCost : 4, s.level);
+    const int front = id < s.whole ? end : front_of(end, block_cost(rows <= kRows), s.level);
     if (back) {
       // A tile without a back is an item without rows and keys.
       if (front == end) rows = 0;
@@ -882,11 +882,13 @@ struct Computer {
   }
 
   __device__ void multiply_pv(int stage) {
+    sm90::products_fence();
     const uint32_t b = sm90::tile_descriptor(s.v[stage], N * 128);
 #pragma unroll
     for (int i = 0; i < N / 16; ++i) {
       sm90::Products<T, D>::registers_shared(o, weight + 4 * i, sm90::swizzled_descriptor(b + i * (16 * 128 / 16)));
     }
+    sm90::products_commit();
   }
 
   // The first of this thread's two rows of a tile of queries; the other is 8 further.
@@ -932,7 +934,7 @@ struct Computer {
     }
   }
 
-  // The row of K of slot `key`, -1 for none.
+  // The row of K of slot `key`, negative for none.
   __device__ int64_t row_of(const Work& w, int key) const {
     if (key >= s.k_len[w.b]) return -1;
     if constexpr (!GATHER) return s.first_k(w.b) + key;
@@ -1183,9 +1185,7 @@ struct Computer {
   __device__ void issue_pv(uint32_t count) {
     wait_full(&s.v_full[stage_of(count)], parity_of(count));
     sm90::pin(o);
-    sm90::products_fence();
     multiply_pv(stage_of(count));
-    sm90::products_commit();
   }
 
   __device__ void end_pv(uint32_t count) {
@@ -1291,8 +1291,8 @@ struct Computer {
         uint32_t word[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int at = 16 * i + 4 * j + 2 * r;
-          word[j] = sm90::pack<T>(x[at], x[at + 1]);
+          const int element = 16 * i + 4 * j + 2 * r;
+          word[j] = sm90::pack<T>(x[element], x[element + 1]);
         }
         const bool upper = c & 2;
         const uint32_t a = __shfl_xor_sync(0xffffffffu, upper ? word[0] : word[2], 2);

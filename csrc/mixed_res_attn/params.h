@@ -59,8 +59,8 @@ struct Params {
   void* out;
   float* lse;
   // Parts of the tiles of the last round: fp32 [slots, kBlockM, D], then base-2 lse [slots, kBlockM].
-  // Slots: the fronts, the begins of backs, one for each sharer. cut_tiles: most_cut of them. Null where nothing is to be
-  // cut.
+  // Slots: the fronts, the begins of backs, one for each sharer. Null where nothing is to be cut. cut_tiles: most_cut of
+  // them, where the host made no plan.
   float *part_out, *part_lse;
   CutTile* cut_tiles;
   float score_unit;   // scale * log2(e): from a raw score to an exponent
@@ -103,6 +103,9 @@ constexpr int kHalfCost = 3;   // of a K tile if one warp group alone has querie
 constexpr int kLeastPart = 2;  // K tiles
 constexpr int kMaxWorkers = 512;
 
+// Cost of a K tile, for all queries of a tile or for one warp group's alone.
+__host__ __device__ inline int block_cost(bool half) { return half ? kHalfCost : 4; }
+
 // K tiles of the front of a tile of `blocks` K tiles, `each` of which costs so much, if the front may cost `level`.
 __host__ __device__ inline int front_of(int blocks, int each, int level) {
   const int front = (level - kPieceCost) / each;
@@ -125,10 +128,13 @@ struct Backs {
     const int blocks = ceil_div(k_len, kBlockN);
     x.tiles = ceil_div(q_len, kBlockM);
     x.half = q_len % kBlockM != 0 && q_len % kBlockM <= kRows;
-    x.full = back_cost(blocks, 4, level);
-    x.last = x.half ? back_cost(blocks, kHalfCost, level) : x.full;
+    x.full = back_cost(blocks, block_cost(false), level);
+    x.last = x.half ? back_cost(blocks, block_cost(true), level) : x.full;
     return x;
   }
+
+  // Whether tile number `tile` of a head is half one.
+  __host__ __device__ bool is_half(int tile) const { return half && tile == tiles - 1; }
 
   // Of tiles [0, count), counted over heads.
   __host__ __device__ int before(int count) const {
@@ -142,9 +148,9 @@ struct Backs {
     int left = cost - head * before(tiles);
     const int tile = left / full < tiles - 1 ? left / full : tiles - 1;
     left -= tile * full;
-    const bool is_half = half && tile == tiles - 1;
-    const int each = is_half ? kHalfCost : 4;
-    const int blocks = ((is_half ? last : full) - kPieceCost) / each;
+    const bool is_last = is_half(tile);
+    const int each = block_cost(is_last);
+    const int blocks = ((is_last ? last : full) - kPieceCost) / each;
     const int block = (left - kPieceCost) / each;
     const Place place{head * tiles + tile, block < kLeastPart ? 0 : block};
     return block > blocks - kLeastPart && block >= kLeastPart ? Place{place.tile + 1, 0} : place;
@@ -224,8 +230,8 @@ __host__ inline void plan_on_host(Params& p, int tiles, int workers) {
     if (i < sharers) cost += stretch + spare[p.rest + i];
   }
   for (int i = 0; i < p.rest; ++i) {
-    const bool half = backs.half && (p.whole + i) % of_head == of_head - 1;
-    p.cuts[i] = {static_cast<int16_t>((half ? backs.last : backs.full) == 0 ? 0 : 2), 0};
+    const int back = backs.is_half((p.whole + i) % of_head) ? backs.last : backs.full;
+    p.cuts[i] = {static_cast<int16_t>(back == 0 ? 0 : 2), 0};
   }
   for (int i = sharers - 1; i >= 0; --i) {
     if (p.places[i].block == 0) continue;
