@@ -7,30 +7,50 @@ first called, the pipelines (diffusers, transformers) when one of their names is
 
 import importlib
 
-from specedit_kernels import ops
+from . import ops
 
 __version__ = "0.1.0"
 
-_PIPELINE_NAMES = (
-    "FlashEditConfig",
+# name -> the module that has it. Pipeline classes are the registered models' own, see __getattr__.
+_NAMES = {
+    "FlashEditConfig": "flash_edit",
+    "LIGHTNING_SCHEDULE": "engine.config",
+    "PRESETS": "engine.config",
+    "SpecEditConfig": "engine.config",
+    "SpecEditHandle": "engine.enable",
+    "SpecEditPipelineOutput": "engine.output",
+    "SpecEditStats": "engine.output",
+    "disable_specedit": "engine.enable",
+    "enable_specedit": "engine.enable",
+    "supported_models": "engine.registry",
+}
+_PIPELINES = (
     "FlashEditFluxKontextPipeline",
     "FlashEditQwenImageEditPipeline",
     "FlashEditQwenImageEditPlusPipeline",
-    "SpecEditConfig",
     "SpecEditFluxKontextPipeline",
-    "SpecEditPipelineOutput",
     "SpecEditQwenImageEditPipeline",
     "SpecEditQwenImageEditPlusPipeline",
-    "disable_specedit",
-    "enable_specedit",
 )
 
-__all__ = ["__version__", "ops", *_PIPELINE_NAMES]
+__all__ = ["__version__", "ops", *_NAMES, *_PIPELINES]
+
+
+def _pipelines():
+    """{name: class} of the SpecEdit and FlashEdit pipelines of all registered models."""
+    registry = importlib.import_module(".engine.registry", __name__)
+    ours = registry.pipelines().values()
+    flash = importlib.import_module(".flash_edit", __name__).flash_pipelines().values()
+    return {kind.__name__: kind for kind in (*ours, *flash)}
 
 
 def __getattr__(name):
-    if name in _PIPELINE_NAMES:
-        return getattr(importlib.import_module("specedit_kernels.pipelines"), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+    if name.startswith(("SpecEdit", "FlashEdit")) and name.endswith("Pipeline"):
+        kind = _pipelines().get(name)
+        if kind is not None:
+            return kind
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -243,8 +243,11 @@ def edit(arguments) -> None:
     _quiet()
     import torch
 
-    from . import pipelines
-    from .pipelines import FlashEditConfig, SpecEditConfig
+    import specedit_kernels
+
+    from .engine.config import SpecEditConfig
+    from .engine.stages import threshold_scale
+    from .flash_edit import FlashEditConfig
 
     options = dict(preserve=None if arguments.preserve == "none" else arguments.preserve)
     try:
@@ -267,7 +270,7 @@ def edit(arguments) -> None:
         "the model",
         folder,
         lambda: (
-            getattr(pipelines, f"{'FlashEdit' if flash else 'SpecEdit'}{name}")
+            getattr(specedit_kernels, f"{'FlashEdit' if flash else 'SpecEdit'}{name}")
             .from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
             .to(device)
         ),
@@ -297,7 +300,7 @@ def edit(arguments) -> None:
     write_image(overlay, mask_out)
     threshold = result.stats.threshold
     if threshold is not None and not flash:
-        scale = pipelines.stages.threshold_scale(result.scores.flatten(1), config.resolved_relative())
+        scale = threshold_scale(result.scores.flatten(1), config.resolved_relative())
         threshold *= float(scale[0])
     print(edit_summary(arguments, config, result.stats, edited.size, result.mask[0], threshold, out, mask_out, pipe))
 
@@ -333,7 +336,7 @@ def _flops(value: float) -> str:
 
 def edit_summary(arguments, config, stats, size, mask, threshold, out: Path, mask_out: Path, pipe) -> str:
     """What an edit did, on one screen. threshold: of its scores, or None."""
-    from .pipelines.output import group_steps
+    from .engine.output import group_steps
 
     device, many = pipe.device, pipe.STEPS_OF_PLAIN
     fine = mask.numel()
@@ -394,18 +397,19 @@ def mask(arguments) -> None:
     import torch
 
     from . import ops
-    from .pipelines.config import THRESHOLDS
-    from .pipelines.stages import discrepancy
-    from .pipelines.vae import CODECS
+    from .engine import registry
+    from .engine.config import THRESHOLDS
+    from .engine.stages import discrepancy
 
     def load():
-        kinds = {kind.__name__: kind for kind in CODECS}
+        codecs = registry.codecs()
+        kinds = {kind.__name__: kind for kind in codecs}
         config = json.loads((folder / (subfolder or "") / "config.json").read_text(encoding="utf-8"))
         kind = kinds.get(config.get("_class_name", "AutoencoderKL"))
         if kind is None:
             raise ValueError(f"a {config['_class_name']}; expected {' or '.join(kinds)}")
         vae = kind.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype, local_files_only=True)
-        return CODECS[kind](vae.to(device))
+        return codecs[kind](vae.to(device))
 
     codec = _load("the VAE", folder, load)
     token = codec.token

@@ -19,7 +19,7 @@ from specedit_kernels import (  # noqa: E402
     SpecEditQwenImageEditPipeline,
     cli,
 )
-from specedit_kernels.pipelines.flash_edit import COSI  # noqa: E402
+from specedit_kernels.flash_edit.pipeline import COSI  # noqa: E402
 
 ASSETS = Path(specedit_kernels.__file__).parent / "assets"
 MODEL = ASSETS / "tiny_kontext"

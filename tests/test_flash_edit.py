@@ -22,10 +22,10 @@ from specedit_kernels import (  # noqa: E402
     SpecEditQwenImageEditPlusPipeline,
     cli,
 )
-from specedit_kernels.pipelines import flash_stages  # noqa: E402
-from specedit_kernels.pipelines.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
-from specedit_kernels.pipelines.flash_edit import COSI, GENERATOR, INVERTER  # noqa: E402
-from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
+from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
+from specedit_kernels.flash_edit import stages as flash_stages  # noqa: E402
+from specedit_kernels.flash_edit.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
+from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

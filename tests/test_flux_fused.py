@@ -10,10 +10,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from tiny_models import call_options, tiny_image, tiny_pipeline
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
-from specedit_kernels.pipelines import flux_fused as fused
-from specedit_kernels.pipelines.attention import AttentionLayout, wrap_processors
-from specedit_kernels.pipelines.fused import _as_one
-from specedit_kernels.pipelines.vae import fused_norms
+from specedit_kernels.engine.attention import AttentionLayout, wrap_processors
+from specedit_kernels.engine.autoencoder import fused_norms
+from specedit_kernels.engine.fused import _as_one
+from specedit_kernels.models import flux_kontext as fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT, IMAGE, WIDTH, HEADS, DIM = 5, 12, 32, 2, 16
@@ -54,7 +54,7 @@ def test_a_step_is_the_transformers_own(guidance, joined):
         transformer.fuse_qkv_projections()
     cos, sin = (x[None, :, ::2] for x in transformer.pos_embed(torch.cat([text_ids, ids])))
     modulation = fused.modulation(transformer, timestep, scale, pooled)
-    got = fused.forward(transformer, tokens, embeds, modulation, fused.Sequence(TEXT, cos, sin))
+    got = fused.fused_forward(transformer, tokens, embeds, modulation, fused.MixedSequence(TEXT, cos, sin))
     assert torch.allclose(got, expected, atol=3e-6) and expected.std() > 0.1
 
 
@@ -84,7 +84,7 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
     # more rows than there are tokens, and what was never written is no number
     kept = tuple(torch.full((batch, tokens + 4, HEADS, DIM), float("nan")) for _ in range(2))
     keys = [k[:, :tokens] for k in kept]
-    sequence = fused.Sequence(TEXT, cos, sin, bias, lengths, lengths)
+    sequence = fused.MixedSequence(TEXT, cos, sin, bias, lengths, lengths)
 
     def theirs(x, layout):
         found = block(
@@ -102,7 +102,7 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
     own = order < fresh[:, None]
     # theirs renews all the first tokens of a batch: those past a sample's own must be as they were
     moved = torch.where(own[..., None], torch.randn(batch, first, WIDTH), x[:, :first])
-    active = fused.Sequence(TEXT, cos[:, :first], sin[:, :first], bias, fresh, lengths, torch.where(own, order, -1))
+    active = fused.MixedSequence(TEXT, cos[:, :first], sin[:, :first], bias, fresh, lengths, torch.where(own, order, -1))
     before = [k.clone() for k in kept]
     got, expected = run_block(kind, block, moved, active, keys, temb), theirs(moved, layout.of_first(TEXT, 8))
     assert torch.allclose(got[own], expected[own], atol=2e-6)
@@ -121,7 +121,7 @@ def test_joined_projections_are_the_same_parameters(inference, made):
     block = transformer.transformer_blocks[1]
     block.attn.to_k.__class__ = Adapted  # is left out, as the other two of its three
     x, temb = torch.randn(batch, TEXT + IMAGE, WIDTH), torch.randn(batch, WIDTH)
-    sequence = fused.Sequence(TEXT, *tables(1, TEXT + IMAGE))
+    sequence = fused.MixedSequence(TEXT, *tables(1, TEXT + IMAGE))
     kinds = [("double", transformer.transformer_blocks[0]), ("double", block),
              ("single", transformer.single_transformer_blocks[1])]  # fmt: skip
     expected = [run_block(kind, b, x, sequence, None, temb) for kind, b in kinds]
@@ -166,7 +166,7 @@ def test_layers_that_are_not_plain_are_called():
         for name in names:
             block.get_submodule(name).__class__ = Adapted
         expected = torch.cat(block(x[:, TEXT:], x[:, :TEXT], temb, rotary), dim=1)
-        got = run_block(kind, block, x, fused.Sequence(TEXT, cos, sin), None, temb)
+        got = run_block(kind, block, x, fused.MixedSequence(TEXT, cos, sin), None, temb)
         assert torch.allclose(got, expected, atol=3e-6)
 
 
@@ -206,8 +206,8 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
         block.proj_out.bias[0] = 6e4
     tokens, embeds = torch.randn(1, IMAGE, 64).half(), torch.randn(1, TEXT, WIDTH).half()
     pooled, timestep, scale = torch.randn(1, 16).half(), torch.tensor([700.0]), torch.tensor([2.5])
-    sequence = fused.Sequence(TEXT, *tables(1, TEXT + IMAGE))
-    got = fused.forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, scale, pooled), sequence)
+    sequence = fused.MixedSequence(TEXT, *tables(1, TEXT + IMAGE))
+    got = fused.fused_forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, scale, pooled), sequence)
     assert got.dtype == torch.float16 and got.isfinite().all()
 
 
@@ -219,8 +219,8 @@ def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
     temb = torch.randn(1, WIDTH)
     for tokens in (TEXT + IMAGE, TEXT + IMAGE + 7):  # the second makes the lengths symbols
         lengths, order = torch.tensor([tokens - 2], dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)[None]
-        plain = fused.Sequence(TEXT, *tables(1, tokens))
-        cached = fused.Sequence(TEXT, *tables(1, tokens), torch.randn(1, tokens + 3), lengths, lengths + 2, order)
+        plain = fused.MixedSequence(TEXT, *tables(1, tokens))
+        cached = fused.MixedSequence(TEXT, *tables(1, tokens), torch.randn(1, tokens + 3), lengths, lengths + 2, order)
         for kind, module in (("double", transformer.transformer_blocks[0]),
                              ("single", transformer.single_transformer_blocks[0])):  # fmt: skip
             x = torch.randn(1, tokens, WIDTH)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from specedit_kernels.pipelines.kv_cache import DTYPE, SCALES, PackedDict, pack_, unpack_
+from specedit_kernels.engine.kv_cache import DTYPE, SCALES, PackedDict, pack_, unpack_
 
 
 def packed(x):

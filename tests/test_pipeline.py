@@ -17,15 +17,14 @@ from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline,
 from diffusers.image_processor import VaeImageProcessor  # noqa: E402
 from tiny_models import call_options, tiny_image, tiny_pipeline  # noqa: E402
 
-from specedit_kernels.pipelines import (  # noqa: E402
+from specedit_kernels import (  # noqa: E402
     SpecEditConfig,
     SpecEditFluxKontextPipeline,
     disable_specedit,
     enable_specedit,
-    pipeline,
-    stages,
 )
-from specedit_kernels.pipelines.attention import (  # noqa: E402
+from specedit_kernels.engine import pipeline, stages  # noqa: E402
+from specedit_kernels.engine.attention import (  # noqa: E402
     AttentionLayout,
     SpecEditAttnProcessor,
     joint_attention,

@@ -24,7 +24,7 @@ import train_editor  # noqa: E402
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel  # noqa: E402
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline  # noqa: E402
-from specedit_kernels.pipelines.vae import codec_of  # noqa: E402
+from specedit_kernels.engine.registry import codec_of  # noqa: E402
 
 PHRASES = ["remove the cat", f"put {text.article(text.NAMES[3])} in the bottom left", ""]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ import table_runs as runs  # noqa: E402
 from tiny_models import tiny_pipeline  # noqa: E402
 
 from specedit_kernels import SpecEditConfig, ops  # noqa: E402
-from specedit_kernels.pipelines import stages  # noqa: E402
+from specedit_kernels.engine import stages  # noqa: E402
 from specedit_kernels.sampling.grid import from_blocks, to_blocks  # noqa: E402
 
 

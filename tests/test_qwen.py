@@ -17,18 +17,17 @@ from diffusers import QwenImageEditPipeline, QwenImagePipeline  # noqa: E402
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus  # noqa: E402
 from tiny_models import TinyVisionProcessor, qwen_text, tiny_image, tiny_qwen, tiny_vision_encoder  # noqa: E402
 
-from specedit_kernels.pipelines import (  # noqa: E402
+from specedit_kernels import (  # noqa: E402
     LIGHTNING_SCHEDULE,
-    PIPELINES,
     SpecEditConfig,
     disable_specedit,
     enable_specedit,
-    qwen_model,
-    stages,
 )
-from specedit_kernels.pipelines.attention import SpecEditAttnProcessor  # noqa: E402
-from specedit_kernels.pipelines.config import THRESHOLDS  # noqa: E402
-from specedit_kernels.pipelines.vae import QwenCodec  # noqa: E402
+from specedit_kernels.engine import registry, stages  # noqa: E402
+from specedit_kernels.engine.attention import SpecEditAttnProcessor  # noqa: E402
+from specedit_kernels.engine.config import THRESHOLDS  # noqa: E402
+from specedit_kernels.models import qwen_image_edit as qwen_model  # noqa: E402
+from specedit_kernels.models.qwen_image_edit import QwenCodec  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
 AREA = 128 * 128
@@ -56,7 +55,7 @@ def half_mask(columns=4, rows=8):
 
 
 def enabled(plain):
-    pipe = PIPELINES[type(plain)](**plain.components)
+    pipe = registry.pipelines()[type(plain)](**plain.components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -209,7 +208,7 @@ def test_disable_restores_class_processors_hooks_and_bits():
         expected = pipe(generator=seeded(), **call).images
         before = dict(pipe.transformer.attn_processors)
         handle = enable_specedit(pipe, SpecEditConfig(stages=(1, 2, 1)))
-        assert type(pipe) is PIPELINES[stock] and handle.stats() is None
+        assert type(pipe) is registry.pipelines()[stock] and handle.stats() is None
         assert all(isinstance(p, SpecEditAttnProcessor) for p in pipe.transformer.attn_processors.values())
         hooks = [len(b._forward_pre_hooks) for b in pipe.transformer.transformer_blocks]
         assert hooks == [int(zero)] * 2
@@ -648,7 +647,7 @@ def test_compiled_blocks_without_a_graph_break():
 def test_from_pretrained(tmp_path):
     plain = tiny_qwen(plus=True, zero_cond_t=True)
     plain.save_pretrained(tmp_path)
-    pipe = PIPELINES[type(plain)].from_pretrained(
+    pipe = registry.pipelines()[type(plain)].from_pretrained(
         tmp_path, text_encoder=None, tokenizer=None, processor=None, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)

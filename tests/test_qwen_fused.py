@@ -10,10 +10,10 @@ from diffusers import QwenImageTransformer2DModel
 from tiny_models import qwen_text, tiny_image, tiny_qwen
 
 from specedit_kernels import SpecEditConfig
-from specedit_kernels.pipelines import PIPELINES
-from specedit_kernels.pipelines import qwen_fused as fused
-from specedit_kernels.pipelines.qwen_model import FusedQwenModel, QwenText
-from specedit_kernels.pipelines.vae import codec_of, lone_frames
+from specedit_kernels.engine import registry
+from specedit_kernels.engine.registry import codec_of
+from specedit_kernels.models import qwen_image_edit as fused
+from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenText, lone_frames
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ def whole(transformer, batch, **more):
     turn = torch.cat([words, image])[None]
     if transformer.zero_cond_t:
         more["modulate"] = (torch.arange(14) >= 8).int().expand(batch, -1)
-    return fused.Sequence(TEXT, turn.real, turn.imag, **more), [shapes] * batch
+    return fused.MixedSequence(TEXT, turn.real, turn.imag, **more), [shapes] * batch
 
 
 def inputs(batch):
@@ -62,7 +62,7 @@ def test_a_step_is_the_transformers_own(zero, padded):
         hidden_states=tokens, timestep=timestep / 1000, encoder_hidden_states=embeds,
         encoder_hidden_states_mask=mask if padded else None, img_shapes=shapes, return_dict=False,
     )[0]  # fmt: skip
-    got = fused.forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, tokens), sequence)
+    got = fused.fused_forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, tokens), sequence)
     assert torch.allclose(got, expected, atol=3e-6) and expected.std() > 0.1
 
 
@@ -74,7 +74,7 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
         layer.img_mlp.net[2].bias[0] = 6e4
     tokens, embeds = (x.half() for x in inputs(1))
     modulation = fused.modulation(transformer, torch.tensor([700.0]), tokens)
-    got = fused.forward(transformer, tokens, embeds, modulation, whole(transformer, 1)[0])
+    got = fused.fused_forward(transformer, tokens, embeds, modulation, whole(transformer, 1)[0])
     assert got.dtype == torch.float16 and got.isfinite().all()
 
 
@@ -88,7 +88,7 @@ def test_a_compiled_block_traces_whole_and_writes_to_kept_keys(zero):
     plain, _ = whole(transformer, batch)
     rows = torch.arange(TEXT, TEXT + 14, dtype=torch.int32)[None]
     keys = torch.tensor([TEXT + 14], dtype=torch.int32)
-    locked = fused.Sequence(
+    locked = fused.MixedSequence(
         0, plain.cos[:, TEXT:], plain.sin[:, TEXT:], torch.randn(1, 22), keys - TEXT, keys, rows,
         modulate=plain.modulate,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def pipe_of(plus=False, zero=False, device="cpu"):
     plain = tiny_qwen(plus, zero)
     if device == "cuda":
         plain.to("cuda", torch.bfloat16)
-    pipe = PIPELINES[type(plain)](**plain.components)
+    pipe = registry.pipelines()[type(plain)](**plain.components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -191,13 +191,13 @@ def test_fused_edits_are_eager_ones(plus, zero, options, guided):
 @pytest.mark.parametrize("joined", [-1, 256])
 def test_branches_one_by_one_and_at_once_are_the_same(monkeypatch, joined):
     monkeypatch.setattr(FusedQwenModel, "JOINED", joined)
-    calls, forward = [], fused.forward
+    calls, forward = [], fused.fused_forward
 
     def counted(transformer, tokens, *rest):
         calls.append(tokens.shape[0])
         return forward(transformer, tokens, *rest)
 
-    monkeypatch.setattr(fused, "forward", counted)
+    monkeypatch.setattr(fused, "fused_forward", counted)
     pipe = pipe_of(True, True)
     got = edit(pipe, "fused", lock_text=True, draft_guidance=False)
     assert torch.allclose(got.images, edit(pipe, "eager", lock_text=True, draft_guidance=False).images, atol=1e-5)
@@ -243,7 +243,7 @@ def test_heads_of_the_published_size(options):
     )  # fmt: skip
     plain.register_modules(transformer=transformer)
     plain.to("cuda", torch.bfloat16)
-    pipe = PIPELINES[type(plain)](**plain.components)
+    pipe = registry.pipelines()[type(plain)](**plain.components)
     pipe.set_progress_bar_config(disable=True)
     for columns in (2, 6):
         eager, *others = (edit(pipe, name, columns, **options).images for name in ("eager", "fused", "graph", "graph"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import call_options, tiny_image, tiny_pipeline
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
-from specedit_kernels.pipelines import disable_specedit, enable_specedit, pipeline, runner, stages
-from specedit_kernels.pipelines.fused_model import FusedModel
-from specedit_kernels.pipelines.runner import StepRunner, inspect
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, disable_specedit, enable_specedit
+from specedit_kernels.engine import pipeline, runner, stages
+from specedit_kernels.engine.fused import FusedModel
+from specedit_kernels.engine.runner import StepRunner, inspect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -18,7 +18,7 @@ import torch
 from flux_kontext import Bench, Row, region, run_rows, setting
 
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline
-from specedit_kernels.pipelines.config import RUNNERS
+from specedit_kernels.engine.config import RUNNERS
 
 
 class FlashBench(Bench):

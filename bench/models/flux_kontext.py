@@ -43,12 +43,12 @@ from diffusers import (
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
-from specedit_kernels.pipelines import flux_fused
-from specedit_kernels.pipelines.attention import unwrap_processors
-from specedit_kernels.pipelines.config import RUNNERS
-from specedit_kernels.pipelines.flux_model import FluxText, FusedFluxModel, FusedLayout
-from specedit_kernels.pipelines.runner import StepRunner
-from specedit_kernels.pipelines.vae import KLCodec, in_few_launches
+from specedit_kernels.models import flux_kontext as flux_fused
+from specedit_kernels.engine.attention import unwrap_processors
+from specedit_kernels.engine.config import RUNNERS
+from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel, FusedLayout
+from specedit_kernels.engine.runner import StepRunner
+from specedit_kernels.engine.autoencoder import KLCodec, in_few_launches
 from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side
@@ -204,7 +204,7 @@ class Bench:
 
         order = torch.arange(text + slots, dtype=torch.int32, device=self.device)[None]
         angle = normal(1, text + slots, dim // 2).float()
-        sequence = flux_fused.Sequence(
+        sequence = flux_fused.MixedSequence(
             text, angle.cos(), angle.sin(), torch.zeros(1, keys, device=self.device), lengths(text + active),
             lengths(keys), torch.where(order < text + active, order, -1),
         )  # fmt: skip

@@ -22,8 +22,8 @@ from flux_kontext import Bench, Row, markdown, plot, random_modules, region, run
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
-from specedit_kernels.pipelines.config import RUNNERS
-from specedit_kernels.pipelines.qwen_model import FusedQwenModel
+from specedit_kernels.engine.config import RUNNERS
+from specedit_kernels.models.qwen_image_edit import FusedQwenModel
 
 # The classes' defaults are Qwen/Qwen-Image-Edit's transformer/config.json and vae/config.json.
 TINY_TRANSFORMER = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,

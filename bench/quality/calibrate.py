@@ -18,8 +18,8 @@ import torch
 
 from scenes import KINDS
 from specedit_kernels import SpecEditConfig
-from specedit_kernels.pipelines import stages
-from specedit_kernels.pipelines.config import METRICS, PRESETS, REFERENCES
+from specedit_kernels.engine import stages
+from specedit_kernels.engine.config import METRICS, PRESETS, REFERENCES
 from table_measures import area_under_curve, effective_scores, mean, median, recall_precision
 from table_runs import (
     CALIBRATION_SEED,

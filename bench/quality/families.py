@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxKontextPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import models
-from specedit_kernels.pipelines.flux_model import FluxKontextModel
-from specedit_kernels.pipelines.qwen_model import QwenImageEditModel
+from specedit_kernels.models.flux_kontext import FluxKontextModel
+from specedit_kernels.models.qwen_image_edit import QwenImageEditModel
 from text import (
     CLIP_LENGTH,
     PHRASE_LENGTH,

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from judge import judge_edits
 from scenes import EVALUATION_COUNTS
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
-from specedit_kernels.pipelines.flash_edit import GENERATOR
-from specedit_kernels.pipelines.low_rank import merged_copy
+from specedit_kernels.flash_edit.pipeline import GENERATOR
+from specedit_kernels.flash_edit.low_rank import merged_copy
 from table_measures import grow, masked_psnr, mean, median, recall_precision, to_pixels
 from table_runs import (
     SHIPPED,

@@ -23,7 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from specedit_kernels.pipelines.vae import one_frame
+from specedit_kernels.models.qwen_image_edit import one_frame
 from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = 16

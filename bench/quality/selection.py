@@ -15,7 +15,7 @@ from calibrate import Measured, Probe, operating_point
 from runtime import replace_file
 from scenes import KINDS
 from specedit_kernels import SpecEditConfig, ops
-from specedit_kernels.pipelines import stages
+from specedit_kernels.engine import stages
 from table_measures import effective_scores
 from table_runs import (
     CALIBRATION_SEED,

@@ -24,7 +24,7 @@ from runtime import replace_file
 from sampler import decode_latents, encode_images
 from scenes import EVALUATION_COUNTS, EVALUATION_SEED, KINDS, TASKS, TOKEN, Edits, Renderer, evaluation_set
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
-from specedit_kernels.pipelines.stages import edit_alpha
+from specedit_kernels.engine.stages import edit_alpha
 from specedit_kernels.sampling.flops import transformer_flops
 from table_measures import (
     area_under_curve,

@@ -23,10 +23,10 @@ from diffusers import FluxKontextPipeline
 from runtime import autocast, device, log, memory
 from sampler import encode_images, encode_text, euler, shift_mu
 from scenes import TASKS, Renderer
-from specedit_kernels.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
-from specedit_kernels.pipelines.flash_edit import GENERATOR, INVERTER
-from specedit_kernels.pipelines.flux_model import FluxKontextModel, FluxText
-from specedit_kernels.pipelines.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
+from specedit_kernels.flash_edit.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
+from specedit_kernels.flash_edit.pipeline import GENERATOR, INVERTER
+from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
+from specedit_kernels.flash_edit.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
 from specedit_kernels.sampling.grid import unpack
 from stream import EditStream
 from table_runs import SHIPPED

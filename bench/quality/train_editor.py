@@ -25,7 +25,7 @@ from muon import Muon
 from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
 from sampler import shift_mu
 from scenes import Renderer
-from specedit_kernels.pipelines.vae import codec_of
+from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.sampling.grid import pack
 from stream import EditStream
 

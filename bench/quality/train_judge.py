@@ -16,7 +16,7 @@ from families import FAMILIES, load_vae
 from judge import CROP, DIFFERENCE, FRAME, MARGIN, NONE, Judge, cut, judge_edits, known_boxes
 from runtime import RUN_DIR, Clock, autocast, device, log
 from scenes import LOCAL_TASKS, TASKS, Renderer, evaluation_set
-from specedit_kernels.pipelines.vae import codec_of
+from specedit_kernels.engine.registry import codec_of
 from stream import EditStream
 
 REUSE = 3  # steps on the same pictures, degraded and cut anew

@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the transformers in few launches share: their sequence, its attention, the MLP with its activation."""
+"""What the fused forwards share: their sequence, its attention, the MLP with its activation, and the adapter behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
-from .attention import text_mass
+from ..sampling.layout import SequenceLayout
+from . import kv_cache
+from .attention import AttentionLayout, TextWatch, text_mass
 from .kv_cache import PackedKV
+from .model import Text
+from .runner import StepRunner
 
 
 @dataclass(frozen=True)
-class Sequence:
+class MixedSequence:
     """What a step has to know of its sequence: `text` tokens, then image tokens; N tokens in all.
 
     cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
@@ -28,7 +35,9 @@ class Sequence:
     first text token, behind those of the image or 0. used: keys there are where that is known beforehand, None: all.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
     sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps
-    compute the keys and values of these tokens anew in any case, so packed ones need not be renewed.
+    compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate: int32 [B,
+    image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures; None: all
+    have one.
     """
 
     text: int
@@ -44,6 +53,7 @@ class Sequence:
     text_mask: Tensor | None = None
     watched: bool = False
     passing: bool = False
+    modulate: Tensor | None = None
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
@@ -51,7 +61,7 @@ class Sequence:
 Kept = tuple[Tensor, Tensor] | PackedKV
 
 
-def places(q: Tensor, kept: Kept | None, sequence: Sequence) -> tuple[Tensor, Tensor]:
+def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
     """Where a block writes its keys and values and reads all: `kept`, [B, keys, H, D], or new ones like q."""
     if kept is None:
         return torch.empty_like(q), torch.empty_like(q)
@@ -62,7 +72,7 @@ def places(q: Tensor, kept: Kept | None, sequence: Sequence) -> tuple[Tensor, Te
     return kept
 
 
-def renew(kept: Kept | None, sequence: Sequence) -> None:
+def renew(kept: Kept | None, sequence: MixedSequence) -> None:
     """Call when a block's keys and values are written."""
     if isinstance(kept, PackedKV) and not sequence.passing:
         kept.store()
@@ -140,7 +150,7 @@ def feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
     return x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
     """Attention [B, N, H * D]."""
     k, v = k[:, : sequence.used], v[:, : sequence.used]
     if sequence.region is not None:
@@ -154,7 +164,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     return out.flatten(2)
 
 
-def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
     """Attention [B, N, H, D] whose image -> text part goes by region, as `attention.sparse_text_attention` has it."""
     n, at = sequence.text, sequence.text_at
     text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
@@ -165,8 +175,109 @@ def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Te
     return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
 
 
-def watched_mass(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor | None:
+def watched_mass(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor | None:
     """What `attention.TextWatch` records, where it is asked for: fp32 [B, image tokens, text tokens]."""
     if not sequence.watched:
         return None
     return text_mass(q, k, ops.mixed_res_attn(q, k, v)[1], sequence.text)
+
+
+# Mixed sequences get slots by a sixteenth of their power of two, within these bounds: one capture then serves all edits
+# of nearly one size, and few slots are empty.
+FEWEST_SLOTS, MOST_SLOTS = 32, 128
+
+
+@dataclass(frozen=True)
+class FusedLayout:
+    """sequence: the step's. fresh: int32 [B], the tokens that an active step computes, text included, or None.
+
+    cache: where the keys and values of each block are kept, None to keep none; buffers: the runner's name for them.
+    watch: a module's attention to the text is recorded there.
+    """
+
+    sequence: MixedSequence
+    fresh: Tensor | None = None
+    cache: list[Kept] | None = None
+    buffers: str = ""
+    watch: TextWatch | None = None
+
+
+class FusedModel:
+    """The part of a fused adapter that knows no model; a class has it before its EditModel."""
+
+    def __init__(
+        self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
+        attention_kwargs: dict[str, Any], runner: StepRunner,
+    ):  # fmt: skip
+        super().__init__(transformer, vae, guidance, attention_kwargs)
+        self.runner = runner
+        self._caches = 0
+
+    def slots(self, count: int) -> int:
+        step = min(max((1 << (count - 1).bit_length()) // 16, FEWEST_SLOTS), MOST_SLOTS)
+        return -(-count // step) * step
+
+    @contextlib.contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Adapters at the caller's scale, as the transformer's own forward has them."""
+        scale = self.attention_kwargs.get("scale", 1.0)
+        if not USE_PEFT_BACKEND or scale == 1.0:
+            yield
+            return
+        scale_lora_layers(self.transformer, scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(self.transformer, scale)
+
+    def _kept(self, name: str, batch: int, rows: int, like: Tensor) -> list[Kept]:
+        """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
+        heads, dim = self.transformer.config.num_attention_heads, self.transformer.config.attention_head_dim
+
+        def pairs(name: str, count: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+            found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))
+            return list(zip(found, found))
+
+        if not self.fp8_cache:
+            return pairs(name, self.blocks, dim, like.dtype)
+        packed = pairs(name, self.blocks, dim, kv_cache.DTYPE)
+        scales = pairs(f"{name}, scales", self.blocks, 1, kv_cache.SCALES)
+        [scratch] = pairs(f"{name}, of the block at work", 1, dim, like.dtype)
+        return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
+
+    def _mixed(
+        self, text: Text, layout: SequenceLayout, same: AttentionLayout, cached: bool, **more: Any
+    ) -> FusedLayout:
+        """The layout of a mixed sequence from the eager adapter's. more: further fields of the sequence.
+
+        `same` has lengths in any case: a capture with them serves sequences with and without empty slots.
+        """
+        batch, length = text.embeds.shape[:2]
+        cos, sin = (x[..., ::2].contiguous() for x in (same.cos, same.sin))
+        sequence = MixedSequence(length, cos, sin, same.key_bias, same.lengths, same.lengths, **more)
+        if not cached:
+            return FusedLayout(sequence)
+        name, self._caches = f"keys and values {self._caches}", self._caches + 1
+        cache = self._kept(name, batch, length + layout.capacity, text.embeds)
+        return FusedLayout(sequence, layout.fine_lengths + length, cache, name)
+
+    def first_layout(self, text: Text, layout: FusedLayout, first: int | None, lock_text: bool = False) -> FusedLayout:
+        whole, length = layout.sequence, text.embeds.shape[1]
+        start = length if lock_text else 0
+        # each sample's own fine tokens alone are computed anew
+        fresh = whole.keys if first is None else layout.fresh
+        end = whole.cos.shape[1] if first is None else length + first
+        order = torch.arange(start, end, dtype=torch.int32, device=whole.cos.device)
+        sequence = replace(
+            whole,
+            text=length - start,
+            cos=whole.cos[:, start:end],
+            sin=whole.sin[:, start:end],
+            queries=fresh - start,
+            rows=torch.where(order < fresh[:, None], order, -1),
+            passing=first is not None,
+        )
+        return replace(layout, sequence=sequence)
+
+    def kv_bytes(self, layouts: Sequence[FusedLayout]) -> int:
+        return self.runner.buffer_bytes

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..engine.model import EditModel, Pictures, Text
 from ..sampling.grid import PATCH, Grid, pack, unpack
-from .model import EditModel, Pictures, Text
 
 
 def grid_of(latents: Tensor) -> Grid:

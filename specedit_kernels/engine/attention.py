@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (registers torch.ops.specedit)
+from . import registry
 
 
 @dataclass
@@ -168,10 +166,10 @@ def sparse_text_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayo
 class SpecEditAttnProcessor:
     """Attention of a block through torch.ops.specedit.mixed_res_attn, wrapped about the block's own processor.
 
-    Called without SpecEdit's arguments it hands over to that one, untouched.
+    Called without SpecEdit's arguments it hands over to that one, untouched. name: of the processor in `transformer`.
     """
 
-    def __init__(self, inner: Any):
+    def __init__(self, inner: Any, transformer: torch.nn.Module, name: str):
         self.inner = inner
 
     def remove(self) -> None:
@@ -195,111 +193,17 @@ class SpecEditAttnProcessor:
         self.inner._parallel_config = value
 
 
-class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
-    """For FluxAttnProcessor; `specedit_layout` is the mixed sequence's."""
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if specedit_layout is None:
-            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        layout = specedit_layout
-        # -1 for the heads: tensor parallelism shards them
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
-        q, k, words = attn.norm_q(q), attn.norm_k(k), None
-        if encoder_hidden_states is not None:
-            text = encoder_hidden_states
-            if attn.fused_projections:
-                tq, tk, tv = attn.to_added_qkv(text).chunk(3, dim=-1)
-            else:
-                tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-            tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
-            words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
-        out = joint_attention(attn, words, (q, k, v), layout)
-        if encoder_hidden_states is None:
-            return out
-        length = encoder_hidden_states.shape[1]
-        image = attn.to_out[1](attn.to_out[0](out[:, length:].contiguous()))
-        return image, attn.to_add_out(out[:, :length].contiguous())
-
-
-class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
-    """For QwenDoubleStreamAttnProcessor2_0; `specedit_layout` is the mixed sequence's."""
-
-    def __init__(self, inner: QwenDoubleStreamAttnProcessor2_0, block: torch.nn.Module):
-        super().__init__(inner)
-        # the transformer computes the index of the modulation from whole pictures: a mixed sequence brings its own
-        self._hook = None
-        if block.zero_cond_t:
-            self._hook = block.register_forward_pre_hook(own_modulation, with_kwargs=True)
-
-    def remove(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_hidden_states_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if specedit_layout is None:
-            return self.inner(
-                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
-            )
-        text = encoder_hidden_states
-        # -1 for the heads: tensor parallelism shards them
-        head_dim = attn.inner_dim // attn.heads
-        q, k, v, tq, tk, tv = (
-            x.unflatten(-1, (-1, head_dim))
-            for x in (
-                attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states),
-                attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text),
-            )
-        )  # fmt: skip
-        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
-        q, k, tq, tk = (x if norm is None else norm(x) for norm, x in zip(norms, (q, k, tq, tk)))
-        out = joint_attention(attn, (tq, tk, tv), (q, k, v), specedit_layout)
-        length = text.shape[1]
-        image = attn.to_out[0](out[:, length:].contiguous())
-        if len(attn.to_out) > 1:
-            image = attn.to_out[1](image)
-        return image, attn.to_add_out(out[:, :length].contiguous())
-
-
-def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
-    layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
-    if layout is None or layout.modulate is None:
-        return None
-    return args, {**kwargs, "modulate_index": layout.modulate}
-
-
 def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEditAttnProcessor:
     if isinstance(processor, SpecEditAttnProcessor):
         return processor
-    if type(processor) is FluxAttnProcessor:
-        return SpecEditFluxAttnProcessor(processor)
-    if type(processor) is QwenDoubleStreamAttnProcessor2_0:
-        return SpecEditQwenAttnProcessor(processor, transformer.get_submodule(name.removesuffix(".attn.processor")))
-    raise TypeError(
-        f"transformer: {name} is a {type(processor).__name__}; SpecEdit supports FluxAttnProcessor and"
-        " QwenDoubleStreamAttnProcessor2_0 (IP-Adapter and custom processors are not supported)"
-    )
+    wrap = registry.processor_of(type(processor))
+    if wrap is None:
+        names = " and ".join(registry.processor_names())
+        raise TypeError(
+            f"transformer: {name} is a {type(processor).__name__}; SpecEdit supports {names} (IP-Adapter and custom"
+            " processors are not supported)"
+        )
+    return wrap(processor, transformer, name)
 
 
 def wrap_processors(transformer: torch.nn.Module) -> None:

@@ -18,8 +18,9 @@ from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
 from .attention import TextWatch
+from .autoencoder import bring_in
 from .kv_cache import PackedDict
-from .vae import bring_in, codec_of
+from .registry import codec_of
 
 
 @dataclass

@@ -3,21 +3,13 @@
 
 from __future__ import annotations
 
-from diffusers import DiffusionPipeline, FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import DiffusionPipeline
 
+from . import registry
 from .attention import unwrap_processors, wrap_processors
 from .config import SpecEditConfig
-from .flux_kontext import SpecEditFluxKontextPipeline
 from .output import SpecEditStats
 from .pipeline import SpecEditMixin, check_supported
-from .qwen_image_edit import SpecEditQwenImageEditPipeline, SpecEditQwenImageEditPlusPipeline
-
-PIPELINES: dict[type[DiffusionPipeline], type[SpecEditMixin]] = {
-    FluxKontextPipeline: SpecEditFluxKontextPipeline,
-    QwenImageEditPipeline: SpecEditQwenImageEditPipeline,
-    QwenImageEditPlusPipeline: SpecEditQwenImageEditPlusPipeline,
-}
-_PLAIN = {enabled: plain for plain, enabled in PIPELINES.items()}
 
 
 class SpecEditHandle:
@@ -46,9 +38,9 @@ def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = Non
         config = SpecEditConfig()
     if not isinstance(config, SpecEditConfig):
         raise TypeError(f"config: expected SpecEditConfig, got {type(config).__name__}")
-    kind = type(pipe) if type(pipe) in _PLAIN else PIPELINES.get(type(pipe))
+    kind = type(pipe) if isinstance(pipe, SpecEditMixin) else registry.pipeline_of(type(pipe))
     if kind is None:
-        names = ", ".join(plain.__name__ for plain in PIPELINES)
+        names = ", ".join(plain.__name__ for plain in registry.pipelines())
         raise TypeError(f"pipe: SpecEdit supports {names}, got {type(pipe).__name__}")
     check_supported(pipe)
     wrap_processors(pipe.transformer)
@@ -63,7 +55,7 @@ def disable_specedit(pipe: DiffusionPipeline) -> None:
 
     A pipeline without SpecEdit stays as it is. One made by a SpecEdit class becomes an object of the stock class.
     """
-    plain = _PLAIN.get(type(pipe))
+    plain = next((plain for plain, ours in registry.pipelines().items() if type(pipe) is ours), None)
     if plain is None:
         return
     unwrap_processors(pipe.transformer)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pipelines.model import EditModel, Pictures, Text
-from ..pipelines.one_step import complete_noise, grid_of, predict_clean, predict_noise, velocity_of
-from ..sampling.grid import pack
+from ...engine.model import EditModel, Pictures, Text
+from ...sampling.grid import pack
+from ..one_step import complete_noise, grid_of, predict_clean, predict_noise, velocity_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from .attention import own_modulation
+from . import registry
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -28,10 +28,10 @@ GRAPHS = 16
 BUFFER_ROWS = 512
 
 
-def _hooked(own: dict[str, Any]) -> bool:
+def _hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
     registry = own.get("_diffusers_hook")
     by_library = "_hf_hook" in own or bool(registry and registry.hooks)
-    foreign = any(hook is not own_modulation for hook in own["_forward_pre_hooks"].values())
+    foreign = any(hook not in known for hook in own["_forward_pre_hooks"].values())
     return by_library or foreign or bool(own["_forward_hooks"])
 
 
@@ -46,10 +46,10 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
     if getattr(transformer, "_parallel_config", None) is not None:
         return "the transformer is parallelised", []
     found: list[Hashable] = []
-    devices = set()
+    devices, known = set(), registry.own_pre_hooks()
     for module in (*transformer.modules(), *vae.modules()):
         own = vars(module)  # a module looks for what it does not have for long
-        if _hooked(own):
+        if _hooked(own, known):
             return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
         if name == "fused":
             continue

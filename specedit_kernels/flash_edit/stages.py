@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..engine import stages
+from ..engine.attention import TextWatch
+from ..engine.model import EditModel, Text
+from ..engine.stages import Run, Selection
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, coarse_grid, from_blocks, pack, unpack
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, sequence_length
-from . import stages
-from .attention import TextWatch
-from .model import EditModel, Text
 from .one_step import complete_noise, predict_noise
-from .stages import Run, Selection
 
 
 @dataclass(frozen=True)

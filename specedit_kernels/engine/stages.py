@@ -38,7 +38,6 @@ from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_ro
 from .config import SpecEditConfig
 from .model import EditModel, Pictures, Text
 from .output import SpecEditStats, StageClock, StepRecord
-from .vae import KLCodec, QwenCodec
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -276,7 +275,7 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
 
 
 def feature_maps(
-    codec: KLCodec | QwenCodec, embed: Callable[[Tensor], Tensor] | None, metric: str, latents: Tensor
+    codec: Any, embed: Callable[[Tensor], Tensor] | None, metric: str, latents: Tensor
 ) -> list[Tensor]:
     """What one named metric compares, of scaled clean latents on the fine grid; embed as in `discrepancy`."""
     if metric == "decoder":
@@ -291,7 +290,7 @@ def _mean_discrepancy(a: Sequence[Tensor], b: Sequence[Tensor], grid: Grid) -> T
 
 
 def discrepancy(
-    codec: KLCodec | QwenCodec,
+    codec: Any,
     embed: Callable[[Tensor], Tensor] | None,
     metric: str,
     proposal: Tensor,

@@ -45,7 +45,7 @@ RELATIVE = {"coarse": 0.5, "quarter": 0.0, "full_step": 0.0}
 # 512 px, where the edits' own share is 7.7 %: recall .98 at 14 % of the tokens for "full_step", .95 at 21 % for
 # "quarter", and .989 at 16.7 % for "coarse" (2 of 9 steps; by bench/quality/selection.py on 187 such edits: .984 at
 # 17.1 % with the last step's scores alone over .059). The other four of "coarse" are still of that form.
-# That editor is a FLUX.1-Kontext; what other models have for themselves is below.
+# That editor is a FLUX.1-Kontext; what other models have for themselves stands in their files.
 THRESHOLDS: dict[tuple[str, str, str], float] = {
     ("decoder", "matched", "quarter"): 0.073,
     ("decoder", "matched", "coarse"): 0.1,
@@ -66,10 +66,6 @@ THRESHOLDS: dict[tuple[str, str, str], float] = {
     ("projected", "literal", "coarse"): 1.3,
     ("projected", "literal", "full_step"): 0.13,
 }
-# Qwen-Image-Edit's own: of a draft without guidance, of one with it, which departs further from its source. Found with
-# the tiny one on 188 and 96 such edits (2 of 9 steps): .979 at 17.9 % of the tokens, and with true_cfg_scale 4 between
-# .986 at 18.1 % (.3) and .980 at 16.6 % (.5). Its other drafts and metrics are not calibrated, and take those above.
-QWEN_THRESHOLDS: dict[tuple[str, str, str], tuple[float, float]] = {("decoder", "matched", "coarse"): (0.03, 0.4)}
 
 
 def _one_of(name: str, value: object, allowed: tuple) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..engine import registry, stages
+from ..engine.attention import wrap_processors
+from ..engine.config import RUNNERS, _flag, _integer, _number, _one_of
+from ..engine.pipeline import SpecEditMixin
+from ..engine.stages import Run, Selection
 from ..sampling.grid import from_blocks, pack, to_blocks, unpack
-from . import flash_stages, stages
-from .attention import wrap_processors
-from .config import RUNNERS, _flag, _integer, _number, _one_of
-from .flux_kontext import SpecEditFluxKontextPipeline
+from . import stages as flash_stages
 from .low_rank import merged_copy
-from .pipeline import SpecEditMixin
-from .qwen_image_edit import SpecEditQwenImageEditPipeline, SpecEditQwenImageEditPlusPipeline
-from .stages import Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -228,13 +228,13 @@ class FlashEditMixin(SpecEditMixin):
         return stages.keep_unchanged(run, unpack(tokens, run.grid), selection), selection, scores
 
 
-class FlashEditFluxKontextPipeline(FlashEditMixin, SpecEditFluxKontextPipeline):
-    """FlashEdit for FLUX.1-Kontext: the call is SpecEditFluxKontextPipeline's with what FlashEditMixin says."""
+@functools.cache
+def _flash_pipeline(kind: type) -> type:
+    name = kind.__name__.replace("SpecEdit", "FlashEdit", 1)
+    text = f"FlashEdit on the models of {kind.__name__}: its call, with what FlashEditMixin says."
+    return type(name, (FlashEditMixin, kind), {"__doc__": text, "__module__": __name__})
 
 
-class FlashEditQwenImageEditPipeline(FlashEditMixin, SpecEditQwenImageEditPipeline):
-    """FlashEdit for Qwen-Image-Edit: the call is SpecEditQwenImageEditPipeline's with what FlashEditMixin says."""
-
-
-class FlashEditQwenImageEditPlusPipeline(FlashEditMixin, SpecEditQwenImageEditPlusPipeline):
-    """FlashEdit for Qwen-Image-Edit-Plus, as above; only the first picture's tokens can be background."""
+def flash_pipelines() -> dict[type, type]:
+    """{SpecEdit pipeline class: its FlashEdit class} of all registered models."""
+    return {kind: _flash_pipeline(kind) for kind in registry.pipelines().values()}

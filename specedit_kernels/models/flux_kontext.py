@@ -1,0 +1,713 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX.1-Kontext: all that the engine cannot know of it, and its registration.
+
+In order: the transformer's fused forward, the attention processor, what the stages ask of the model (`FluxKontextModel`
+calls the transformer's own forward, `FusedFluxModel` the fused one), the pipeline.
+
+Fused forward: text and image lie in one tensor [B, text | image, C] from the first block to the last. A block's
+modulation depends on the timestep alone, so that of all blocks and of all steps of a stage is computed at once
+(`modulation`), and a step (`fused_forward`) is left with what depends on its tokens. A linear layer with an adapter or
+a quantised weight is called as a module. The numbers are those of FluxTransformer2DModel.forward but for rounding:
+norms, rotation, residuals and GELU round once, where that one rounds after each operation, and the sum over attention
+and MLP in a single block's last layer rounds between the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxKontextPipeline
+from diffusers.image_processor import PipelineImageInput
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+    FluxTransformerBlock,
+)
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from torch import Tensor
+
+from .. import ops
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
+from ..engine.autoencoder import KLCodec, in_few_launches
+from ..engine.config import RUNNERS, SpecEditConfig
+from ..engine.fused import (
+    FusedLayout,
+    FusedModel,
+    Kept,
+    MixedSequence,
+    attend,
+    feed_forward,
+    gelu,
+    is_plain,
+    join_,
+    linear_of_each,
+    places,
+    renew,
+    watched_mass,
+)
+from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
+from ..engine.output import SpecEditPipelineOutput, StageClock
+from ..engine.pipeline import SpecEditMixin, per_image, preprocess
+from ..engine.registry import Model, register
+from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
+from ..sampling.layout import SequenceLayout, table_positions
+
+logger = logging.getLogger("specedit_kernels")
+
+
+def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
+    """The norms that have a modulation, in the order of its vectors."""
+    double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
+    return [*(n for b in double for n in (b.norm1, b.norm1_context)), *(b.norm for b in single), transformer.norm_out]
+
+
+def modulation(
+    transformer: FluxTransformer2DModel, timestep: Tensor, guidance: Tensor | None, pooled: Tensor
+) -> Tensor:
+    """Scales, shifts and gates of all blocks: [R, sum of their widths], for R (sample, timestep) pairs.
+
+    timestep: [R] in [0, 1000]. guidance: [R] or None. pooled: [R, P].
+    """
+    # the roundings of the pipeline and of the model's forward
+    at = (timestep.to(pooled.dtype) / 1000) * 1000
+    about = (at, pooled) if guidance is None else (at, guidance.to(pooled.dtype) * 1000, pooled)
+    emb = F.silu(transformer.time_text_embed(*about))
+    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+
+
+def _projections(attn: FluxAttention, text: bool = False) -> tuple[torch.nn.Module, ...]:
+    """The layers of q, k and v of image tokens, or of text in a double block."""
+    return (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
+
+
+def join_projections_(transformer: FluxTransformer2DModel) -> bool:
+    """`fused.join_` the layers of each q, k and v. Returns whether any weight was moved."""
+    attentions = [(block.attn, text) for block in transformer.transformer_blocks for text in (False, True)]
+    attentions += [(block.attn, False) for block in transformer.single_transformer_blocks]
+    return any([join_(_projections(*each)) for each in attentions if not each[0].fused_projections])
+
+
+def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
+    """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
+    if attn.fused_projections:
+        parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
+    else:
+        parts = linear_of_each(_projections(attn, text), x)
+    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+
+
+def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
+    if not is_plain(layer):
+        return layer(torch.cat([a, b], dim=-1))
+    at = a.shape[-1]
+    y = F.linear(a, layer.weight[:, :at], layer.bias)
+    y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
+    return y
+
+
+def _buffers(
+    x: Tensor, attn: FluxAttention, kept: Kept | None, sequence: MixedSequence
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
+    q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
+    return q, *places(q, kept, sequence)
+
+
+def double_block(
+    block: FluxTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
+) -> Tensor | None:
+    """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `watched_mass` does.
+
+    kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
+    """
+    attn, n = block.attn, sequence.text
+    text, image = x[:, :n], x[:, n:]
+    (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
+    (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
+    q, k, v = _buffers(x, attn, kept, sequence)
+
+    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
+        rows = None if sequence.rows is None else sequence.rows[:, at]
+        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
+        ops.qk_norm_rope_scatter_(
+            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
+            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
+        )  # fmt: skip
+
+    if n:  # else its keys and values are kept ones
+        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
+        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
+    spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
+    place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
+    renew(kept, sequence)
+    out = attend(q, k, v, sequence)
+    if n:
+        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
+        ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
+    ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
+    spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
+    ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
+    return watched_mass(q, k, v, sequence)
+
+
+def single_block(
+    block: FluxSingleTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, mod: Tensor
+) -> Tensor | None:
+    """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
+    attn = block.attn
+    shift, scale, gate = mod.chunk(3, dim=1)
+    y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
+    q, k, v = _buffers(y, attn, kept, sequence)
+    ops.qk_norm_rope_scatter_(
+        q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
+        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
+    )  # fmt: skip
+    renew(kept, sequence)
+    attended, hidden = attend(q, k, v, sequence), gelu(block.proj_mlp, y)
+    ops.gated_residual_add_(x, _of_both(block.proj_out, attended, hidden), gate)
+    return watched_mass(q, k, v, sequence)
+
+
+Blocks = tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]
+BLOCKS: Blocks = (double_block, single_block)
+
+
+@functools.cache
+def compiled_blocks() -> Blocks:
+    """`double_block` and `single_block` under torch.compile, without a graph break."""
+    return tuple(torch.compile(block, fullgraph=True) for block in BLOCKS)
+
+
+def fused_forward(
+    transformer: FluxTransformer2DModel,
+    tokens: Tensor,
+    embeds: Tensor,
+    modulation: Tensor,
+    sequence: MixedSequence,
+    cache: list[Kept] | None = None,
+    blocks: Blocks = BLOCKS,
+    watch: tuple[int, list[Tensor]] | None = None,
+) -> Tensor:
+    """Velocity of image tokens [B, S, 4C]: FluxTransformer2DModel.forward.
+
+    embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: of each block, where its
+    keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
+    and where what its attention gives to the text is added.
+    """
+    x = transformer.x_embedder(tokens)
+    if sequence.text:
+        x = torch.cat([transformer.context_embedder(embeds), x], dim=1)
+    mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
+    double, single = blocks
+    layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for i, layer in enumerate(layers):
+        kept = None if cache is None else cache[i]
+        known = replace(sequence, watched=True) if watch and i == watch[0] else sequence
+        if i < len(transformer.transformer_blocks):
+            seen = double(layer, x, known, kept, next(mods), next(mods))
+        else:
+            seen = single(layer, x, known, kept, next(mods))
+        if seen is not None:
+            watch[1].append(seen)
+        if x.dtype == torch.float16:
+            # sums beyond its range end at its ends, as in the blocks of diffusers
+            x.clip_(-65504, 65504)
+    scale, shift = next(mods).chunk(2, dim=1)
+    image = x[:, sequence.text :]
+    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+
+
+class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
+    """For FluxAttnProcessor; `specedit_layout` is the mixed sequence's."""
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        specedit_layout: AttentionLayout | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if specedit_layout is None:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        layout = specedit_layout
+        # -1 for the heads: tensor parallelism shards them
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
+        q, k, words = attn.norm_q(q), attn.norm_k(k), None
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states
+            if attn.fused_projections:
+                tq, tk, tv = attn.to_added_qkv(text).chunk(3, dim=-1)
+            else:
+                tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+            tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
+            words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
+        out = joint_attention(attn, words, (q, k, v), layout)
+        if encoder_hidden_states is None:
+            return out
+        length = encoder_hidden_states.shape[1]
+        image = attn.to_out[1](attn.to_out[0](out[:, length:].contiguous()))
+        return image, attn.to_add_out(out[:, :length].contiguous())
+
+
+@dataclass
+class FluxText(Text):
+    """embeds [B, T, E], pooled [B, P], text_ids [T, 3]."""
+
+    pooled: Tensor
+    text_ids: Tensor
+
+
+@dataclass(frozen=True)
+class FluxLayout:
+    """ids: [S, 3], shared by the batch; attention: the mixed sequence's, None for whole pictures."""
+
+    ids: Tensor
+    attention: AttentionLayout | None
+
+
+class FluxKontextModel(EditModel):
+    """FluxTransformer2DModel with AutoencoderKL."""
+
+    @property
+    def blocks(self) -> int:
+        return self.transformer.config.num_layers + self.transformer.config.num_single_layers
+
+    def embedder(self) -> torch.nn.Module:
+        return self.transformer.x_embedder
+
+    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
+        device, ids = text.embeds.device, []
+        for image, grid in enumerate(grids):
+            place = token_positions(grid, device)
+            ids.append(torch.cat([torch.full_like(place[:, :1], image), place], dim=1))
+        return FluxLayout(torch.cat(ids).to(text.embeds.dtype), None)
+
+    def watched_layout(
+        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> FluxLayout:
+        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
+        table = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
+        cos, sin = (x.expand(batch, *x.shape) for x in table)
+        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
+
+    def mixed_layout(
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> FluxLayout:
+        device, length = layout.index.device, text.embeds.shape[1]
+        positions = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
+        cos, sin = (in_order(x, layout) for x in self.transformer.pos_embed(positions))
+        # text stands at the origin: rotated by nothing
+        attention = AttentionLayout(
+            cos=F.pad(cos, (0, 0, length, 0), value=1.0),
+            sin=F.pad(sin, (0, 0, length, 0)),
+            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
+            lengths=layout.lengths + length if padded else None,
+            cache=self.new_cache() if cached else None,
+            fresh=layout.fine_lengths + length if cached else None,
+        )
+        # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
+        return FluxLayout(torch.zeros(layout.capacity, 3, device=device, dtype=text.embeds.dtype), attention)
+
+    def first_layout(
+        self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
+    ) -> FluxLayout:
+        return FluxLayout(layout.ids[:first], layout.attention.of_first(text.embeds.shape[1], first, lock_text))
+
+    def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
+        kwargs = dict(self.attention_kwargs)
+        if layout.attention is not None:
+            kwargs["specedit_layout"] = layout.attention
+        start = 0 if layout.attention is None else layout.attention.start
+        return self.transformer(
+            hidden_states=tokens,
+            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+            guidance=self.guidance,
+            pooled_projections=text.pooled,
+            encoder_hidden_states=text.embeds[:, start:],
+            txt_ids=text.text_ids[start:],
+            img_ids=layout.ids,
+            joint_attention_kwargs=kwargs or None,
+            return_dict=False,
+        )[0]
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+
+class FusedFluxModel(FusedModel, FluxKontextModel):
+    """The same model through `flux_fused`, its steps and its autoencoder launched by a runner."""
+
+    @property
+    def _blocks(self) -> Blocks:
+        return compiled_blocks() if self.runner.name == "compile" else BLOCKS
+
+    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+        ids = super().dense_layout(text, pictures, grids).ids
+        cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
+        return FusedLayout(MixedSequence(len(text.text_ids), *(x[None, :, ::2].contiguous() for x in (cos, sin))))
+
+    def watched_layout(
+        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> FusedLayout:
+        return replace(self.dense_layout(text, pictures, grids), watch=watch)
+
+    def edit_layout(
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, region: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> FusedLayout:  # fmt: skip
+        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+        # no slot is empty
+        whole = replace(made.sequence, queries=None, keys=None, region=region, text_mask=text_mask)
+        return replace(made, sequence=whole)
+
+    def shield_layouts(
+        self, source: FluxText, text: FluxText, pictures: Pictures, layout: SequenceLayout, first: int,
+        region: Tensor | None, text_mask: Tensor | None,
+    ) -> tuple[FusedLayout, FusedLayout]:  # fmt: skip
+        # keys and values of the image first, then the text's: the two texts differ in length
+        batch, image = layout.index.shape
+        device, lengths = layout.index.device, [x.embeds.shape[1] for x in (source, text)]
+        slot, name = torch.arange(image, dtype=torch.int32, device=device), "keys and values of the source"
+        cache, made = self._kept(name, batch, image + max(lengths), text.embeds), []
+        own = torch.where(slot[:first] < layout.fine_lengths[:, None], slot[:first], -1)
+        for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
+            whole = self.edit_layout(x, pictures, layout, None, None).sequence
+            words = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
+            tokens = length + rows.shape[1]
+            sequence = replace(
+                whole, cos=whole.cos[:, :tokens], sin=whole.sin[:, :tokens], rows=torch.cat([words, rows], dim=1),
+                text_at=image, used=image + length,
+            )  # fmt: skip
+            made.append(FusedLayout(sequence, None, cache, name))
+        branch, edit = made
+        if region is not None:
+            region = region[:, :first].contiguous()
+        fresh = layout.fine_lengths + lengths[1]
+        keys = torch.full_like(fresh, image + lengths[1])
+        sequence = replace(edit.sequence, queries=fresh, keys=keys, region=region, text_mask=text_mask)
+        return branch, replace(edit, sequence=sequence)
+
+    def mixed_layout(
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> FusedLayout:
+        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
+        return self._mixed(text, layout, same, cached)
+
+    def moments(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
+        """The modulation of all blocks, [B, ...] for each timestep."""
+        steps, batch = len(timesteps), text.pooled.shape[0]
+        guidance = None if self.guidance is None else self.guidance.repeat(steps)
+        with self._scaled():
+            found = modulation(
+                self.transformer, timesteps[:, None].expand(-1, batch).flatten(), guidance, text.pooled.repeat(steps, 1)
+            )
+        return found.unflatten(0, (steps, batch)).unbind()
+
+    def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FusedLayout) -> Tensor:
+        sequence, cache = layout.sequence, layout.cache
+        names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
+        watched = None
+        if layout.watch is not None:
+            blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+            watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
+        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=moment)
+        inputs |= {name: getattr(sequence, name) for name in names}
+
+        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:
+            with self._scaled():
+                seen: list[Tensor] = []
+                found = fused_forward(
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks,
+                    None if watched is None else (watched, seen),
+                )  # fmt: skip
+                return (found, *seen)
+
+        rows = None if cache is None else cache[0][0].shape[1]
+        scale, transformer = self.attention_kwargs.get("scale"), id(self.transformer)
+        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
+               watched)  # fmt: skip
+        found, *seen = self.runner(tag, step, inputs, layout.buffers)
+        if seen:
+            [layout.watch.mass] = seen
+        return found
+
+    def decode(self, latents: Tensor) -> Tensor:
+        def run(latents: Tensor) -> Tensor:
+            return in_few_launches(self.codec.vae, self.codec.decode, latents)
+
+        tag = ("decode", self.codec.vae.use_slicing, self.codec.vae.use_tiling)
+        return self.runner(tag, run, {"latents": latents})
+
+
+class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
+    """FluxKontextPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
+
+    Made by `from_pretrained` or `from_pipe` like any pipeline; weights are never touched. Differences in the call:
+
+    specedit: a SpecEditConfig; None takes the pipeline's default; False runs FluxKontextPipeline's own call, untouched.
+    mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
+        any white pixel is edited.
+    num_inference_steps: None takes the steps of the config; a number scales its stages to that many.
+    height, width: the ratio of these, at `max_area` pixels, as in FluxKontextPipeline; where left out, the source's.
+        Sizes are rounded down to multiples of 32 pixels (whole 2x2 blocks of tokens; FluxKontextPipeline has 16), and
+        the source is brought to the size of the output, because tokens of both are compared at one place. A draft at 4x
+        lower resolution a side has ceil(side / 64) tokens.
+    several pictures: `image` may be a batch or list with one picture or as many as prompts;
+        picture and prompt i give the images i * num_images_per_prompt and following.
+    latents: packed white noise on the fine grid, [B, N, 4C].
+    callback_on_step_end: `latents` holds the packed tokens of the step at hand: coarse grid, mixed sequence
+        (target, then condition slots), or fine grid.
+
+    With no image given, or `specedit=False`, the stock call runs. IP-Adapter is not supported.
+    """
+
+    STEPS_OF_PLAIN = 28
+    RUNNERS = RUNNERS
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput | None = None,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_ip_adapter_image: PipelineImageInput | None = None,
+        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int = 512,
+        max_area: int = 1024**2,
+        _auto_resize: bool = True,
+        specedit: SpecEditConfig | bool | None = None,
+        mask_image: PipelineImageInput | None = None,
+    ) -> SpecEditPipelineOutput | tuple:
+        if specedit is False or image is None:
+            if mask_image is not None:
+                raise ValueError("mask_image: expected None where SpecEdit is off or no image is given")
+            return super().__call__(
+                image=image,
+                prompt=prompt,
+                prompt_2=prompt_2,
+                negative_prompt=negative_prompt,
+                negative_prompt_2=negative_prompt_2,
+                true_cfg_scale=true_cfg_scale,
+                height=height,
+                width=width,
+                num_inference_steps=self.STEPS_OF_PLAIN if num_inference_steps is None else num_inference_steps,
+                sigmas=sigmas,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                ip_adapter_image=ip_adapter_image,
+                ip_adapter_image_embeds=ip_adapter_image_embeds,
+                negative_ip_adapter_image=negative_ip_adapter_image,
+                negative_ip_adapter_image_embeds=negative_ip_adapter_image_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                output_type=output_type,
+                return_dict=return_dict,
+                joint_attention_kwargs=joint_attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+                max_area=max_area,
+                _auto_resize=_auto_resize,
+            )
+        given = (
+            ip_adapter_image, ip_adapter_image_embeds, negative_ip_adapter_image, negative_ip_adapter_image_embeds
+        )  # fmt: skip
+        if any(x is not None for x in given):
+            raise ValueError("ip_adapter_image: IP-Adapter is not supported with SpecEdit")
+        steps = len(sigmas) if sigmas is not None else num_inference_steps
+        specedit, counts = self._resolve(specedit, steps, mask_image is None, output_type)
+        height, width = self._output_size(image, height, width, max_area, _auto_resize)
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        self._guidance_scale = guidance_scale
+        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
+        self._current_timestep = None
+        self._interrupt = False
+        runner = self._runner(specedit)
+        device = self._device_of(runner)
+        clock = StageClock(device)
+
+        # text
+        has_negative = negative_prompt is not None or (
+            negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None
+        )
+        text_options = dict(
+            device=device,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            lora_scale=self._joint_attention_kwargs.get("scale"),
+        )
+        positive = FluxText(
+            *self.encode_prompt(
+                prompt=prompt,
+                prompt_2=prompt_2,
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                **text_options,
+            )
+        )
+        negative = None
+        if true_cfg_scale > 1 and has_negative:
+            negative = FluxText(
+                *self.encode_prompt(
+                    prompt=negative_prompt,
+                    prompt_2=negative_prompt_2,
+                    prompt_embeds=negative_prompt_embeds,
+                    pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                    **text_options,
+                )
+            )
+        batch = positive.embeds.shape[0]
+        dtype = positive.embeds.dtype
+
+        # source picture
+        image = self.image_processor.resize(image, height, width) if not isinstance(image, list) else image
+        pixels = preprocess(self.image_processor, image, height, width, device)
+        if pixels.shape[1] != 3:
+            raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
+
+        def encode_whole(pixels: Tensor) -> Tensor:
+            return self._encode_vae_image(image=pixels, generator=generator)
+
+        def encode(at: Tensor) -> Tensor:
+            at = at.to(dtype)
+            if runner is None:
+                return per_image(encode_whole(at), "image", batch)
+
+            def run(pixels: Tensor) -> Tensor:
+                return in_few_launches(self.vae, encode_whole, pixels)
+
+            tag = ("encode", isinstance(generator, list), self.vae.use_slicing, self.vae.use_tiling)
+            return per_image(runner(tag, run, {"pixels": at}), "image", batch)
+
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
+        parts = (self.transformer, self.vae, guidance, self._joint_attention_kwargs)
+        return self._edit(
+            model=FluxKontextModel(*parts) if runner is None else FusedFluxModel(*parts, runner),
+            config=specedit,
+            counts=counts,
+            positive=positive,
+            negative=negative,
+            true_cfg_scale=true_cfg_scale,
+            pixels=pixels,
+            references=[pixels],
+            encode=encode,
+            generator=generator,
+            latents=latents,
+            sigmas=sigmas,
+            mask_image=mask_image,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            output_type=output_type,
+            return_dict=return_dict,
+            clock=clock,
+            runner=runner,
+        )
+
+    def _arrange(self) -> bool:
+        # elsewhere nothing is gained, and weights that are a file's own pages would be copied
+        moved = self.transformer.device.type == "cuda" and join_projections_(self.transformer)
+        if moved:
+            torch.cuda.empty_cache()  # the former places are too small for the new ones
+        return moved
+
+    def _output_size(
+        self, image: PipelineImageInput, height: int | None, width: int | None, max_area: int, auto_resize: bool
+    ) -> tuple[int, int]:
+        """Output size by FluxKontextPipeline's rules, in whole blocks; the source's ratio where none is given."""
+        first = image[0] if isinstance(image, list) else image
+        if isinstance(first, (torch.Tensor, np.ndarray)) and first.ndim == 3:
+            first = first[None]
+        rows, columns = self.image_processor.get_default_height_width(first)
+        if height is None and width is None:
+            height, width = rows, columns
+            if auto_resize:
+                ratio = columns / rows
+                _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+        ratio = width / height
+        multiple = self.vae_scale_factor * PATCH * BLOCK
+        fitted = [round((max_area / ratio) ** 0.5), round((max_area * ratio) ** 0.5)]
+        fitted = [max(side // multiple, 1) * multiple for side in fitted]
+        if fitted != [height, width]:
+            logger.info("height and width are adjusted from %dx%d to %dx%d", height, width, *fitted)
+        return fitted[0], fitted[1]
+
+
+def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
+    """Options of the command's calls: a folder's area in pixels, in the source's ratio; no guidance where not told."""
+    options: dict[str, Any] = {"true_cfg_scale": 1.0 if true_cfg_scale is None else true_cfg_scale}
+    if "resolution" in settings:
+        options |= {"max_area": settings["resolution"] ** 2, "_auto_resize": False}
+    if options["true_cfg_scale"] > 1:
+        options["negative_prompt"] = ""
+    return options
+
+
+register(
+    Model(
+        name="flux_kontext",
+        pipelines={FluxKontextPipeline: SpecEditFluxKontextPipeline},
+        processors={FluxAttnProcessor: SpecEditFluxAttnProcessor},
+        codecs={AutoencoderKL: KLCodec},
+        command=_command,
+    )
+)

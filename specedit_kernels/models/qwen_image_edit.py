@@ -1,0 +1,843 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen-Image-Edit and Qwen-Image-Edit-Plus: all that the engine cannot know of them, and their registration.
+
+In order: the autoencoder, the transformer's fused forward, the attention processor, what the stages ask of the model
+(`QwenImageEditModel` calls the transformer's own forward, `FusedQwenModel` the fused one), the pipelines.
+
+Qwen's positions and its timestep of condition tokens (zero_cond_t) follow from a list of picture shapes, so a sequence
+that is no list of whole pictures brings both itself: rotary tables to the attention processor, the index of the
+modulation by a hook of the blocks.
+
+Fused forward: text and image are two streams [B, tokens, C] from the first block to the last, joined in attention, text
+first. A block's modulation depends on the timestep alone, so that of all blocks and of all steps of a stage is computed
+at once (`modulation`: a third of the weights, read once a stage). Every linear layer is called as a module. The numbers
+are those of QwenImageTransformer2DModel.forward but for rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.image_processor import PipelineImageInput
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformer2DModel,
+    QwenImageTransformerBlock,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from torch import Tensor
+
+from .. import ops
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
+from ..engine.autoencoder import bring_in, decoder_features
+from ..engine.config import RUNNERS, SpecEditConfig
+from ..engine.fused import (
+    FusedLayout,
+    FusedModel,
+    Kept,
+    MixedSequence,
+    attend,
+    feed_forward,
+    linear_of_each,
+    places,
+    renew,
+)
+from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
+from ..engine.output import SpecEditPipelineOutput, StageClock
+from ..engine.pipeline import SpecEditMixin, per_image
+from ..engine.registry import Model, register
+from ..sampling.grid import BLOCK, PATCH, Grid
+from ..sampling.layout import SequenceLayout, table_positions
+
+logger = logging.getLogger("specedit_kernels")
+
+
+# Qwen-Image-Edit's own: of a draft without guidance, of one with it, which departs further from its source. Found with
+# the tiny one on 188 and 96 such edits (2 of 9 steps): .979 at 17.9 % of the tokens, and with true_cfg_scale 4 between
+# .986 at 18.1 % (.3) and .980 at 16.6 % (.5). Its other drafts and metrics are not calibrated, and take those above.
+THRESHOLDS: dict[tuple[str, str, str], tuple[float, float]] = {("decoder", "matched", "coarse"): (0.03, 0.4)}
+
+
+def one_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """The convolution's forward, which computes a lone frame in two dimensions: before it there are zeros alone, so of
+    each kernel the last slice is all that counts, a third of the work."""
+    if x.shape[2] != 1 or cache_x is not None:
+        return type(conv).forward(conv, x, cache_x)
+    padding = (conv._padding[2], conv._padding[0])
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+
+
+@contextlib.contextmanager
+def lone_frames(vae: torch.nn.Module) -> Iterator[None]:
+    """Within it `one_frame` serves the causal convolutions of an AutoencoderKLQwenImage."""
+    convs = [m for m in vae.modules() if isinstance(m, QwenImageCausalConv3d) and "forward" not in vars(m)]
+    try:
+        for conv in convs:
+            conv.forward = partial(one_frame, conv)
+        yield
+    finally:
+        for conv in convs:
+            vars(conv).pop("forward", None)
+
+
+class QwenCodec:
+    """AutoencoderKLQwenImage: a causal video autoencoder with one frame, a mean and a deviation for each channel.
+
+    Latents are clean, normalised ones, [B, C, H, W]; the axis of frames is added and taken away here.
+    """
+
+    def __init__(self, vae: AutoencoderKLQwenImage):
+        self.vae = vae
+        self.token = PATCH * 2 ** len(vae.temperal_downsample)
+        self._brought: dict[tuple, Tensor] = {}
+
+    def _channels(self, name: str, like: Tensor) -> Tensor:
+        key = (name, like.device, like.dtype)
+        if key not in self._brought:  # once: the copy waits for all that the device was given before
+            values = torch.tensor(self.vae.config[name]).view(1, -1, 1, 1, 1)
+            self._brought[key] = values.to(like.device, like.dtype)
+        return self._brought[key]
+
+    def mode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, h, w] -> the posterior's mode, as the model has it: [B, C, 1, H, W]."""
+        return self.vae.encode(pixels[:, :, None]).latent_dist.mode()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, h, w] -> latents, the mode of the posterior."""
+        return self.scaled(self.mode(pixels))
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The model's own latents -> normalised ones, without the axis of frames."""
+        mean = self._channels("latents_mean", latents)
+        return ((latents - mean) / self._channels("latents_std", latents))[:, :, 0]
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        # a division by the rounded reciprocal: the pipelines of diffusers do so, and their bits are ours
+        x = latents[:, :, None].to(self.vae.dtype)
+        reciprocal = 1.0 / self._channels("latents_std", x)
+        return x / reciprocal + self._channels("latents_mean", x)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels in [-1, 1], [B, 3, h, w]."""
+        return self.pixels(self.unscaled(latents))
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The model's own latents [B, C, 1, H, W] -> pixels in [-1, 1], [B, 3, h, w]."""
+        return self.vae.decode(latents, return_dict=False)[0][:, :, 0]
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block.
+
+        A first frame sees zeros before it, so the layers need no cache of earlier frames.
+        """
+        bring_in(self.vae)
+        x = self.vae.post_quant_conv(self.unscaled(latents))
+        return [f[:, :, 0] for f in decoder_features(self.vae.decoder, x)]
+
+
+def modulation(transformer: QwenImageTransformer2DModel, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Shifts, scales and gates of all blocks: (image [R, L 6 C], text [R, L 6 C + 2 C]), for R timesteps.
+
+    timestep: [R] in [0, 1000]. like: a tensor of the tokens' dtype. The last 2 C of the text's are the output norm's
+    scale and shift. With zero_cond_t the image's are [R, 2, L 6 C], the second row that of clean pictures.
+    """
+    blocks, at = transformer.transformer_blocks, timestep.to(like.dtype) / 1000
+
+    def emb(at: Tensor) -> Tensor:
+        return F.silu(transformer.time_text_embed(at, like))
+
+    def of_image(emb: Tensor) -> Tensor:
+        return torch.cat([block.img_mod[1](emb) for block in blocks], dim=-1)
+
+    moving = emb(at)
+    image = of_image(moving)
+    if transformer.zero_cond_t:
+        clean = of_image(emb(torch.zeros_like(at[:1])))
+        image = torch.stack([image, clean.expand_as(image)], dim=1)
+    text = torch.cat([*(block.txt_mod[1](moving) for block in blocks), transformer.norm_out.linear(moving)], dim=-1)
+    return image, text
+
+
+def double_block(
+    block: QwenImageTransformerBlock, text: Tensor, image: Tensor, sequence: MixedSequence, kept: Kept | None,
+    image_mod: Tensor, text_mod: Tensor, last: bool,
+) -> None:  # fmt: skip
+    """QwenImageTransformerBlock on text [B, T, C] and image tokens [B, N, C], in place.
+
+    kept: where its keys and values go, None to forget them. image_mod: [B, 6 C], or [B, 2, 6 C] where the sequence says
+    which of them is whose; text_mod: [B, 6 C]. last: nothing reads the text behind this block's attention.
+    """
+    attn, n, which = block.attn, sequence.text, sequence.modulate
+    (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=-1)
+    (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=-1)
+    dim = attn.inner_dim // attn.heads
+    q = image.new_empty(image.shape[0], n + image.shape[1], attn.heads, dim)
+    k, v = places(q, kept, sequence)
+
+    def place(x: Tensor, at: slice, layers: tuple[torch.nn.Module, ...]) -> None:
+        *projections, norm_q, norm_k = layers
+        rows = None if sequence.rows is None else sequence.rows[:, at]
+        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
+        ops.qk_norm_rope_scatter_(
+            q[:, at], k_out, v_out, *(part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, x)),
+            sequence.cos[:, at], sequence.sin[:, at],
+            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
+        )  # fmt: skip
+
+    if n:  # else the keys and values of the text are kept ones
+        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.txt_norm1.eps)
+        place(words, slice(0, n),
+              (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k))  # fmt: skip
+    spots = ops.adaln_modulate(image, i_scale, i_shift, modulation_index=which, eps=block.img_norm1.eps)
+    place(spots, slice(n, None), (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k))
+    renew(kept, sequence)
+    out = attend(q, k, v, sequence)
+    if n and not last:
+        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
+        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.txt_norm2.eps)
+        ops.gated_residual_add_(text, feed_forward(block.txt_mlp, words), t_gate2)
+    out = attn.to_out[0](out[:, n:])
+    for layer in attn.to_out[1:]:
+        out = layer(out)
+    ops.gated_residual_add_(image, out, i_gate, modulation_index=which)
+    spots = ops.adaln_modulate(image, i_scale2, i_shift2, modulation_index=which, eps=block.img_norm2.eps)
+    ops.gated_residual_add_(image, feed_forward(block.img_mlp, spots), i_gate2, modulation_index=which)
+
+
+Block = Callable[..., None]
+
+
+@functools.cache
+def compiled_block() -> Block:
+    """`double_block` under torch.compile, without a graph break."""
+    return torch.compile(double_block, fullgraph=True)
+
+
+def fused_forward(
+    transformer: QwenImageTransformer2DModel,
+    tokens: Tensor,
+    embeds: Tensor,
+    modulation: tuple[Tensor, Tensor],
+    sequence: MixedSequence,
+    cache: list[Kept] | None = None,
+    block: Block = double_block,
+) -> Tensor:
+    """Velocity of image tokens [B, S, 4C]: QwenImageTransformer2DModel.forward.
+
+    embeds: [B, T, E], T = sequence.text. modulation: of `modulation`, a row for each sample. cache: of each block,
+    where its keys and values outlive the step: it writes those of its tokens, and attends to all.
+    """
+    image = transformer.img_in(tokens)
+    text = transformer.txt_in(transformer.txt_norm(embeds)) if sequence.text else image[:, :0]
+    layers, width = transformer.transformer_blocks, 6 * transformer.inner_dim
+    of_image, of_text = modulation
+    for i, layer in enumerate(layers):
+        own = slice(i * width, (i + 1) * width)
+        kept, last = None if cache is None else cache[i], i == len(layers) - 1
+        block(layer, text, image, sequence, kept, of_image[..., own], of_text[:, own], last)
+        if image.dtype == torch.float16:
+            # sums beyond its range end at its ends, as in the blocks of diffusers
+            text.clip_(-65504, 65504)
+            image.clip_(-65504, 65504)
+    scale, shift = of_text[:, len(layers) * width :].chunk(2, dim=1)
+    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+
+
+class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
+    """For QwenDoubleStreamAttnProcessor2_0; `specedit_layout` is the mixed sequence's."""
+
+    def __init__(self, inner: QwenDoubleStreamAttnProcessor2_0, transformer: torch.nn.Module, name: str):
+        super().__init__(inner, transformer, name)
+        block = transformer.get_submodule(name.removesuffix(".attn.processor"))
+        # the transformer computes the index of the modulation from whole pictures: a mixed sequence brings its own
+        self._hook = None
+        if block.zero_cond_t:
+            self._hook = block.register_forward_pre_hook(own_modulation, with_kwargs=True)
+
+    def remove(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        specedit_layout: AttentionLayout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if specedit_layout is None:
+            return self.inner(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+            )
+        text = encoder_hidden_states
+        # -1 for the heads: tensor parallelism shards them
+        head_dim = attn.inner_dim // attn.heads
+        q, k, v, tq, tk, tv = (
+            x.unflatten(-1, (-1, head_dim))
+            for x in (
+                attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states),
+                attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text),
+            )
+        )  # fmt: skip
+        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+        q, k, tq, tk = (x if norm is None else norm(x) for norm, x in zip(norms, (q, k, tq, tk)))
+        out = joint_attention(attn, (tq, tk, tv), (q, k, v), specedit_layout)
+        length = text.shape[1]
+        image = attn.to_out[0](out[:, length:].contiguous())
+        if len(attn.to_out) > 1:
+            image = attn.to_out[1](image)
+        return image, attn.to_add_out(out[:, :length].contiguous())
+
+
+def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
+    layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
+    if layout is None or layout.modulate is None:
+        return None
+    return args, {**kwargs, "modulate_index": layout.modulate}
+
+
+@dataclass
+class QwenText(Text):
+    """embeds [B, T, E], mask [B, T] (0 or False: padding) or None where every token counts."""
+
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class QwenLayout:
+    """shapes: (frames, rows, columns) of each picture, from which the transformer makes positions of its own.
+
+    attention: the mixed sequence's, None for whole pictures.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    attention: AttentionLayout | None
+
+
+def _shapes(grids: Sequence[Grid]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((1, rows, columns) for rows, columns in grids)
+
+
+def text_offset(grids: Sequence[Grid]) -> int:
+    """Position of the first text token on all three axes: past the largest half side of the centred pictures."""
+    return max(max(rows // 2, columns // 2) for rows, columns in grids)
+
+
+def centred(positions: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """(picture, row, column) from the top left corner -> Qwen's positions, rows and columns counted from the centre.
+
+    positions: fp32 [n, 3]; picture i has the grid grids[i]. A side of n tokens runs from -ceil(n / 2).
+    """
+    start = torch.tensor([[0, -(-r // 2), -(-c // 2)] for r, c in grids], dtype=torch.float32)
+    return positions - start.to(positions.device)[positions[:, 0].long()]
+
+
+def rotary_table(positions: Tensor, axes: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
+    """Tables (cos, sin), fp32 [n, sum(axes)], for positions fp32 [n, len(axes)], fractions allowed.
+
+    Neighbouring channels share an angle: position * theta^(-2i / axis) for pair i of an axis.
+    """
+    angles = []
+    for i, dim in enumerate(axes):
+        power = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device).div(dim)
+        angles.append(torch.outer(positions[:, i], 1.0 / torch.pow(theta, power)))
+    angle = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
+    return angle.cos(), angle.sin()
+
+
+class QwenImageEditModel(EditModel):
+    """QwenImageTransformer2DModel with AutoencoderKLQwenImage."""
+
+    thresholds = THRESHOLDS
+
+    @property
+    def blocks(self) -> int:
+        return self.transformer.config.num_layers
+
+    def embedder(self) -> torch.nn.Module:
+        return self.transformer.img_in
+
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
+        # Smaller pictures are a plain run of their own, so the text stands where that has it, right behind them.
+        return QwenLayout(_shapes(grids), None)
+
+    def _turns(self, text: QwenText, layout: QwenLayout) -> Tensor:
+        """Complex rotary table of text and whole pictures, [tokens, head dim / 2]."""
+        device, length = text.embeds.device, text.embeds.shape[1]
+        return torch.cat(self.transformer.pos_embed([list(layout.shapes)], device=device, max_txt_seq_len=length)[::-1])
+
+    def watched_layout(
+        self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> QwenLayout:
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        turn = self._turns(text, layout)
+        cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
+        bias = None
+        if text.mask is not None:
+            bias = cos.new_zeros(cos.shape[:2])
+            bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
+        return replace(layout, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
+
+    def mixed_layout(
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> QwenLayout:
+        device = layout.index.device
+        batch, length = text.embeds.shape[:2]
+        embedding, grids = self.transformer.pos_embed, (pictures.target, *pictures.references)
+        table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
+        words = torch.arange(length, dtype=torch.float32, device=device)[:, None] + text_offset(grids)
+        axes, theta = embedding.axes_dim, embedding.theta
+        ahead = rotary_table(words.expand(length, 3), axes, theta)
+        behind = rotary_table(centred(table, grids), axes, theta)
+        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind))
+        bias = None
+        if key_bias or text.mask is not None:
+            bias = cos.new_zeros(batch, length + layout.capacity)
+            if key_bias:
+                bias[:, length:] = key_bias_in_order(pictures, layout)
+            if text.mask is not None:
+                bias[:, :length].masked_fill_(~text.mask.to(device, torch.bool), float("-inf"))
+        modulate = None
+        if self.transformer.zero_cond_t:
+            modulate = (~layout.target_slots()).int()
+        lengths = layout.lengths + length if padded else None
+        attention = AttentionLayout(cos, sin, bias, lengths, modulate)
+        if cached:
+            attention = replace(attention, cache=self.new_cache(), fresh=layout.fine_lengths + length)
+        # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
+        return QwenLayout(_shapes([(1, 1)]), attention)
+
+    def first_layout(
+        self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
+    ) -> QwenLayout:
+        return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1], first, lock_text))
+
+    def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
+        kwargs = dict(self.attention_kwargs)
+        if layout.attention is not None:
+            kwargs["specedit_layout"] = layout.attention
+        start = 0 if layout.attention is None else layout.attention.start
+        return self.transformer(
+            hidden_states=tokens,
+            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+            guidance=self.guidance,
+            # in a mixed sequence the key bias holds the mask
+            encoder_hidden_states_mask=text.mask if layout.attention is None else None,
+            encoder_hidden_states=text.embeds[:, start:],
+            img_shapes=[list(layout.shapes)] * tokens.shape[0],
+            attention_kwargs=kwargs,
+            return_dict=False,
+        )[0]
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Guidance with each token's velocity brought back to the length of its conditional one."""
+        guided = negative + scale * (positive - negative)
+        length = torch.norm(positive, dim=-1, keepdim=True)
+        return guided * (length / torch.norm(guided, dim=-1, keepdim=True))
+
+
+class FusedQwenModel(FusedModel, QwenImageEditModel):
+    """The same model through `qwen_fused`, its steps and its autoencoder launched by a runner."""
+
+    # Two branches run as one batch where their texts differ by no more tokens than this: the shorter one is padded.
+    JOINED = 256
+
+    # the timesteps of the last call of `moments`, and what it gave
+    _moments: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
+    # the same of `joined`, which every step asks
+    _joined: tuple[tuple[QwenText, ...], QwenText | None] = ((), None)
+
+    @property
+    def _block(self) -> Block:
+        return compiled_block() if self.runner.name == "compile" else double_block
+
+    def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
+        before = self._joined[0]
+        if len(before) != len(texts) or any(a is not b for a, b in zip(before, texts)):
+            self._joined = tuple(texts), self._join(texts)
+        return self._joined[1]
+
+    def _join(self, texts: Sequence[QwenText]) -> QwenText | None:
+        lengths = [text.embeds.shape[1] for text in texts]
+        longest = max(lengths)
+        if len(texts) == 1 or longest - min(lengths) > self.JOINED:
+            return None
+        embeds = torch.cat([F.pad(x.embeds, (0, 0, 0, longest - n)) for x, n in zip(texts, lengths)])
+        if min(lengths) == longest and all(text.mask is None for text in texts):
+            return QwenText(embeds, None)
+        masks = [x.embeds.new_ones(x.embeds.shape[:2]) if x.mask is None else x.mask for x in texts]
+        return QwenText(embeds, torch.cat([F.pad(m.bool(), (0, longest - n)) for m, n in zip(masks, lengths)]))
+
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+        layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        device = text.embeds.device
+        turn = self._turns(text, layout)[None]
+        counts = [math.prod(grid) for grid in grids]
+        bias = modulate = None
+        if text.mask is not None:
+            bias = turn.real.new_zeros(batch, length + sum(counts))
+            bias[:, :length].masked_fill_(~text.mask.to(device, torch.bool), float("-inf"))
+        if self.transformer.zero_cond_t:
+            behind = torch.arange(sum(counts), device=device) >= counts[0]
+            modulate = behind.int().expand(batch, -1).contiguous()
+        cos, sin = turn.real.contiguous(), turn.imag.contiguous()
+        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate))
+
+    def mixed_layout(
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> FusedLayout:
+        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
+        return self._mixed(text, layout, same, cached, modulate=same.modulate)
+
+    def first_layout(
+        self, text: QwenText, layout: FusedLayout, first: int | None, lock_text: bool = False
+    ) -> FusedLayout:
+        made = super().first_layout(text, layout, first, lock_text)
+        modulate = made.sequence.modulate
+        if modulate is None or first is None:
+            return made
+        return replace(made, sequence=replace(made.sequence, modulate=modulate[:, :first].contiguous()))
+
+    def moments(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
+        if self._moments[0] is not timesteps:
+            with self._scaled():
+                found = modulation(self.transformer, timesteps, text.embeds)
+            self._moments = timesteps, list(zip(*(x.split(1) for x in found)))
+        return self._moments[1]
+
+    def velocity(
+        self, text: QwenText, tokens: Tensor, moment: tuple[Tensor, Tensor], layout: FusedLayout
+    ) -> Tensor:
+        sequence, cache = layout.sequence, layout.cache
+        names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")
+        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=moment[0], of_text=moment[1])
+        inputs |= {name: getattr(sequence, name) for name in names}
+
+        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Tensor | None) -> Tensor:
+            modulation = tuple(x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
+            with self._scaled():
+                return fused_forward(
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._block
+                )
+
+        rows = None if cache is None else cache[0][0].shape[1]
+        tag = ("step", id(self.transformer), sequence.text, sequence.passing,
+               self.attention_kwargs.get("scale"), rows)  # fmt: skip
+        return self.runner(tag, step, inputs, layout.buffers)
+
+    def _with_vae(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        vae = self.codec.vae
+
+        def run(x: Tensor) -> Tensor:
+            with lone_frames(vae):
+                return function(x)
+
+        # scaling stays outside: its numbers come from the host on every call
+        return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
+        return self.codec.scaled(self._with_vae("encode", self.codec.mode, pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._with_vae("decode", self.codec.pixels, self.codec.unscaled(latents))
+
+
+def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
+    """Options of the command's calls: a folder's area in pixels, guidance 4 against a blank text where not told else."""
+    options: dict[str, Any] = {"true_cfg_scale": 4.0 if true_cfg_scale is None else true_cfg_scale}
+    if "resolution" in settings:
+        options["max_area"] = settings["resolution"] ** 2
+    if options["true_cfg_scale"] > 1:
+        options["negative_prompt"] = " "
+    return options
+
+
+class _SpecEditQwenMixin(SpecEditMixin):
+    """The call of both Qwen pipelines; a class says which pictures the text encoder and the model see."""
+
+    STEPS_OF_PLAIN = 50
+    RUNNERS = RUNNERS
+
+    def _seen(
+        self, image: PIL.Image.Image | list[PIL.Image.Image], max_area: int | None
+    ) -> tuple[Any, list[tuple[list[PIL.Image.Image], tuple[int, int]]], tuple[int, int]]:
+        """(pictures for the text encoder, [(pictures of one reference, its (height, width))], default output size)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        true_cfg_scale: float = 4.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int = 512,
+        max_area: int | None = None,
+        specedit: SpecEditConfig | bool | None = None,
+        mask_image: PipelineImageInput | None = None,
+    ) -> SpecEditPipelineOutput | tuple:
+        if specedit is False:
+            for name, value in (("mask_image", mask_image), ("max_area", max_area)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None where SpecEdit is off")
+            return super().__call__(
+                image=image,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                true_cfg_scale=true_cfg_scale,
+                height=height,
+                width=width,
+                num_inference_steps=self.STEPS_OF_PLAIN if num_inference_steps is None else num_inference_steps,
+                sigmas=sigmas,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                prompt_embeds_mask=prompt_embeds_mask,
+                negative_prompt_embeds=negative_prompt_embeds,
+                negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+                output_type=output_type,
+                return_dict=return_dict,
+                attention_kwargs=attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+            )
+        steps = len(sigmas) if sigmas is not None else num_inference_steps
+        specedit, counts = self._resolve(specedit, steps, mask_image is None, output_type)
+        images = image if isinstance(image, list) else [image]
+        for i, picture in enumerate(images):
+            if not isinstance(picture, PIL.Image.Image):
+                raise TypeError(f"image: expected a PIL image or a list of them, got {type(picture).__name__} at {i}")
+        if not images:
+            raise ValueError("image: expected at least one picture, got an empty list")
+        shown, references, default = self._seen(image, max_area)
+        height, width = self._output_size(height, width, default)
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = dict(attention_kwargs or {})
+        self._current_timestep = None
+        self._interrupt = False
+        runner = self._runner(specedit)
+        device = self._device_of(runner)
+        clock = StageClock(device)
+
+        # text
+        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        if true_cfg_scale > 1 and not has_negative:
+            logger.warning("true_cfg_scale %g is without effect: no negative_prompt is given", true_cfg_scale)
+
+        def encode_text(prompt, embeds, mask) -> QwenText:
+            # one of each: encode_prompt itself repeats embeddings and masks in different orders
+            embeds, mask = self.encode_prompt(
+                image=shown,
+                prompt=prompt,
+                prompt_embeds=embeds,
+                prompt_embeds_mask=mask,
+                device=device,
+                num_images_per_prompt=1,
+                max_sequence_length=max_sequence_length,
+            )
+            repeated = [x if x is None else x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, mask)]
+            return QwenText(*repeated)
+
+        prompts = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
+        self._check_batch(prompts)
+        positive = encode_text(prompt, prompt_embeds, prompt_embeds_mask)
+        batch, dtype = positive.embeds.shape[0], positive.embeds.dtype
+        negative = None
+        if true_cfg_scale > 1 and has_negative:
+            negative = encode_text(negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask)
+            if negative.embeds.shape[0] != batch:
+                got = negative.embeds.shape[0] // num_images_per_prompt
+                raise ValueError(f"negative_prompt: expected as many as prompts, {prompts}, got {got}")
+
+        # pictures, each at its own size; the edited ones at the output's too, where tokens of both are compared
+        def pixels_of(pictures: list[PIL.Image.Image], size: tuple[int, int]) -> Tensor:
+            found = self.image_processor.preprocess(pictures, *size).to(device)
+            if found.shape[1] != 3:
+                raise ValueError(f"image: expected pictures with 3 channels (RGB), got {found.shape[1]} channels")
+            return found
+
+        edited, own_size = references[0]
+        pixels = pixels_of(edited, (height, width))
+        behind = [pixels if own_size == (height, width) else pixels_of(edited, own_size)]
+        behind += [pixels_of(*reference) for reference in references[1:]]
+
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            if guidance_scale is None:
+                raise ValueError("guidance_scale: expected a number for a guidance-distilled model, got None")
+            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
+        parts = (self.transformer, self.vae, guidance, self._attention_kwargs)
+        model = QwenImageEditModel(*parts) if runner is None else FusedQwenModel(*parts, runner)
+
+        def encode(at: Tensor) -> Tensor:
+            at = at.to(dtype)
+            if runner is not None:
+                return per_image(model.encode(at), "image", batch)
+            return per_image(self._encode_vae_image(at[:, :, None], generator)[:, :, 0], "image", batch)
+
+        return self._edit(
+            model=model,
+            config=specedit,
+            counts=counts,
+            positive=positive,
+            negative=negative,
+            true_cfg_scale=true_cfg_scale,
+            pixels=pixels,
+            references=behind,
+            encode=encode,
+            generator=generator,
+            latents=latents,
+            sigmas=sigmas,
+            mask_image=mask_image,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            output_type=output_type,
+            return_dict=return_dict,
+            clock=clock,
+            runner=runner,
+        )
+
+    def _check_batch(self, prompts: int) -> None:
+        """ValueError for a number of prompts that the pipeline does not take."""
+
+    def size_of(self, image: PIL.Image.Image, max_area: int | None = None) -> tuple[int, int]:
+        """(height, width) that a lone picture is brought to: its ratio, `max_area` pixels (1024 * 1024 if None)."""
+        return self._seen(image, max_area)[2]
+
+    def _output_size(self, height: int | None, width: int | None, default: tuple[int, int]) -> tuple[int, int]:
+        """Output size by the diffusers pipeline's rules, in whole blocks."""
+        wanted = (height or default[0], width or default[1])
+        multiple = self.vae_scale_factor * PATCH * BLOCK
+        fitted = tuple(max(side // multiple, 1) * multiple for side in wanted)
+        if fitted != wanted:
+            logger.info("height and width are adjusted from %dx%d to %dx%d", *wanted, *fitted)
+        return fitted
+
+
+def _size(module: Any, area: int, image: PIL.Image.Image) -> tuple[int, int]:
+    """(height, width) that the diffusers pipeline brings a picture to for an area in pixels."""
+    width, height = module.calculate_dimensions(area, image.width / image.height)[:2]
+    return height, width
+
+
+class SpecEditQwenImageEditPipeline(_SpecEditQwenMixin, QwenImageEditPipeline):
+    """QwenImageEditPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
+
+    Made by `from_pretrained` or `from_pipe` like any pipeline; weights are never touched. Differences in the call:
+
+    specedit: a SpecEditConfig; None takes the pipeline's default; False runs QwenImageEditPipeline's own call,
+        untouched.
+    mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
+        any white pixel is edited.
+    num_inference_steps: None takes the steps of the config; a number scales its stages to that many.
+    max_area: pixels of the source and of the output where height and width are left out, 1024 * 1024 if None.
+    height, width: as in QwenImageEditPipeline, rounded down to multiples of 32 pixels (whole 2x2 blocks of tokens; it
+        has 16). Where they are not the source's own (its ratio at `max_area`), the model sees the source at that own
+        size, all of it fine in mixed steps, and a copy at the output's size is what a draft is compared with and what
+        stays outside the edit.
+    image: a PIL picture, or a list with one or as many as prompts; all are brought to the size of the first. Picture
+        and prompt i give the images i * num_images_per_prompt and following.
+    latents: packed white noise on the fine grid, [B, N, 4C].
+    true_cfg_scale: both branches share one draft, one mask and one layout.
+    callback_on_step_end: `latents` holds the packed tokens of the step at hand: coarse grid, mixed sequence
+        (target, then condition slots), or fine grid.
+    """
+
+    def _seen(self, image, max_area):
+        images = image if isinstance(image, list) else [image]
+        size = _size(pipeline_qwenimage_edit, 1024 * 1024 if max_area is None else max_area, images[0])
+        # a list reaches the text encoder as it is given: so it does in QwenImageEditPipeline
+        return self.image_processor.resize(image, *size), [(images, size)], size
+
+
+class SpecEditQwenImageEditPlusPipeline(_SpecEditQwenMixin, QwenImageEditPlusPipeline):
+    """QwenImageEditPlusPipeline (2509, 2511) with SpecEdit; the call is SpecEditQwenImageEditPipeline's but for:
+
+    image: a PIL picture or a list of them, all of one prompt. The first is the one that is edited: the draft is
+        compared with it, what does not change is taken from it, and its condition tokens are coarse outside the edit.
+        The others are seen whole: fine in mixed steps (`coarse_references=True`: coarse), at the stage's resolution in
+        coarse and draft steps.
+    height, width: as in QwenImageEditPlusPipeline, whose default is the ratio of the *last* picture. Give the first
+        one's where they differ: else the first is stretched to the last one's ratio before it is compared, and it
+        stays fine in mixed steps, because its tokens lie on another grid than the output's.
+    prompt: one; `num_images_per_prompt` gives several images.
+    """
+
+    def _seen(self, image, max_area):
+        images, module = image if isinstance(image, list) else [image], pipeline_qwenimage_edit_plus
+        area = module.VAE_IMAGE_SIZE if max_area is None else max_area
+        sizes = [_size(module, area, x) for x in images]
+        shown = [self.image_processor.resize(x, *_size(module, module.CONDITION_IMAGE_SIZE, x)) for x in images]
+        return shown, [([x], size) for x, size in zip(images, sizes)], sizes[-1]
+
+    def _check_batch(self, prompts: int) -> None:
+        if prompts > 1:
+            raise ValueError(f"prompt: QwenImageEditPlusPipeline takes one prompt a call, got {prompts}")
+
+
+register(
+    Model(
+        name="qwen_image_edit",
+        pipelines={
+            QwenImageEditPipeline: SpecEditQwenImageEditPipeline,
+            QwenImageEditPlusPipeline: SpecEditQwenImageEditPlusPipeline,
+        },
+        processors={QwenDoubleStreamAttnProcessor2_0: SpecEditQwenAttnProcessor},
+        codecs={AutoencoderKLQwenImage: QwenCodec},
+        command=_command,
+        pre_hooks=(own_modulation,),
+        several_pictures=("QwenImageEditPlusPipeline",),
+    )
+)
