@@ -24,7 +24,7 @@ from specedit_kernels.flash_edit.cosi import (  # noqa: E402
     teacher_loss,
     teacher_noise,
 )
-from specedit_kernels.flash_edit.low_rank import (  # noqa: E402
+from specedit_kernels.flash_edit.cosi.low_rank import (  # noqa: E402
     add_low_rank,
     low_rank_state,
     merged_copy,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashEdit on tiny models with random weights: what its parts leave as it is, what they change, options, errors."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from specedit_kernels import (  # noqa: E402
 )
 from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
 from specedit_kernels.flash_edit import stages as flash_stages  # noqa: E402
-from specedit_kernels.flash_edit.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
+from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
 from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
@@ -299,7 +300,15 @@ def test_a_model_folder_brings_its_weights_and_they_go_where_the_pipeline_goes(p
         (tmp_path / COSI / name).write_bytes((weights / name).read_bytes())
     pipe = FlashEditFluxKontextPipeline.from_pretrained(tmp_path)
     assert pipe.to(torch.float64) is pipe
-    assert {pipe._generator.dtype, pipe._inverter.dtype, pipe.transformer.dtype} == {torch.float64}
+    layer, like = pipe.transformer.x_embedder, pipe.transformer.x_embedder.weight
+    assert like.dtype == torch.float64
+    for change in (pipe._generator, pipe._inverter):
+        assert {x.dtype for x in change.of(layer, like)} == {torch.float64}
+    # and they are saved with it, under the stock class's name
+    pipe.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+    again = FlashEditFluxKontextPipeline.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(x, y) for n, pair in pipe._generator.layers.items() for x, y in zip(pair, again._generator.layers[n]))
 
 
 def test_the_edit_region_has_white_noise_unless_told_otherwise(plain, weights, monkeypatch):
@@ -323,7 +332,8 @@ def test_the_edit_region_has_white_noise_unless_told_otherwise(plain, weights, m
     assert run(pipe, white(), region_noise="inverted").stats.inverted
 
 
-def test_without_weights_the_noise_is_white_and_it_says_so(pipe, caplog):
+def test_without_weights_the_noise_is_white_and_it_says_so(plain, caplog):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)  # which says it once
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         with_cosi = run(pipe, white(4))
         assert "the noise is white" in caplog.text

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SpecEditFluxKontextPipeline on a tiny model with random weights: exactness, bookkeeping, options, errors."""
 
+import inspect
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
@@ -613,14 +614,18 @@ def test_grids_that_are_no_multiple_of_the_draft(pipe, height, width):
         ((128, 128), dict(height=64, width=256), {}, (64, 256)),
         ((100, 100), {}, dict(max_area=1024**2, _auto_resize=True), (1024, 1024)),
         ((688, 1504), {}, dict(max_area=1024**2, _auto_resize=True), (672, 1504)),
+        # a side under a token: the ratio stays, as far as one block leaves it
+        ((2, 900), {}, dict(max_area=512 * 512), (32, 8192)),
+        ((900, 15), {}, dict(max_area=512 * 512), (3936, 64)),
     ],
 )
 def test_output_size(pipe, size, given, options, expected):
     rules = dict(max_area=128 * 128, _auto_resize=False, **given)
     rules.update(options)
     auto = rules.pop("_auto_resize")
-    got = pipe._output_size(tiny_image(*size), rules.get("height"), rules.get("width"), rules["max_area"], auto)
-    assert got == expected
+    given = inspect.signature(pipe.__call__).bind(image=tiny_image(*size), _auto_resize=auto, **rules)
+    given.apply_defaults()
+    assert pipe._size(pipeline.Call(**given.arguments)) == expected
 
 
 def test_images_per_prompt_generators_and_latents(pipe):

@@ -686,7 +686,7 @@ def test_max_area_is_that_of_source_and_output(edit, plus, monkeypatch):
         (
             dict(qwen_text(batch=2, negative=True)),
             ValueError,
-            "negative_prompt: expected as many as prompts, 1, got 2",
+            "negative_prompt_embeds: expected 1, got 2",
         ),
     ],
 )

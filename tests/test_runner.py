@@ -102,7 +102,6 @@ def test_slots_come_by_a_sixteenth():
 def warnings(caplog):
     # the command line silences this logger for its process
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
-        pipeline._warn_once.cache_clear()
         yield caplog
 
 
@@ -137,7 +136,7 @@ def edit(pipe, name, columns=2, seed=0, **options):
 
 
 def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
-    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: ("", []))
+    monkeypatch.setattr(pipeline, "inspect_weights", lambda *arguments: ("", []))
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
     pipe.set_progress_bar_config(disable=True)
     first = edit(pipe, "graph", 5)
@@ -161,7 +160,7 @@ def test_what_a_runner_has_ruled_out_is_not_looked_for(stubbed, monkeypatch):
     def fail(*arguments):
         raise AssertionError("all modules are walked")
 
-    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: ("", list(lie)))
+    monkeypatch.setattr(pipeline, "inspect_weights", lambda *arguments: ("", list(lie)))
     monkeypatch.setattr(SpecEditFluxKontextPipeline, "_arrange", lambda pipe: bool(arranged.append(lie[0])))
     monkeypatch.setattr(SpecEditFluxKontextPipeline, "_execution_device", property(fail))
     monkeypatch.setattr(SpecEditFluxKontextPipeline, "maybe_free_model_hooks", fail)
@@ -214,7 +213,7 @@ def test_the_signature_changes_with_weights_and_adapters():
 
 
 def test_disabling_frees_the_runner(stubbed, monkeypatch):
-    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: ("", []))
+    monkeypatch.setattr(pipeline, "inspect_weights", lambda *arguments: ("", []))
     pipe = tiny_pipeline()
     enable_specedit(pipe)
     edit(pipe, "graph")

@@ -19,6 +19,7 @@ from flux_kontext import Bench, Row, region, run_rows, setting
 
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline
 from specedit_kernels.engine.config import RUNNERS
+from specedit_kernels.engine.low_rank import LowRankChange
 
 
 class FlashBench(Bench):
@@ -28,12 +29,23 @@ class FlashBench(Bench):
         super().__init__(args)
         self.flash = FlashEditFluxKontextPipeline(**self.pipe.components)
         self.flash.set_progress_bar_config(disable=True)
-        self.flash._inverter = self.flash.transformer
+        # of the shipped weights' ranks, for every linear layer, as training makes them
+        self.flash._generator, self.flash._inverter = (self.change(rank) for rank in (80, 20))
         wide, pooled = self.options["prompt_embeds"], self.options["pooled_prompt_embeds"]
         self.options |= {
             "negative_prompt_embeds": torch.randn_like(wide[:, : args.source_length]),
             "negative_pooled_prompt_embeds": torch.randn_like(pooled),
         }
+
+    def change(self, rank):
+        """A random low-rank change of all linear layers, small beside their weights."""
+        found = {}
+        for name, layer in self.flash.transformer.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                out, inner = layer.weight.shape
+                r = min(rank, out, inner)
+                found[name] = [1e-3 * torch.randn(n, m, dtype=torch.bfloat16) for n, m in ((r, inner), (out, r))]
+        return LowRankChange(found)
 
     def edit(self, mask=None, **options):
         stats = self.flash(specedit=FlashEditConfig(**options), mask_image=mask, **self.options).stats

@@ -23,7 +23,7 @@ from judge import judge_edits
 from scenes import EVALUATION_COUNTS
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
 from specedit_kernels.flash_edit.pipeline import GENERATOR
-from specedit_kernels.flash_edit.low_rank import merged_copy
+from specedit_kernels.engine.low_rank import LowRankChange
 from table_measures import grow, masked_psnr, mean, median, recall_precision, to_pixels
 from table_runs import (
     SHIPPED,
@@ -176,7 +176,7 @@ def main(argv=None):
             pipe.load_cosi(args.cosi)
     before = Path(args.cosi) / "distilled" / GENERATOR
     if before.is_file():
-        pipes["distilled"]._generator = merged_copy(runner.pipe.transformer, before)
+        pipes["distilled"]._generator = LowRankChange.load(before)
     # the first kind: its edits and their seeds are those of the whole set
     edits = make_set(device, args.size, args.limit, {"local": EVALUATION_COUNTS["local"]})
     say(f"{len(edits)} edits are drawn")

@@ -92,8 +92,71 @@ def _flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Options that every method has. Every wrong value raises ValueError or TypeError that names the field.
+
+    preserve: None, or "pixels": pixels outside the feathered edit region are the source's own.
+    feather: width in pixels of the seam, outside the edit region, over which "pixels" blends.
+    dilation: radius, in fine tokens, by which the edited region is grown.
+    uniform_stride: every k-th block a side is recomputed too (SpecEdit has 3); 0 for none.
+    min_active: with fewer edited tokens than this nothing has changed, and the source is returned.
+    max_active: above this share of active blocks all tokens are computed.
+    coarse_references: in mixed steps, tokens of further reference pictures, which no edit mask covers, are all coarse
+        (False: all fine). In coarse and draft steps every picture has the resolution of the step.
+    kv_cache_dtype: how keys and values that outlive a step are kept. "auto": as the model computes. "fp8": e4m3 and a
+        scale for each token and head, half the memory; a step converts those of one layer at a time.
+    selection: "score", or a control at an equal number of blocks: "random" or "uniform".
+    runner: how the transformer's steps run. "eager": its own forward; the default on every device, since its numbers
+        are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused":
+        the same modules in about a third of the launches, and the autoencoder's norms by an op (FLUX) or its causal
+        convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches of guidance run as one batch
+        where their texts are nearly of one length. "graph" (on a CUDA device): fused steps, and the autoencoder,
+        captured as CUDA graphs at the first edit of a size and replayed from then on; below about 1,000 tokens a step
+        is bound by its launches without. "compile": the same with the blocks under torch.compile. A pipeline that
+        cannot have the runner asked for takes "eager", and warns why.
+    """
+
+    preserve: str | None = None
+    feather: int = 8
+    dilation: int = 1
+    uniform_stride: int = 0
+    min_active: int = 1
+    max_active: float = 0.8
+    coarse_references: bool = False
+    kv_cache_dtype: str = "auto"
+    selection: str = "score"
+    runner: str = "eager"
+
+    def __post_init__(self):
+        _one_of("preserve", self.preserve, (None, "pixels"))
+        _one_of("selection", self.selection, SELECTIONS)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _one_of("runner", self.runner, RUNNERS)
+        _integer("feather", self.feather, 0)
+        _integer("dilation", self.dilation, 0)
+        _integer("uniform_stride", self.uniform_stride, 0)
+        _integer("min_active", self.min_active, 0)
+        _number("max_active", self.max_active, 0.0, 1.0)
+        _flag("coarse_references", self.coarse_references)
+
+    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for."""
+        raise NotImplementedError
+
+    @property
+    def needs_coarse_steps(self) -> bool:
+        """Whether a run without a mask has to begin with coarse steps."""
+        return False
+
+    @property
+    def separate_steps(self) -> int:
+        """Steps of a draft that is no part of the main trajectory."""
+        return 0
+
+
 @dataclass(frozen=True)
-class SpecEditConfig:
+class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
     preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9, and 8 or 4 for step-distilled
@@ -110,8 +173,6 @@ class SpecEditConfig:
         mixed steps the coarse ones follow the source, and the full steps begin from the fine source at their noise
         level. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's). Without
         effect with finish="locked", whose coarse tokens follow the source in any case.
-    preserve: None, or "pixels": pixels outside the feathered edit region are the source's own.
-    feather: width in pixels of the seam, outside the edit region, over which "pixels" blends.
     metric: "decoder": features of the VAE decoder's first layers (the paper's eq. 6). "latent": packed latent tokens.
         "projected": the transformer's embedding of them.
     reference: "matched": the source at the draft's resolution, brought up in the same way. "literal": the
@@ -121,32 +182,16 @@ class SpecEditConfig:
         being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
         taken. A largest score under 0.1 counts as 0.1, or noise would be an edit. 0: the threshold as it is; None: 0.5
         with the calibrated threshold of the "coarse" draft, else 0.
-    dilation: radius, in fine tokens, by which the edited region is grown.
-    uniform_stride: every k-th block a side is recomputed too (the paper has 3); 0 for none.
-    min_active: with fewer edited tokens than this nothing has changed, and the source is returned.
-    max_active: above this share of active blocks all tokens are computed.
     key_bias: weigh a coarse key by the four fine ones it stands for.
     coarse_condition: condition tokens outside the edit are coarse too.
-    coarse_references: in mixed steps, tokens of further reference pictures, which no edit mask covers, are all coarse
-        (False: all fine). In coarse and draft steps every picture has the resolution of the step.
     kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
         between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
         tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
-    kv_cache_dtype: how those keys and values are kept. "auto": as the model computes. "fp8": e4m3 and a scale for each
-        token and head, half the memory; a step converts those of one layer at a time.
     lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step. The
         text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
     draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
         "full_step"): half their cost.
-    selection: "score", or a control at an equal number of blocks: "random" or "uniform".
-    runner: how the transformer's steps run. "eager": its own forward; the default on every device, since its numbers
-        are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused":
-        the same modules in about a third of the launches, and the autoencoder's norms by an op (FLUX) or its causal
-        convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches of guidance run as one batch
-        where their texts are nearly of one length. "graph" (on a CUDA device): fused steps, and the autoencoder,
-        captured as CUDA graphs at the first edit of a size and replayed from then on; below about 1,000 tokens a step
-        is bound by its launches without. "compile": the same with the blocks under torch.compile. A pipeline that
-        cannot have the runner asked for takes "eager", and warns why.
+    All else: EditConfig.
     """
 
     preset: int = 9
@@ -155,55 +200,36 @@ class SpecEditConfig:
     draft_steps: int = 8
     finish: str = "full"
     unselected: str = "source"
-    preserve: str | None = None
-    feather: int = 8
     metric: str = "decoder"
     reference: str = "matched"
     threshold: float | None = None
     relative: float | None = None
-    dilation: int = 1
-    uniform_stride: int = 0
-    min_active: int = 1
-    max_active: float = 0.8
     key_bias: bool = True
     coarse_condition: bool = True
-    coarse_references: bool = False
     kv_refresh: int = 1
-    kv_cache_dtype: str = "auto"
     lock_text: bool = False
     draft_guidance: bool = True
-    selection: str = "score"
-    runner: str = "eager"
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("preset", self.preset, tuple(PRESETS))
         _one_of("draft", self.draft, DRAFTS)
         _one_of("finish", self.finish, FINISHES)
         _one_of("unselected", self.unselected, UNSELECTED)
-        _one_of("preserve", self.preserve, (None, "pixels"))
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
-        _one_of("selection", self.selection, SELECTIONS)
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _one_of("runner", self.runner, RUNNERS)
         _integer("draft_steps", self.draft_steps, 1)
-        _integer("feather", self.feather, 0)
-        _integer("dilation", self.dilation, 0)
-        _integer("uniform_stride", self.uniform_stride, 0)
-        _integer("min_active", self.min_active, 0)
         _integer("kv_refresh", self.kv_refresh, 1)
         if self.kv_refresh > 1 and self.finish == "full" and self.unselected == "coarse":
             raise ValueError(
                 f"kv_refresh: expected 1 with finish='full' and unselected='coarse', got {self.kv_refresh}"
             )
-        _number("max_active", self.max_active, 0.0, 1.0)
         if self.threshold is not None:
             _number("threshold", self.threshold, float("-inf"), float("inf"))
         if self.relative is not None:
             _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
-        _flag("coarse_references", self.coarse_references)
         _flag("lock_text", self.lock_text)
         _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:
@@ -221,6 +247,14 @@ class SpecEditConfig:
         """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total."""
         counts = self.stages or PRESETS[self.preset]
         return counts if steps is None else split_steps(counts, steps)
+
+    @property
+    def needs_coarse_steps(self) -> bool:
+        return self.draft == "coarse"
+
+    @property
+    def separate_steps(self) -> int:
+        return self.draft_steps if self.draft == "quarter" else 0
 
     def resolved_threshold(
         self, own: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({}), guided: bool = False

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from diffusers import DiffusionPipeline
 
 from . import registry
 from .attention import unwrap_processors, wrap_processors
 from .config import SpecEditConfig
 from .output import SpecEditStats
-from .pipeline import SpecEditMixin, check_supported
+from .pipeline import SpecEditMixin, check_supported, stock_class
 
 
 class SpecEditHandle:
@@ -20,8 +22,8 @@ class SpecEditHandle:
         self.config = config
 
     def stats(self) -> SpecEditStats | None:
-        """Figures of the pipeline's last SpecEdit run, None before the first."""
-        return self.pipe._specedit_stats
+        """Figures of the pipeline's last SpecEdit run; None before the first, and when it is disabled."""
+        return getattr(self.pipe, "_specedit_stats", None)
 
     def disable(self) -> None:
         """The same as `disable_specedit(pipe)`."""
@@ -31,18 +33,23 @@ class SpecEditHandle:
 def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = None) -> SpecEditHandle:
     """Turn a loaded pipeline into its SpecEdit one, in place; calls with an image use `config` from then on.
 
-    The object, its components and weights stay: its class changes, and its attention processors are wrapped. For
-    FluxKontextPipeline, QwenImageEditPipeline and QwenImageEditPlusPipeline; raises TypeError for any other.
+    The object, its components and weights stay: its class changes, and its attention processors are wrapped. For the
+    pipelines of `supported_models()` and subclasses of them; raises TypeError for any other.
     """
     if config is None:
         config = SpecEditConfig()
     if not isinstance(config, SpecEditConfig):
         raise TypeError(f"config: expected SpecEditConfig, got {type(config).__name__}")
-    kind = type(pipe) if isinstance(pipe, SpecEditMixin) else registry.pipeline_of(type(pipe))
-    if kind is None:
-        names = ", ".join(plain.__name__ for plain in registry.pipelines())
-        raise TypeError(f"pipe: SpecEdit supports {names}, got {type(pipe).__name__}")
-    check_supported(pipe)
+    kind = type(pipe)
+    if not isinstance(pipe, SpecEditMixin):
+        ours = registry.pipeline_of(kind)
+        if ours is None:
+            names = ", ".join(plain.__name__ for plain in registry.pipelines())
+            raise TypeError(f"pipe: SpecEdit supports {names}, got {kind.__name__}")
+        kind = ours if kind in registry.pipelines() else _subclass(ours, kind)
+    elif not issubclass(pipe.CONFIG, SpecEditConfig):
+        raise TypeError(f"pipe: expected a pipeline without FlashEdit, got {type(pipe).__name__}")
+    check_supported(pipe, kind.UNSUPPORTED)
     wrap_processors(pipe.transformer)
     pipe.__class__ = kind
     pipe._specedit_default = config
@@ -50,16 +57,22 @@ def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = Non
     return SpecEditHandle(pipe, config)
 
 
-def disable_specedit(pipe: DiffusionPipeline) -> None:
-    """Undo `enable_specedit`: the stock class and its own attention processors, the very objects.
+@functools.cache
+def _subclass(ours: type, kind: type) -> type:
+    """The SpecEdit class of a user's subclass of a stock pipeline: its own methods stay, the call is ours."""
+    return type(f"SpecEdit{kind.__name__}", (ours, kind), {"__doc__": ours.__doc__, "__module__": kind.__module__})
 
-    A pipeline without SpecEdit stays as it is. One made by a SpecEdit class becomes an object of the stock class.
+
+def disable_specedit(pipe: DiffusionPipeline) -> None:
+    """Undo `enable_specedit`: the class before, and its own attention processors, the very objects.
+
+    A pipeline without SpecEdit stays as it is. One made by a SpecEdit or FlashEdit class becomes an object of the stock
+    class.
     """
-    plain = next((plain for plain, ours in registry.pipelines().items() if type(pipe) is ours), None)
-    if plain is None:
+    if not isinstance(pipe, SpecEditMixin):
         return
     unwrap_processors(pipe.transformer)
-    pipe._free_runner()
-    for name in ("_specedit_default", "_specedit_stats", "_specedit_runner"):
-        pipe.__dict__.pop(name, None)
-    pipe.__class__ = plain
+    pipe._release()
+    for name in [name for name in vars(pipe) if name.startswith("_specedit_")]:
+        del pipe.__dict__[name]
+    pipe.__class__ = stock_class(type(pipe))

@@ -21,6 +21,7 @@ from ..sampling.layout import SequenceLayout
 from . import kv_cache
 from .attention import AttentionLayout, TextWatch, text_mass
 from .kv_cache import PackedKV
+from .low_rank import active_serial, changed
 from .model import Text
 from .runner import StepRunner
 
@@ -125,7 +126,8 @@ def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor) -> list[Tensor]
         joined = [_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")]
     if not joined or any(part is None for part in joined):
         return [layer(x) for layer in layers]
-    return list(F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1))
+    parts = F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
+    return [changed(layer, x, part) for layer, part in zip(layers, parts)]
 
 
 def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
     """
-    if is_plain(layer) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+    if is_plain(layer) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
     return F.gelu(layer(x), approximate="tanh")

@@ -167,6 +167,10 @@ class EditModel(ABC):
         kept = (x for layout in layouts for pair in layout.attention.cache.values() for x in pair)
         return sum(x.numel() * x.element_size() for x in kept)
 
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
+        return self.codec.encode(pixels)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Clean latents [B, C, h, w] -> pixels in [-1, 1], [B, 3, H, W]."""
         return self.codec.decode(latents)

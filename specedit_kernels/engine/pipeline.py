@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
+import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace as Call  # the arguments of one call by name
 from typing import Any
 
 import numpy as np
@@ -25,63 +27,235 @@ from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
 from . import stages
 from .attention import wrap_processors
-from .config import SpecEditConfig
+from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
-from .runner import StepRunner, inspect
+from .runner import StepRunner
+from .runner import inspect as inspect_weights
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
 
 
+def stock_class(kind: type) -> type:
+    """The diffusers pipeline class behind a SpecEdit one."""
+    return next(k for k in kind.__mro__ if issubclass(k, DiffusionPipeline) and not issubclass(k, SpecEditMixin))
+
+
+def _stock_default(kind: type, name: str) -> Any:
+    return inspect.signature(stock_class(kind).__call__).parameters[name].default
+
+
+def _signature(kind: type) -> inspect.Signature:
+    """That of a pipeline class's calls: the stock class's arguments, the model's own, ours. Steps are None by default."""
+    stock = inspect.signature(stock_class(kind).__call__).parameters.values()
+    found = [p.replace(default=None) if p.name == "num_inference_steps" else p for p in stock]
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for each in reversed(kind.__mro__)
+        for name, default in vars(each).get("ARGUMENTS", {}).items()
+    ]
+    return inspect.Signature([*found, *own])
+
+
+def _calls(kind: type) -> Callable[..., Any]:
+    """`__call__` of a pipeline class, with the signature that its users are to see."""
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        return self._call(args, kwargs)
+
+    __call__.__signature__ = _signature(kind)
+    __call__.__qualname__ = f"{kind.__qualname__}.__call__"
+    __call__.__doc__ = kind.__doc__
+    return __call__
+
+
 class SpecEditMixin:
     """The part of a SpecEdit pipeline that knows no model; a class has it before its diffusers pipeline.
 
-    STEPS_OF_PLAIN: the diffusers pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG:
-    the class of a call's options.
+    A call takes the stock pipeline's arguments and those of ARGUMENTS. What a model's class says:
+
+    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the class of a call's options. ARGUMENTS: {name: default} of further
+    arguments of its calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
+    prefix `negative_`. KWARGS: the stock argument that is given to each attention processor. UNSUPPORTED: flags of the
+    transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE: whether
+    the stock call runs without a picture.
+    `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
     STEPS_OF_PLAIN: int
-    RUNNERS: tuple[str, ...] = ("eager",)
-    CONFIG = SpecEditConfig
+    RUNNERS: tuple[str, ...] = RUNNERS
+    CONFIG: type[EditConfig] = SpecEditConfig
+    ARGUMENTS: Mapping[str, Any] = {"specedit": None, "mask_image": None}
+    TEXT: tuple[str, ...]
+    KWARGS: str
+    UNSUPPORTED: tuple[str, ...] = ()
+    PIXELS = True
+    TEXT_TO_IMAGE = False
 
-    _specedit_default: SpecEditConfig | None = None
+    _specedit_default: EditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
     _specedit_runner: StepRunner | None = None
 
-    def _resolve(
-        self, specedit: SpecEditConfig | bool | None, steps: int | None, needs_draft: bool, output_type: str | None
-    ) -> tuple[SpecEditConfig, tuple[int, int, int]]:
-        """The config of a call and its (coarse, mixed, full) steps, checked against each other and the pipeline."""
-        if specedit is None or specedit is True:
-            specedit = self._specedit_default or self.CONFIG()
-        if not isinstance(specedit, self.CONFIG):
-            expected = f"{self.CONFIG.__name__}, None or a bool"
-            raise TypeError(f"specedit: expected {expected}, got {type(specedit).__name__}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        if specedit.preserve == "pixels" and output_type == "latent":
-            raise ValueError("output_type: expected pixels with preserve='pixels', got 'latent'")
-        check_supported(self)
-        counts = specedit.step_counts(steps)
-        if needs_draft and specedit.draft == "coarse" and counts[0] == 0:
-            raise ValueError(f"draft: 'coarse' needs at least one coarse step, or a mask_image; got stages {counts}")
-        return specedit, counts
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if issubclass(cls, DiffusionPipeline):
+            cls.__call__ = _calls(cls)
+            cls.STEPS_OF_PLAIN = _stock_default(cls, "num_inference_steps")
 
-    def _runner(self, config: SpecEditConfig) -> StepRunner | None:
+    # what a model's class gives
+
+    def _size(self, call: Call) -> tuple[int, int]:
+        """(height, width) of the output in pixels, whole blocks. May keep what it found out in `call`."""
+        raise NotImplementedError
+
+    def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> Text:
+        """The text of one guidance branch for all images of the call. fields: the values of TEXT."""
+        raise NotImplementedError
+
+    def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """(the edited pictures at the output's size, [n, 3, H, W] in [-1, 1]; pixels of every picture that the model
+        sees, the edited ones first: the former tensor itself where they have the output's size)."""
+        raise NotImplementedError
+
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> EditModel:
+        """What the stages ask: of the fused forward where there is a runner, else of the transformer's own."""
+        raise NotImplementedError
+
+    def _shift(self, tokens: int, steps: int) -> float:
+        """mu of the scheduler's resolution-dependent shift, for so many target tokens and steps."""
+        get = self.scheduler.config.get
+        return calculate_shift(
+            tokens,
+            get("base_image_seq_len", 256),
+            get("max_image_seq_len", 4096),
+            get("base_shift", 0.5),
+            get("max_shift", 1.15),
+        )
+
+    # loading and saving
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> DiffusionPipeline:
+        """As any pipeline's, but weights keep their dtypes where none is asked for."""
+        if options.get("torch_dtype") is not None or options.get("dtype") is not None:
+            return super().from_pipe(pipeline, **options)
+        # the stock method ends with a cast of the shared modules, to fp32 where no dtype is given
+        stays = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})
+        made = super(SpecEditMixin, stays).from_pipe(pipeline, **options)
+        made.__class__ = cls
+        return made
+
+    def to_json_string(self) -> str:
+        """The pipeline's config for a file, under the stock class's name: plain diffusers loads it too."""
+        content = json.loads(super().to_json_string())
+        content["_class_name"] = stock_class(type(self)).__name__
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    # one call
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        bound = type(self).__call__.__signature__.bind(self, *args, **kwargs)
+        off = bound.arguments.get("specedit") is False
+        if off or (self.TEXT_TO_IMAGE and bound.arguments.get("image") is None):
+            self._check_off(bound.arguments)
+            stock = {k: v for k, v in kwargs.items() if k not in self._own_arguments()}
+            if stock.get("num_inference_steps", 0) is None:
+                del stock["num_inference_steps"]
+            return super().__call__(*args, **stock)
+        bound.apply_defaults()
+        call = Call(**bound.arguments)
+        config, counts = self._resolve(call)
+        check_pictures(call.image, self.PIXELS)
+        call.image = in_fp32(call.image)
+        call.height, call.width = self._size(call)
+        self._check_stock_inputs(call)
+        attention_kwargs = dict(getattr(call, self.KWARGS) or {})
+        setattr(self, f"_{self.KWARGS}", attention_kwargs)
+        self._guidance_scale = call.guidance_scale
+        self._current_timestep = None
+        self._interrupt = False
+        runner = self._runner(config)
+        device = self._device_of(runner)
+        clock = StageClock(device)
+        texts = self._texts(call, device)
+        pixels, references = self._pictures(call, device)
+        guidance = self._guidance(call, device, texts["positive"].embeds.shape[0])
+        model = self._model(runner, guidance, attention_kwargs)
+        return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
+
+    @classmethod
+    def _own_arguments(cls) -> set[str]:
+        return {name for each in cls.__mro__ for name in vars(each).get("ARGUMENTS", {})}
+
+    def _check_off(self, arguments: Mapping[str, Any]) -> None:
+        """ValueError where an argument of ours is given that the stock call has no use for."""
+        defaults = {k: v for each in type(self).__mro__ for k, v in vars(each).get("ARGUMENTS", {}).items()}
+        for name in sorted(self._own_arguments() - {"specedit"}):
+            value, default = arguments.get(name, defaults[name]), defaults[name]
+            if value is not default and not (isinstance(value, str) and value == default):
+                raise ValueError(f"{name}: expected None where SpecEdit is off or no image is given")
+
+    def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:
+        """The config of a call and its (coarse, mixed, full) steps, checked against each other and the pipeline."""
+        config = call.specedit
+        if config is None or config is True:
+            config = self._specedit_default or self.CONFIG()
+        if not isinstance(config, self.CONFIG):
+            expected = f"{self.CONFIG.__name__}, None or a bool"
+            raise TypeError(f"specedit: expected {expected}, got {type(config).__name__}")
+        if call.output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
+        if config.preserve == "pixels" and call.output_type == "latent":
+            raise ValueError("output_type: expected pixels with preserve='pixels', got 'latent'")
+        check_supported(self, self.UNSUPPORTED)
+        steps = call.num_inference_steps
+        if call.sigmas is not None:
+            check_sigmas(call.sigmas)
+            steps = len(call.sigmas)
+        usual = config.step_counts()
+        try:
+            counts = config.step_counts(steps)
+        except (ValueError, TypeError) as error:
+            if call.sigmas is None:
+                raise
+            raise ValueError(f"sigmas: {steps} of them were given: {error}") from None
+        if sum(counts) != sum(usual):
+            given = "sigmas" if call.sigmas is not None else "num_inference_steps"
+            self._say_once(f"{given}: the config's {sum(usual)} steps are scaled to {steps}, which was given")
+        if call.mask_image is None and config.needs_coarse_steps and counts[0] == 0:
+            raise ValueError(f"draft: 'coarse' needs at least one coarse step, or a mask_image; got stages {counts}")
+        return config, counts
+
+    def _check_stock_inputs(self, call: Call) -> None:
+        """The stock pipeline's own checks, of the arguments that both have."""
+        names = inspect.signature(self.check_inputs).parameters
+        self.check_inputs(**{name: getattr(call, name) for name in names if hasattr(call, name)})
+
+    def _say_once(self, text: str) -> None:
+        """A warning, once a pipeline."""
+        said = self.__dict__.setdefault("_specedit_said", set())
+        if text not in said:
+            said.add(text)
+            logger.warning("%s", text)
+
+    def _runner(self, config: EditConfig) -> StepRunner | None:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
         name = config.runner
         if name == "eager":
             return None
         reason, signature = f"{type(self).__name__} has no other", []
         if name in self.RUNNERS:
-            reason, signature = inspect(name, self.transformer, self.vae)
+            reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
             arranged = kept is not None and kept.name == name and kept.watches(signature)
             if not (reason or arranged) and self._arrange():
-                reason, signature = inspect(name, self.transformer, self.vae)
+                reason, signature = inspect_weights(name, self.transformer, self.vae)
         if reason:
-            _warn_once(f"runner={name!r}: steps run eagerly: {reason}")
+            self._say_once(f"runner={name!r}: steps run eagerly: {reason}")
             return None
         if self._specedit_runner is None or self._specedit_runner.name != name:
             self._free_runner()
@@ -98,65 +272,113 @@ class SpecEditMixin:
         module: that takes longer than a launch of any stage."""
         return self._execution_device if runner is None else next(self.transformer.parameters()).device
 
+    def _release(self) -> None:
+        """Give up all that calls keep, and undo what they did to the modules: `disable_specedit`."""
+        self._free_runner()
+
     def _free_runner(self) -> None:
         if self._specedit_runner is not None:
             self._specedit_runner.clear()
             self._specedit_runner = None
 
+    def _prompts(self, call: Call) -> int:
+        """How many prompts a call has."""
+        if call.prompt is not None:
+            return 1 if isinstance(call.prompt, str) else len(call.prompt)
+        return call.prompt_embeds.shape[0]
+
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+        """The texts of a run: `positive`, and `negative` where there is true guidance. Names are Run's fields."""
+        positive = self._encode_text(call, device, **self._text_fields(call, ""))
+        negative = None
+        fields = self._text_fields(call, "negative_")
+        if self._given(fields) and call.true_cfg_scale > 1:
+            negative = self._encode_text(call, device, **self._for_each_prompt(call, fields, "negative_prompt"))
+        elif call.true_cfg_scale > 1 and call.true_cfg_scale != self._default_of("true_cfg_scale"):
+            self._say_once(f"true_cfg_scale {call.true_cfg_scale:g} is without effect: no negative_prompt is given")
+        return {"positive": positive, "negative": negative}
+
+    @classmethod
+    def _default_of(cls, name: str) -> Any:
+        return cls.__call__.__signature__.parameters[name].default
+
+    def _text_fields(self, call: Call, prefix: str) -> dict[str, Any]:
+        return {name: getattr(call, prefix + name, None) for name in self.TEXT}
+
+    @staticmethod
+    def _given(fields: Mapping[str, Any]) -> bool:
+        """Whether a branch's text is there: a prompt, or all of its embeddings."""
+        needed = [value for name, value in fields.items() if name.endswith("embeds")]
+        return fields["prompt"] is not None or all(value is not None for value in needed)
+
+    def _for_each_prompt(self, call: Call, fields: dict[str, Any], name: str) -> dict[str, Any]:
+        """Texts of a further branch, one for each prompt: one alone serves all. ValueError for any other number."""
+        prompts, found = self._prompts(call), {}
+        for key, value in fields.items():
+            if isinstance(value, str):
+                value = [value]
+            if value is not None and len(value) == 1 and prompts > 1:
+                value = value.repeat(prompts, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value * prompts
+            if value is not None and len(value) != prompts:
+                where = name if not isinstance(value, Tensor) else f"{name.removesuffix('prompt')}{key}"
+                expected = "1" if prompts == 1 else f"1 or {prompts}, as many as prompts"
+                raise ValueError(f"{where}: expected {expected}, got {len(value)}")
+            found[key] = value
+        return found
+
+    def _guidance(self, call: Call, device: torch.device, batch: int) -> Tensor | None:
+        """The distilled guidance scale of each image, fp32 [B]; None for a model without one."""
+        if not self.transformer.config.get("guidance_embeds", False):
+            return None
+        if call.guidance_scale is None:
+            raise ValueError("guidance_scale: expected a number for a guidance-distilled model, got None")
+        return torch.full([1], call.guidance_scale, device=device, dtype=torch.float32).expand(batch)
+
     def _edit(
         self,
-        model: EditModel,
-        config: SpecEditConfig,
+        call: Call,
+        config: EditConfig,
         counts: tuple[int, int, int],
-        positive: Text,
-        negative: Text | None,
-        true_cfg_scale: float,
+        model: EditModel,
+        texts: dict[str, Text | None],
         pixels: Tensor,
         references: Sequence[Tensor],
-        encode: Callable[[Tensor], Tensor],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-        sigmas: list[float] | None,
-        mask_image: PipelineImageInput | None,
-        callback_on_step_end: Callable[..., dict] | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        output_type: str | None,
-        return_dict: bool,
         clock: StageClock,
-        runner: StepRunner | None = None,
+        runner: StepRunner | None,
     ) -> SpecEditPipelineOutput | tuple:
-        """A call from the point where text and pictures are ready.
-
-        pixels: the edited pictures at the output's size, [n, 3, H, W]; references: pixels of every picture that the
-        model sees, the edited ones first (the tensor `pixels` itself where they have the output's size). encode: pixels
-        [n, ...] -> clean latents [B, ...]. runner: the model's, or None.
-        """
+        """A call from the point where texts and pictures are ready; pixels, references: of `_pictures`."""
         captures = runner.captures if runner else 0
         model.fp8_cache = config.kv_cache_dtype == "fp8"
-        batch, dtype = positive.embeds.shape[0], positive.embeds.dtype
-        device = pixels.device
+        batch, dtype = texts["positive"].embeds.shape[0], texts["positive"].embeds.dtype
+        device, generator, callback = pixels.device, call.generator, call.callback_on_step_end
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator: expected {batch} generators, one for each image, got {len(generator)}")
-        needs_draft = mask_image is None
+        needs_draft = call.mask_image is None
+
+        def encode(at: Tensor) -> Tensor:
+            # one by one where each has a generator of its own, as the stock pipelines do
+            parts = at.to(dtype).split(1 if isinstance(generator, list) else len(at))
+            return per_image(torch.cat([model.encode(part) for part in parts]), "image", batch)
+
         source = encode(pixels)
         seen = tuple(Reference(p, source if p is pixels else encode(p)) for p in references)
         grid = tuple(side // model.codec.token for side in pixels.shape[-2:])
-        noise = self._start_noise(latents, source.shape, grid, generator, device, dtype)
+        noise = self._start_noise(call.latents, source.shape, grid, generator, device, dtype)
         clock.mark("encode")
 
         # the plain schedule of this size and step count; the stages share it out
-        levels = self._plain_levels(sum(counts), math.prod(grid), sigmas)
+        levels = self._plain_levels(sum(counts), math.prod(grid), call.sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
-        separate = needs_draft and config.draft == "quarter"
-        bar = self.progress_bar(total=nfe + (config.draft_steps if separate else 0))
+        bar = self.progress_bar(total=nfe + (config.separate_steps if needs_draft else 0))
 
         def on_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor:
             self._current_timestep = timestep
-            if callback_on_step_end is not None:
+            if callback is not None:
+                self._show_schedule(run.timesteps, index)
                 tensors = {"latents": tokens, "prompt_embeds": run.positive.embeds}
-                wanted = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
-                changed = callback_on_step_end(self, index, timestep, wanted) or {}
+                wanted = {k: tensors[k] for k in call.callback_on_step_end_tensor_inputs}
+                changed = callback(self, index, timestep, wanted) or {}
                 tokens = changed.pop("latents", tokens)
                 run.positive.embeds = changed.pop("prompt_embeds", run.positive.embeds)
             bar.update()
@@ -170,11 +392,11 @@ class SpecEditMixin:
             pixels=pixels,
             references=seen,
             noise=noise,
-            positive=positive,
-            negative=negative,
-            true_cfg_scale=true_cfg_scale,
+            **texts,
+            true_cfg_scale=call.true_cfg_scale,
             encode=encode,
             generator=generator,
+            on_start=lambda timestep: setattr(self, "_current_timestep", timestep),
             on_step=on_step,
             on_draft_step=bar.update,
             interrupted=lambda: self._interrupt,
@@ -182,7 +404,7 @@ class SpecEditMixin:
         )
         run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
         run.stats.plain_tokens = run.plain_tokens
-        user_mask = None if needs_draft else per_image(_token_mask(mask_image, grid), "mask_image", batch)
+        user_mask = None if needs_draft else per_image(_token_mask(call.mask_image, grid), "mask_image", batch)
 
         wrap_processors(self.transformer)
         with bar:
@@ -190,10 +412,10 @@ class SpecEditMixin:
         run.stats.nfe = run.step
         self._current_timestep = None
 
-        if output_type == "latent":
+        if call.output_type == "latent":
             images: Any = pack(clean)
         else:
-            images = self._decode(run, clean, selection, output_type)
+            images = self._decode(run, clean, selection, call.output_type)
             clock.mark("decode")
         if runner is None:  # which leaves modules with hooks alone
             self.maybe_free_model_hooks()
@@ -202,7 +424,7 @@ class SpecEditMixin:
             run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
             run.stats.captures = runner.captures - captures
         self._specedit_stats = run.stats
-        if not return_dict:
+        if not call.return_dict:
             return (images,)
         mask = selection.edited.reshape(batch, *grid)
         scores = None if scores is None else scores.reshape(batch, *grid)
@@ -223,6 +445,7 @@ class SpecEditMixin:
         if config.finish == "locked":
             mixed_steps, full_steps = mixed_steps + full_steps, 0
         plan = stage_levels(levels, coarse_steps, mixed_steps, full_steps)
+        run.timesteps = [1000 * s for part in (plan.coarse, plan.mixed, plan.full) for s in part[:-1]]
         start = run.noise.to(run.source.dtype)
         full = [r.latents for r in run.references]
 
@@ -264,6 +487,7 @@ class SpecEditMixin:
         else:
             fine, pooled = start, algebra.pool_noise(run.noise)
         if all(selection.dense) or not mixed_steps:
+            run.timesteps[coarse_steps:] = [1000 * s for s in levels[coarse_steps:-1]]
             clean, _ = stages.dense_steps(run, fine, levels[coarse_steps:], full, "full")
             clock.mark("full")
         else:
@@ -306,18 +530,22 @@ class SpecEditMixin:
         # a copy: the pipeline's own scheduler keeps its state
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-        mu = calculate_shift(
-            tokens,
-            scheduler.config.get("base_image_seq_len", 256),
-            scheduler.config.get("max_image_seq_len", 4096),
-            scheduler.config.get("base_shift", 0.5),
-            scheduler.config.get("max_shift", 1.15),
-        )
+        mu = self._shift(tokens, steps)
         with np.errstate(invalid="ignore"):
             retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
         levels = scheduler.sigmas.tolist()
         # the one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone
         return [1.0, 0.0] if len(levels) == 2 and math.isnan(levels[0]) else levels
+
+    def _show_schedule(self, timesteps: Sequence[float], index: int) -> None:
+        """Give the pipeline's scheduler the run's own timesteps and sigmas, as the stock call leaves them there, for
+        callbacks that read it. Steps of a call take none of this."""
+        scheduler = self.scheduler
+        scheduler.timesteps = torch.tensor(timesteps, dtype=torch.float32)
+        scheduler.sigmas = torch.cat([scheduler.timesteps / 1000, torch.zeros(1, dtype=torch.float32)])
+        scheduler.num_inference_steps = len(timesteps)
+        # the stock loop calls back after the step has been taken
+        scheduler._step_index = index + 1
 
     def _decode(self, run: Run, clean: Tensor, selection: Selection, output_type: str):
         """Pixels in the output type; where the source's own are kept, they are kept exactly."""
@@ -348,9 +576,52 @@ class SpecEditMixin:
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
 
 
-@functools.cache
-def _warn_once(text: str) -> None:
-    logger.warning("%s", text)
+def check_pictures(image: Any, arrays: bool) -> None:
+    """TypeError or ValueError where `image` is no picture and no list of pictures. arrays: whether they may be arrays
+    and tensors."""
+    kinds = (PIL.Image.Image, np.ndarray, Tensor) if arrays else (PIL.Image.Image,)
+    names = "a PIL image" + (", an array or a tensor" if arrays else "")
+    if isinstance(image, kinds):
+        return
+    if not isinstance(image, list):
+        raise TypeError(f"image: expected {names} or a list of them, got {type(image).__name__}")
+    if not image:
+        raise ValueError("image: expected at least one picture, got an empty list")
+    for i, picture in enumerate(image):
+        if not isinstance(picture, kinds):
+            raise TypeError(f"image: expected {names} in the list, got {type(picture).__name__} at {i}")
+
+
+def in_fp32(image: PipelineImageInput) -> PipelineImageInput:
+    """Pictures with floating-point arrays and tensors in fp32: interpolation has no kernel for half ones on a CPU."""
+    if isinstance(image, list):
+        return [in_fp32(picture) for picture in image]
+    if isinstance(image, Tensor):
+        return image.float() if image.is_floating_point() else image
+    return image.astype(np.float32) if isinstance(image, np.ndarray) and image.dtype.kind == "f" else image
+
+
+def picture_size(image: PipelineImageInput) -> tuple[int, int]:
+    """(height, width) of a picture, or of the first of several: PIL, array [.., H, W, C] or [H, W], tensor [.., H, W]."""
+    first = image[0] if isinstance(image, list) else image
+    if isinstance(first, PIL.Image.Image):
+        return first.height, first.width
+    at = first.ndim - 3 if isinstance(first, np.ndarray) and first.ndim > 2 else first.ndim - 2
+    if at < 0:
+        raise ValueError(f"image: expected at least two dimensions, got {tuple(first.shape)}")
+    height, width = (int(side) for side in first.shape[at : at + 2])
+    if height < 1 or width < 1:
+        raise ValueError(f"image: expected at least one pixel, got {tuple(first.shape)}")
+    return height, width
+
+
+def check_sigmas(sigmas: Sequence[float]) -> None:
+    """ValueError where they are no falling noise levels in (0, 1]."""
+    if len(sigmas) == 0:
+        raise ValueError("sigmas: expected at least one, got none")
+    found = [float(s) for s in sigmas]
+    if any(not 0 < s <= 1 for s in found) or any(a <= b for a, b in zip(found, found[1:])):
+        raise ValueError(f"sigmas: expected strictly decreasing numbers in (0, 1], got {found}")
 
 
 def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tensor:
@@ -402,7 +673,8 @@ def _token_mask(mask: PipelineImageInput, grid: Grid) -> Tensor:
     return (torch.cat(planes) > 0.5).reshape(-1, math.prod(grid))
 
 
-def check_supported(pipe: DiffusionPipeline) -> None:
+def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
+    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, that have to be off."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(f"scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")
@@ -410,7 +682,7 @@ def check_supported(pipe: DiffusionPipeline) -> None:
         if scheduler.config.get(flag, False):
             raise ValueError(f"scheduler: expected {flag}=False, got True")
     transformer = pipe.transformer
-    for flag in ("use_layer3d_rope", "use_additional_t_cond"):
+    for flag in flags:
         if transformer.config.get(flag, False):
             raise ValueError(f"transformer: expected {flag}=False, got True")
     if getattr(transformer, "is_cache_enabled", False):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from . import registry
+from . import low_rank, registry
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -32,7 +32,7 @@ def _hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
     registry = own.get("_diffusers_hook")
     by_library = "_hf_hook" in own or bool(registry and registry.hooks)
     foreign = any(hook not in known for hook in own["_forward_pre_hooks"].values())
-    return by_library or foreign or bool(own["_forward_hooks"])
+    return by_library or foreign or any(hook is not low_rank.add_change for hook in own["_forward_hooks"].values())
 
 
 _PLAIN = (torch.nn.Parameter, Tensor)
@@ -211,7 +211,7 @@ class StepRunner:
         if not self._capturing:
             return function(**inputs)
         shapes = tuple((name, x.shape, x.dtype, _layout(x)) for name, x in inputs.items() if x is not None)
-        key = (tag, buffers, shapes)
+        key = (tag, buffers, shapes, low_rank.active_serial())
         step = self._graphs.get(key)
         if step is None:
             try:

@@ -65,7 +65,9 @@ class Run:
     [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
     references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
-    on_step: called after each step of the main trajectory with (index, timestep, tokens); gives the next tokens.
+    source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
+    on_start: called before each step of the main trajectory with its timestep; on_step: after it, with (index, timestep,
+    tokens); gives the next tokens. timesteps: of all steps of the main trajectory, as far as known.
     """
 
     model: EditModel
@@ -80,11 +82,14 @@ class Run:
     true_cfg_scale: float
     encode: Callable[[Tensor], Tensor]
     generator: torch.Generator | list[torch.Generator] | None
+    on_start: Callable[[Tensor], None]
     on_step: Callable[[int, Tensor, Tensor], Tensor]
     on_draft_step: Callable[[], None]
     interrupted: Callable[[], bool]
     clock: StageClock
+    source_text: Text | None = None
     stats: SpecEditStats = field(default_factory=SpecEditStats)
+    timesteps: list[float] = field(default_factory=list)
     step: int = 0
 
     @property
@@ -203,6 +208,8 @@ def dense_steps(
         if run.interrupted():
             continue
         timestep = at[i] * 1000
+        if main:
+            run.on_start(timestep)
         velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
@@ -509,6 +516,7 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
         if run.interrupted():
             continue
         timestep = at[i] * 1000
+        run.on_start(timestep)
         if i % run.config.kv_refresh == 0:
             locked = lock and i > 0
             velocity = run.velocity(state.tokens, moments[i], state.locked_layouts if locked else state.layouts)

@@ -4,25 +4,22 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..engine import registry, stages
-from ..engine.attention import wrap_processors
-from ..engine.config import RUNNERS, _flag, _integer, _number, _one_of
-from ..engine.pipeline import SpecEditMixin
+from ..engine.config import EditConfig, _flag, _integer, _number, _one_of
+from ..engine.low_rank import LowRankChange, active, detach
+from ..engine.model import Text
+from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.stages import Run, Selection
 from ..sampling.grid import from_blocks, pack, to_blocks, unpack
 from . import stages as flash_stages
-from .low_rank import merged_copy
-
-logger = logging.getLogger("specedit_kernels")
 
 METHODS = ("flash", "inversion")
 REGION_NOISES = ("white", "inverted")
@@ -31,7 +28,7 @@ GENERATOR, INVERTER = "generator.safetensors", "inverter.safetensors"
 
 
 @dataclass(frozen=True)
-class FlashEditConfig:
+class FlashEditConfig(EditConfig):
     """Options of a FlashEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
     method: "flash": one step (FlashEdit, arXiv 2509.22244). "inversion": the multi-step baseline, Euler inversion under
@@ -47,13 +44,11 @@ class FlashEditConfig:
         edit computes its region alone; False: the whole picture.
     ssca: text reaches the background without the key semantic tokens of the instruction.
     mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture.
-    dilation: radius, in fine tokens, by which that region is grown.
     layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; None: the
         block at 3/8 of the depth, where the tiny editor's words stood out most clearly from the padding.
     token_ratio: a text token is a key one if the attention that the edit region gives it beyond the background's is
         over this many times the mean over all text tokens.
-    max_active: above this share of active blocks the whole picture is edited.
-    preserve, feather, runner: as in SpecEditConfig.
+    All else: EditConfig. Above max_active the whole picture is edited.
     """
 
     method: str = "flash"
@@ -65,38 +60,21 @@ class FlashEditConfig:
     ssca: bool = True
     # on 11 calibration edits, the shipped editor's own first step: recall .995 at 23 % of the tokens (true share: 10 %)
     mask_ratio: float = 1.5
-    dilation: int = 1
     layer: int | None = None
     token_ratio: float = 1.5
-    max_active: float = 0.8
-    preserve: str | None = None
-    feather: int = 8
-    runner: str = "eager"
-
-    # what the stages shared with SpecEdit ask of a config
-    draft: ClassVar[str] = "one_step"
-    selection: ClassVar[str] = "score"
-    uniform_stride: ClassVar[int] = 0
-    min_active: ClassVar[int] = 1
-    coarse_references: ClassVar[bool] = False
-    kv_cache_dtype: ClassVar[str] = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("method", self.method, METHODS)
-        _one_of("runner", self.runner, RUNNERS)
         _one_of("region_noise", self.region_noise, REGION_NOISES)
-        _one_of("preserve", self.preserve, (None, "pixels"))
         for name in ("cosi", "bg_shield", "ssca"):
             _flag(name, getattr(self, name))
         _integer("steps", self.steps, 1)
-        _integer("dilation", self.dilation, 0)
-        _integer("feather", self.feather, 0)
         if self.layer is not None:
             _integer("layer", self.layer, 0)
         _number("guidance", self.guidance, 1.0, float("inf"))
         _number("mask_ratio", self.mask_ratio, 0.0, float("inf"))
         _number("token_ratio", self.token_ratio, 0.0, float("inf"))
-        _number("max_active", self.max_active, 0.0, 1.0)
         if self.method == "inversion" and self.preserve is not None:
             raise ValueError(f"preserve: expected None with method='inversion' (no mask), got {self.preserve!r}")
 
@@ -115,14 +93,15 @@ class FlashEditMixin(SpecEditMixin):
     specedit: a FlashEditConfig. source_prompt: the source branch's text; prompts of an edit model tell what to change,
     so the empty one stands for the source. Where prompt embeddings are given, the source branch's take the names of the
     negative ones, `negative_prompt_embeds` and the like. mask_image, preserve, output: as in SpecEdit.
-    The generator is the pipeline's own transformer until `load_cosi` brings a distilled one and its inversion network.
-    `from_pretrained` does so from a local folder's `cosi/`, where it has one.
+    The generator is the pipeline's own transformer until `load_cosi` brings low-rank changes that distil it to one step
+    and make an inversion network of it. `from_pretrained` does so from a local folder's `cosi/`, where it has one.
     """
 
     CONFIG = FlashEditConfig
+    ARGUMENTS = {"source_prompt": ""}
 
-    _generator = None
-    _inverter = None
+    _generator: LowRankChange | None = None
+    _inverter: LowRankChange | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options) -> Any:
@@ -132,60 +111,81 @@ class FlashEditMixin(SpecEditMixin):
             pipe.load_cosi(weights)
         return pipe
 
-    def to(self, *args, **options) -> Any:
-        """As any pipeline's; the one-step networks go along with the transformer."""
-        pipe = super().to(*args, **options)
-        for module in (self._generator, self._inverter):
-            if module is not None:
-                module.to(device=self.transformer.device, dtype=self.transformer.dtype)
-        return pipe
+    @classmethod
+    def from_pipe(cls, pipeline, **options) -> Any:
+        made = super().from_pipe(pipeline, **options)
+        if isinstance(pipeline, FlashEditMixin):
+            made._generator, made._inverter = pipeline._generator, pipeline._inverter
+        return made
+
+    def save_pretrained(self, save_directory, *args, **options) -> None:
+        super().save_pretrained(save_directory, *args, **options)
+        for change, name in ((self._generator, GENERATOR), (self._inverter, INVERTER)):
+            if change is not None:
+                folder = Path(save_directory) / COSI
+                folder.mkdir(exist_ok=True)
+                change.save(folder / name)
 
     def load_cosi(self, folder: str | Path) -> None:
         """Take the one-step generator and the inversion network from a folder that COSI training wrote.
 
-        Each is a copy of the transformer with the file's low-rank changes. FileNotFoundError without the two files;
-        ValueError where they belong to another model.
+        Each is a low-rank change of the transformer, added in the calls that need it: its weights stay as they are.
+        FileNotFoundError without the two files; ValueError where they belong to another model.
         """
         paths = [Path(folder) / name for name in (GENERATOR, INVERTER)]
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"folder: expected {path.name} in {folder}")
-        self._generator, self._inverter = (merged_copy(self.transformer, path) for path in paths)
-        # its graphs are of the weights before
-        self._free_runner()
+        found = [LowRankChange.load(path) for path in paths]
+        for path, change in zip(paths, found):
+            try:
+                change.attach(self.transformer)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        self._generator, self._inverter = found
 
-    def __call__(
-        self, image=None, prompt=None, *, source_prompt: str | list[str] = "", specedit=None, **options
-    ) -> Any:
-        if specedit is False or image is None:
-            return super().__call__(image=image, prompt=prompt, specedit=specedit, **options)
-        for name in ("negative_prompt", "true_cfg_scale"):
-            if name in options:
+    def unload_cosi(self) -> None:
+        """Undo `load_cosi`, its hooks on the transformer's layers too."""
+        self._generator = self._inverter = None
+        detach(list(self.transformer.modules()))
+
+    def _release(self) -> None:
+        super()._release()
+        self.unload_cosi()
+
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+        for name in ("negative_prompt", "negative_prompt_2", "true_cfg_scale"):
+            if hasattr(call, name) and getattr(call, name) != self._default_of(name):
                 raise ValueError(f"{name}: expected none with FlashEdit, whose second branch is the source's")
-        if options.get("negative_prompt_embeds") is None:
-            if isinstance(prompt, list) and isinstance(source_prompt, str):
-                source_prompt = [source_prompt] * len(prompt)
-            options["negative_prompt"] = source_prompt
-        # any scale over 1 has the second text encoded; no guidance is done with it
-        return super().__call__(image=image, prompt=prompt, true_cfg_scale=2.0, specedit=specedit, **options)
+        call.true_cfg_scale = 1.0
+        positive = self._encode_text(call, device, **self._text_fields(call, ""))
+        fields = self._text_fields(call, "negative_")
+        if not self._given(fields):
+            if any(value is not None for value in fields.values()):
+                missing = [f"negative_{name}" for name, value in fields.items() if name.endswith("embeds") and value is None]
+                raise ValueError(f"{missing[0]}: expected the source text's, as its other embeddings are given, got None")
+            if all(getattr(self, name, None) is None for name in self.components if name.startswith("text_encoder")):
+                raise ValueError(
+                    "source_prompt: expected the source text's embeddings (negative_prompt_embeds and the like), since"
+                    " the pipeline has no text encoder"
+                )
+            fields["prompt"] = call.source_prompt
+        source = self._encode_text(call, device, **self._for_each_prompt(call, fields, "source_prompt"))
+        return {"positive": positive, "negative": None, "source_text": source}
 
     def _run(
         self, run: Run, counts: tuple[int, int, int], levels: list[float], user_mask: Tensor | None
     ) -> tuple[Tensor, Selection, Tensor | None]:
-        config, clock, source_text = run.config, run.clock, run.negative
-        if source_text is None or source_text.embeds.shape[0] != run.batch:
-            got = "none" if source_text is None else source_text.embeds.shape[0]
-            raise ValueError(f"source_prompt: expected texts for {run.batch} images, got {got}")
-        run.negative = None
-        run.stats.plain_step_flops = run.flops([run.plain_tokens] * run.batch)
-        if config.method == "inversion":
-            clean = flash_stages.multi_step_edit(run, source_text, levels)
-            clock.mark("inversion")
+        run.timesteps = [1000 * level for level in levels[:-1]]
+        if run.config.method == "inversion":
+            clean = flash_stages.multi_step_edit(run, run.source_text, levels)
+            run.clock.mark("inversion")
             return clean, stages.everything(run), None
-        if self._generator is not None:
-            wrap_processors(self._generator)
-            run.model = run.model.using(self._generator)
+        with active(self._generator, self.transformer):
+            return self._one_step(run, user_mask)
 
+    def _one_step(self, run: Run, user_mask: Tensor | None) -> tuple[Tensor, Selection, Tensor | None]:
+        config, clock, source_text = run.config, run.clock, run.source_text
         # of the draft and of the edit
         [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
         scores = mass = None
@@ -208,9 +208,10 @@ class FlashEditMixin(SpecEditMixin):
 
         noise, words, whole = run.noise, None, all(selection.dense)
         if config.cosi and self._inverter is None:
-            logger.warning("cosi: no inversion network is loaded (load_cosi): the noise is white")
+            self._say_once("cosi: no inversion network is loaded (load_cosi): the noise is white")
         elif config.cosi and not (whole and config.region_noise == "white"):
-            noise = flash_stages.invert(run, run.model.using(self._inverter), source_text)
+            with active(self._inverter, self.transformer):
+                noise = flash_stages.invert(run, run.model, source_text)
             if config.region_noise == "white":
                 noise = flash_stages.white_inside(run, noise, selection)
             run.stats.inverted = True
@@ -222,6 +223,7 @@ class FlashEditMixin(SpecEditMixin):
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
         clean = flash_stages.one_step_edit(run, moment, source_text, noise, selection, reach, words, shield)
+        run.on_start(torch.full((), 1000.0, device=run.device))
         tokens = run.on_step(0, torch.full((), 1000.0, device=run.device), pack(clean))
         run.step = 1
         clock.mark("edit")

@@ -20,11 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxKontextPipeline
-from diffusers.image_processor import PipelineImageInput
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -38,7 +36,6 @@ from torch import Tensor
 from .. import ops
 from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
 from ..engine.autoencoder import KLCodec, in_few_launches
-from ..engine.config import RUNNERS, SpecEditConfig
 from ..engine.fused import (
     FusedLayout,
     FusedModel,
@@ -54,10 +51,11 @@ from ..engine.fused import (
     renew,
     watched_mass,
 )
+from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from ..engine.output import SpecEditPipelineOutput, StageClock
-from ..engine.pipeline import SpecEditMixin, per_image, preprocess
+from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
 from ..engine.registry import Model, register
+from ..engine.runner import StepRunner
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -107,7 +105,7 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
 
 def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
-    if not is_plain(layer):
+    if not is_plain(layer) or active_serial():
         return layer(torch.cat([a, b], dim=-1))
     at = a.shape[-1]
     y = F.linear(a, layer.weight[:, :at], layer.bias)
@@ -356,7 +354,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 
     @property
     def _blocks(self) -> Blocks:
-        return compiled_blocks() if self.runner.name == "compile" else BLOCKS
+        # a compiled block does not know of changed weights
+        return compiled_blocks() if self.runner.name == "compile" and not active_serial() else BLOCKS
 
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         ids = super().dense_layout(text, pictures, grids).ids
@@ -448,12 +447,19 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             [layout.watch.mass] = seen
         return found
 
-    def decode(self, latents: Tensor) -> Tensor:
-        def run(latents: Tensor) -> Tensor:
-            return in_few_launches(self.codec.vae, self.codec.decode, latents)
+    def _with_vae(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        vae = self.codec.vae
 
-        tag = ("decode", self.codec.vae.use_slicing, self.codec.vae.use_tiling)
-        return self.runner(tag, run, {"latents": latents})
+        def run(x: Tensor) -> Tensor:
+            return in_few_launches(vae, function, x)
+
+        return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self._with_vae("encode", self.codec.encode, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._with_vae("decode", self.codec.decode, latents)
 
 
 class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
@@ -478,188 +484,33 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     With no image given, or `specedit=False`, the stock call runs. IP-Adapter is not supported.
     """
 
-    STEPS_OF_PLAIN = 28
-    RUNNERS = RUNNERS
+    TEXT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
+    KWARGS = "joint_attention_kwargs"
+    TEXT_TO_IMAGE = True
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: PipelineImageInput | None = None,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        true_cfg_scale: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 3.5,
-        num_images_per_prompt: int | None = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: PipelineImageInput | None = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        negative_ip_adapter_image: PipelineImageInput | None = None,
-        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        max_sequence_length: int = 512,
-        max_area: int = 1024**2,
-        _auto_resize: bool = True,
-        specedit: SpecEditConfig | bool | None = None,
-        mask_image: PipelineImageInput | None = None,
-    ) -> SpecEditPipelineOutput | tuple:
-        if specedit is False or image is None:
-            if mask_image is not None:
-                raise ValueError("mask_image: expected None where SpecEdit is off or no image is given")
-            return super().__call__(
-                image=image,
-                prompt=prompt,
-                prompt_2=prompt_2,
-                negative_prompt=negative_prompt,
-                negative_prompt_2=negative_prompt_2,
-                true_cfg_scale=true_cfg_scale,
-                height=height,
-                width=width,
-                num_inference_steps=self.STEPS_OF_PLAIN if num_inference_steps is None else num_inference_steps,
-                sigmas=sigmas,
-                guidance_scale=guidance_scale,
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator,
-                latents=latents,
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                ip_adapter_image=ip_adapter_image,
-                ip_adapter_image_embeds=ip_adapter_image_embeds,
-                negative_ip_adapter_image=negative_ip_adapter_image,
-                negative_ip_adapter_image_embeds=negative_ip_adapter_image_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                output_type=output_type,
-                return_dict=return_dict,
-                joint_attention_kwargs=joint_attention_kwargs,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length,
-                max_area=max_area,
-                _auto_resize=_auto_resize,
-            )
-        given = (
-            ip_adapter_image, ip_adapter_image_embeds, negative_ip_adapter_image, negative_ip_adapter_image_embeds
-        )  # fmt: skip
-        if any(x is not None for x in given):
-            raise ValueError("ip_adapter_image: IP-Adapter is not supported with SpecEdit")
-        steps = len(sigmas) if sigmas is not None else num_inference_steps
-        specedit, counts = self._resolve(specedit, steps, mask_image is None, output_type)
-        height, width = self._output_size(image, height, width, max_area, _auto_resize)
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
-        self._guidance_scale = guidance_scale
-        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
-        self._current_timestep = None
-        self._interrupt = False
-        runner = self._runner(specedit)
-        device = self._device_of(runner)
-        clock = StageClock(device)
-
-        # text
-        has_negative = negative_prompt is not None or (
-            negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None
-        )
-        text_options = dict(
+    def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> FluxText:
+        found = self.encode_prompt(
+            **fields,
             device=device,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
+            num_images_per_prompt=call.num_images_per_prompt,
+            max_sequence_length=call.max_sequence_length,
             lora_scale=self._joint_attention_kwargs.get("scale"),
         )
-        positive = FluxText(
-            *self.encode_prompt(
-                prompt=prompt,
-                prompt_2=prompt_2,
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                **text_options,
-            )
-        )
-        negative = None
-        if true_cfg_scale > 1 and has_negative:
-            negative = FluxText(
-                *self.encode_prompt(
-                    prompt=negative_prompt,
-                    prompt_2=negative_prompt_2,
-                    prompt_embeds=negative_prompt_embeds,
-                    pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                    **text_options,
-                )
-            )
-        batch = positive.embeds.shape[0]
-        dtype = positive.embeds.dtype
+        return FluxText(*found)
 
-        # source picture
-        image = self.image_processor.resize(image, height, width) if not isinstance(image, list) else image
-        pixels = preprocess(self.image_processor, image, height, width, device)
+    def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        image, size = call.image, (call.height, call.width)
+        image = self.image_processor.resize(image, *size) if not isinstance(image, list) else image
+        pixels = preprocess(self.image_processor, image, *size, device)
         if pixels.shape[1] != 3:
             raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
+        return pixels, [pixels]
 
-        def encode_whole(pixels: Tensor) -> Tensor:
-            return self._encode_vae_image(image=pixels, generator=generator)
-
-        def encode(at: Tensor) -> Tensor:
-            at = at.to(dtype)
-            if runner is None:
-                return per_image(encode_whole(at), "image", batch)
-
-            def run(pixels: Tensor) -> Tensor:
-                return in_few_launches(self.vae, encode_whole, pixels)
-
-            tag = ("encode", isinstance(generator, list), self.vae.use_slicing, self.vae.use_tiling)
-            return per_image(runner(tag, run, {"pixels": at}), "image", batch)
-
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
-        parts = (self.transformer, self.vae, guidance, self._joint_attention_kwargs)
-        return self._edit(
-            model=FluxKontextModel(*parts) if runner is None else FusedFluxModel(*parts, runner),
-            config=specedit,
-            counts=counts,
-            positive=positive,
-            negative=negative,
-            true_cfg_scale=true_cfg_scale,
-            pixels=pixels,
-            references=[pixels],
-            encode=encode,
-            generator=generator,
-            latents=latents,
-            sigmas=sigmas,
-            mask_image=mask_image,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            output_type=output_type,
-            return_dict=return_dict,
-            clock=clock,
-            runner=runner,
-        )
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> FluxKontextModel:
+        parts = (self.transformer, self.vae, guidance, attention_kwargs)
+        return FluxKontextModel(*parts) if runner is None else FusedFluxModel(*parts, runner)
 
     def _arrange(self) -> bool:
         # elsewhere nothing is gained, and weights that are a file's own pages would be copied
@@ -668,25 +519,26 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
             torch.cuda.empty_cache()  # the former places are too small for the new ones
         return moved
 
-    def _output_size(
-        self, image: PipelineImageInput, height: int | None, width: int | None, max_area: int, auto_resize: bool
-    ) -> tuple[int, int]:
-        """Output size by FluxKontextPipeline's rules, in whole blocks; the source's ratio where none is given."""
-        first = image[0] if isinstance(image, list) else image
-        if isinstance(first, (torch.Tensor, np.ndarray)) and first.ndim == 3:
-            first = first[None]
-        rows, columns = self.image_processor.get_default_height_width(first)
+    def _size(self, call: Call) -> tuple[int, int]:
+        """By FluxKontextPipeline's rules, in whole blocks; the source's ratio where none is given."""
+        given = ("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image",
+                 "negative_ip_adapter_image_embeds")  # fmt: skip
+        for name in given:
+            if getattr(call, name) is not None:
+                raise ValueError(f"{name}: IP-Adapter is not supported with SpecEdit")
+        height, width, max_area = call.height, call.width, call.max_area
         if height is None and width is None:
-            height, width = rows, columns
-            if auto_resize:
-                ratio = columns / rows
+            height, width = picture_size(call.image)
+            if call._auto_resize:
+                ratio = width / height
                 _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         height = height or self.default_sample_size * self.vae_scale_factor
         width = width or self.default_sample_size * self.vae_scale_factor
         ratio = width / height
         multiple = self.vae_scale_factor * PATCH * BLOCK
         fitted = [round((max_area / ratio) ** 0.5), round((max_area * ratio) ** 0.5)]
-        fitted = [max(side // multiple, 1) * multiple for side in fitted]
+        # where the shorter side is a block at least, the longer one has the area that is left
+        fitted = [max(min(side, max_area // multiple) // multiple, 1) * multiple for side in fitted]
         if fitted != [height, width]:
             logger.info("height and width are adjusted from %dx%d to %dx%d", height, width, *fitted)
         return fitted[0], fitted[1]

@@ -29,7 +29,6 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
-from diffusers.image_processor import PipelineImageInput
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.transformers.transformer_qwenimage import (
@@ -43,7 +42,6 @@ from torch import Tensor
 from .. import ops
 from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
 from ..engine.autoencoder import bring_in, decoder_features
-from ..engine.config import RUNNERS, SpecEditConfig
 from ..engine.fused import (
     FusedLayout,
     FusedModel,
@@ -55,10 +53,11 @@ from ..engine.fused import (
     places,
     renew,
 )
+from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from ..engine.output import SpecEditPipelineOutput, StageClock
-from ..engine.pipeline import SpecEditMixin, per_image
+from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
+from ..engine.runner import StepRunner
 from ..sampling.grid import BLOCK, PATCH, Grid
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -467,7 +466,8 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
     @property
     def _block(self) -> Block:
-        return compiled_block() if self.runner.name == "compile" else double_block
+        # a compiled block does not know of changed weights
+        return compiled_block() if self.runner.name == "compile" and not active_serial() else double_block
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
         before = self._joined[0]
@@ -555,7 +555,6 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
         return self.codec.scaled(self._with_vae("encode", self.codec.mode, pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -573,10 +572,13 @@ def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[
 
 
 class _SpecEditQwenMixin(SpecEditMixin):
-    """The call of both Qwen pipelines; a class says which pictures the text encoder and the model see."""
+    """What both Qwen pipelines share; a class says which pictures the text encoder and the model see."""
 
-    STEPS_OF_PLAIN = 50
-    RUNNERS = RUNNERS
+    ARGUMENTS = {"max_area": None}
+    TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
+    KWARGS = "attention_kwargs"
+    UNSUPPORTED = ("use_layer3d_rope", "use_additional_t_cond")
+    PIXELS = False
 
     def _seen(
         self, image: PIL.Image.Image | list[PIL.Image.Image], max_area: int | None
@@ -584,170 +586,37 @@ class _SpecEditQwenMixin(SpecEditMixin):
         """(pictures for the text encoder, [(pictures of one reference, its (height, width))], default output size)."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: PipelineImageInput | None = None,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        true_cfg_scale: float = 4.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        sigmas: list[float] | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        prompt_embeds_mask: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds_mask: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        max_sequence_length: int = 512,
-        max_area: int | None = None,
-        specedit: SpecEditConfig | bool | None = None,
-        mask_image: PipelineImageInput | None = None,
-    ) -> SpecEditPipelineOutput | tuple:
-        if specedit is False:
-            for name, value in (("mask_image", mask_image), ("max_area", max_area)):
-                if value is not None:
-                    raise ValueError(f"{name}: expected None where SpecEdit is off")
-            return super().__call__(
-                image=image,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                true_cfg_scale=true_cfg_scale,
-                height=height,
-                width=width,
-                num_inference_steps=self.STEPS_OF_PLAIN if num_inference_steps is None else num_inference_steps,
-                sigmas=sigmas,
-                guidance_scale=guidance_scale,
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator,
-                latents=latents,
-                prompt_embeds=prompt_embeds,
-                prompt_embeds_mask=prompt_embeds_mask,
-                negative_prompt_embeds=negative_prompt_embeds,
-                negative_prompt_embeds_mask=negative_prompt_embeds_mask,
-                output_type=output_type,
-                return_dict=return_dict,
-                attention_kwargs=attention_kwargs,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length,
-            )
-        steps = len(sigmas) if sigmas is not None else num_inference_steps
-        specedit, counts = self._resolve(specedit, steps, mask_image is None, output_type)
-        images = image if isinstance(image, list) else [image]
-        for i, picture in enumerate(images):
-            if not isinstance(picture, PIL.Image.Image):
-                raise TypeError(f"image: expected a PIL image or a list of them, got {type(picture).__name__} at {i}")
-        if not images:
-            raise ValueError("image: expected at least one picture, got an empty list")
-        shown, references, default = self._seen(image, max_area)
-        height, width = self._output_size(height, width, default)
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_embeds_mask=prompt_embeds_mask,
-            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
+    def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> QwenText:
+        # one of each: encode_prompt itself repeats embeddings and masks in different orders
+        found = self.encode_prompt(
+            image=call.shown,
+            **fields,
+            device=device,
+            num_images_per_prompt=1,
+            max_sequence_length=call.max_sequence_length,
         )
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = dict(attention_kwargs or {})
-        self._current_timestep = None
-        self._interrupt = False
-        runner = self._runner(specedit)
-        device = self._device_of(runner)
-        clock = StageClock(device)
+        times = call.num_images_per_prompt
+        return QwenText(*(x if x is None else x.repeat_interleave(times, dim=0) for x in found))
 
-        # text
-        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
-        if true_cfg_scale > 1 and not has_negative:
-            logger.warning("true_cfg_scale %g is without effect: no negative_prompt is given", true_cfg_scale)
-
-        def encode_text(prompt, embeds, mask) -> QwenText:
-            # one of each: encode_prompt itself repeats embeddings and masks in different orders
-            embeds, mask = self.encode_prompt(
-                image=shown,
-                prompt=prompt,
-                prompt_embeds=embeds,
-                prompt_embeds_mask=mask,
-                device=device,
-                num_images_per_prompt=1,
-                max_sequence_length=max_sequence_length,
-            )
-            repeated = [x if x is None else x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, mask)]
-            return QwenText(*repeated)
-
-        prompts = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
-        self._check_batch(prompts)
-        positive = encode_text(prompt, prompt_embeds, prompt_embeds_mask)
-        batch, dtype = positive.embeds.shape[0], positive.embeds.dtype
-        negative = None
-        if true_cfg_scale > 1 and has_negative:
-            negative = encode_text(negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask)
-            if negative.embeds.shape[0] != batch:
-                got = negative.embeds.shape[0] // num_images_per_prompt
-                raise ValueError(f"negative_prompt: expected as many as prompts, {prompts}, got {got}")
-
-        # pictures, each at its own size; the edited ones at the output's too, where tokens of both are compared
+    def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        # each at its own size; the edited ones at the output's too, where tokens of both are compared
         def pixels_of(pictures: list[PIL.Image.Image], size: tuple[int, int]) -> Tensor:
             found = self.image_processor.preprocess(pictures, *size).to(device)
             if found.shape[1] != 3:
                 raise ValueError(f"image: expected pictures with 3 channels (RGB), got {found.shape[1]} channels")
             return found
 
-        edited, own_size = references[0]
-        pixels = pixels_of(edited, (height, width))
-        behind = [pixels if own_size == (height, width) else pixels_of(edited, own_size)]
-        behind += [pixels_of(*reference) for reference in references[1:]]
+        (edited, own_size), *others = call.references
+        size = (call.height, call.width)
+        pixels = pixels_of(edited, size)
+        behind = [pixels if own_size == size else pixels_of(edited, own_size)]
+        return pixels, behind + [pixels_of(*reference) for reference in others]
 
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            if guidance_scale is None:
-                raise ValueError("guidance_scale: expected a number for a guidance-distilled model, got None")
-            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
-        parts = (self.transformer, self.vae, guidance, self._attention_kwargs)
-        model = QwenImageEditModel(*parts) if runner is None else FusedQwenModel(*parts, runner)
-
-        def encode(at: Tensor) -> Tensor:
-            at = at.to(dtype)
-            if runner is not None:
-                return per_image(model.encode(at), "image", batch)
-            return per_image(self._encode_vae_image(at[:, :, None], generator)[:, :, 0], "image", batch)
-
-        return self._edit(
-            model=model,
-            config=specedit,
-            counts=counts,
-            positive=positive,
-            negative=negative,
-            true_cfg_scale=true_cfg_scale,
-            pixels=pixels,
-            references=behind,
-            encode=encode,
-            generator=generator,
-            latents=latents,
-            sigmas=sigmas,
-            mask_image=mask_image,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            output_type=output_type,
-            return_dict=return_dict,
-            clock=clock,
-            runner=runner,
-        )
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> QwenImageEditModel:
+        parts = (self.transformer, self.vae, guidance, attention_kwargs)
+        return QwenImageEditModel(*parts) if runner is None else FusedQwenModel(*parts, runner)
 
     def _check_batch(self, prompts: int) -> None:
         """ValueError for a number of prompts that the pipeline does not take."""
@@ -756,9 +625,11 @@ class _SpecEditQwenMixin(SpecEditMixin):
         """(height, width) that a lone picture is brought to: its ratio, `max_area` pixels (1024 * 1024 if None)."""
         return self._seen(image, max_area)[2]
 
-    def _output_size(self, height: int | None, width: int | None, default: tuple[int, int]) -> tuple[int, int]:
-        """Output size by the diffusers pipeline's rules, in whole blocks."""
-        wanted = (height or default[0], width or default[1])
+    def _size(self, call: Call) -> tuple[int, int]:
+        """By the diffusers pipeline's rules, in whole blocks."""
+        self._check_batch(self._prompts(call) if call.prompt is not None or call.prompt_embeds is not None else 1)
+        call.shown, call.references, default = self._seen(call.image, call.max_area)
+        wanted = (call.height or default[0], call.width or default[1])
         multiple = self.vae_scale_factor * PATCH * BLOCK
         fitted = tuple(max(side // multiple, 1) * multiple for side in wanted)
         if fitted != wanted:
@@ -766,7 +637,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
         return fitted
 
 
-def _size(module: Any, area: int, image: PIL.Image.Image) -> tuple[int, int]:
+def _stock_size(module: Any, area: int, image: PIL.Image.Image) -> tuple[int, int]:
     """(height, width) that the diffusers pipeline brings a picture to for an area in pixels."""
     width, height = module.calculate_dimensions(area, image.width / image.height)[:2]
     return height, width
@@ -797,7 +668,7 @@ class SpecEditQwenImageEditPipeline(_SpecEditQwenMixin, QwenImageEditPipeline):
 
     def _seen(self, image, max_area):
         images = image if isinstance(image, list) else [image]
-        size = _size(pipeline_qwenimage_edit, 1024 * 1024 if max_area is None else max_area, images[0])
+        size = _stock_size(pipeline_qwenimage_edit, 1024 * 1024 if max_area is None else max_area, images[0])
         # a list reaches the text encoder as it is given: so it does in QwenImageEditPipeline
         return self.image_processor.resize(image, *size), [(images, size)], size
 
@@ -818,8 +689,8 @@ class SpecEditQwenImageEditPlusPipeline(_SpecEditQwenMixin, QwenImageEditPlusPip
     def _seen(self, image, max_area):
         images, module = image if isinstance(image, list) else [image], pipeline_qwenimage_edit_plus
         area = module.VAE_IMAGE_SIZE if max_area is None else max_area
-        sizes = [_size(module, area, x) for x in images]
-        shown = [self.image_processor.resize(x, *_size(module, module.CONDITION_IMAGE_SIZE, x)) for x in images]
+        sizes = [_stock_size(module, area, x) for x in images]
+        shown = [self.image_processor.resize(x, *_stock_size(module, module.CONDITION_IMAGE_SIZE, x)) for x in images]
         return shown, [([x], size) for x, size in zip(images, sizes)], sizes[-1]
 
     def _check_batch(self, prompts: int) -> None:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank changes of a transformer's linear layers, applied to calls within a `with` block: weight + up @ down.
+
+The weights stay as they are, so adapters, quantisation and offloading of the transformer hold for the changed one too,
+and no second transformer lies in memory. What is active is known to a thread alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_ACTIVE: ContextVar[LowRankChange | None] = ContextVar("specedit_low_rank", default=None)
+_HOOKED: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+_SERIAL = itertools.count(1)
+
+
+class LowRankChange:
+    """Changes of some linear layers. layers: {layer's name: (down [rank, in], up [out, rank])}, CPU tensors."""
+
+    def __init__(self, layers: Mapping[str, tuple[Tensor, Tensor]]):
+        self.layers = dict(layers)
+        self.serial = next(_SERIAL)  # of no other change, in place of an id that may come again
+        self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+        self._brought: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> LowRankChange:
+        """From a safetensors file with {layer}.down and {layer}.up."""
+        with safe_open(path, "pt") as file:
+            names = sorted({key.rpartition(".")[0] for key in file.keys()})
+            return cls({n: (file.get_tensor(f"{n}.down"), file.get_tensor(f"{n}.up")) for n in names})
+
+    def save(self, path: str | Path) -> None:
+        """The file that `load` reads."""
+        tensors = {f"{n}.{part}": x for n, pair in self.layers.items() for part, x in zip(("down", "up"), pair)}
+        save_file({key: x.contiguous() for key, x in tensors.items()}, path)
+
+    def attach(self, transformer: torch.nn.Module) -> None:
+        """Have the layers of a transformer add their change while this is active. Cheap where they do already.
+
+        ValueError where a layer is missing, has another shape, or is replaced by one of joined projections.
+        """
+        for name, (down, up) in self.layers.items():
+            layer = _layer(transformer, name)
+            expected = (up.shape[0], down.shape[1])
+            if layer is None or (layer.out_features, layer.in_features) != expected:
+                got = "none" if layer is None else (layer.out_features, layer.in_features)
+                raise ValueError(f"expected a linear layer {name} of {expected}, got {got}")
+            self._names[layer] = name
+            if layer not in _HOOKED:
+                _HOOKED[layer] = layer.register_forward_hook(add_change)
+        if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
+            raise ValueError("expected separate projections of q, k and v (call unfuse_qkv_projections()), got fused ones")
+
+    def of(self, layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(down, up) of a layer, in the dtype and on the device of `like`; None where it is not changed."""
+        name = self._names.get(layer)
+        if name is None:
+            return None
+        key = (name, like.device, like.dtype)
+        if key not in self._brought:
+            down, up = self.layers[name]
+            self._brought[key] = (down.to(like.device, like.dtype), up.to(like.device, like.dtype))
+        return self._brought[key]
+
+
+def _layer(transformer: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """The linear layer of a name, below any adapter that wraps it."""
+    try:
+        layer = transformer.get_submodule(name)
+    except AttributeError:
+        return None
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer if hasattr(layer, "out_features") and hasattr(layer, "in_features") else None
+
+
+def add_change(layer: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Forward hook of changed layers."""
+    return changed(layer, args[0], output)
+
+
+def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """y = layer(x) with the active change; y itself where there is none."""
+    change = _ACTIVE.get()
+    pair = None if change is None else change.of(layer, y)
+    if pair is None:
+        return y
+    down, up = pair
+    return y + F.linear(F.linear(x.to(y.dtype), down), up)
+
+
+def active_serial() -> int:
+    """Which change is active in this thread, 0: none. What was captured under one serves no other."""
+    change = _ACTIVE.get()
+    return 0 if change is None else change.serial
+
+
+@contextlib.contextmanager
+def active(change: LowRankChange | None, transformer: torch.nn.Module) -> Iterator[None]:
+    """Within it calls of the transformer's layers, in this thread, are the changed ones'."""
+    if change is not None:
+        change.attach(transformer)
+    token = _ACTIVE.set(change)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def detach(layers: Sequence[torch.nn.Module]) -> None:
+    """Take the hooks off these modules."""
+    for layer in layers:
+        handle = _HOOKED.pop(layer, None)
+        if handle is not None:
+            handle.remove()
