@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` edits a picture, `make test` passes the tests. Both make .venv first; nothing outside it is changed.
+# `make demo` edits a picture, `make test` passes the tests. All targets make .venv first; nothing outside it is changed.
+# `make test-fast`: the tests but those marked slow. `make lint`, `make docs`: what they check is in pyproject.toml, mkdocs.yml.
 
 PYTHON ?= python3
 # Installed where PYTHON has no torch of its own; a torch that is there (a CUDA one, say) is used as it is.
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASSETS := specedit_kernels/assets
 
-.PHONY: demo test clean
+.PHONY: demo test test-fast lint docs clean
 
 demo: $(VENV)/installed
 	mkdir -p $(OUT)
@@ -20,6 +21,22 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
+# an extra of pyproject.toml, on top of the rest
+$(VENV)/installed-%: $(VENV)/installed
+	$(BIN)/pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch; print('--system-site-packages')" 2>/dev/null) $(VENV)

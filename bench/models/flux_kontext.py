@@ -111,7 +111,7 @@ def region(side, share, scattered=False):
     return Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST)
 
 
-# What an H100 gives at best in practice (bench/LOG.md): a long copy, and large products in bf16.
+# What an H100 gives at best in practice (bench/log/flux_kontext.md): a long copy, and large products in bf16.
 BYTES_A_SECOND, FLOPS_A_SECOND = 3.0e12, 700e12
 
 

@@ -8,7 +8,7 @@
 A row is written as soon as it is done, and a row that OUT/records.jsonl holds for the same editor and edits is not run
 again (--redo runs it). records.jsonl has the figures of every edit: a header line, then a line a row.
 
-    python bench/quality/table.py --rows '18-*' --onto bench/results/quality_table.json
+    python bench/quality/table.py --rows '18-*' --onto bench/results/latest/h100-80gb-hbm3/quality_table.json
 
 --onto: rows of a former table.json on the same editor and edits that this run does not have stand in its table too,
 marked with the commit and date that they are of, if today's settings of the row are the same.

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README and docs/: their length, links, paths and code."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import specedit_kernels
+from specedit_kernels import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "bench" / "results" / "latest"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted((ROOT / "bench").rglob("*.md")),
+]
+if not DOCS.is_dir():
+    pytest.skip("docs/ is in a clone alone", allow_module_level=True)
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(text):
+    """Of each heading, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.replace("`", "")).strip().lower().replace(" ", "-") for h in headings}
+
+
+def code_blocks(path, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_readme_is_at_most_900_words():
+    words = [w for w in (ROOT / "README.md").read_text(encoding="utf-8").split() if re.search(r"\w", w)]
+    assert 300 < len(words) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)}: {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{name_of(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_in_the_text_exist(page):
+    """Files and folders that a page names in code, of the folders that a clone has."""
+    text = page.read_text(encoding="utf-8")
+    roots = "bench|tests|examples|docs|csrc|triton_kernels|specedit_kernels/assets"
+    for path in re.findall(rf"(?<![\w/.])((?:{roots})/[\w./-]*\w/?)(?![\w<])", text):
+        assert (ROOT / path).exists(), f"{name_of(page)}: {path}"
+
+
+@pytest.mark.parametrize("number", range(len(code_blocks(DOCS / "ops.md"))))
+def test_code_of_the_ops_page_runs(number):
+    block = code_blocks(DOCS / "ops.md")[number]
+    exec(compile(block, f"docs/ops.md, block {number + 1}", "exec"), {"__name__": "docs"})
+
+
+def test_every_op_has_a_section_with_an_example_and_a_reference():
+    text = (DOCS / "ops.md").read_text(encoding="utf-8")
+    examples = "\n".join(code_blocks(DOCS / "ops.md"))
+    api = (DOCS / "api.md").read_text(encoding="utf-8")
+    for op in ops.names():
+        assert re.search(rf"^## .*\b{op}(?!\w)", text, re.MULTILINE), f"docs/ops.md: no section for {op}"
+        assert f"ops.{op}(" in examples, f"docs/ops.md: no example calls {op}"
+        assert f"::: specedit_kernels.ops.{op}\n" in api, f"docs/api.md: {op} is missing"
+
+
+def test_public_names_are_in_the_reference():
+    api = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name in specedit_kernels.__all__:
+        if not name.isupper() and name not in ("__version__", "ops"):
+            assert f"::: specedit_kernels.{name}\n" in api or f"`{name}`" in api, f"docs/api.md: {name} is missing"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent in (ROOT, DOCS)], ids=name_of)
+def test_code_of_other_pages_is_python(page):
+    for number, block in enumerate(code_blocks(page), 1):
+        compile(block, f"{name_of(page)}, block {number}", "exec")
+
+
+def test_results_are_the_newest_run_of_a_device():
+    assert sorted(p.name for p in RESULTS.parent.iterdir()) == ["README.md", "latest"]
+    listed = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    for path in (p for device in RESULTS.iterdir() for p in device.iterdir()):
+        assert not re.search(r"\d{4}-\d\d|_[0-9a-f]{7}\b|_own", path.stem), f"{path.name}: expected a plain stem"
+        assert f"`{path.name}`" in listed or (f"`{path.stem}." in listed and f"`{path.suffix}`" in listed), path.name
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(name):
+    return json.loads((RESULTS / "h100-80gb-hbm3" / name).read_text(encoding="utf-8"))["rows"]
+
+
+def test_the_readme_says_what_the_results_say():
+    """The README's table, row by row: seconds and quality of the same setting."""
+    flux, qwen = rows("flux_kontext.json"), rows("qwen_image_edit.json")
+    quality, guided = rows("quality_table.json"), rows("quality_table_qwen_guided.json")
+    expected = [
+        (flux["plain-50"], flux["plain-50"], quality["plain-50"]),
+        (flux["compiled plain-28"], flux["plain-50"], quality["plain-28"]),
+        (flux["compiled plain-9"], flux["plain-50"], quality["plain-9"]),
+        (flux["specedit-9-locked graph, 10%"], flux["plain-50"], quality["9-coarse-locked-graph"]),
+        (flux["specedit-9-locked-kv3 graph, 10%"], flux["plain-50"], quality["9-coarse-locked-graph-kv3"]),
+        (flux["specedit-9-locked-cached graph, 10%"], flux["plain-50"], quality["9-coarse-locked-graph-kv9"]),
+        (qwen["plain-50"], qwen["plain-50"], guided["plain-50"]),
+        (qwen["compiled plain-9"], qwen["plain-50"], guided["plain-9"]),
+        (
+            qwen["specedit-9-locked-cached, locked text graph, 10%"],
+            qwen["plain-50"],
+            guided["9-coarse-locked-cached-text"],
+        ),
+    ]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| setting") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(expected)
+    for line, (own, base, judged) in zip(table, expected):
+        seconds, times, *shown = (float(cell) for cell in line.strip("| ").split("|")[1:])
+        assert seconds == pytest.approx(own["seconds"], rel=0.01), line
+        assert times == pytest.approx(base["seconds"] / own["seconds"], rel=0.02), line
+        local = judged["summary"]["local"]
+        assert shown == pytest.approx([local["right"], local["psnr_in"], local["sharpness"]], abs=0.06), line
+        assert shown[::2] == pytest.approx([local["right"], local["sharpness"]], abs=0.0006), line
