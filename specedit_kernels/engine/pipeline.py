@@ -42,13 +42,19 @@ def stock_class(kind: type) -> type:
     return next(k for k in kind.__mro__ if issubclass(k, DiffusionPipeline) and not issubclass(k, SpecEditMixin))
 
 
-def _stock_default(kind: type, name: str) -> Any:
-    return inspect.signature(stock_class(kind).__call__).parameters[name].default
+def _stock_parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    """Those of the stock call. A user's subclass may hide them behind *args and **kwargs: then its base class tells."""
+    for each in kind.__mro__:
+        if issubclass(each, DiffusionPipeline) and not issubclass(each, SpecEditMixin):
+            found = inspect.signature(each.__call__).parameters
+            if "num_inference_steps" in found:
+                return found
+    raise TypeError(f"{kind.__name__}: expected a base class whose call has num_inference_steps")
 
 
 def _signature(kind: type) -> inspect.Signature:
     """That of a pipeline class's calls: the stock class's arguments, the model's own, ours. Steps are None by default."""
-    stock = inspect.signature(stock_class(kind).__call__).parameters.values()
+    stock = _stock_parameters(kind).values()
     found = [p.replace(default=None) if p.name == "num_inference_steps" else p for p in stock]
     own = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
@@ -102,7 +108,7 @@ class SpecEditMixin:
         super().__init_subclass__(**options)
         if issubclass(cls, DiffusionPipeline):
             cls.__call__ = _calls(cls)
-            cls.STEPS_OF_PLAIN = _stock_default(cls, "num_inference_steps")
+            cls.STEPS_OF_PLAIN = _stock_parameters(cls)["num_inference_steps"].default
 
     # what a model's class gives
 
