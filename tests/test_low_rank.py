@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank changes in calls: they are what merged weights give, to the thread that asked, and adapters go on working."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from tiny_models import call_options, tiny_image, tiny_pipeline  # noqa: E402
+
+from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, disable_specedit  # noqa: E402
+from specedit_kernels.engine.fused import gelu, linear_of_each  # noqa: E402
+from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, detach  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def change_of(module, rank=3, seed=0):
+    generator, layers = torch.Generator().manual_seed(seed), {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            out, inner = layer.weight.shape
+            layers[name] = tuple(0.1 * torch.randn(n, m, generator=generator) for n, m in ((rank, inner), (out, rank)))
+    return LowRankChange(layers)
+
+
+def small():
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4)).double()
+
+
+def test_within_the_block_calls_are_those_of_merged_weights():
+    module, x = small(), torch.randn(5, 8, dtype=torch.float64)
+    change = change_of(module)
+    plain = module(x)
+    merged = small()
+    for name, (down, up) in change.layers.items():
+        merged.get_submodule(name).weight.data += (up.double() @ down.double())
+    with active(change, module):
+        found = module(x)
+    torch.testing.assert_close(found, merged(x))
+    assert not torch.allclose(found, plain) and torch.equal(module(x), plain)
+    detach(list(module.modules()))
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+def test_paths_that_pass_by_a_layers_forward_add_it_too():
+    torch.manual_seed(2)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+    change, x = change_of(layers), torch.randn(1, 4, 8)
+    with active(change, layers):
+        found = [*linear_of_each(layers, x), gelu(layers[0], x)]
+        want = [*(F.linear(x, m.weight, m.bias) for m in layers)]
+        want = [changed(m, x, y) for m, y in zip(layers, want)]
+    for a, b in zip(found, [*want, F.gelu(want[0], approximate="tanh")]):
+        torch.testing.assert_close(a, b)
+
+
+def test_another_thread_does_not_see_it():
+    module, seen = small(), []
+    with active(change_of(module), module):
+        thread = threading.Thread(target=lambda: seen.append(active_serial()))
+        thread.start()
+        thread.join()
+        assert active_serial() > 0
+    assert seen == [0] and active_serial() == 0
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path):
+    change = change_of(small())
+    change.save(tmp_path / "x.safetensors")
+    again = LowRankChange.load(tmp_path / "x.safetensors")
+    assert again.layers.keys() == change.layers.keys() and again.serial != change.serial
+    assert all(torch.equal(a, b) for n in change.layers for a, b in zip(change.layers[n], again.layers[n]))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("9", (16, 8)), ("0", (16, 9)), ("1", (4, 4))])
+def test_layers_of_another_model_are_named(name, shape):
+    change = LowRankChange({name: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))})
+    with pytest.raises(ValueError, match=f"expected a linear layer {name} of"):
+        change.attach(small())
+
+
+def edit(pipe, runner="eager"):
+    text = dict(generator=torch.Generator().manual_seed(1), output_type="latent")
+    config = FlashEditConfig(runner=runner, mask_ratio=0.5, ssca=False, region_noise="inverted")
+    return pipe(**call_options(image=tiny_image(), specedit=config, **text)).images
+
+
+@pytest.mark.parametrize("runner", ["eager", "fused"])
+def test_a_lora_that_is_loaded_later_reaches_the_generator(runner):
+    peft = pytest.importorskip("peft")
+    pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe._generator = pipe._inverter = change_of(pipe.transformer)
+    before = edit(pipe, runner)
+    torch.manual_seed(3)
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    after = edit(pipe, runner)
+    assert after.isfinite().all() and not torch.allclose(before, after, atol=1e-3)
+    # and the generator's change is still there under the adapter
+    pipe.transformer.disable_adapters()
+    torch.testing.assert_close(edit(pipe, runner), before, atol=1e-5, rtol=1e-5)
+    disable_specedit(pipe)
+    assert not any(m._forward_hooks for m in pipe.transformer.modules())
