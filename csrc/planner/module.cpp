@@ -22,9 +22,9 @@ namespace py = pybind11;
 using Lengths = std::optional<std::vector<int>>;
 
 // One work tile: `rows` queries from m_block * tile_q on, keys of the K tiles [n_block_begin, n_block_end). split: its
-// number among the splits of its tile, -1 where the tile is not split.
+// number among the splits of its tile, -1 where the tile is not split. cost: in quarters of the time of a K tile.
 struct PlannedTile {
-  int cta, wave, batch, head, m_block, rows, n_block_begin, n_block_end, split;
+  int cta, wave, batch, head, m_block, rows, n_block_begin, n_block_end, split, cost;
 };
 
 struct Plan {
@@ -79,8 +79,10 @@ Plan plan_of(Params& p, int num_tiles, int num_sms) {
     for (int i = 0; work.get(p, s, i); ++i) {
       if (work.rows <= 0) continue;  // a tile of a range that has no remainder
       const int wave = std::min(i, s.full_waves);
+      const int block_cost = n_block_cost(work.rows <= kWarpgroupRows);
+      const int cost = (work.n_block_end - work.n_block_begin) * block_cost + kSplitOverheadCost;
       plan.work.push_back(
-          {cta, wave, work.batch, work.head, work.m_block, work.rows, work.n_block_begin, work.n_block_end, -1});
+          {cta, wave, work.batch, work.head, work.m_block, work.rows, work.n_block_begin, work.n_block_end, -1, cost});
       if (work.split_slot < 0) continue;
       const int id = s.cta_rank < s.partial_wave_tiles ? s.cta_rank
                                                        : s.range_begin.tile + i - s.full_waves - s.full_wave_tiles;
@@ -144,7 +146,8 @@ PYBIND11_MODULE(_planner, m) {
       .def_readonly("rows", &PlannedTile::rows)
       .def_readonly("n_block_begin", &PlannedTile::n_block_begin)
       .def_readonly("n_block_end", &PlannedTile::n_block_end)
-      .def_readonly("split", &PlannedTile::split);
+      .def_readonly("split", &PlannedTile::split)
+      .def_readonly("cost", &PlannedTile::cost);
   py::class_<Plan>(m, "Plan")
       .def_readonly("num_sms", &Plan::num_sms)
       .def_readonly("num_tiles", &Plan::num_tiles)

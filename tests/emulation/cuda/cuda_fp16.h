@@ -21,7 +21,7 @@ struct __half {
     } else if (magnitude >= 0x477ff000u) {
       half = 0x7c00;  // 65520 and more round to infinity
     } else if (magnitude < 0x38800000u) {
-      half = static_cast<uint32_t>(std::nearbyint(std::fabs(x) * 16777216.0f));  // subnormal: multiples of 2^-24
+      half = static_cast<uint32_t>(std::nearbyint(std::fabs(x) * 0x1p24f));  // subnormal: multiples of 2^-24
     } else {
       half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
     }
@@ -31,8 +31,10 @@ struct __half {
   explicit operator float() const {
     const uint32_t exponent = bits >> 10 & 31;
     const uint32_t fraction = bits & 0x3ff;
-    float x = std::ldexp(static_cast<float>(fraction), -24);
-    if (exponent != 0) {
+    float x;
+    if (exponent == 0) {
+      x = static_cast<float>(fraction) * 0x1p-24f;
+    } else {
       const uint32_t word = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
       std::memcpy(&x, &word, 4);
     }
