@@ -164,5 +164,6 @@ PYBIND11_MODULE(_planner, m) {
       .def_readonly("right", &emulation::Outcome::right)
       .def_readonly("text", &emulation::Outcome::text);
   m.def("case_names", &emulation::case_names);
+  m.def("kernel_of", &emulation::kernel_of, py::arg("name"));
   m.def("run_case", &emulation::run_case, py::arg("name"), py::arg("seed"), py::arg("slow_warp"));
 }
