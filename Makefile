@@ -41,7 +41,7 @@ $(VENV)/installed-%: $(VENV)/installed
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch; print('--system-site-packages')" 2>/dev/null) $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q "setuptools>=70" wheel
+	$(BIN)/pip install -q "setuptools>=70.1" ninja pybind11
 	$(BIN)/pip install -q --no-build-isolation -e ".[triton,pipelines,test]"
 	touch $@
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every kernel's launcher needs from torch: its stream, its errors, its device. Stable ABI only.
+// What every launcher needs from torch: the current stream, errors, allocation. Stable ABI only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-// Lives in libtorch_cuda. Weak, so that the extension loads beside a CPU-only torch too.
+// Defined in libtorch_cuda. Weak, so that the extension also loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
     int32_t device_index, void** ret_stream);
 
@@ -27,7 +27,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   if (aoti_torch_get_current_cuda_stream == nullptr) {
-    throw std::runtime_error("specedit: this torch has no CUDA");
+    throw std::runtime_error("specedit: expected a torch build with CUDA, got a CPU-only one");
   }
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

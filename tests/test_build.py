@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build: what an installation contains, with and without the CUDA extension."""
+"""The build: what an installation contains, with and without the optional extensions; what a second build does."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import specedit_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
+_PURE = {"SPECEDIT_BUILD_CUDA": "0", "SPECEDIT_BUILD_PLANNER": "0"}
 
 
 def _nvcc():
@@ -41,21 +45,51 @@ def source(tmp_path_factory):
     if not (ROOT / "setup.py").exists():
         pytest.skip("the tests run from an installed package, without the sources")
     copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    if (ROOT / "README.md").exists():
-        shutil.copy(ROOT / "README.md", copy)
-    for name in ("specedit_kernels", "triton_kernels", "csrc"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    # A development checkout links specedit_kernels/triton_kernels to the folder that setup.py maps there.
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "results", *_links(ROOT / "specedit_kernels"))
+    for name in ("specedit_kernels", "triton_kernels", "csrc", "tests", "bench"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     return copy
 
 
+def _links(folder):
+    return [path.name for path in folder.iterdir() if path.is_symlink()]
+
+
 @pytest.fixture(scope="module")
-def wheel(source):
-    """A wheel without the extension, built by the environment's own setuptools."""
-    code = "import setuptools.build_meta as backend; backend.build_wheel('dist')"
-    _run(sys.executable, "-c", code, cwd=source, SPECEDIT_BUILD_CUDA="0")
+def warnings():
+    """What the builds of this module have printed, to look for setuptools' warnings."""
+    return []
+
+
+def _pep517(hook, source, warnings):
+    """Runs a hook of the environment's own setuptools, without the optional extensions."""
+    code = f"import setuptools.build_meta as backend; backend.{hook}('dist')"
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code],
+        cwd=source, capture_output=True, text=True, timeout=900,
+        env={**os.environ, **_PURE, "PYTHONDONTWRITEBYTECODE": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    warnings += [line for line in (done.stdout + done.stderr).splitlines() if "warning" in line.lower()]
+
+
+@pytest.fixture(scope="module")
+def wheel(source, warnings):
+    """A wheel without the extensions."""
+    _pep517("build_wheel", source, warnings)
     (path,) = (source / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(source, warnings):
+    _pep517("build_sdist", source, warnings)
+    (path,) = (source / "dist").glob("*.tar.gz")
     return path
 
 
@@ -72,16 +106,44 @@ def test_wheel_leaves_the_name_triton_kernels_free(wheel):
         assert f"specedit_kernels/ops/{stem}.py" in names
 
 
-def test_wheel_carries_the_license_and_the_assets(wheel):
+def test_wheel_carries_the_license_the_version_and_the_types_mark(wheel):
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
     assert any(".dist-info/" in name and name.endswith("LICENSE") for name in names)
     metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
-    assert re.search(r"^License.*Apache-2\.0", archive.read(metadata).decode(), re.MULTILINE)
-    assets = ROOT / "specedit_kernels" / "assets"
-    for path in assets.rglob("*") if assets.exists() else ():
-        if path.is_file() and "__pycache__" not in path.parts:
-            assert str(path.relative_to(ROOT)) in names
+    text = archive.read(metadata).decode()
+    assert re.search(r"^License.*Apache-2\.0", text, re.MULTILINE)
+    assert re.search(rf"^Version: {re.escape(specedit_kernels.__version__)}$", text, re.MULTILINE)
+    assert "specedit_kernels/py.typed" in names
+
+
+def test_wheel_is_light(wheel):
+    """The tiny checkpoints are for a clone."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.startswith("specedit_kernels/assets/")]
+    assert wheel.stat().st_size < 2**20
+
+
+def test_version_has_one_source():
+    """The package's own; setuptools reads it from there."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.findall(r"^version\b.*", text, re.MULTILINE) == ['version = { attr = "specedit_kernels.__version__" }']
+
+
+def test_sdist_contains_what_its_tests_need(source, sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    folders = ("csrc", "tests", "triton_kernels", "specedit_kernels")
+    wanted = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
+    wanted += list((source / "bench").rglob("*.py"))
+    missing = {str(path.relative_to(source)) for path in wanted} - names
+    assert not {name for name in missing if not name.endswith((".pyc", ".so"))}
+    assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile"} <= names
+    assert not [name for name in names if name.endswith((".pyc", ".so", ".o"))]
+
+
+def test_setuptools_gives_no_warning(wheel, sdist, warnings):
+    assert not warnings
 
 
 def test_installed_package_works_without_triton(wheel, tmp_path):
@@ -116,9 +178,24 @@ def test_isolated_build_without_torch_is_pure(source, tmp_path):
     blocked = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; "
     out = _run(
         sys.executable, "-c", blocked + "exec(open('setup.py').read(), {'__file__': 'setup.py'})",
-        cwd=source, SPECEDIT_BUILD_CUDA="",
+        cwd=source, SPECEDIT_BUILD_CUDA="", SPECEDIT_BUILD_PLANNER="0",
     )  # fmt: skip
     assert "without the CUDA extension: torch is not importable" in out
+    assert "without the planner: SPECEDIT_BUILD_PLANNER=0" in out
+
+
+def test_build_without_pybind11_leaves_the_planner_out(source):
+    blocked = "import importlib.util as u, sys; find = u.find_spec; sys.argv = ['setup.py', '--version']; "
+    blocked += "u.find_spec = lambda name, *rest: None if name == 'pybind11' else find(name, *rest); "
+    command = [sys.executable, "-c", blocked + "exec(open('setup.py').read(), {'__file__': 'setup.py'})"]
+    switches = {"SPECEDIT_BUILD_CUDA": "0"}
+    missing = "ninja" if _ninja() is None else "pybind11"
+    out = _run(*command, cwd=source, **switches, SPECEDIT_BUILD_PLANNER="")
+    assert f"without the planner: {missing} is not found" in out
+    forced = {**os.environ, **switches, "SPECEDIT_BUILD_PLANNER": "1"}
+    done = subprocess.run(command, cwd=source, env=forced, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SPECEDIT_BUILD_PLANNER=1 needs ninja, pybind11, a C++ compiler and Linux; missing: " in done.stderr
 
 
 def test_nvcc_beside_a_cpu_only_torch_does_not_try(source):
@@ -128,26 +205,76 @@ def test_nvcc_beside_a_cpu_only_torch_does_not_try(source):
     assert "CPU-only" in out
 
 
-def test_unknown_build_choice_is_refused(source):
+@pytest.mark.parametrize("switch", ["SPECEDIT_BUILD_CUDA", "SPECEDIT_BUILD_PLANNER"])
+def test_unknown_build_choice_is_refused(source, switch):
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],
-        cwd=source, env={**os.environ, "SPECEDIT_BUILD_CUDA": "maybe"}, capture_output=True, text=True,
+        cwd=source, env={**os.environ, **_PURE, switch: "maybe"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "SPECEDIT_BUILD_CUDA must be 0, 1 or unset, got 'maybe'" in done.stderr
+    assert f"{switch} must be 0, 1 or unset, got 'maybe'" in done.stderr
 
 
 @pytest.fixture(scope="module")
 def extension(source, tmp_path_factory):
     """The extension, compiled into a temporary folder."""
-    if _nvcc() is None:
-        pytest.skip("nvcc is not installed")
+    if _nvcc() is None or _ninja() is None:
+        pytest.skip("needs nvcc and ninja")
     target = tmp_path_factory.mktemp("extension")
-    _run(
-        sys.executable, "setup.py", "build_ext", "--build-lib", target, "--build-temp", target / "objects",
-        cwd=source, SPECEDIT_BUILD_CUDA="1",
-    )  # fmt: skip
+    _build(source, target)
     return target / "specedit_kernels" / "_C.abi3.so"
+
+
+def _build(source, target):
+    command = ["build_ext", "--build-lib", target, "--build-temp", target / "objects"]
+    return _run(sys.executable, "setup.py", *command, cwd=source, SPECEDIT_BUILD_CUDA="1", SPECEDIT_BUILD_PLANNER="0")
+
+
+def _ninja():
+    beside = Path(sys.executable).with_name("ninja")
+    return str(beside) if beside.exists() else shutil.which("ninja")
+
+
+def test_second_build_does_nothing(source, extension):
+    before = extension.stat().st_mtime_ns
+    out = _build(source, extension.parents[1])
+    assert "no work to do" in out
+    assert extension.stat().st_mtime_ns == before
+
+
+def test_changed_header_rebuilds_its_units_alone(source, extension):
+    """What ninja would do, without doing it."""
+    header = source / "csrc" / "select_tokens" / "select_tokens.h"
+    before = header.stat()
+    folder = extension.parents[1] / "objects" / "specedit_kernels._C"
+    try:
+        os.utime(header)
+        plan = _run(_ninja(), "-n", "-C", folder, cwd=source)
+    finally:
+        os.utime(header, ns=(before.st_atime_ns, before.st_mtime_ns))
+    compiled = set(re.findall(r"compile \S*/csrc/(\S+)", plan))
+    assert compiled == {"registration.cpp", "select_tokens/select_tokens.cu"}
+    assert "link " in plan
+
+
+def test_builds_compare_by_their_machine_code(extension, tmp_path):
+    if shutil.which("c++filt") is None:
+        pytest.skip("needs c++filt")
+    script = ROOT / "csrc" / "compare_sass.py"
+    done = subprocess.run(
+        [sys.executable, script, extension, extension], capture_output=True, text=True, timeout=300, check=False
+    )
+    if "needs cuobjdump" in done.stderr:
+        pytest.skip("needs cuobjdump")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"mixed_res_attn_kernel<__half, 64, true>: equal \(\d{4,} instructions\)", done.stdout)
+    assert ", 0 not equal" in done.stdout
+    renamed = subprocess.run(
+        [sys.executable, script, extension, extension, "--rename", "gather_kv_kernel=other"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert renamed.returncode == 1
+    assert "other: only in " in renamed.stdout
 
 
 def test_extension_needs_the_stable_abi_alone(extension):

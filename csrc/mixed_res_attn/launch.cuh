@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launch of the attention on sm_90a. The kernels stand apart, so that a test can run them without a GPU.
+// The launch of the attention on sm_90a. It is apart from the kernels, so that the CPU emulation can include these.
 #pragma once
 
 #include "common.h"
@@ -8,29 +8,30 @@
 namespace specedit::attn {
 
 template <typename T, int D, bool GATHER>
-void launch(const Params& p, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<T, D, GATHER>);
-  static_assert(kBytes <= 232448);
+void launch(const Params& p, int num_ctas, cudaStream_t stream) {
+  constexpr int kSmemBytes = sizeof(SharedStorage<T, D, GATHER>);
+  static_assert(kSmemBytes <= 232448);
   check_cuda(
-      cudaFuncSetAttribute(attention_kernel<T, D, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+      cudaFuncSetAttribute(
+          mixed_res_attn_kernel<T, D, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
       "mixed_res_attn");
-  // Both kernels may start while the one before still runs: they wait for its end by themselves.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  // Programmatic dependent launch: both kernels may start while the grid before still runs, and wait for it themselves.
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
+  config.gridDim = dim3(num_ctas);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
-  config.attrs = &early;
+  config.attrs = &dependent;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, attention_kernel<T, D, GATHER>, p), "mixed_res_attn");
-  if (p.part_out != nullptr) {
-    config.gridDim = dim3(p.most_cut, kBlockM / 8);
-    config.blockDim = dim3(256);
+  check_cuda(cudaLaunchKernelEx(&config, mixed_res_attn_kernel<T, D, GATHER>, p), "mixed_res_attn");
+  if (p.out_partial != nullptr) {
+    config.gridDim = dim3(p.max_split_tiles, kBlockM / kCombineRows);
+    config.blockDim = dim3(kCombineThreads);
     config.dynamicSmemBytes = 0;
-    check_cuda(cudaLaunchKernelEx(&config, join_kernel<T, D>, p), "mixed_res_attn");
+    check_cuda(cudaLaunchKernelEx(&config, combine_kernel<T, D>, p), "mixed_res_attn");
   }
 }
 

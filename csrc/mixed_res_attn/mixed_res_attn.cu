@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side of the attention on sm_90a: tensor maps, workspace, launch. No synchronisation; lengths stay on the device.
+// Host side of the attention on sm_90a: TMA descriptors, plan, workspace, launch. No synchronisation: lengths stay on
+// the device.
 #include "mixed_res_attn/mixed_res_attn.h"
 
 #include <cuda_bf16.h>
@@ -9,7 +10,7 @@
 #include <climits>
 
 #include "common.h"
-#include "mixed_res_attn/gather_rows.cuh"
+#include "mixed_res_attn/gather_kv.cuh"
 #include "mixed_res_attn/params.h"
 
 namespace specedit {
@@ -19,7 +20,7 @@ using attn::Params;
 using attn::Strides;
 using Option = std::optional<Tensor>;
 
-// A tensor [B, S, H, D], or [T, H, D] as one batch entry. A dimension of size 1 has no stride worth minding.
+// A tensor [B, S, H, D], or [T, H, D] as one batch entry. The stride of a dimension of size 1 counts as 0.
 struct View {
   void* data;
   Strides strides;
@@ -34,7 +35,7 @@ View view_of(const Tensor& x) {
   return view;
 }
 
-decltype(&cuTensorMapEncodeTiled) encoder() {
+decltype(&cuTensorMapEncodeTiled) tensor_map_encode() {
   static const auto function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -47,8 +48,8 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return function;
 }
 
-// Boxes of `rows` rows of a head in panels of 64 columns, 128-byte swizzle; rows outside read as zeros.
-CUtensorMap map_of(const View& x, ScalarType dtype, int rows) {
+// Boxes of `rows` rows of one head, in panels of 64 columns with the 128-byte swizzle. Rows outside are zeros.
+CUtensorMap tma_descriptor_of(const View& x, ScalarType dtype, int rows) {
   constexpr int64_t kSize = 2;
   const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride == 0 ? 16 : stride * kSize); };
   const cuuint64_t dims[5] = {64, static_cast<cuuint64_t>(x.rows), static_cast<cuuint64_t>(x.dim / 64),
@@ -57,7 +58,7 @@ CUtensorMap map_of(const View& x, ScalarType dtype, int rows) {
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(x.dim / 64), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encoder()(
+  const CUresult result = tensor_map_encode()(
       &map, dtype == ScalarType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
       x.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -67,38 +68,42 @@ CUtensorMap map_of(const View& x, ScalarType dtype, int rows) {
   return map;
 }
 
-const int* ints(const Option& x) { return x.has_value() ? static_cast<const int*>(x->data_ptr()) : nullptr; }
+const int* int_data(const Option& x) { return x.has_value() ? static_cast<const int*>(x->data_ptr()) : nullptr; }
 int64_t batch_stride(const Option& x) { return x.has_value() && x->dim() > 1 && x->size(0) > 1 ? x->stride(0) : 0; }
 
-int small(int64_t x, const char* what) {
-  if (x < 0 || x > INT_MAX - 1024) throw std::invalid_argument(std::string("mixed_res_attn: too large: ") + what);
+int checked_int(int64_t x, const char* what) {
+  if (x < 0 || x > INT_MAX - 1024) {
+    throw std::invalid_argument(
+        std::string("mixed_res_attn: ") + what + ": expected at most 2**31 - 1025, got " + std::to_string(x));
+  }
   return static_cast<int>(x);
 }
 
 template <typename T>
-void launch(const Params& p, int64_t dim, int blocks, cudaStream_t stream) {
+void launch(const Params& p, int64_t dim, int num_ctas, cudaStream_t stream) {
   const bool gather = p.kv_index != nullptr;
   if (dim == 64) {
-    (gather ? attn::launch<T, 64, true> : attn::launch<T, 64, false>)(p, blocks, stream);
+    (gather ? attn::launch<T, 64, true> : attn::launch<T, 64, false>)(p, num_ctas, stream);
   } else {
-    (gather ? attn::launch<T, 128, true> : attn::launch<T, 128, false>)(p, blocks, stream);
+    (gather ? attn::launch<T, 128, true> : attn::launch<T, 128, false>)(p, num_ctas, stream);
   }
 }
 
-// Whether rows by kv_index are gathered before the attention. By itself it gathers them for each tile of queries, which
-// costs issue slots; and it knows strides of 32 bits, in bytes, only.
+// Whether rows by kv_index are gathered before the attention. The attention itself gathers them for each work tile,
+// which takes issue slots; and its strides, in bytes, have 32 bits.
 bool gathers_first(const View& q, const View& k, const View& v, int64_t num_q) {
-  const int64_t tiles = q.heads / k.heads * ((num_q + attn::kBlockM - 1) / attn::kBlockM);
-  return tiles >= attn::kGatherFirst || std::max(k.strides.row, v.strides.row) > INT_MAX / 2;
+  const int64_t tiles_of_row = q.heads / k.heads * ((num_q + attn::kBlockM - 1) / attn::kBlockM);
+  return tiles_of_row >= attn::kPregatherMinTiles || std::max(k.strides.row, v.strides.row) > INT_MAX / 2;
 }
 
-// Gathers k, v and bias of all slots of kv_index into `workspace`; p and the views then describe a call without index.
-Tensor gather_rows(Params& p, View& k, View& v, const Tensor& q, cudaStream_t stream) {
+// Gathers k, v and bias of all slots of kv_index into the returned workspace. Afterwards p and the views describe a
+// call without kv_index.
+Tensor gather_kv(Params& p, View& k, View& v, const Tensor& q, cudaStream_t stream) {
   const int64_t row = k.heads * k.dim;
-  const int64_t slots = k.batch * p.num_k;
+  const int64_t slots = k.batch * p.max_seqlen_k;
   Tensor workspace = empty_on(q, {slots * (row + 1)}, ScalarType::Float);
   uint4* const out = static_cast<uint4*>(workspace.data_ptr());
-  attn::RowsParams r{};
+  attn::GatherParams r{};
   const auto in_words = [](const Strides& x) { return Strides{x.batch / 8, x.row / 8, x.head / 8}; };
   r.k = static_cast<const uint4*>(p.k);
   r.v = static_cast<const uint4*>(p.v);
@@ -107,29 +112,29 @@ Tensor gather_rows(Params& p, View& k, View& v, const Tensor& q, cudaStream_t st
   r.bias = p.bias;
   r.index = p.kv_index;
   r.lens = p.kv_lens;
-  r.bias_batch = p.bias_batch;
-  r.index_batch = p.kv_index_batch;
-  r.words = small(row / 8, "a row of k");
+  r.bias_batch_stride = p.bias_batch_stride;
+  r.index_batch_stride = p.kv_index_batch_stride;
+  r.words = checked_int(row / 8, "a row of k");
   r.head_shift = k.dim == 64 ? 3 : 4;
   r.k_out = out;
   r.v_out = out + slots * r.words;
   r.bias_out = reinterpret_cast<float*>(out + 2 * slots * r.words);
   r.batch = p.batch;
-  r.slots = p.num_k;
+  r.slots = p.max_seqlen_k;
   r.rows = p.rows_k;
-  const int blocks = attn::ceil_div(small(slots, "slots of kv_index"), attn::kGatherThreads / 32);
-  if (blocks > 0) attn::gather_rows_kernel<<<blocks, attn::kGatherThreads, 0, stream>>>(r);
+  const int num_ctas = attn::ceil_div(checked_int(slots, "slots of kv_index"), attn::kGatherThreads / 32);
+  if (num_ctas > 0) attn::gather_kv_kernel<<<num_ctas, attn::kGatherThreads, 0, stream>>>(r);
   check_cuda(cudaGetLastError(), "mixed_res_attn");
-  const Strides dense{p.num_k * row, row, k.dim};
-  k = View{r.k_out, dense, k.batch, p.num_k, k.heads, k.dim};
-  v = View{r.v_out, dense, k.batch, p.num_k, k.heads, k.dim};
+  const Strides dense{p.max_seqlen_k * row, row, k.dim};
+  k = View{r.k_out, dense, k.batch, p.max_seqlen_k, k.heads, k.dim};
+  v = View{r.v_out, dense, k.batch, p.max_seqlen_k, k.heads, k.dim};
   p.k = r.k_out;
   p.v = r.v_out;
   p.k_strides = p.v_strides = dense;
   p.bias = r.bias_out;
-  p.bias_batch = p.num_k;
+  p.bias_batch_stride = p.max_seqlen_k;
   p.kv_index = nullptr;
-  p.rows_k = p.num_k;
+  p.rows_k = p.max_seqlen_k;
   return workspace;
 }
 
@@ -164,64 +169,68 @@ Tensor mixed_res_attn(
   p.v_strides = vv.strides;
   p.out_strides = ov.strides;
   p.bias = key_bias.has_value() ? static_cast<const float*>(key_bias->data_ptr()) : nullptr;
-  p.q_index = ints(q_index);
-  p.kv_index = ints(kv_index);
-  p.out_index = ints(out_index);
-  p.q_lens = ints(q_lens);
-  p.kv_lens = ints(kv_lens);
-  p.cu_q = ints(cu_seqlens_q);
-  p.cu_k = ints(cu_seqlens_k);
-  p.bias_batch = batch_stride(key_bias);
-  p.q_index_batch = batch_stride(q_index);
-  p.kv_index_batch = batch_stride(kv_index);
-  p.out_index_batch = batch_stride(out_index);
-  p.lse_batch = packed ? 0 : qv.heads * num_q;
-  p.lse_head = packed ? qv.rows : num_q;
+  p.q_index = int_data(q_index);
+  p.kv_index = int_data(kv_index);
+  p.out_index = int_data(out_index);
+  p.q_lens = int_data(q_lens);
+  p.kv_lens = int_data(kv_lens);
+  p.cu_seqlens_q = int_data(cu_seqlens_q);
+  p.cu_seqlens_k = int_data(cu_seqlens_k);
+  p.bias_batch_stride = batch_stride(key_bias);
+  p.q_index_batch_stride = batch_stride(q_index);
+  p.kv_index_batch_stride = batch_stride(kv_index);
+  p.out_index_batch_stride = batch_stride(out_index);
+  p.lse_batch_stride = packed ? 0 : qv.heads * num_q;
+  p.lse_head_stride = packed ? qv.rows : num_q;
   p.out = ov.data;
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.score_unit = static_cast<float>(scale * 1.4426950408889634);
-  p.bias_unit = static_cast<float>(1.0 / scale);
-  p.slack = attn::kSlack / p.score_unit;
-  p.batch = small(batch, "batch");
-  p.heads = small(qv.heads, "heads");
-  p.group = p.heads / small(kv.heads, "heads of k");
-  p.num_q = small(num_q, "queries");
-  p.num_k = small(num_k, "keys");
-  p.rows_q = small(qv.rows, "rows of q");
-  p.rows_k = small(kv.rows, "rows of k");
-  p.rows_out = small(ov.rows, "rows of out");
-  const int64_t all_tiles = batch * qv.heads * ((num_q + attn::kBlockM - 1) / attn::kBlockM);
-  const int tiles = small(all_tiles, "tiles");
+  p.softmax_scale_log2 = static_cast<float>(scale * 1.4426950408889634);
+  p.inv_softmax_scale = static_cast<float>(1.0 / scale);
+  p.rescale_threshold = attn::kRescaleThreshold / p.softmax_scale_log2;
+  p.batch = checked_int(batch, "batch");
+  p.heads = checked_int(qv.heads, "heads");
+  p.qhead_per_khead = p.heads / checked_int(kv.heads, "heads of k");
+  p.max_seqlen_q = checked_int(num_q, "queries");
+  p.max_seqlen_k = checked_int(num_k, "keys");
+  p.rows_q = checked_int(qv.rows, "rows of q");
+  p.rows_k = checked_int(kv.rows, "rows of k");
+  p.rows_out = checked_int(ov.rows, "rows of out");
+  const int64_t m_blocks = (num_q + attn::kBlockM - 1) / attn::kBlockM;
+  const int num_tiles = checked_int(batch * qv.heads * m_blocks, "work tiles");
   const cudaStream_t stream = current_stream(q);
   std::optional<Tensor> gathered;
-  if (p.kv_index != nullptr && gathers_first(qv, kv, vv, num_q)) gathered = gather_rows(p, kv, vv, q, stream);
+  if (p.kv_index != nullptr && gathers_first(qv, kv, vv, num_q)) gathered = gather_kv(p, kv, vv, q, stream);
   if (p.kv_index == nullptr) {
-    // A map has no empty dimension; without queries or keys no copy is made.
-    if (qv.rows > 0) p.q_map = map_of(qv, dtype, attn::kRows);
+    // A TMA descriptor has no empty dimension. Without queries or keys there is no load.
+    if (qv.rows > 0) p.tma_q = tma_descriptor_of(qv, dtype, attn::kWarpgroupRows);
     if (kv.rows > 0) {
-      p.k_map = map_of(kv, dtype, attn::kBlockN);
-      p.v_map = map_of(vv, dtype, attn::kBlockN);
+      p.tma_k = tma_descriptor_of(kv, dtype, attn::kBlockN);
+      p.tma_v = tma_descriptor_of(vv, dtype, attn::kBlockN);
     }
   }
 
-  int blocks = 0;
-  check_cuda(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, q.get_device_index()), "mixed_res_attn");
-  // Room for the parts of the last round's tiles. Without lengths on the device their number is known here.
-  const bool known = p.q_lens == nullptr && p.kv_lens == nullptr && !packed;
-  if (known) attn::plan_on_host(p, tiles, blocks);
-  else p.most_cut = std::min(tiles, blocks - 1);
-  std::optional<Tensor> workspace;
-  if (p.most_cut > 0) {
-    const int64_t rows = (int64_t{p.most_cut} + blocks) * attn::kBlockM;
-    const int64_t notes = known ? 0 : p.most_cut * static_cast<int64_t>(sizeof(attn::CutTile) / sizeof(float));
-    const int64_t floats = rows * (qv.dim + 1) + notes;
-    workspace = empty_on(q, {floats}, ScalarType::Float);
-    p.part_out = static_cast<float*>(workspace->data_ptr());
-    p.part_lse = p.part_out + rows * qv.dim;
-    p.cut_tiles = reinterpret_cast<attn::CutTile*>(p.part_lse + rows);
+  int num_ctas = 0;  // one an SM
+  check_cuda(
+      cudaDeviceGetAttribute(&num_ctas, cudaDevAttrMultiProcessorCount, q.get_device_index()), "mixed_res_attn");
+  // Memory for the splits of the last partial wave. Without lengths on the device their number is known here.
+  if (p.q_lens == nullptr && p.kv_lens == nullptr && !packed) {
+    attn::plan_on_host(p.plan, p.max_seqlen_q, p.max_seqlen_k, num_tiles, num_ctas);
+    p.max_split_tiles = p.plan.partial_wave_tiles;
+  } else {
+    p.max_split_tiles = std::min(num_tiles, num_ctas - 1);
   }
-  if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, blocks, stream);
-  else launch<__half>(p, qv.dim, blocks, stream);
+  std::optional<Tensor> workspace;
+  if (p.max_split_tiles > 0) {
+    const int64_t rows = (int64_t{p.max_split_tiles} + num_ctas) * attn::kBlockM;
+    const int64_t split_tiles = p.plan.planned ? 0 : p.max_split_tiles;
+    const int64_t floats = rows * (qv.dim + 1) + split_tiles * int64_t{sizeof(attn::SplitTile) / sizeof(float)};
+    workspace = empty_on(q, {floats}, ScalarType::Float);
+    p.out_partial = static_cast<float*>(workspace->data_ptr());
+    p.lse_partial = p.out_partial + rows * qv.dim;
+    p.split_tiles = reinterpret_cast<attn::SplitTile*>(p.lse_partial + rows);
+  }
+  if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, num_ctas, stream);
+  else launch<__half>(p, qv.dim, num_ctas, stream);
   return lse;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// sm_90a instructions as functions: barriers, the bulk tensor copy, warp group matrix products.
+// sm_90a instructions as functions, named as CUTLASS names them: mbarrier, TMA, wgmma.
 //
-// Written as PTX rather than through a header library: the extension then builds wherever nvcc is, and in seconds.
+// Written as PTX and not through CUTLASS: the extension builds wherever nvcc is, in about a minute.
 #pragma once
 
 #include <cuda.h>
@@ -13,72 +13,73 @@
 
 namespace specedit::sm90 {
 
-__device__ inline uint32_t shared_address(const void* at) {
+__device__ inline uint32_t cast_smem_ptr_to_uint(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// The block's dynamic shared memory.
-__device__ inline void* block_memory() {
+// The CTA's dynamic shared memory.
+__device__ inline void* dynamic_smem() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
 }
 
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
 
-__device__ inline void barrier_init(uint64_t* bar, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
+__device__ inline void mbarrier_init(uint64_t* bar, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cast_smem_ptr_to_uint(bar)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine.
-__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes initialised mbarriers visible to the async proxy (TMA).
+__device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ inline void barrier_arrive(uint64_t* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+__device__ inline void mbarrier_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cast_smem_ptr_to_uint(bar)) : "memory");
 }
 
-__device__ inline void barrier_expect(uint64_t* bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
+__device__ inline void mbarrier_arrive_and_expect_tx(uint64_t* bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cast_smem_ptr_to_uint(bar)), "r"(bytes)
                : "memory");
 }
 
-__device__ inline bool barrier_try(uint64_t* bar, uint32_t parity) {
+__device__ inline bool mbarrier_try_wait(uint64_t* bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n\t.reg .pred p;\n\t"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
       "selp.u32 %0, 1, 0, p;\n\t}"
       : "=r"(done)
-      : "r"(shared_address(bar)), "r"(parity)
+      : "r"(cast_smem_ptr_to_uint(bar)), "r"(parity)
       : "memory");
   return done;
 }
 
-// Returns when the phase of this parity has completed; a fresh barrier counts as past its phase of parity 1.
-__device__ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
-  while (!barrier_try(bar, parity)) {
+// Returns when the phase of this parity has completed. A new mbarrier counts as if its phase of parity 1 had.
+__device__ inline void mbarrier_wait(uint64_t* bar, uint32_t parity) {
+  while (!mbarrier_try_wait(bar, parity)) {
   }
 }
 
-// Named barriers 1 to 15 among `threads` threads of the block, those that sync and those that only arrive.
-__device__ inline void named_sync(int id, int threads) {
+// Named barriers 1 to 15. threads: of the CTA, those that sync and those that only arrive.
+__device__ inline void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ inline void named_arrive(int id, int threads) {
+__device__ inline void named_barrier_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- Grids ----------------------------------------------------------------------------------------------------------
+// ---- Programmatic dependent launch
+// ----------------------------------------------------------------------------------------------------------
 
-// The next grid of the stream may start, if it was launched to be let.
-__device__ inline void let_grid_after_start() {
+// The next grid of the stream may start, if it was launched with programmatic stream serialization.
+__device__ inline void launch_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
 // Returns when the grid before has ended and its writes are visible.
-__device__ inline void wait_for_grid_before() {
+__device__ inline void wait_on_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -87,36 +88,36 @@ __device__ inline void wait_for_grid_before() {
 // ---- Registers ------------------------------------------------------------------------------------------------------
 
 template <int N>
-__device__ inline void more_registers() {
+__device__ inline void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 template <int N>
-__device__ inline void fewer_registers() {
+__device__ inline void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 // ---- Copies ---------------------------------------------------------------------------------------------------------
 
-// Shared memory written by ordinary stores or cp.async, made visible to matrix products and the copy engine.
-__device__ inline void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Makes shared memory written by stores or cp.async visible to the async proxy (wgmma, TMA).
+__device__ inline void fence_view_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ inline void prefetch_map(const CUtensorMap* map) {
+__device__ inline void prefetch_tma_descriptor(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// A box of a five-dimensional tensor to shared memory; completes on `bar`.
-__device__ inline void copy_box(
+// Loads a box of a five-dimensional tensor to shared memory; completes on `bar`.
+__device__ inline void tma_load(
     void* target, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
-      "[%2];" ::"r"(shared_address(target)),
-      "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "[%2];" ::"r"(cast_smem_ptr_to_uint(target)),
+      "l"(map), "r"(cast_smem_ptr_to_uint(bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 
 // 16 bytes to shared memory, zeros where `valid` is 0; `source` must be a legal address either way.
-__device__ inline void copy_16(uint32_t target, const void* source, uint32_t valid) {
+__device__ inline void cp_async_zfill(uint32_t target, const void* source, uint32_t valid) {
   asm volatile(
       "{\n\t.reg .pred p;\n\t"
       "setp.eq.u32 p, %2, 0;\n\t"
@@ -125,56 +126,59 @@ __device__ inline void copy_16(uint32_t target, const void* source, uint32_t val
       : "memory");
 }
 
-// The cache line of an address to L2.
-__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// Prefetches the cache line of an address into L2.
+__device__ inline void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Read once: what is written stays in L2 in its stead.
-__device__ inline uint4 load_once(const uint4* at) {
+// For data that is read once: its cache lines are evicted first.
+__device__ inline uint4 load_streaming(const uint4* at) {
   uint4 x;
   asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
   return x;
 }
 
-// Arrives on `bar` when this thread's row copies so far have.
-__device__ inline void copies_arrive(uint64_t* bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+// Arrives on `bar` when this thread's cp.async copies so far have completed.
+__device__ inline void cp_async_mbarrier_arrive_noinc(uint64_t* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(cast_smem_ptr_to_uint(bar)) : "memory");
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
-__device__ inline void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit_batch() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int PENDING>
-__device__ inline void products_wait() {
+__device__ inline void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ inline void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
+__device__ inline void nanosleep() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
 // Keeps the compiler from moving accesses to accumulators across this point.
 template <int N>
-__device__ inline void pin(float (&x)[N]) {
+__device__ inline void warpgroup_fence_operand(float (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Low word of a matrix descriptor (PTX ISA, "matrix descriptor"; it counts units of 16 bytes). `leading`, in bytes: of a
-// tile in panels of 128-byte rows with the 128-byte swizzle, 1024-byte aligned, from one panel of 64 columns to the next,
-// which matters where the columns are the product's N; of a plain tile, from 8 columns to the next 8.
-__device__ inline uint32_t tile_descriptor(const void* tile, uint32_t leading) {
-  return (shared_address(tile) >> 4) | (leading >> 4) << 16;
+// Low word of a matrix descriptor (PTX ISA, "matrix descriptor"), which counts units of 16 bytes. `leading`, in bytes.
+// Tile with the 128-byte swizzle (panels of 128-byte rows, 1024-byte aligned): from one panel of 64 columns to the
+// next, used where the columns are the product's N. Tile without swizzle: from 8 columns to the next 8.
+__device__ inline uint32_t smem_descriptor_low(const void* tile, uint32_t leading) {
+  return (cast_smem_ptr_to_uint(tile) >> 4) | (leading >> 4) << 16;
 }
 
-// The whole descriptor: 1024 bytes from one group of 8 rows to the next, 128-byte swizzle.
-__device__ inline uint64_t swizzled_descriptor(uint32_t low) { return static_cast<uint64_t>(0x40000040u) << 32 | low; }
+// The descriptor of a tile with the 128-byte swizzle: 1024 bytes from one group of 8 rows to the next.
+__device__ inline uint64_t swizzle128_descriptor(uint32_t low) {
+  return static_cast<uint64_t>(0x40000040u) << 32 | low;
+}
 
-// That of a plain tile: 8 columns of 8 rows are 128 bytes, `group` bytes from one group of 8 rows to the next.
-__device__ inline uint64_t plain_descriptor(uint32_t low, uint32_t group) {
+// That of a tile without swizzle: 8 columns of 8 rows are 128 bytes; `group` bytes from one group of 8 rows to the
+// next.
+__device__ inline uint64_t no_swizzle_descriptor(uint32_t low, uint32_t group) {
   return static_cast<uint64_t>(group >> 4) << 32 | low;
 }
 
-// The same value, computed anew at each use: what derives from it is not kept in registers across a loop.
+// Returns x. The compiler cannot know that, so it recomputes what depends on x and does not keep it in registers.
 __device__ inline uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -189,59 +193,59 @@ __device__ inline uint32_t opaque(uint32_t x) {
 #define SPECEDIT_LIST32                                                                                    \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31"
-#define SPECEDIT_LIST64                                                                                          \
-  SPECEDIT_LIST32                                                                                                \
+#define SPECEDIT_LIST64                                                                                           \
+  SPECEDIT_LIST32                                                                                                 \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
   "%59,%60,%61,%62,%63"
-#define SPECEDIT_LIST88                                                                                       \
-  SPECEDIT_LIST64                                                                                             \
+#define SPECEDIT_LIST88 \
+  SPECEDIT_LIST64       \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87"
 
-#define SPECEDIT_WGMMA(n, type, flag)                              \
-  "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #flag ", 0;\n\t"        \
+#define SPECEDIT_WGMMA(n, type, flag)                       \
+  "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #flag ", 0;\n\t" \
   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type
-#define SPECEDIT_SHARED_SHARED(n, type, list, a0, a1, a2, ...)                                    \
+#define SPECEDIT_WGMMA_SS(n, type, list, a0, a1, a2, ...)                                         \
   asm volatile(SPECEDIT_WGMMA(n, type, a2) " {" list "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n\t}" \
                : __VA_ARGS__                                                                      \
                : "l"(a), "l"(b), "r"(add))
-#define SPECEDIT_REGISTERS_SHARED(n, type, list, a0, a1, a2, a3, a4, a5, ...)                                        \
-  asm volatile(SPECEDIT_WGMMA(n, type, a5) " {" list "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4            \
-                                           ", p, 1, 1, 1;\n\t}"                                                      \
-               : __VA_ARGS__                                                                                         \
+#define SPECEDIT_WGMMA_RS(n, type, list, a0, a1, a2, a3, a4, a5, ...)                                     \
+  asm volatile(SPECEDIT_WGMMA(n, type, a5) " {" list "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4 \
+                                           ", p, 1, 1, 1;\n\t}"                                           \
+               : __VA_ARGS__                                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
 
-// d (+)= a b^T: a [64, 16] and b [N, 16] in shared memory, 16 columns contiguous. add = 0 overwrites d.
-// d += a b: a [64, 16] in registers, b [16, N] in shared memory, N contiguous.
+// m64nNk16, fp32 accumulators. ss: d (+)= a b^T, a [64, 16] and b [N, 16] in shared memory, 16 columns contiguous; add
+// = 0 overwrites d. rs: d += a b, a [64, 16] in registers, b [16, N] in shared memory, N contiguous.
 template <typename T, int N>
-struct Products;
+struct Wgmma;
 
-#define SPECEDIT_PRODUCTS(n, list, a0, a1, a2, a3, a4, a5, ...)                                        \
-  template <typename T>                                                                                \
-  struct Products<T, n> {                                                                              \
-    __device__ static inline void shared_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int add) {  \
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
-        SPECEDIT_SHARED_SHARED(n, "bf16", list, a0, a1, a2, __VA_ARGS__);                              \
-      } else {                                                                                         \
-        SPECEDIT_SHARED_SHARED(n, "f16", list, a0, a1, a2, __VA_ARGS__);                               \
-      }                                                                                                \
-    }                                                                                                  \
-    __device__ static inline void registers_shared(float (&d)[n / 2], const uint32_t* a, uint64_t b) { \
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
-        SPECEDIT_REGISTERS_SHARED(n, "bf16", list, a0, a1, a2, a3, a4, a5, __VA_ARGS__);               \
-      } else {                                                                                         \
-        SPECEDIT_REGISTERS_SHARED(n, "f16", list, a0, a1, a2, a3, a4, a5, __VA_ARGS__);                \
-      }                                                                                                \
-    }                                                                                                  \
+#define SPECEDIT_DEFINE_WGMMA(n, list, a0, a1, a2, a3, a4, a5, ...)                        \
+  template <typename T>                                                                    \
+  struct Wgmma<T, n> {                                                                     \
+    __device__ static inline void ss(float (&d)[n / 2], uint64_t a, uint64_t b, int add) { \
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                    \
+        SPECEDIT_WGMMA_SS(n, "bf16", list, a0, a1, a2, __VA_ARGS__);                       \
+      } else {                                                                             \
+        SPECEDIT_WGMMA_SS(n, "f16", list, a0, a1, a2, __VA_ARGS__);                        \
+      }                                                                                    \
+    }                                                                                      \
+    __device__ static inline void rs(float (&d)[n / 2], const uint32_t* a, uint64_t b) {   \
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                    \
+        SPECEDIT_WGMMA_RS(n, "bf16", list, a0, a1, a2, a3, a4, a5, __VA_ARGS__);           \
+      } else {                                                                             \
+        SPECEDIT_WGMMA_RS(n, "f16", list, a0, a1, a2, a3, a4, a5, __VA_ARGS__);            \
+      }                                                                                    \
+    }                                                                                      \
   }
 
-SPECEDIT_PRODUCTS(64, SPECEDIT_LIST32, 32, 33, 34, 35, 36, 37, SPECEDIT_ACC32(d, 0));
-SPECEDIT_PRODUCTS(128, SPECEDIT_LIST64, 64, 65, 66, 67, 68, 69, SPECEDIT_ACC64(d, 0));
-SPECEDIT_PRODUCTS(
+SPECEDIT_DEFINE_WGMMA(64, SPECEDIT_LIST32, 32, 33, 34, 35, 36, 37, SPECEDIT_ACC32(d, 0));
+SPECEDIT_DEFINE_WGMMA(128, SPECEDIT_LIST64, 64, 65, 66, 67, 68, 69, SPECEDIT_ACC64(d, 0));
+SPECEDIT_DEFINE_WGMMA(
     176, SPECEDIT_LIST88, 88, 89, 90, 91, 92, 93, SPECEDIT_ACC64(d, 0), SPECEDIT_ACC16(d, 64), SPECEDIT_ACC8(d, 80));
 
-#undef SPECEDIT_PRODUCTS
-#undef SPECEDIT_REGISTERS_SHARED
-#undef SPECEDIT_SHARED_SHARED
+#undef SPECEDIT_DEFINE_WGMMA
+#undef SPECEDIT_WGMMA_RS
+#undef SPECEDIT_WGMMA_SS
 #undef SPECEDIT_WGMMA
 #undef SPECEDIT_LIST88
 #undef SPECEDIT_LIST64

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threshold, dilation, uniform tokens and the stable permutation in one launch: a block per batch element.
+// Threshold, dilation, uniform tokens and the stable permutation in one launch: one CTA for each batch entry.
 #include "select_tokens/select_tokens.h"
 
 #include <cuda_bf16.h>
@@ -12,15 +12,15 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kWarp = 32;
-// Two flags a token in shared memory, within what a kernel may have without asking for more.
+// Two flags of a token in shared memory, within the 48 KB that need no attribute.
 constexpr int64_t kMaxSharedTokens = 22 * 1024;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Exclusive prefix sum of `value` over the block's threads; `total` receives the sum of all.
-__device__ int block_prefix(int value, int* total) {
+// Exclusive prefix sum of `value` over the CTA's threads; `sum_of_all` receives the sum.
+__device__ int exclusive_prefix_sum(int value, int* sum_of_all) {
   __shared__ int warp_sums[kWarp];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -40,7 +40,7 @@ __device__ int block_prefix(int value, int* total) {
     warp_sums[lane] = sum;
   }
   __syncthreads();
-  *total = warp_sums[kWarp - 1];
+  *sum_of_all = warp_sums[kWarp - 1];
   return inclusive - value + (warp > 0 ? warp_sums[warp - 1] : 0);
 }
 
@@ -56,24 +56,24 @@ __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(
     float threshold,
     int dilation,
     int uniform_stride,
-    bool in_shared) {
+    bool flags_in_smem) {
   extern __shared__ uint8_t shared[];
   const int tokens = grid_h * grid_w;
   score += blockIdx.x * score_stride;
   mask += static_cast<int64_t>(blockIdx.x) * tokens;
   index += static_cast<int64_t>(blockIdx.x) * tokens;
-  // Flags of a large grid live in the outputs: the final ones in `mask`, the row-wise ones in `index`, which is
-  // written only after their last use.
-  uint8_t* flags = in_shared ? shared : mask;
-  uint8_t* grown = in_shared ? shared + tokens : reinterpret_cast<uint8_t*>(index);
+  // Flags of a large grid are in the outputs: the final ones in `mask`, those dilated along rows in `index`, which is
+  // written after their last use.
+  uint8_t* flags = flags_in_smem ? shared : mask;
+  uint8_t* dilated_rows = flags_in_smem ? shared + tokens : reinterpret_cast<uint8_t*>(index);
 
-  const auto on_lattice = [&](int row, int column) {
+  const auto is_uniform = [&](int row, int column) {
     return uniform_stride > 0 && row % uniform_stride == 0 && column % uniform_stride == 0;
   };
   for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
     const float value = to_float(score[i]);
-    const bool hot = value > threshold || value != value;
-    flags[i] = hot || (dilation == 0 && on_lattice(i / grid_w, i % grid_w));
+    const bool above = value > threshold || value != value;
+    flags[i] = above || (dilation == 0 && is_uniform(i / grid_w, i % grid_w));
   }
   __syncthreads();
   if (dilation > 0) {
@@ -82,37 +82,37 @@ __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(
       const int last = min(i + dilation, row_start + grid_w - 1);
       uint8_t any = 0;
       for (int j = max(i - dilation, row_start); j <= last; ++j) any |= flags[j];
-      grown[i] = any;
+      dilated_rows[i] = any;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
       const int row = i / grid_w;
       const int column = i % grid_w;
       const int last = min(row + dilation, grid_h - 1);
-      uint8_t any = on_lattice(row, column);
-      for (int y = max(row - dilation, 0); y <= last; ++y) any |= grown[y * grid_w + column];
+      uint8_t any = is_uniform(row, column);
+      for (int y = max(row - dilation, 0); y <= last; ++y) any |= dilated_rows[y * grid_w + column];
       flags[i] = any;
     }
     __syncthreads();
   }
-  if (in_shared) {
+  if (flags_in_smem) {
     for (int i = threadIdx.x; i < tokens; i += blockDim.x) mask[i] = flags[i];
   }
 
-  // Each thread ranks a run of neighbouring tokens.
+  // Each thread gives the ranks of a run of consecutive tokens.
   const int run = (tokens + blockDim.x - 1) / blockDim.x;
   const int begin = min(static_cast<int>(threadIdx.x) * run, tokens);
   const int end = min(begin + run, tokens);
   int selected = 0;
   for (int i = begin; i < end; ++i) selected += flags[i];
-  int selected_total;
-  int ahead = block_prefix(selected, &selected_total);
+  int num_selected;
+  int rank = exclusive_prefix_sum(selected, &num_selected);
   for (int i = begin; i < end; ++i) {
-    const bool chosen = flags[i];
-    index[chosen ? ahead : selected_total + i - ahead] = i;
-    ahead += chosen;
+    const bool is_selected = flags[i];
+    index[is_selected ? rank : num_selected + i - rank] = i;
+    rank += is_selected;
   }
-  if (threadIdx.x == 0) count[blockIdx.x] = selected_total;
+  if (threadIdx.x == 0) count[blockIdx.x] = num_selected;
 }
 
 template <typename T>
@@ -121,8 +121,8 @@ void launch(
     int dilation, int uniform_stride) {
   const int64_t tokens = score.size(1);
   const int threads = static_cast<int>(std::min<int64_t>(kMaxThreads, (tokens + kWarp - 1) / kWarp * kWarp));
-  const bool in_shared = tokens <= kMaxSharedTokens;
-  select_tokens_kernel<T><<<score.size(0), threads, in_shared ? 2 * tokens : 0, current_stream(score)>>>(
+  const bool flags_in_smem = tokens <= kMaxSharedTokens;
+  select_tokens_kernel<T><<<score.size(0), threads, flags_in_smem ? 2 * tokens : 0, current_stream(score)>>>(
       static_cast<const T*>(score.data_ptr()),
       score.stride(0),
       static_cast<uint8_t*>(mask.data_ptr()),
@@ -133,7 +133,7 @@ void launch(
       threshold,
       dilation,
       uniform_stride,
-      in_shared);
+      flags_in_smem);
   check_cuda(cudaGetLastError(), "select_tokens");
 }
 
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> select_tokens(
   Tensor index = empty_on(score, {batch, tokens}, ScalarType::Int);
   Tensor count = empty_on(score, {batch}, ScalarType::Int);
   if (batch > 0) {
-    // No token is further away than the grid is wide or high, nor on a lattice coarser than it.
+    // Larger values have the same effect as the longer side of the grid.
     const int64_t longest = std::max(grid_h, grid_w);
     const int radius = static_cast<int>(std::min(dilation, longest));
     const int stride = static_cast<int>(std::min(uniform_stride, longest));

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Discrepancy of two feature tensors: one launch, one pass over each input, sums in a fixed order.
 //
-// Two kernels, by the dimension that is contiguous. `rows`: a group of lanes reads the channels of a pixel.
-// `planes`: lanes run along the pixels of an image row, and the threads of a block share out the channels.
-// Both load 16 bytes at a time and issue a batch of loads before the first use, so that an SM has about 64 KB in
-// flight; without alignment they fall back to single elements.
+// Two kernels, by memory format. channels_last_kernel: a group of lanes reads the channels of a pixel.
+// channels_first_kernel: lanes read consecutive pixels of an image row, and the channels are distributed over the
+// threads of a CTA. Both load 16 bytes at a time and issue several loads before the first use, so that an SM has about
+// 64 KB in flight. Without 16-byte alignment they load single elements.
 #include "token_discrepancy/token_discrepancy.h"
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ struct Map {
   int64_t sb, sc, sh, sw;
 };
 
-// Cells of cell_h x cell_w pixels, grid_h x grid_w of them a batch element.
+// grid_h x grid_w cells of cell_h x cell_w pixels in each batch entry.
 struct Grid {
   int batch, channels, grid_h, grid_w, cell_h, cell_w;
 };
@@ -46,7 +46,7 @@ struct Element {
   T value;
 };
 
-// Read once: not kept in L1.
+// For data that is read once: not kept in L1.
 template <typename T>
 __device__ inline void load(Vector16<T>& v, const T* at) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -103,7 +103,7 @@ struct Sums {
 };
 
 // ||d/m_d - s/m_s||^2 with m = max(||.||, epsilon). Equal inputs give three equal quotients, hence exactly 0. The
-// comparisons are written so that NaN passes through.
+// comparisons keep NaN.
 __device__ inline float score_of(float dd, float ss, float ds) {
   float d_norm = __fsqrt_rn(dd);
   float s_norm = __fsqrt_rn(ss);
@@ -122,11 +122,11 @@ __device__ inline float sum_lanes(float value) {
   return value;
 }
 
-// ---- Channels contiguous --------------------------------------------------------------------------------------------
+// ---- Channels last --------------------------------------------------------------------------------------------
 
-constexpr int kRowsThreads = 128;
+constexpr int kChannelsLastThreads = 128;
 
-// Adds BATCH vectors of each of PIXELS pixels: all loads first.
+// Adds BATCH vectors of each of PIXELS pixels. All loads are issued first.
 template <typename T, typename Load, int LANES, int BATCH, int PIXELS>
 __device__ inline void add_vectors(
     Sums (&sums)[PIXELS], const T* const (&d_pixel)[PIXELS], const T* const (&s_pixel)[PIXELS], int v) {
@@ -171,21 +171,21 @@ __device__ inline float pixel_scores(
   }
   for (; v < vectors; v += LANES) add_vectors<T, Load, LANES, 1, PIXELS>(sums, d_pixel, s_pixel, v);
   __syncwarp();
-  float total = 0.0f;
+  float score_sum = 0.0f;
 #pragma unroll
   for (int p = 0; p < PIXELS; ++p) {
-    total += score_of(sum_lanes<LANES>(sums[p].dd), sum_lanes<LANES>(sums[p].ss), sum_lanes<LANES>(sums[p].ds));
+    score_sum += score_of(sum_lanes<LANES>(sums[p].dd), sum_lanes<LANES>(sums[p].ss), sum_lanes<LANES>(sums[p].ds));
   }
-  return total;
+  return score_sum;
 }
 
-// LANES lanes serve a cell. They take PIXELS of its pixels at a time, and BATCH vectors of each.
+// LANES lanes compute a cell, PIXELS of its pixels at a time, with BATCH vectors of each in flight.
 template <typename T, typename Load, int LANES, int BATCH, int PIXELS>
-__global__ void __launch_bounds__(kRowsThreads, PIXELS > 2 ? 5 : 8)
-    rows_kernel(Map draft, Map source, float* __restrict__ score, Grid g) {
+__global__ void __launch_bounds__(kChannelsLastThreads, PIXELS > 2 ? 5 : 8)
+    channels_last_kernel(Map draft, Map source, float* __restrict__ score, Grid g) {
   const unsigned cells = g.batch * g.grid_h * g.grid_w;
-  const unsigned own = blockIdx.x * (kRowsThreads / LANES) + threadIdx.x / LANES;
-  // Lanes past the last cell repeat it, so that every lane takes part in the shuffles.
+  const unsigned own = blockIdx.x * (kChannelsLastThreads / LANES) + threadIdx.x / LANES;
+  // Lanes past the last cell compute it again: every lane must take part in the shuffles.
   const unsigned cell = own < cells ? own : cells - 1;
   const unsigned grid_row = cell / g.grid_w;
   const int64_t b = grid_row / g.grid_h;
@@ -195,56 +195,56 @@ __global__ void __launch_bounds__(kRowsThreads, PIXELS > 2 ? 5 : 8)
   const T* s_cell = static_cast<const T*>(source.data) + b * source.sb + y * source.sh + x * source.sw;
   const int pixels = g.cell_h * g.cell_w;
 
-  float total = 0.0f;
+  float score_sum = 0.0f;
   int pixel = 0;
   for (; pixel + PIXELS <= pixels; pixel += PIXELS) {
-    total += pixel_scores<T, Load, LANES, BATCH, PIXELS>(d_cell, s_cell, draft, source, g, pixel);
+    score_sum += pixel_scores<T, Load, LANES, BATCH, PIXELS>(d_cell, s_cell, draft, source, g, pixel);
   }
   for (; pixel < pixels; ++pixel) {
-    total += pixel_scores<T, Load, LANES, BATCH, 1>(d_cell, s_cell, draft, source, g, pixel);
+    score_sum += pixel_scores<T, Load, LANES, BATCH, 1>(d_cell, s_cell, draft, source, g, pixel);
   }
-  if (threadIdx.x % LANES == 0 && own < cells) score[cell] = total / static_cast<float>(pixels);
+  if (threadIdx.x % LANES == 0 && own < cells) score[cell] = score_sum / static_cast<float>(pixels);
 }
 
 template <typename T, typename Load, int LANES, int BATCH, int PIXELS>
-void launch_rows(const Map& draft, const Map& source, float* score, const Grid& g, cudaStream_t stream) {
+void launch_channels_last(const Map& draft, const Map& source, float* score, const Grid& g, cudaStream_t stream) {
   const int cells = g.batch * g.grid_h * g.grid_w;
-  const int per_block = kRowsThreads / LANES;
-  rows_kernel<T, Load, LANES, BATCH, PIXELS>
-      <<<(cells - 1) / per_block + 1, kRowsThreads, 0, stream>>>(draft, source, score, g);
+  const int per_block = kChannelsLastThreads / LANES;
+  channels_last_kernel<T, Load, LANES, BATCH, PIXELS>
+      <<<(cells - 1) / per_block + 1, kChannelsLastThreads, 0, stream>>>(draft, source, score, g);
 }
 
 template <typename T, typename Load>
-void launch_rows(const Map& draft, const Map& source, float* score, const Grid& g, cudaStream_t stream) {
-  // Four pairs of loads a lane and step, from one pixel or from several.
+void launch_channels_last(const Map& draft, const Map& source, float* score, const Grid& g, cudaStream_t stream) {
+  // Four pairs of loads in flight for each lane, from one pixel or from several.
   const int vectors = g.channels / Load::kSize;
   const bool one_pixel = g.cell_h * g.cell_w == 1;
   if (vectors <= 8) {
-    const auto launch = one_pixel ? launch_rows<T, Load, 8, 1, 1> : launch_rows<T, Load, 8, 1, 4>;
+    const auto launch = one_pixel ? launch_channels_last<T, Load, 8, 1, 1> : launch_channels_last<T, Load, 8, 1, 4>;
     launch(draft, source, score, g, stream);
   } else if (vectors <= 32) {
-    const auto launch = one_pixel ? launch_rows<T, Load, 32, 1, 1> : launch_rows<T, Load, 32, 1, 4>;
+    const auto launch = one_pixel ? launch_channels_last<T, Load, 32, 1, 1> : launch_channels_last<T, Load, 32, 1, 4>;
     launch(draft, source, score, g, stream);
   } else if (vectors <= 64 && !one_pixel) {
-    launch_rows<T, Load, 32, 2, 2>(draft, source, score, g, stream);
+    launch_channels_last<T, Load, 32, 2, 2>(draft, source, score, g, stream);
   } else {
-    launch_rows<T, Load, 32, 4, 1>(draft, source, score, g, stream);
+    launch_channels_last<T, Load, 32, 4, 1>(draft, source, score, g, stream);
   }
 }
 
-// ---- Pixels contiguous ----------------------------------------------------------------------------------------------
+// ---- Channels first ----------------------------------------------------------------------------------------------
 
-// A block serves `cells` neighbouring cells of one grid row: a strip of `columns` pixel columns, read in tiles of
-// `tile` vectors by `lanes` groups of threads that take every lanes-th channel.
+// A CTA computes `cells` neighbouring cells of one grid row: a strip of `columns` pixel columns. It reads them in tiles
+// of `tile` vectors, with `lanes` groups of threads, each of which reads every lanes-th channel.
 struct Strip {
   int cells, columns, strips, tile, lanes;
 };
 
-constexpr int kPlanesBatch = 4;
+constexpr int kChannelsFirstBatch = 4;
 
 template <typename T, typename Load, int THREADS>
 __global__ void __launch_bounds__(THREADS, 512 / THREADS)
-    planes_kernel(Map draft, Map source, float* __restrict__ score, Grid g, Strip strip) {
+    channels_first_kernel(Map draft, Map source, float* __restrict__ score, Grid g, Strip strip) {
   // [3][lanes][tile pixels] partial sums, then the scores of the strip's cells.
   extern __shared__ float shared[];
   const int tile_pixels = strip.tile * Load::kSize;
@@ -275,18 +275,18 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
       const int64_t d_step = strip.lanes * draft.sc;
       const int64_t s_step = strip.lanes * source.sc;
       int c = channel_lane;
-      for (; c + (kPlanesBatch - 1) * strip.lanes < g.channels; c += kPlanesBatch * strip.lanes) {
-        Load d[kPlanesBatch];
-        Load s[kPlanesBatch];
+      for (; c + (kChannelsFirstBatch - 1) * strip.lanes < g.channels; c += kChannelsFirstBatch * strip.lanes) {
+        Load d[kChannelsFirstBatch];
+        Load s[kChannelsFirstBatch];
 #pragma unroll
-        for (int i = 0; i < kPlanesBatch; ++i) {
+        for (int i = 0; i < kChannelsFirstBatch; ++i) {
           load(d[i], d_at + i * d_step);
           load(s[i], s_at + i * s_step);
         }
-        d_at += kPlanesBatch * d_step;
-        s_at += kPlanesBatch * s_step;
+        d_at += kChannelsFirstBatch * d_step;
+        s_at += kChannelsFirstBatch * s_step;
 #pragma unroll
-        for (int i = 0; i < kPlanesBatch; ++i) {
+        for (int i = 0; i < kChannelsFirstBatch; ++i) {
 #pragma unroll
           for (int e = 0; e < Load::kSize; ++e) sums[e].add(element(d[i], e), element(s[i], e));
         }
@@ -303,17 +303,17 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
       }
     }
     if (channel_lane < strip.lanes) {
-      const int plane = strip.lanes * tile_pixels;
+      const int lane_stride = strip.lanes * tile_pixels;
       float* at = shared + channel_lane * tile_pixels + slot * Load::kSize;
 #pragma unroll
       for (int e = 0; e < Load::kSize; ++e) {
         at[e] = sums[e].dd;
-        at[plane + e] = sums[e].ss;
-        at[2 * plane + e] = sums[e].ds;
+        at[lane_stride + e] = sums[e].ss;
+        at[2 * lane_stride + e] = sums[e].ds;
       }
     }
     __syncthreads();
-    // Sum over the channel lanes into the first of them; then a pixel's three sums become its score, in place.
+    // Sums over the channel lanes into the first of them. Then a pixel's three sums become its score, in place.
     for (int i = threadIdx.x; i < 3 * tile_pixels; i += THREADS) {
       float* at = shared + i / tile_pixels * strip.lanes * tile_pixels + i % tile_pixels;
       float sum = 0.0f;
@@ -322,8 +322,8 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     }
     __syncthreads();
     for (int i = threadIdx.x; i < tile_pixels; i += THREADS) {
-      const int plane = strip.lanes * tile_pixels;
-      shared[i] = score_of(shared[i], shared[plane + i], shared[2 * plane + i]);
+      const int lane_stride = strip.lanes * tile_pixels;
+      shared[i] = score_of(shared[i], shared[lane_stride + i], shared[2 * lane_stride + i]);
     }
     __syncthreads();
     const int tile_end = min(tile_start + tile_pixels, strip_pixels);
@@ -347,16 +347,16 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 }
 
 template <typename T, typename Load, int THREADS>
-void launch_planes(
+void launch_channels_first(
     const Map& draft, const Map& source, float* score, const Grid& g, Strip strip, int blocks,
     cudaStream_t stream) {
   const int tiles = strip.columns / Load::kSize * g.cell_h;
-  // At least four channels a thread; threads that this leaves over take more pixels.
-  const int most_lanes = std::max(1, g.channels / 4);
-  strip.tile = std::min(tiles, std::max(kWarp, THREADS / most_lanes));
-  strip.lanes = std::min(most_lanes, THREADS / strip.tile);
+  // At least four channels for each thread; where threads remain, the tile gets more pixels.
+  const int max_lanes = std::max(1, g.channels / 4);
+  strip.tile = std::min(tiles, std::max(kWarp, THREADS / max_lanes));
+  strip.lanes = std::min(max_lanes, THREADS / strip.tile);
   const int bytes = static_cast<int>(sizeof(float)) * (3 * strip.lanes * strip.tile * Load::kSize + strip.cells);
-  const auto kernel = planes_kernel<T, Load, THREADS>;
+  const auto kernel = channels_first_kernel<T, Load, THREADS>;
   if (bytes > 48 * 1024) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
@@ -366,9 +366,9 @@ void launch_planes(
 }
 
 template <typename T, typename Load>
-void launch_planes(
+void launch_channels_first(
     const Map& draft, const Map& source, float* score, const Grid& g, int device, cudaStream_t stream) {
-  // A strip is a whole number of cells and of vectors, and spans a cache line of 128 bytes where the grid allows.
+  // A strip is a whole number of cells and of vectors, and as wide as a 128-byte cache line where the grid allows.
   const int unit = Load::kSize / std::gcd(Load::kSize, g.cell_w);
   const int line = 128 / static_cast<int>(sizeof(T));
   const int units = std::max(1, std::min(line / (unit * g.cell_w), (g.grid_w + unit - 1) / unit));
@@ -379,17 +379,17 @@ void launch_planes(
   const int blocks = g.batch * g.grid_h * strip.strips;
   int sms = 0;
   check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "token_discrepancy: device");
-  // Where there is little more than a block for each SM, the block is large enough to fill it alone.
+  // With at most 1.5 CTAs for each SM, a CTA is as large as an SM needs for itself.
   if (blocks <= sms + sms / 2) {
-    launch_planes<T, Load, 512>(draft, source, score, g, strip, blocks, stream);
+    launch_channels_first<T, Load, 512>(draft, source, score, g, strip, blocks, stream);
   } else {
-    launch_planes<T, Load, 256>(draft, source, score, g, strip, blocks, stream);
+    launch_channels_first<T, Load, 256>(draft, source, score, g, strip, blocks, stream);
   }
 }
 
 // ---- Dispatch -------------------------------------------------------------------------------------------------------
 
-// Token features [B, N, C] are a map of one pixel row. A dimension of size 1 has no stride worth minding.
+// Token features [B, N, C] are a map of one pixel row. The stride of a dimension of size 1 counts as 0.
 Map map_of(const Tensor& x) {
   const auto stride = [&](int64_t i) { return x.size(i) == 1 ? int64_t{0} : x.stride(i); };
   if (x.dim() == 3) return {x.data_ptr(), stride(0), x.size(2) == 1 ? 1 : x.stride(2), 0, stride(1)};
@@ -408,18 +408,22 @@ void launch(const Tensor& draft, const Tensor& source, Tensor& score, const Grid
   const cudaStream_t stream = current_stream(draft);
   const int size = sizeof(T);
   const auto strides = [&](int64_t a, int64_t b, int64_t c) { return (a | b | c) * size % 16 == 0; };
-  const auto rows_fit = [&](const Map& m) { return aligned(m, g.channels, size) && strides(m.sb, m.sh, m.sw); };
-  const auto planes_fit = [&](const Map& m) { return aligned(m, width, size) && strides(m.sb, m.sh, m.sc); };
+  const auto channels_last_aligned = [&](const Map& m) {
+    return aligned(m, g.channels, size) && strides(m.sb, m.sh, m.sw);
+  };
+  const auto channels_first_aligned = [&](const Map& m) {
+    return aligned(m, width, size) && strides(m.sb, m.sh, m.sc);
+  };
   if (d.sc == 1 && s.sc == 1) {
-    if (rows_fit(d) && rows_fit(s)) {
-      launch_rows<T, Vector16<T>>(d, s, out, g, stream);
+    if (channels_last_aligned(d) && channels_last_aligned(s)) {
+      launch_channels_last<T, Vector16<T>>(d, s, out, g, stream);
     } else {
-      launch_rows<T, Element<T>>(d, s, out, g, stream);
+      launch_channels_last<T, Element<T>>(d, s, out, g, stream);
     }
-  } else if (d.sw == 1 && s.sw == 1 && planes_fit(d) && planes_fit(s)) {
-    launch_planes<T, Vector16<T>>(d, s, out, g, draft.get_device_index(), stream);
+  } else if (d.sw == 1 && s.sw == 1 && channels_first_aligned(d) && channels_first_aligned(s)) {
+    launch_channels_first<T, Vector16<T>>(d, s, out, g, draft.get_device_index(), stream);
   } else {
-    launch_planes<T, Element<T>>(d, s, out, g, draft.get_device_index(), stream);
+    launch_channels_first<T, Element<T>>(d, s, out, g, draft.get_device_index(), stream);
   }
   check_cuda(cudaGetLastError(), "token_discrepancy");
 }
@@ -436,7 +440,8 @@ Tensor token_discrepancy(const Tensor& draft, const Tensor& source, int64_t grid
   const int64_t height = tokens ? 1 : draft.size(2);
   const int64_t width = tokens ? columns : draft.size(3);
   if (draft.size(0) * rows * columns > INT_MAX || height * width > INT_MAX) {
-    throw std::invalid_argument("token_discrepancy: draft: expected fewer than 2**31 tokens, and pixels a picture");
+    throw std::invalid_argument(
+        "token_discrepancy: draft: expected fewer than 2**31 tokens, and fewer than 2**31 pixels in an image");
   }
   const Grid g{
       static_cast<int>(draft.size(0)),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/mixed_res_attn/kernel.cuh on the CPU against the definition in double: mixed_res_attn CASE SEED SLOW_WARP.
-// SLOW_WARP (-1: none) runs one turn in 200. Prints the errors; exit code 1 where a result is wrong or nothing moves.
+// The kernels of csrc/mixed_res_attn on the CPU against the definition in double.
+#include "mixed_res_attn.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -8,17 +9,11 @@
 #include "emulator.h"
 
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
-#ifndef __launch_bounds__
-#define __launch_bounds__(...)
-#endif
-#ifndef __grid_constant__
-#define __grid_constant__
-#endif
 
+#include <cstdio>
 #include <map>
-#include <string>
 
-#include "mixed_res_attn/gather_rows.cuh"
+#include "mixed_res_attn/gather_kv.cuh"
 #include "mixed_res_attn/kernel.cuh"
 
 using namespace specedit::attn;
@@ -37,13 +32,13 @@ enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate,
 struct Case {
   bool half;    // fp16, else bf16
   int dim;
-  int batch, rows_q, rows_k, heads, heads_k, workers;
+  int batch, rows_q, rows_k, heads, heads_k, num_ctas;
   Bias bias = Bias::kNone;
   Ints q_lens = {}, kv_lens = {}, cu_q = {}, cu_k = {};
   int q_slots = 0, k_slots = 0;  // > 0: by index, so many slots
   bool scatter = false;
-  bool cut = false;  // whether tiles are to be cut
-  bool gather_first = false;  // rows by kv_index by a kernel of their own
+  bool split = false;  // whether tiles are to be split
+  bool gather_first = false;  // rows by kv_index by gather_kv_kernel
   float later = 1;   // factor of the second half of the rows of k: scores far above those before
 };
 
@@ -110,13 +105,13 @@ struct Problem {
   bool packed;
   int entries, q_slots, k_slots, rows_out;
   std::vector<T> q, k, v, out;
-  std::vector<float> bias, lse, part_out, part_lse;
+  std::vector<float> bias, lse, out_partial, lse_partial;
   Ints q_index, kv_index, out_index;
   std::vector<T> k_gathered, v_gathered;
   std::vector<float> bias_gathered;
-  std::vector<CutTile> cut_tiles;
+  std::vector<SplitTile> split_tiles;
   Params p{};
-  RowsParams rows{};
+  GatherParams gather{};
 
   Problem(const Case& c, std::mt19937& random) : c(c), packed(!c.cu_q.empty()), entries(packed ? 1 : c.batch) {
     q_slots = c.q_slots ? c.q_slots : c.rows_q;
@@ -131,7 +126,7 @@ struct Problem {
     fill(k, c.rows_k, c.heads_k);
     fill(v, c.rows_k, c.heads_k);
     for (size_t i = k.size() / 2; i < k.size(); ++i) k[i] = make<T>(read(k[i]) * c.later);
-    // What lies past a length is not to be met, not even as 0 * NaN.
+    // Rows past a length must not be used, not even as 0 * NaN.
     for (int b = 0; c.k_slots == 0 && !packed && b < static_cast<int>(c.kv_lens.size()); ++b) {
       const size_t row = static_cast<size_t>(c.heads_k) * D;
       const size_t begin = (static_cast<size_t>(b) * c.rows_k + c.kv_lens[b]) * row;
@@ -182,9 +177,9 @@ struct Problem {
           D / 64};
       std::memcpy(&target, &m, sizeof(m));
     };
-    map(p.q_map, q, c.rows_q, c.heads, kRows);
-    map(p.k_map, k, c.rows_k, c.heads_k, kBlockN);
-    map(p.v_map, v, c.rows_k, c.heads_k, kBlockN);
+    map(p.tma_q, q, c.rows_q, c.heads, kWarpgroupRows);
+    map(p.tma_k, k, c.rows_k, c.heads_k, kBlockN);
+    map(p.tma_v, v, c.rows_k, c.heads_k, kBlockN);
     p.q = q.data();
     p.k = k.data();
     p.v = v.data();
@@ -197,31 +192,31 @@ struct Problem {
     p.out_index = data_or_null(out_index);
     p.q_lens = data_or_null(c.q_lens);
     p.kv_lens = data_or_null(c.kv_lens);
-    p.cu_q = data_or_null(c.cu_q);
-    p.cu_k = data_or_null(c.cu_k);
-    p.bias_batch = c.rows_k;
-    p.q_index_batch = p.out_index_batch = q_slots;
-    p.kv_index_batch = k_slots;
-    p.lse_batch = packed ? 0 : int64_t{c.heads} * q_slots;
-    p.lse_head = q_slots;
+    p.cu_seqlens_q = data_or_null(c.cu_q);
+    p.cu_seqlens_k = data_or_null(c.cu_k);
+    p.bias_batch_stride = c.rows_k;
+    p.q_index_batch_stride = p.out_index_batch_stride = q_slots;
+    p.kv_index_batch_stride = k_slots;
+    p.lse_batch_stride = packed ? 0 : int64_t{c.heads} * q_slots;
+    p.lse_head_stride = q_slots;
     p.out = out.data();
     p.lse = lse.data();
-    part_out.assign(static_cast<size_t>(2 * c.workers) * kBlockM * D, NAN);
-    part_lse.assign(static_cast<size_t>(2 * c.workers) * kBlockM, NAN);
-    cut_tiles.resize(c.workers);
-    p.part_out = part_out.data();
-    p.part_lse = part_lse.data();
-    p.cut_tiles = cut_tiles.data();
-    p.most_cut = c.workers - 1;
-    if (p.most_cut == 0) p.part_out = nullptr;
-    p.score_unit = 1.4426950408889634f / std::sqrt(static_cast<float>(D));
-    p.bias_unit = std::sqrt(static_cast<float>(D));
-    p.slack = kSlack / p.score_unit;
+    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM * D, NAN);
+    lse_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM, NAN);
+    split_tiles.resize(c.num_ctas);
+    p.out_partial = out_partial.data();
+    p.lse_partial = lse_partial.data();
+    p.split_tiles = split_tiles.data();
+    p.max_split_tiles = c.num_ctas - 1;
+    if (p.max_split_tiles == 0) p.out_partial = nullptr;
+    p.softmax_scale_log2 = 1.4426950408889634f / std::sqrt(static_cast<float>(D));
+    p.inv_softmax_scale = std::sqrt(static_cast<float>(D));
+    p.rescale_threshold = kRescaleThreshold / p.softmax_scale_log2;
     p.batch = c.batch;
     p.heads = c.heads;
-    p.group = c.heads / c.heads_k;
-    p.num_q = q_slots;
-    p.num_k = k_slots;
+    p.qhead_per_khead = c.heads / c.heads_k;
+    p.max_seqlen_q = q_slots;
+    p.max_seqlen_k = k_slots;
     p.rows_q = c.rows_q;
     p.rows_k = c.rows_k;
     p.rows_out = rows_out;
@@ -229,34 +224,35 @@ struct Problem {
       k_gathered.assign(static_cast<size_t>(c.batch) * k_slots * c.heads_k * D, make<T>(NAN));
       v_gathered = k_gathered;
       bias_gathered.assign(static_cast<size_t>(c.batch) * k_slots, NAN);
-      rows.k = reinterpret_cast<const uint4*>(p.k);
-      rows.v = reinterpret_cast<const uint4*>(p.v);
-      rows.k_strides = rows.v_strides = {p.k_strides.batch / 8, p.k_strides.row / 8, p.k_strides.head / 8};
-      rows.bias = p.bias;
-      rows.index = p.kv_index;
-      rows.lens = p.kv_lens;
-      rows.bias_batch = p.bias_batch;
-      rows.index_batch = p.kv_index_batch;
-      rows.k_out = reinterpret_cast<uint4*>(k_gathered.data());
-      rows.v_out = reinterpret_cast<uint4*>(v_gathered.data());
-      rows.bias_out = bias_gathered.data();
-      rows.batch = c.batch;
-      rows.slots = k_slots;
-      rows.rows = c.rows_k;
-      rows.words = c.heads_k * D / 8;
-      rows.head_shift = D == 64 ? 3 : 4;
+      gather.k = reinterpret_cast<const uint4*>(p.k);
+      gather.v = reinterpret_cast<const uint4*>(p.v);
+      gather.k_strides = gather.v_strides = {p.k_strides.batch / 8, p.k_strides.row / 8, p.k_strides.head / 8};
+      gather.bias = p.bias;
+      gather.index = p.kv_index;
+      gather.lens = p.kv_lens;
+      gather.bias_batch_stride = p.bias_batch_stride;
+      gather.index_batch_stride = p.kv_index_batch_stride;
+      gather.k_out = reinterpret_cast<uint4*>(k_gathered.data());
+      gather.v_out = reinterpret_cast<uint4*>(v_gathered.data());
+      gather.bias_out = bias_gathered.data();
+      gather.batch = c.batch;
+      gather.slots = k_slots;
+      gather.rows = c.rows_k;
+      gather.words = c.heads_k * D / 8;
+      gather.head_shift = D == 64 ? 3 : 4;
       p.k = k_gathered.data();
       p.v = v_gathered.data();
       p.k_strides = p.v_strides = strides(k_slots, c.heads_k);
       p.bias = bias_gathered.data();
-      p.bias_batch = k_slots;
+      p.bias_batch_stride = k_slots;
       p.rows_k = k_slots;
       p.kv_index = nullptr;
-      map(p.k_map, k_gathered, k_slots, c.heads_k, kBlockN);
-      map(p.v_map, v_gathered, k_slots, c.heads_k, kBlockN);
+      map(p.tma_k, k_gathered, k_slots, c.heads_k, kBlockN);
+      map(p.tma_v, v_gathered, k_slots, c.heads_k, kBlockN);
     }
     if (!packed && c.q_lens.empty() && c.kv_lens.empty()) {
-      plan_on_host(p, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.workers);
+      plan_on_host(p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.num_ctas);
+      p.max_split_tiles = p.plan.partial_wave_tiles;
     }
   }
 
@@ -264,57 +260,55 @@ struct Problem {
   void run(int slow_warp) {
     for (int block = 0; c.gather_first && block < ceil_div(c.batch * k_slots, kGatherThreads / 32); ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
-      emulator::run_block(kGatherThreads, [&] { gather_rows_kernel(rows); }, -1, 1);
+      emulator::run_block(kGatherThreads, [&] { gather_kv_kernel(gather); }, -1, 1);
     }
-    emulated_grid = {static_cast<uint32_t>(c.workers), 1, 1};
-    for (int block = 0; block < c.workers; ++block) {
+    emulated_grid = {static_cast<uint32_t>(c.num_ctas), 1, 1};
+    for (int block = 0; block < c.num_ctas; ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
-      std::memset(emulator::shared_memory, 0xff, emulator::kSharedBytes);
-      for (auto& bar : specedit::sm90::named_barriers) bar = {};
-      const auto kernel = [&] { attention_kernel<T, D, GATHER>(p); };
-      if (!emulator::run_block(kThreads, kernel, slow_warp, kSlowness)) emulator::fail("deadlock");
+      specedit::sm90::reset_block();
+      emulator::run_block(kThreads, [&] { mixed_res_attn_kernel<T, D, GATHER>(p); }, slow_warp, kSlowness);
     }
-    for (int tile = 0; tile < p.most_cut; ++tile) {
-      for (int rows = 0; rows < kBlockM / 8; ++rows) {
+    for (int tile = 0; tile < p.max_split_tiles; ++tile) {
+      for (int rows = 0; rows < kBlockM / kCombineRows; ++rows) {
         emulated_block = {static_cast<uint32_t>(tile), static_cast<uint32_t>(rows), 0};
-        if (!emulator::run_block(256, [&] { join_kernel<T, D>(p); }, -1, 1)) emulator::fail("deadlock in join");
+        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D>(p); }, -1, 1);
       }
     }
   }
 
-  // One query against the definition; the largest error of its output, of its lse beyond a hundredth of that rule.
+  // One query against the definition: the largest error of its output, or infinity where its lse is wrong.
   double error_of(int b, int first_q, int slot, int q_len, int first_k, int k_len) const {
     const int entry = packed ? 0 : b;
     const int row = q_index.empty() ? first_q + slot : q_index[b * q_slots + slot];
-    const bool live = slot < q_len && row >= 0 && row < c.rows_q;
+    const bool valid = slot < q_len && row >= 0 && row < c.rows_q;
     const int target = out_index.empty() ? first_q + slot : out_index[b * q_slots + slot];
     double worst = 0;
     for (int h = 0; h < c.heads; ++h) {
       const auto at = [&](int rows, int r, int heads, int head) {
         return ((static_cast<size_t>(entry) * rows + r) * heads + head) * D;
       };
-      const int head_k = h / p.group;
+      const int head_k = h / p.qhead_per_khead;
       std::vector<double> weight(k_len, -INFINITY);
       Ints rows(k_len);
       for (int j = 0; j < k_len; ++j) {
         rows[j] = kv_index.empty() ? first_k + j : kv_index[b * k_slots + j];
-        if (!live || rows[j] < 0 || rows[j] >= c.rows_k) continue;
+        if (!valid || rows[j] < 0 || rows[j] >= c.rows_k) continue;
         double score = 0;
         for (int d = 0; d < D; ++d) {
           score += read(q[at(c.rows_q, row, c.heads, h) + d]) * read(k[at(c.rows_k, rows[j], c.heads_k, head_k) + d]);
         }
         weight[j] = score / std::sqrt(D) + (c.bias != Bias::kNone ? bias[entry * c.rows_k + rows[j]] : 0.0f);
       }
-      double top = -INFINITY;
-      for (double x : weight) top = std::max(top, x);
-      double total = 0;
-      for (double& x : weight) total += x = top == -INFINITY ? 0 : std::exp(x - top);
+      double row_max = -INFINITY;
+      for (double x : weight) row_max = std::max(row_max, x);
+      double row_sum = 0;
+      for (double& x : weight) row_sum += x = row_max == -INFINITY ? 0 : std::exp(x - row_max);
       const float got = lse[(packed ? 0 : static_cast<size_t>(b) * c.heads * q_slots) + h * q_slots + first_q + slot];
-      if (total == 0 ? got != -INFINITY : !(std::abs(got - top - std::log(total)) < 1e-4)) return INFINITY;
+      if (row_sum == 0 ? got != -INFINITY : !(std::abs(got - row_max - std::log(row_sum)) < 1e-4)) return INFINITY;
       for (int d = 0; target >= 0 && d < D; ++d) {
         double want = 0;
-        for (int j = 0; total > 0 && j < k_len; ++j) {
-          if (weight[j] > 0) want += weight[j] * read(v[at(c.rows_k, rows[j], c.heads_k, head_k) + d]) / total;
+        for (int j = 0; row_sum > 0 && j < k_len; ++j) {
+          if (weight[j] > 0) want += weight[j] * read(v[at(c.rows_k, rows[j], c.heads_k, head_k) + d]) / row_sum;
         }
         const double error = std::abs(want - read(out[at(rows_out, target, c.heads, h) + d]));
         worst = std::isnan(error) ? INFINITY : std::max(worst, error);
@@ -363,35 +357,82 @@ struct Problem {
   }
 };
 
+// Whether the attention itself gathers K and V.
+bool gathers(const Case& c) { return c.k_slots > 0 && !c.gather_first; }
+
+template <typename T, int D, bool GATHER>
+constexpr bool is_compiled() {
+#ifdef SPECEDIT_ONLY_T  // a test that compiles a changed kernel needs one instance of it
+  return std::is_same_v<T, SPECEDIT_ONLY_T> && D == SPECEDIT_ONLY_D && GATHER == SPECEDIT_ONLY_GATHER;
+#else
+  return true;
+#endif
+}
+
+template <bool GATHER, typename T, int D>
+void run(Problem<T, D>& problem, int slow_warp) {
+  if constexpr (is_compiled<T, D, GATHER>()) problem.template run<GATHER>(slow_warp);
+  else throw std::invalid_argument("this instance of the kernel is not compiled");
+}
+
 template <typename T, int D>
-bool passes(const Case& c, int seed, int slow_warp) {
+emulation::Outcome outcome_of(const Case& c, int seed, int slow_warp) {
   std::mt19937 random(seed);
   emulator::random_engine.seed(seed + 1);
   Problem<T, D> problem(c, random);
-  if (c.k_slots && !c.gather_first) problem.template run<true>(slow_warp);
-  else problem.template run<false>(slow_warp);
+  if (gathers(c)) run<true>(problem, slow_warp);
+  else run<false>(problem, slow_warp);
   const double error = problem.error();
   const bool rest = problem.rest_is_right();
-  int parts = 0;
+  int num_splits = 0;
   const Params& p = problem.p;
-  for (int i = 0; i < p.most_cut; ++i) parts += p.planned ? p.cuts[i].parts : problem.cut_tiles[i].parts;
-  std::printf("error %.1e, rest %s, %d parts of tiles\n", error, rest ? "right" : "wrong", parts);
-  return error < 0.02 && rest && (parts > 0) == c.cut;
+  for (int i = 0; i < p.max_split_tiles; ++i) {
+    num_splits += p.plan.planned ? p.plan.splits[i].num_splits : problem.split_tiles[i].num_splits;
+  }
+  char text[100];
+  std::snprintf(text, sizeof(text), "error %.1e, other rows %s, %d splits", error, rest ? "right" : "wrong", num_splits);
+  return {error < 0.02 && rest && (num_splits > 0) == c.split, text};
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 4 || !kCases.count(argv[1])) {
-    for (const auto& entry : kCases) std::printf("%s\n", entry.first.c_str());
-    return argc == 1 ? 0 : 2;
+namespace emulation {
+
+std::vector<std::string> case_names() {
+  std::vector<std::string> names;
+  for (const auto& entry : kCases) names.push_back(entry.first);
+  return names;
+}
+
+static const Case& case_of(const std::string& name) {
+  const auto found = kCases.find(name);
+  if (found == kCases.end()) throw std::invalid_argument("name: expected one of case_names(), got '" + name + "'");
+  return found->second;
+}
+
+std::vector<std::string> kernel_of(const std::string& name) {
+  const Case& c = case_of(name);
+  return {c.half ? "__half" : "__nv_bfloat16", std::to_string(c.dim), gathers(c) ? "true" : "false"};
+}
+
+Outcome run_case(const std::string& name, int seed, int slow_warp) {
+  const Case& c = case_of(name);
+  try {
+    if (c.half) return (c.dim == 64 ? outcome_of<__half, 64> : outcome_of<__half, 128>)(c, seed, slow_warp);
+    return (c.dim == 64 ? outcome_of<__nv_bfloat16, 64> : outcome_of<__nv_bfloat16, 128>)(c, seed, slow_warp);
+  } catch (const std::runtime_error& error) {
+    return {false, error.what()};
   }
-  emulator::shared_memory = static_cast<uint8_t*>(std::aligned_alloc(1024, emulator::kSharedBytes));
-  const Case& c = kCases.at(argv[1]);
-  const int seed = std::atoi(argv[2]);
-  const int slow_warp = std::atoi(argv[3]);
-  bool ok;
-  if (c.half) ok = (c.dim == 64 ? passes<__half, 64> : passes<__half, 128>)(c, seed, slow_warp);
-  else ok = (c.dim == 64 ? passes<__nv_bfloat16, 64> : passes<__nv_bfloat16, 128>)(c, seed, slow_warp);
-  return ok ? 0 : 1;
+}
+
+}  // namespace emulation
+
+// For a test that compiles a changed kernel and loads it with ctypes: 1 where the results are right, 0 where they are
+// not, -1 where the case cannot be run.
+extern "C" __attribute__((visibility("default"))) int specedit_run_case(const char* name, int seed, int slow_warp) {
+  try {
+    return emulation::run_case(name, seed, slow_warp).right;
+  } catch (const std::invalid_argument&) {
+    return -1;
+  }
 }

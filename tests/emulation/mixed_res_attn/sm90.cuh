@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of csrc/mixed_res_attn/sm90.cuh on the CPU. Asynchronous ones act late: box copies some turns after
-// their issue, row copies and products when they are waited for, from what memory and registers then hold.
+// The instructions of csrc/mixed_res_attn/sm90.cuh on the CPU. Asynchronous ones act late: tma_load some turns after it
+// was issued, cp.async and wgmma when they are waited for, with what memory and registers then hold.
 #pragma once
 
 #include <cuda.h>
@@ -16,7 +16,7 @@ namespace specedit::sm90 {
 constexpr uint32_t kSharedStart = 1024;
 constexpr int kThreadsMax = 384;
 
-inline uint32_t shared_address(const void* at) {
+inline uint32_t cast_smem_ptr_to_uint(const void* at) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(at) - emulator::shared_memory) + kSharedStart;
 }
 
@@ -25,10 +25,10 @@ inline uint8_t* at_shared(uint32_t address) {
   return emulator::shared_memory + address - kSharedStart;
 }
 
-// The 128-byte swizzle: address bits 4 to 6 are turned by bits 7 to 9.
+// The 128-byte swizzle: address bits 4 to 6 are xored with bits 7 to 9.
 inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void* block_memory() { return emulator::shared_memory; }
+inline void* dynamic_smem() { return emulator::shared_memory; }
 
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
 
@@ -50,77 +50,78 @@ inline void end_phase(Barrier& bar) {
   ++emulator::progress;
 }
 
-inline void barrier_init(uint64_t* bar, uint32_t arrivals) {
+inline void mbarrier_init(uint64_t* bar, uint32_t arrivals) {
   barrier_of(bar) = {static_cast<uint16_t>(arrivals), 0, static_cast<int16_t>(arrivals), 0};
 }
 
-inline void barrier_init_fence() {}
+inline void fence_barrier_init() {}
 
-inline void barrier_arrive(uint64_t* bar) {
+inline void mbarrier_arrive(uint64_t* bar) {
   --barrier_of(bar).missing;
   end_phase(barrier_of(bar));
   if (emulator::random_engine() % 4 == 0) emulator::yield();
 }
 
-inline void barrier_expect(uint64_t* bar, uint32_t bytes) {
+inline void mbarrier_arrive_and_expect_tx(uint64_t* bar, uint32_t bytes) {
   barrier_of(bar).bytes += bytes;
   --barrier_of(bar).missing;
   end_phase(barrier_of(bar));
 }
 
-inline bool barrier_try(uint64_t* bar, uint32_t parity) {
+inline bool mbarrier_try_wait(uint64_t* bar, uint32_t parity) {
   emulator::yield();
   return barrier_of(bar).parity != parity;
 }
 
-inline void barrier_wait(uint64_t* bar, uint32_t parity) {
-  while (!barrier_try(bar, parity)) {
+inline void mbarrier_wait(uint64_t* bar, uint32_t parity) {
+  while (!mbarrier_try_wait(bar, parity)) {
   }
 }
 
-struct Named {
+struct NamedBarrierState {
   int arrived = 0;
-  uint64_t meetings = 0;
+  uint64_t syncs = 0;
 };
 
-inline Named named_barriers[16];
+inline NamedBarrierState named_barriers[16];
 
-inline void named_arrive(int id, int threads) {
-  Named& bar = named_barriers[id];
+inline void named_barrier_arrive(int id, int threads) {
+  NamedBarrierState& bar = named_barriers[id];
   if (++bar.arrived < threads) return;
-  bar = {0, bar.meetings + 1};
+  bar = {0, bar.syncs + 1};
   ++emulator::progress;
 }
 
-inline void named_sync(int id, int threads) {
-  const uint64_t before = named_barriers[id].meetings;
-  named_arrive(id, threads);
-  while (named_barriers[id].meetings == before) emulator::yield();
+inline void named_barrier_sync(int id, int threads) {
+  const uint64_t before = named_barriers[id].syncs;
+  named_barrier_arrive(id, threads);
+  while (named_barriers[id].syncs == before) emulator::yield();
 }
 
-// ---- What the CPU need not do ---------------------------------------------------------------------------------------
+// ---- Without effect on the CPU
+// ---------------------------------------------------------------------------------------
 
-inline void let_grid_after_start() {}
-inline void wait_for_grid_before() {}
-inline void proxy_fence() {}
-inline void pause() {}
-inline void prefetch(const void*) {}
-inline uint4 load_once(const uint4* at) { return *at; }
-inline void prefetch_map(const CUtensorMap*) {}
+inline void launch_dependent_grids() {}
+inline void wait_on_dependent_grids() {}
+inline void fence_view_async_shared() {}
+inline void nanosleep() {}
+inline void prefetch_l2(const void*) {}
+inline uint4 load_streaming(const uint4* at) { return *at; }
+inline void prefetch_tma_descriptor(const CUtensorMap*) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 
 template <int N>
-void more_registers() {}
+void warpgroup_reg_alloc() {}
 
 template <int N>
-void fewer_registers() {}
+void warpgroup_reg_dealloc() {}
 
 template <int N>
-void pin(float (&)[N]) {}
+void warpgroup_fence_operand(float (&)[N]) {}
 
 // ---- Copies ---------------------------------------------------------------------------------------------------------
 
-// What stands in a CUtensorMap here; strides in elements.
+// What a CUtensorMap holds here; strides in elements.
 struct TensorMap {
   const uint16_t* data;
   int64_t dims[5], strides[5];
@@ -128,10 +129,10 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
-inline void copy_box(void* target, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, int c3, int c4) {
+inline void tma_load(void* target, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, int c3, int c4) {
   TensorMap m;
   std::memcpy(&m, map, sizeof(m));
-  const uint32_t base = shared_address(target);
+  const uint32_t base = cast_smem_ptr_to_uint(target);
   emulator::later([=] {
     for (int i = 0; i < m.panels * m.rows * 64; ++i) {
       const int64_t at[5] = {c0 + i % 64, int64_t{c1} + i / 64 % m.rows, c2 + i / 64 / m.rows, c3, c4};
@@ -169,14 +170,22 @@ struct Queue {
 inline Queue copies[kThreadsMax];
 inline Queue products[kThreadsMax];
 
-inline void copy_16(uint32_t target, const void* source, uint32_t valid) {
+// A new block: nothing is left of a block that failed.
+inline void reset_block() {
+  for (NamedBarrierState& bar : named_barriers) bar = {};
+  for (Queue& queue : copies) queue = {};
+  for (Queue& queue : products) queue = {};
+  std::memset(emulator::shared_memory, 0xff, emulator::kSharedBytes);
+}
+
+inline void cp_async_zfill(uint32_t target, const void* source, uint32_t valid) {
   copies[emulator::current].open.push_back([=] {
     if (valid) std::memcpy(at_shared(target), source, 16);
     else std::memset(at_shared(target), 0, 16);
   });
 }
 
-inline void copies_arrive(uint64_t* bar) {
+inline void cp_async_mbarrier_arrive_noinc(uint64_t* bar) {
   emulator::later([bar, all = std::move(copies[emulator::current].open)] {
     for (const auto& run : all) run();
     --barrier_of(bar).missing;
@@ -187,22 +196,22 @@ inline void copies_arrive(uint64_t* bar) {
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
-inline void products_fence() { __syncwarp(); }
-inline void products_commit() { products[emulator::current].commit(); }
+inline void warpgroup_arrive() { __syncwarp(); }
+inline void warpgroup_commit_batch() { products[emulator::current].commit(); }
 
 template <int PENDING>
-void products_wait() {
+void warpgroup_wait() {
   __syncwarp();
   products[emulator::current].wait(PENDING);
   __syncwarp();
 }
 
-inline uint32_t tile_descriptor(const void* tile, uint32_t leading) {
-  return (shared_address(tile) >> 4) | (leading >> 4) << 16;
+inline uint32_t smem_descriptor_low(const void* tile, uint32_t leading) {
+  return (cast_smem_ptr_to_uint(tile) >> 4) | (leading >> 4) << 16;
 }
 
-inline uint64_t swizzled_descriptor(uint32_t low) { return uint64_t{0x40000040u} << 32 | low; }
-inline uint64_t plain_descriptor(uint32_t low, uint32_t group) { return uint64_t{group >> 4} << 32 | low; }
+inline uint64_t swizzle128_descriptor(uint32_t low) { return uint64_t{0x40000040u} << 32 | low; }
+inline uint64_t no_swizzle_descriptor(uint32_t low, uint32_t group) { return uint64_t{group >> 4} << 32 | low; }
 
 // Where a tile with 16 contiguous columns keeps element (row, k).
 inline uint32_t address_in(uint64_t descriptor, int row, int k) {
@@ -241,8 +250,8 @@ void multiply(float* d, const float (&a)[2][16], int lane, bool add, Address b) 
 }
 
 template <typename T, int N>
-struct Products {
-  static void shared_shared(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
+struct Wgmma {
+  static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
     float* const target = d;
     const int lane = emulator::current % 32;
     const int warp = emulator::current % 128 / 32;
@@ -256,7 +265,7 @@ struct Products {
   }
 
   // Lane c of four holds columns 2 c and 2 c + 1, and those plus 8, of its two rows.
-  static void registers_shared(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
+  static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
     static const uint32_t* registers[kThreadsMax][32];
     static int issued[kThreadsMax];
     float* const target = d;

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// The producer warp of dense K and V, and of Q without q_index: tma_load by one thread.
+#pragma once
+
+#include "mixed_res_attn/tile_scheduler.cuh"
+
+namespace specedit::attn {
+
+template <typename T, int D>
+struct TmaProducer {
+  using Storage = SharedStorage<T, D, false>;
+  using Traits = typename Storage::Traits;
+
+  const Params& p;
+  Storage& s;
+  uint32_t last_block_phase = 0;
+
+  // Loads rows [row, row + kBlockN) of K or V. Rows from `valid` on become zero: a weight of 0 times NaN is NaN.
+  __device__ void load(
+      const CUtensorMap* map, T* target, uint64_t* full, uint64_t* empty, uint32_t phase, int row, int head, int batch,
+      int valid) {
+    const int lane = threadIdx.x % 32;
+    sm90::mbarrier_wait(empty, phase ^ 1);
+    __syncwarp();
+    // Behind the last row of the tensor TMA writes zeros itself.
+    const bool other_rows = valid < Traits::kBlockN && row + valid < p.rows_k;
+    uint64_t* loaded = other_rows ? &s.last_block_loaded : full;
+    if (lane == 0) {
+      sm90::mbarrier_arrive_and_expect_tx(loaded, Traits::kBlockN * D * sizeof(T));
+      sm90::tma_load(target, map, loaded, 0, row, 0, head, batch);
+    }
+    if (other_rows) {
+      sm90::mbarrier_wait(loaded, last_block_phase);
+      last_block_phase ^= 1;
+      uint4* const words = reinterpret_cast<uint4*>(target);
+      for (int i = valid * 8 + lane; i < Traits::kBlockN * 8; i += 32) {
+#pragma unroll
+        for (int panel = 0; panel < D / 64; ++panel) words[panel * Traits::kBlockN * 8 + i] = make_uint4(0, 0, 0, 0);
+      }
+      sm90::fence_view_async_shared();
+      __syncwarp();
+      if (lane == 0) sm90::mbarrier_arrive(full);
+    }
+    __syncwarp();
+  }
+
+  __device__ void run() {
+    const int lane = threadIdx.x % 32;
+    PipelineState<Traits::kStages> k_pipe, v_pipe;
+    uint32_t q_phase = 0;
+    WorkTile work;
+    for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
+      const int kv_head = work.head / p.qhead_per_khead;
+      const int kv_batch = p.cu_seqlens_k == nullptr ? work.batch : 0;
+      const int k_row = s.row_offset_k(work.batch);
+      const int seqlen_k = s.seqlen_k[work.batch];
+      const auto load_q = [&] {
+        if (p.q_index != nullptr) return;
+        const int q_batch = p.cu_seqlens_q == nullptr ? work.batch : 0;
+        for (int wg = 0; wg < 2; ++wg) {
+          sm90::mbarrier_wait(&s.q_empty[wg], q_phase ^ 1);
+          __syncwarp();
+          if (lane == 0) {
+            sm90::mbarrier_arrive_and_expect_tx(&s.q_full[wg], kWarpgroupRows * D * sizeof(T));
+            sm90::tma_load(
+                s.q[wg], &p.tma_q, &s.q_full[wg], 0,
+                s.row_offset_q(work.batch) + work.m_block * kBlockM + wg * kWarpgroupRows, 0, work.head, q_batch);
+          }
+          __syncwarp();
+        }
+      };
+      const auto load_v = [&](int n_block) {
+        const int start = n_block * Traits::kBlockN;
+        load(&p.tma_v, s.v[v_pipe.stage], &s.v_full[v_pipe.stage], &s.v_empty[v_pipe.stage], v_pipe.phase,
+             k_row + start, kv_head, kv_batch, seqlen_k - start);
+        v_pipe.advance();
+      };
+      if (work.n_block_begin == work.n_block_end) load_q();
+      for (int n_block = work.n_block_begin; n_block < work.n_block_end; ++n_block) {
+        const int start = n_block * Traits::kBlockN;
+        load(&p.tma_k, s.k[k_pipe.stage], &s.k_full[k_pipe.stage], &s.k_empty[k_pipe.stage], k_pipe.phase,
+             k_row + start, kv_head, kv_batch, seqlen_k - start);
+        k_pipe.advance();
+        if (n_block == work.n_block_begin) load_q();
+        else load_v(n_block - 1);
+      }
+      if (work.n_block_begin < work.n_block_end) load_v(work.n_block_end - 1);
+      q_phase ^= 1;
+    }
+  }
+};
+
+}  // namespace specedit::attn

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared memory of the attention, its barriers and its pipelines.
+#pragma once
+
+#include <type_traits>
+
+#include "mixed_res_attn/params.h"
+#include "mixed_res_attn/sm90.cuh"
+
+namespace specedit::attn {
+
+// Named barriers of the CTA; 0 is __syncthreads. The consumer warpgroups issue their matrix products alternately
+// (ping-pong): each waits on its own barrier, and arrives on the other's.
+enum NamedBarrier : int {
+  kWarpSchedulerWG1 = 1,
+  kWarpSchedulerWG2 = 2,
+};
+
+// What a producer tells of the biases of a K tile. No flag: the bias is one number for the whole tile.
+enum BiasFlags : int {
+  kBiasInColumns = 1,   // biases differ, and the matrix product adds them (see producer_bias.cuh)
+  kBiasOutOfRange = 2,  // biases differ, and one is too large for the columns: the consumer adds them
+  kBiasJump = 4,        // a bias is so far above those of the tiles before that weights may not be finite
+};
+
+template <typename T, int D, bool GATHER>
+struct KernelTraits {
+  static constexpr int kBlockN = attn::kBlockN;
+  static constexpr int kStages = D == 64 ? 4 : 2;
+  static constexpr int kProducerRegisters = GATHER ? 56 : 40;
+  // A CTA has 504 registers for each of 128 threads: three warpgroups start with 168 a thread.
+  static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 16 * 8;
+  // Arrivals that fill a K or V stage; a K stage has those of the biases, too.
+  static constexpr int kLoadArrivals = GATHER ? kWarpgroupThreads : 1;
+  static constexpr int kBiasWarps = GATHER ? kWarpgroupThreads / 32 : 1;
+  // Rows by kv_index: eight lanes copy 128 bytes of a row, so that the warpgroup copies 16 rows in a step.
+  static constexpr int kCopySteps = kBlockN / 16;
+};
+
+// K and V are pipelines of kStages stages. A stage has two mbarriers: the producer arrives on `full`, and the consumer
+// warps that read the stage arrive on `empty`. A wait knows a phase by its parity alone. So a thread may wait on an
+// mbarrier only if the next phase cannot complete without that thread: else it could miss two phases and wait for ever.
+// That is why only the producer of a stage waits on `empty`. Biases use K's mbarriers: without them no K stage is full.
+template <typename T, int D, bool GATHER>
+struct SharedStorage {
+  using Traits = KernelTraits<T, D, GATHER>;
+  T q[2][kWarpgroupRows * D];
+  T k[Traits::kStages][Traits::kBlockN * D];
+  T v[Traits::kStages][Traits::kBlockN * D];
+  // Bias columns: 8 columns of a key, 8 zero columns beside them, and the 8 rows of ones in Q that all queries share.
+  T bias_columns[Traits::kStages][Traits::kBlockN * 8];
+  T zero_columns[Traits::kBlockN * 8];
+  T ones[2][8 * 8];
+  // The bias of a tile if it is one number, and its BiasFlags. By kv_index each producer warp has its own keys of a
+  // tile.
+  __align__(16) float bias_constant[Traits::kStages][Traits::kBiasWarps];
+  __align__(16) int bias_flags[Traits::kStages][Traits::kBiasWarps];
+  // Rows by kv_index of two K tiles, for each producer warp and each group of eight lanes.
+  __align__(16) int kv_rows[GATHER ? 2 : 1][GATHER ? 4 : 1][4][GATHER ? (Traits::kCopySteps + 3) / 4 * 4 : 1];
+  // Bits: which rows of Q exist. Written where queries come by index. Two work tiles have a copy each: the queries of
+  // the next may arrive before the rows of this one are stored.
+  uint32_t q_valid[2][2][kWarpgroupRows / 32];
+  uint64_t q_full[2], q_empty[2];
+  uint64_t k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
+  uint64_t last_block_loaded;  // a K tile that has rows of another sequence behind its last key
+  // The plan. By batch entry: lengths, the first tile, the first rows (packed layout).
+  int seqlen_q[kMaxBatch], seqlen_k[kMaxBatch], first_tile[kMaxBatch];
+  int offset_q[GATHER ? 1 : kMaxBatch], offset_k[GATHER ? 1 : kMaxBatch];  // with kv_index nothing is packed
+  // full_waves: waves in which this CTA has a tile that is not split. range_step: cost from the begin of a range to the
+  // next. range_begin, range_end: this CTA's range of the remainders.
+  int num_tiles, full_wave_tiles, full_waves, cta_rank, partial_wave_tiles, cost_limit, range_step;
+  StreamKPosition range_begin, range_end;
+
+  __device__ int row_offset_q(int batch) const { return GATHER ? 0 : offset_q[batch]; }
+  __device__ int row_offset_k(int batch) const { return GATHER ? 0 : offset_k[batch]; }
+};
+
+// Stage and mbarrier parity of a producer's next write.
+template <int STAGES>
+struct PipelineState {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of `rows` rows with the 128-byte swizzle.
+__device__ inline uint32_t swizzle128_offset(int row, int chunk, int rows) {
+  return (chunk / 8) * rows * 128 + row * 128 + ((chunk ^ row) % 8) * 16;
+}
+
+}  // namespace specedit::attn

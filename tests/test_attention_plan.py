@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of an attention call, as `specedit doctor --plan` describes it: every key of every query is covered once."""
+
+import sys
+from collections import Counter
+
+import planner
+import pytest
+
+from specedit_kernels import _attention_plan
+
+
+@pytest.fixture(scope="module")
+def module():
+    return planner.load()
+
+
+def _blocks(lengths, tile):
+    return [-(-length // tile) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "seqlen_q, seqlen_k, heads, num_sms, q_lens, kv_lens",
+    [
+        (922, 8704, 24, 132, None, None),
+        (8704, 8704, 24, 132, None, None),
+        (4224, 8704, 24, 132, None, None),
+        (130, 3000, 1, 132, None, None),
+        (128, 500, 24, 132, None, None),
+        (1, 1, 1, 1, None, None),
+        (300, 2000, 3, 200, None, None),  # more CTAs than the host plans for: no splits
+        (922, 8704, 24, 132, [922], None),
+        (700, 4000, 5, 20, [700, 0, 64], [4000, 900, 2200]),
+        (700, 4000, 5, 20, None, [4000, 0, 2200]),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_k_tile_is_in_one_work_tile(module, seqlen_q, seqlen_k, heads, num_sms, q_lens, kv_lens, head_dim):
+    batch = len(q_lens or kv_lens or [1])
+    plan = module.plan(seqlen_q, seqlen_k, heads, head_dim, num_sms, batch=batch, q_lens=q_lens, kv_lens=kv_lens)
+    m_blocks = _blocks(q_lens or [seqlen_q] * batch, module.TILE_Q)
+    n_blocks = _blocks(kv_lens or [seqlen_k] * batch, module.TILE_K)
+    found = Counter()
+    tiles = set()
+    for work in plan.work:
+        tiles.add((work.batch, work.head, work.m_block))
+        for n_block in range(work.n_block_begin, work.n_block_end):
+            found[work.batch, work.head, work.m_block, n_block] += 1
+    expected = {
+        (b, head, m_block, n_block)
+        for b in range(batch) for head in range(heads) for m_block in range(m_blocks[b]) for n_block in range(n_blocks[b])
+    }  # fmt: skip
+    assert set(found) == expected
+    assert set(found.values()) <= {1}
+    assert len(tiles) == plan.num_tiles == heads * sum(m_blocks)
+    assert (plan.full_waves, plan.last_wave_tiles) == divmod(plan.num_tiles, num_sms)
+
+
+def test_splits_are_numbered_within_their_tile(module):
+    plan = module.plan(922, 8704, 24, 128, 132)
+    assert plan.split_tiles == plan.last_wave_tiles == 60
+    splits = {}
+    for work in plan.work:
+        if work.split >= 0:
+            splits.setdefault((work.head, work.m_block), []).append((work.split, work.n_block_begin, work.n_block_end))
+    assert len(splits) == 60
+    for parts in splits.values():
+        parts.sort()
+        assert [number for number, _, _ in parts] == list(range(len(parts)))
+        assert parts[0][1] == 0
+        assert parts[-1][2] == 50
+        assert all(before[2] == after[1] for before, after in zip(parts, parts[1:], strict=False))
+
+
+def test_a_length_on_the_device_plans_the_same_tiles(module):
+    """The kernel's own planner, run by the emulation, splits the tiles that the host's splits."""
+    host = module.plan(1024, 8704, 24, 128, 132)
+    device = module.plan(1024, 8704, 24, 128, 132, q_lens=[1024], kv_lens=[8704])
+    assert device.split_tiles == host.split_tiles > 0
+    key = [(w.cta, w.wave, w.head, w.m_block, w.n_block_begin, w.n_block_end, w.split) for w in host.work]
+    assert key == [(w.cta, w.wave, w.head, w.m_block, w.n_block_begin, w.n_block_end, w.split) for w in device.work]
+
+
+@pytest.mark.parametrize(
+    "arguments, options, words",
+    [
+        ((0, 8, 1, 64, 1), {}, "seqlen_q: expected 1 to 16777216, got 0"),
+        ((8, 8, 1, 96, 1), {}, "head_dim: expected 64 or 128, got 96"),
+        ((8, 8, 1, 64, 0), {}, "num_sms: expected 1 to 1024, got 0"),
+        ((8, 8, 1, 64, 1), {"batch": 513}, "batch: expected 1 to 512, got 513"),
+        ((8, 8, 1, 64, 1), {"q_lens": [1, 2]}, "q_lens: expected a length for each of 1 batch entries, got 2"),
+        ((8, 8, 1, 64, 1), {"kv_lens": [9]}, "kv_lens: expected 0 to 8, got 9"),
+        ((1 << 24, 8, 1024, 64, 1), {}, "expected at most 2**24 work tiles"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(module, arguments, options, words):
+    with pytest.raises(ValueError) as error:
+        module.plan(*arguments, **options)
+    assert words in str(error.value)
+
+
+def test_describe(module):
+    text = _attention_plan.describe("922x8704", num_sms=132)
+    assert text.splitlines()[:4] == [
+        "mixed_res_attn: 922 queries, 8704 keys, 24 heads of 128, 132 SMs",
+        "work tiles  192: 8 of 128 queries for each of 24 heads; 50 K tiles of 176 keys in each",
+        "waves       1 full, and a last partial wave of 60 tiles: 45 % full without splits",
+        "splits      179, of 60 tiles: 2 to 4 splits in each; a second kernel combines them",
+    ]
+    assert "instead of 50 for 60 of the CTAs" in text
+    assert "100 % full" in _attention_plan.describe("4224x8704", num_sms=132)
+    assert "splits      none" in _attention_plan.describe("128x500x24x64", num_sms=132)
+
+
+@pytest.mark.parametrize("text", ["", "922", "922x", "axb", "1x2x3x4x5", "-1x2"])
+def test_a_text_that_is_no_call_is_refused(text):
+    with pytest.raises(ValueError, match="plan: expected QUERIESxKEYS"):
+        _attention_plan.describe(text)
+
+
+def test_describe_says_that_the_planner_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "specedit_kernels._planner", None)
+    with pytest.raises(RuntimeError, match="the planner is not built: .*pybind11") as error:
+        _attention_plan.describe("922x8704")
+    assert "\n" not in str(error.value)
