@@ -20,7 +20,7 @@ CAPABILITY = {"large": 90, "medium": 80}
 POINTERS = {
     "bias_ptr": "*fp32", "q_index_ptr": "*i32", "kv_index_ptr": "*i32", "out_index_ptr": "*i32", "q_lens_ptr": "*i32",
     "kv_lens_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "lse_ptr": "*fp32", "part_ptr": "*fp32",
-    "part_lse_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32", "index_ptr": "*i32",
+    "part_total_ptr": "*fp32", "part_top_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32", "index_ptr": "*i32",
     "modulation_ptr": "*i32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32",
 }  # fmt: skip
 PLAIN = ("q_index_ptr", "kv_index_ptr", "out_index_ptr", "q_lens_ptr", "kv_lens_ptr", "cu_q_ptr", "cu_k_ptr")
@@ -70,9 +70,11 @@ def _attention(name, config, head_dim, dtype="bf16", left_out=(), splits=1):
     types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "scale": "fp32"}
     types["out_ptr"] = "*fp32" if splits > 1 else f"*{dtype}"
     constants = dict.fromkeys(left_out)
+    if splits == 1:
+        constants["part_top_ptr"] = None
     constants.update(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits,
-        NEGATE=False, LSE_UNIT=1.0,
+        NEGATE=False,
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     block = f"{dtype}[1,1,{config.block_n},{block_d}]"
@@ -170,7 +172,7 @@ def compile_all():
             types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
             types |= listing | {"scale": "fp32"}
             blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=sparse_cross_attn.ROWS,
-                          EARLY=early)  # fmt: skip
+                          EARLY=early, NEGATE=False)  # fmt: skip
             launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
                 _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource))
