@@ -63,12 +63,12 @@ def check_head_dim(op, name, dim):
 def check_scale(op, scale):
     """``scale``: of attention scores, None for the default."""
     if scale is not None and not abs(scale) <= FP32_MAX:
-        value_error(op, "scale", "a number that is finite in fp32", scale)
+        value_error(op, "scale", "a finite number (in fp32)", scale)
 
 
 def check_eps(op, eps):
     if not 0 <= eps <= FP32_MAX:
-        value_error(op, "eps", "a number >= 0 that is finite in fp32", eps)
+        value_error(op, "eps", "a finite number >= 0 (in fp32)", eps)
 
 
 def check_index_range(op, name, index, rows):
