@@ -79,10 +79,10 @@ def _qk_norm_rope_scatter_kernel(
     v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=kv_mask, other=0.0)
     cos_ptr += b * stride_cb
     sin_ptr += b * stride_sb
-    q_cos = _table(cos_ptr, stride_cn, stride_cd, q_token, q_exists, HEAD_DIM, BLOCK_D)
-    q_sin = _table(sin_ptr, stride_sn, stride_sd, q_token, q_exists, HEAD_DIM, BLOCK_D)
+    q_cos = _table(cos_ptr, stride_cn, stride_cd, q_token, q_token < num_tokens, HEAD_DIM, BLOCK_D)
+    q_sin = _table(sin_ptr, stride_sn, stride_sd, q_token, q_token < num_tokens, HEAD_DIM, BLOCK_D)
     if KV_HEADS == HEADS:
-        # The same tokens; a tile of more heads than k has is masked when it is written.
+        # The same tokens, whatever heads of them q and k have: those they do not have are masked when it is written.
         k_cos, k_sin = q_cos, q_sin
     else:
         k_cos = _table(cos_ptr, stride_cn, stride_cd, kv_token, kv_exists, HEAD_DIM, BLOCK_D)
