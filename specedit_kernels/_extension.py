@@ -7,8 +7,16 @@ from pathlib import Path
 
 import torch
 
+from . import _ops
+
 # The limited C API and torch's stable ABI make one file serve every Python from 3.10 and torch from 2.10.
 PATH = Path(__file__).with_name("_C.abi3.so")
+# One of the ops whose kernels it registers.
+_AN_OP = _ops.add_op_namespace_prefix("mixed_res_attn_csrc")
+
+
+def _registered():
+    return torch._C._dispatch_has_kernel_for_dispatch_key(_AN_OP, "CUDA")
 
 
 @functools.cache
@@ -17,10 +25,14 @@ def load():
     if not PATH.exists():
         return False, f"the CUDA extension is not built (no {PATH.name} beside {PATH.parent.name}/__init__.py)"
     try:
-        torch.ops.load_library(str(PATH))
+        # Another copy of the package may have loaded its own: kernels are registered once a namespace.
+        if not _registered():
+            torch.ops.load_library(str(PATH))
     except (OSError, RuntimeError) as error:
         # torch names the file; the loader's own message, if torch wrapped it, is the cause.
         return False, f"the CUDA extension does not load: {str(error.__cause__ or error).strip().splitlines()[0]}"
+    if not _registered():
+        return False, f"the CUDA extension was built for another op namespace than that of {_AN_OP}"
     return True, ""
 
 

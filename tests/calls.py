@@ -1,7 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the in-place ops share: an index of distinct rows, and the count of a call's launches."""
+"""What the ops' tests share: an index of distinct rows, tensors of every dtype, the count of a call's launches."""
 
 import torch
+
+_UNUSUAL = (
+    "float64", "complex32", "complex64", "complex128", "int8", "int16", "int32", "uint16", "uint32", "uint64",
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+)  # fmt: skip
+EVERY_DTYPE = [getattr(torch, name) for name in _UNUSUAL if hasattr(torch, name)]
+
+
+def bits(random, *shape, dtype, device):
+    """Random bits as numbers of ``dtype``."""
+    words = (random(*shape, dtype.itemsize) * 1000).to(torch.int64).to(torch.uint8)
+    return words.view(dtype).squeeze(-1).to(device)
+
+
+def as_bytes(x):
+    """uint8 [..., size of an element] on the CPU."""
+    return x.cpu().unsqueeze(-1).view(torch.uint8)
 
 
 def distinct_rows(batch, slots, rows, device):

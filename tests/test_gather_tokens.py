@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from calls import EVERY_DTYPE, as_bytes, bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -27,6 +28,25 @@ def test_rows(backend, poison, random, integers, device, dtype, tail):
     x = (random(2, 13, *tail, device=device) * 10).to(dtype)
     check(x, integers(-1, 13, (2, 9), device), 9)
     check(x, integers(-1, 13, (2, 9), device), 5)
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("tail", [(), (3,), (2, 8)], ids=str)
+def test_every_dtype_that_torch_has(backend, poison, random, integers, device, dtype, tail):
+    """Rows are copied bit by bit, so that no dtype is refused."""
+    x = bits(random, 2, 13, *tail, dtype=dtype, device=device)
+    index = integers(-1, 13, (2, 9), device)
+    y = torch.ops.specedit.gather_tokens(x, index, 9)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert torch.equal(as_bytes(y), oracle(as_bytes(x), index, 9))
+    assert not as_bytes(torch.ops.specedit.gather_tokens(x[:, :0], torch.full_like(index, -1), 9)).any()
+
+
+def test_a_lazy_conjugate_reads_as_what_it_means(backend, random, integers, device):
+    x = torch.view_as_complex(random(2, 13, 4, 2, device=device))
+    index = integers(-1, 13, (2, 9), device)
+    want = torch.ops.specedit.gather_tokens(x, index, 9).conj().resolve_conj()
+    assert torch.equal(torch.ops.specedit.gather_tokens(x.conj(), index, 9), want)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 99, 127, 999])

@@ -68,6 +68,30 @@ def test_a_half_without_keys_changes_nothing(backend, poison, random, device, dt
     assert not out.isnan().any() and not lse.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_in_nan_out(backend, poison, random, device, dtype):
+    out_a, lse_a, out_b, lse_b = halves(random, device, 1, rows=12, dtype=dtype)
+    lse_a[:, :, 0], lse_b[:, :, 1] = float("nan"), float("nan")
+    lse_a[:, :, 2], lse_b[:, :, 2] = float("nan"), -INF
+    lse_a[:, :, 3], lse_b[:, :, 3] = -INF, float("nan")
+    out_a[:, 4], lse_a[:, :, 4] = float("nan"), -1e4  # far below the other half, but there
+    out, lse = torch.ops.specedit.merge_attn(out_a, lse_a, out_b, lse_b)
+    assert out[:, :5].isnan().all() and lse[:, :, :4].isnan().all()
+    assert out[:, 5:].isfinite().all() and lse[:, :, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("far", [-1e9, -3e38, 3e38], ids=str)
+def test_far_halves(backend, poison, random, device, far):
+    """Beside such a number fp32 holds no more: the halves weigh the same, or one alone."""
+    out_a, lse_a, out_b, lse_b = halves(random, device, 1, rows=12)
+    lse_a[:], lse_b[:] = far, far
+    lse_b[:, :, 6:] = 0
+    out, lse = torch.ops.specedit.merge_attn(out_a, lse_a, out_b, lse_b)
+    torch.testing.assert_close(out[:, :6], (out_a + out_b)[:, :6] / 2)
+    assert torch.equal(out[:, 6:], (out_a if far > 0 else out_b)[:, 6:])
+    torch.testing.assert_close(lse, torch.maximum(lse_a, lse_b), rtol=1e-6, atol=1)
+
+
 def test_split_is_whole(backend, random, device):
     """Attention over two halves of the keys, merged, is attention over all of them."""
     q, k, v = (random(2, n, 3, 64, device=device) for n in (33, 90, 90))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib
 import math
 import os
 
@@ -173,6 +174,80 @@ def test_a_mask_of_any_size_removes_keys(backend, poison, random, device, dtype,
     tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(out, rest, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, rest_lse, rtol=1e-4, atol=1e-4)
+
+
+def far_biases(far, order, keys):
+    """fp32 [1, keys] of the size of ``far``: all alike, of three sizes in turn, rising from tile to tile, or first."""
+    bias = torch.full((1, keys), far)
+    if order == "mixed":
+        bias /= 1 + torch.arange(keys) % 3
+    elif order == "rising" and math.isfinite(far):
+        bias *= torch.linspace(1, 0.5, keys) if far < 0 else torch.linspace(0.5, 1, keys)
+    elif order == "first":
+        bias[:, keys // 2 :] = 0
+    return bias
+
+
+FAR = [-1e2, -1e4, -1e9, -3e38, torch.finfo(torch.float32).min, -INF, 1e4, 1e9, 3e38]
+
+
+@pytest.mark.parametrize("order", ["alike", "mixed", "rising", "first"])
+@pytest.mark.parametrize("far", FAR, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_biases_of_any_size(backend, poison, random, device, dtype, dim, far, order):
+    """The softmax of the scores as fp32 holds them: beside a bias of 1e9 it holds no more than steps of 64."""
+    q, k, v = qkv(random, device, 1, 20, 300, 2, dim, dtype=dtype)
+    bias = far_biases(far, order, 300).to(device)
+    out, lse = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
+    score = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * dim**-0.5 + bias.double()
+    score = score.clamp(*(sign * torch.finfo(torch.float32).max for sign in (-1, 1))) if far != -INF else score
+    score = score.float().double()
+    want = torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1).nan_to_num(0), v.double())
+    # What a score may be off by: a step of fp32 where that is less than the scores' own size.
+    step = abs(far) * 1.2e-7 if abs(far) < 1e6 else 0.0
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype] + 4 * step
+    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), score.logsumexp(-1), rtol=1e-4, atol=1e-4 + step)
+
+
+@pytest.mark.parametrize("split_keys", [False, True])
+@pytest.mark.parametrize("score", [1e4, -1e4, 4e8, -4e8, 1e30, -1e30], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_any_size(backend, poison, random, device, dtype, score, split_keys):
+    """Of equal keys the result is the mean, without a bias too and however many keys a part of them has."""
+    if dtype == torch.float16 and abs(score) > 5e8:
+        pytest.skip("no such score of fp16 rows")
+    q, k, v = (x.zero_() if i < 2 else x for i, x in enumerate(qkv(random, device, 1, 20, 700, 2, 64, dtype=dtype)))
+    q[..., 0], k[..., 0] = math.copysign(math.sqrt(8 * abs(score)), score), math.sqrt(8 * abs(score))
+    if split_keys:
+        if backend != "triton":
+            pytest.skip("the others cut the keys as they see fit")
+        kernel = importlib.import_module("specedit_kernels.triton_kernels.mixed_res_attn")
+        out = torch.empty_like(q)
+        lse = kernel._launch(out, None, q, k, v, *(None,) * 9, 0.125, splits=3)
+    else:
+        out, lse = torch.ops.specedit.mixed_res_attn(q, k, v)
+    want = v.double().mean(1, keepdim=True).expand_as(out)
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
+    exact = float(q[0, 0, 0, 0].double() * k[0, 0, 0, 0].double() / 8)
+    torch.testing.assert_close(lse, torch.full_like(lse, exact + math.log(700)), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", [-1e9, -3e38, 1e9], ids=str)
+@pytest.mark.parametrize("scatter", [False, True])
+def test_parts_of_far_keys_weigh_as_much_as_they_are(random, device, far, scatter):
+    """Keys in parts of unequal numbers, all of one far bias: the join has no logarithm that rounding could empty."""
+    kernel = pytest.importorskip("specedit_kernels.triton_kernels.mixed_res_attn")
+    q, k, v = qkv(random, device, 1, 20, 1000, 2, 64, dtype=torch.float16)
+    bias = torch.full((1, 1000), far, device=device)
+    index = torch.arange(20, dtype=torch.int32, device=device).flip(0)[None].contiguous() if scatter else None
+    out = torch.empty_like(q)
+    lse = kernel._launch(out, index, q, k, v, bias, *(None,) * 8, 0.125, splits=3)
+    want = v.double().mean(1, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out.double(), want, rtol=3e-3, atol=3e-3)
+    torch.testing.assert_close(lse, torch.full_like(lse, far), rtol=1e-6, atol=0)
 
 
 def test_removed_keys_take_no_part(backend, poison, random, device):
@@ -527,7 +602,7 @@ def i32(*values):
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        (dict(q=torch.zeros(4, 2, 64)), ValueError, r"q: expected \[B, S, H, D\] \(padded layout\), got \[4, 2, 64\]"),
+        (dict(q=torch.zeros(4, 2, 64)), ValueError, r"q: expected \[B, S, H, D\] \(padded .*\), got \[4, 2, 64\]"),
         (dict(k=torch.zeros(1, 5, 2, 32)), ValueError, r"k: expected shape \[B=1, S, Hk, D=64\]"),
         (dict(k=torch.zeros(1, 5, 3, 64)), ValueError, "k: expected heads that divide q's 2, got 3"),
         (dict(v=torch.zeros(1, 6, 2, 64)), ValueError, r"v: expected k's shape \[1, 5, 2, 64\]"),

@@ -365,6 +365,16 @@ def test_bad_input_leaves_the_outputs(change, error, words):
     assert not any(call[name].any() for name in ("q_out", "k_out", "v_out"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_keys_and_values_alone(backend, poison, random, device, kv_heads, dtype):
+    """A call without query heads writes k and v."""
+    q, k, v = (random(2, 7, heads, 16, dtype=dtype, device=device) for heads in (0, kv_heads, kv_heads))
+    weight, index = random(16, device=device), distinct_rows(2, 7, 9, device)
+    outs = [random(2, 9, heads, 16, dtype=dtype, device=device) for heads in (0, kv_heads, kv_heads)]
+    check(q, k, v, *tables(random, 1, 7, 16, device), *outs, k_weight=weight, kv_out_index=index)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
 def test_one_launch(random, device):
     q, k, v = (random(1, 70, 24, 128, dtype=torch.bfloat16, device=device) for _ in range(3))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from calls import EVERY_DTYPE, as_bytes, bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -31,6 +32,19 @@ def test_rows(backend, random, device, dtype, tail):
     dst = (random(2, 13, *tail, device=device) * 10).to(dtype)
     src = (random(2, 9, *tail, device=device) * 10).to(dtype)
     check(dst, src, unique_index(2, 9, 13, device))
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("tail", [(), (3,), (2, 8)], ids=str)
+def test_every_dtype_that_torch_has(backend, random, device, dtype, tail):
+    """Rows are copied bit by bit, so that no dtype is refused."""
+    dst, src = (bits(random, 2, rows, *tail, dtype=dtype, device=device) for rows in (13, 9))
+    index = unique_index(2, 9, 13, device)
+    want = as_bytes(dst).clone()
+    torch.ops.specedit.scatter_tokens_(dst, src, index)
+    for b, i in (index >= 0).nonzero():
+        want[b, index[b, i]] = as_bytes(src)[b, i]
+    assert torch.equal(as_bytes(dst), want)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 99, 127, 999])

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 from budget import assert_within_budget
@@ -100,6 +102,39 @@ def test_what_no_one_sees_is_not_read(backend, poison, call):
     k[unseen], v[unseen], q[region < 0] = (float("nan"),) * 3
     for got, expected in zip(torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask), want):
         assert torch.equal(got, expected)
+
+
+def test_regions_do_not_share_nan(backend, poison, call):
+    """A token that another region sees is not read for this one's queries: 0 * NaN is not 0."""
+    q, k, v, region, mask = call(regions=2, batch=1)
+    mask[:, 0, 40:], mask[:, 1, :40] = False, False
+    want = torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask)
+    k[:, 40:50], v[:, 50:] = float("nan"), float("inf")
+    got = torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask)
+    for a, b in zip(got, want):
+        a, b = (x if x.shape == q.shape else x.transpose(1, 2) for x in (a, b))
+        assert torch.equal(a[region == 0], b[region == 0])
+
+
+@pytest.mark.parametrize("score", [1e4, -1e4, 4e8, -4e8, -1e28, 1e31, -1e31], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.125, -0.125])
+def test_scores_of_any_size(backend, poison, call, dtype, score, scale):
+    """Of equal keys the result is the mean of what is seen, and lse finite."""
+    if dtype == torch.float16 and abs(score) > 5e8:
+        pytest.skip("no such score of fp16 rows")
+    q, k, v, region, mask = call(regions=2, tokens=90, dtype=dtype)
+    q.zero_(), k.zero_()
+    q[..., 0] = math.copysign(math.sqrt(8 * abs(score)), score * scale)
+    k[..., 0] = math.sqrt(8 * abs(score))
+    out, lse = torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask, scale=scale)
+    exact = float(q[0, 0, 0, 0].double() * k[0, 0, 0, 0].double() * scale)
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    for b, i in (region >= 0).nonzero():
+        sees = mask[b, region[b, i]]
+        torch.testing.assert_close(out[b, i].double(), v[b, sees].double().mean(0), rtol=tolerance, atol=tolerance)
+        want = torch.full_like(lse[b, :, i], exact + math.log(int(sees.sum())))
+        torch.testing.assert_close(lse[b, :, i], want, rtol=1e-6, atol=1e-5)
 
 
 def test_a_region_does_not_see_anothers_tokens(backend, poison, call):

@@ -20,7 +20,7 @@ CAPABILITY = {"large": 90, "medium": 80}
 POINTERS = {
     "bias_ptr": "*fp32", "q_index_ptr": "*i32", "kv_index_ptr": "*i32", "out_index_ptr": "*i32", "q_lens_ptr": "*i32",
     "kv_lens_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "lse_ptr": "*fp32", "part_ptr": "*fp32",
-    "part_lse_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32", "index_ptr": "*i32",
+    "part_total_ptr": "*fp32", "part_top_ptr": "*fp32", "a_lse_ptr": "*fp32", "b_lse_ptr": "*fp32", "index_ptr": "*i32",
     "modulation_ptr": "*i32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32",
 }  # fmt: skip
 PLAIN = ("q_index_ptr", "kv_index_ptr", "out_index_ptr", "q_lens_ptr", "kv_lens_ptr", "cu_q_ptr", "cu_k_ptr")
@@ -30,6 +30,17 @@ FEATURES = {
     "packed": ("q_index_ptr", "kv_index_ptr", "out_index_ptr"),
     "split": PLAIN,
 }
+
+
+def _exponents(ptx):
+    """How the arguments of the exponentials come about: {"mul of sub", ...}."""
+    made = {name: (op.split(".")[0], args) for op, name, args in re.findall(r"^\s*(\S+)\s+(%\w+), (.*);", ptx, re.M)}
+    found = set()
+    for name in re.findall(r"ex2\.\S+\s+%\w+, (%\w+);", ptx):
+        op, args = made.get(name, ("?", ""))
+        inner = {made.get(arg.strip(), ("?", ""))[0] for arg in args.split(",")}
+        found.add(f"{op} of sub" if "sub" in inner else op)
+    return sorted(found)
 
 
 def _compile(fn, capability, types, constants, options, source):
@@ -56,7 +67,7 @@ def _compile(fn, capability, types, constants, options, source):
     )
     return {
         "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
-        "vectors": (loads, stores),
+        "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]),
     }  # fmt: skip
 
 
@@ -70,9 +81,11 @@ def _attention(name, config, head_dim, dtype="bf16", left_out=(), splits=1):
     types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "scale": "fp32"}
     types["out_ptr"] = "*fp32" if splits > 1 else f"*{dtype}"
     constants = dict.fromkeys(left_out)
+    if splits == 1:
+        constants["part_top_ptr"] = None
     constants.update(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits,
-        NEGATE=False, LSE_UNIT=1.0,
+        NEGATE=False,
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     block = f"{dtype}[1,1,{config.block_n},{block_d}]"
@@ -170,7 +183,7 @@ def compile_all():
             types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
             types |= listing | {"scale": "fp32"}
             blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=sparse_cross_attn.ROWS,
-                          EARLY=early)  # fmt: skip
+                          EARLY=early, NEGATE=False)  # fmt: skip
             launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
                 _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource))
@@ -196,6 +209,11 @@ def test_every_config_compiles_and_fits(tmp_path):
         if "error" in result or result["shared"] > SHARED[result["capability"]] or not result["code"]
     }
     assert not wrong
+    # The largest score is subtracted before the product with the unit: fused into one multiply-add, it would leave what
+    # rounding took off it, which a power of two makes infinite in fp16.
+    softmaxes = {name: result["exponents"] for name, result in results.items() if result["exponents"]}
+    attention = {name: found for name, found in softmaxes.items() if "sparse" in name or "D" in name.split()[-1]}
+    assert len(attention) > 15 and not {name: x for name, x in attention.items() if x != ["mul of sub"]}
     # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
     # two tokens and a gate; a tile of a picture, with channels last its weight and bias too.
     expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],

@@ -10,16 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from .._words import as_words
+
 # A program moves about this much: 128 threads with four 16-byte vectors each.
 _TILE_BYTES = 8192
-
-
-def as_words(x):
-    """``x`` with its elements reinterpreted as integers of their size (16-byte complex ones as two)."""
-    if x.dtype == torch.complex128:
-        x = torch.view_as_real(x)
-    return x.view(_WORDS[x.element_size()])
 
 
 def runs(a, b):

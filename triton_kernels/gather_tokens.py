@@ -3,6 +3,7 @@
 
 import torch
 
+from .._words import as_words
 from ._rows import copy_rows
 
 
@@ -12,6 +13,7 @@ def gather_tokens(x, index, length):
     if y.numel() == 0:
         return y
     if x.numel() == 0:
-        return y.zero_()
+        as_words(y).zero_()
+        return y
     copy_rows(x, y, index, scatter=False)
     return y

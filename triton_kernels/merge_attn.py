@@ -36,13 +36,16 @@ def _merge_kernel(
     a_weight = tl.exp(a_lse - pivot)
     b_weight = tl.exp(b_lse - pivot)
     total = tl.where(no_a & no_b, 1.0, a_weight + b_weight)
+    unknown = (a_lse != a_lse) | (b_lse != b_lse)
     joined = (a.to(tl.float32) * a_weight[:, None] + b_.to(tl.float32) * b_weight[:, None]) / total[:, None]
     # A half without keys leaves the other as it is, bit for bit; two such halves give 0 and -inf.
     out = joined.to(out_ptr.dtype.element_ty)
     out = tl.where(no_a[:, None], b_, out)
     out = tl.where(no_b[:, None], a, out)
     out = tl.where((no_a & no_b)[:, None], 0.0, out)
+    out = tl.where(unknown[:, None], float("nan"), out)
     lse = tl.where(no_a, b_lse, tl.where(no_b, a_lse, top + tl.log(total)))
+    lse = tl.where(unknown, float("nan"), lse)
     tl.store(out_ptr + r[:, None] * HEAD_DIM + d[None, :], out, mask=mask)
     tl.store(lse_ptr + (b * heads + h) * num_q + n, lse, mask=exists)
 
@@ -51,12 +54,12 @@ def merge_attn(out_a, lse_a, out_b, lse_b):
     """Launch the merge. Shapes as in the op: out [B, Nq, H, D] or [T, H, D], lse fp32 [B, H, Nq] or [H, T]."""
     out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
     lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
-    if out.numel() == 0:
-        return out, lse.fill_(float("-inf"))
+    if lse.numel() == 0:
+        return out, lse
     if out_a.ndim == 3:
         out_a, lse_a, out_b, lse_b = out_a[None], lse_a[None], out_b[None], lse_b[None]
     batch, num_q, heads, head_dim = out_a.shape
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = max(1, triton.next_power_of_2(head_dim))
     # 4096 elements a program: four 16 B loads of either half in flight for each of 128 threads, in 16-bit types.
     block_r = max(1, 4096 // block_d)
     num_rows = batch * num_q * heads

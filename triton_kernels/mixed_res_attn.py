@@ -8,13 +8,14 @@ arXiv 2205.14135, algorithm 1) in base 2. Every feature that a call does not use
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._softmax import softmax_step
 
 # Arguments that follow the token counts, which change with every mask: no kernel is compiled anew for their values.
 LENGTHS = (
@@ -77,33 +78,20 @@ def _load_rows(base, rows, valid, stride_row, d, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _softmax_step(qk, bias, total, top, scale):
-    """Online softmax over one tile of scores [BLOCK_M, BLOCK_N]; `top`, the running maximum, is in base 2.
+def _attend(q, k, v, bias, valid, acc, total, top, scale):
+    """One K tile of the attention. bias: None or [BLOCK_N], natural log; valid: None or [BLOCK_N], if there is a key.
 
-    bias: None or [BLOCK_N], natural log, -inf where there is no key.
+    `top` is a score times scale plus bias; without biases, a score as the product gives it.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
+    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
     if bias is None:
         unit = scale * LOG2_E
-        new_top = tl.maximum(top, tl.max(qk, 1) * unit)
-        pivot = new_top
     else:
-        unit = LOG2_E
         qk = qk * scale + bias[None, :]
-        new_top = tl.maximum(top, tl.max(qk, 1) * unit)
-        # A row that has met no key yet has top -inf, and -inf - -inf is NaN: keep the pivot finite.
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(qk * unit - pivot[:, None])
-    alpha = tl.exp2(top - pivot)
-    return p, alpha, total * alpha + tl.sum(p, 1), new_top
-
-
-@triton.jit
-def _attend(q, k, v, bias, acc, total, top, scale):
-    """One K tile of the attention."""
-    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-    p, alpha, total, top = _softmax_step(qk, bias, total, top, scale)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        unit = LOG2_E
+    p, kept, total, top = softmax_step(qk, valid, unit, total, top)
+    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
     return acc, total, top
 
 
@@ -111,13 +99,13 @@ def _attend(q, k, v, bias, acc, total, top, scale):
 def _store_rows(
     out_ptr, lse_ptr, out_index_ptr, b, h, slot, exists, row0, acc, total, top,
     stride_ob, stride_on, stride_oh, stride_lb, stride_lh, stride_oib, rows_out,
-    LSE_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Normalise and write the rows of one tile: 0 and -inf where a query met no key (total == 0)."""
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out = tl.where(empty[:, None], 0.0, acc / total[:, None])
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LSE_UNIT)
+    lse = tl.where(empty, float("-inf"), top + tl.log(total))
     row = row0 + slot
     tl.store(lse_ptr + b * stride_lb + h * stride_lh + row, lse, mask=exists)
     if out_index_ptr is not None:
@@ -134,13 +122,13 @@ def _store_rows(
 @triton.jit(do_not_specialize=LENGTHS)
 def _attn_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, bias_desc, bias_ptr, q_index_ptr, kv_index_ptr, out_index_ptr,
-    q_lens_ptr, kv_lens_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr, scale,
+    q_lens_ptr, kv_lens_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr, part_top_ptr, scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_bias, stride_qib, stride_kib, stride_oib,
     stride_ob, stride_on, stride_oh, stride_os, stride_lb, stride_lh, stride_ls,
     heads, group, num_tiles, num_q, num_k, rows_q, rows_k, rows_out,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, NEGATE: tl.constexpr, LSE_UNIT: tl.constexpr,
+    SPLITS: tl.constexpr, NEGATE: tl.constexpr,
 ):  # fmt: skip
     # Query tiles of one head run side by side, so that its K and V are read from L2.
     pid = tl.program_id(0)
@@ -206,7 +194,7 @@ def _attn_kernel(
                 bias = tl.where(valid, 0.0, float("-inf"))
             k = _load_rows(k_base, rows, valid, stride_kn, d, HEAD_DIM, BLOCK_D)
             v = _load_rows(v_base, rows, valid, stride_vn, d, HEAD_DIM, BLOCK_D)
-            acc, total, top = _attend(q, k, v, bias, acc, total, top, scale)
+            acc, total, top = _attend(q, k, v, bias, None, acc, total, top, scale)
     else:
         full = lo + (hi - lo) // BLOCK_N * BLOCK_N
         if bias_ptr is not None:
@@ -224,36 +212,47 @@ def _attn_kernel(
             else:
                 k = _load_rows(k_base, k_row0 + start + n, None, stride_kn, d, HEAD_DIM, BLOCK_D)
                 v = _load_rows(v_base, k_row0 + start + n, None, stride_vn, d, HEAD_DIM, BLOCK_D)
-            acc, total, top = _attend(q, k, v, bias, acc, total, top, scale)
+            acc, total, top = _attend(q, k, v, bias, None, acc, total, top, scale)
         if full < hi:
             valid = full + n < hi
+            bias = None
             if bias_ptr is not None:
-                bias = tl.load(bias_base + full, mask=valid, other=float("-inf"))
-            else:
-                bias = tl.where(valid, 0.0, float("-inf"))
+                bias = tl.load(bias_base + full, mask=valid, other=0.0)
             k = _load_rows(k_base, k_row0 + full + n, valid, stride_kn, d, HEAD_DIM, BLOCK_D)
             v = _load_rows(v_base, k_row0 + full + n, valid, stride_vn, d, HEAD_DIM, BLOCK_D)
-            acc, total, top = _attend(q, k, v, bias, acc, total, top, scale)
+            acc, total, top = _attend(q, k, v, bias, valid, acc, total, top, scale)
 
+    if bias_ptr is None and kv_index_ptr is None:
+        top *= scale
     # A query in an empty slot met keys with q = 0; its result is that of no key.
     total = tl.where(live, total, 0.0)
-    _store_rows(
-        out_ptr + split.to(tl.int64) * stride_os, lse_ptr + split.to(tl.int64) * stride_ls, out_index_ptr,
-        q_batch, h, slot, slot < num_q, q_row0, acc, total, top,
-        stride_ob, stride_on, stride_oh, stride_lb, stride_lh, stride_oib, rows_out,
-        LSE_UNIT, HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
+    if SPLITS == 1:
+        _store_rows(
+            out_ptr, lse_ptr, out_index_ptr, q_batch, h, slot, slot < num_q, q_row0, acc, total, top,
+            stride_ob, stride_on, stride_oh, stride_lb, stride_lh, stride_oib, rows_out, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    else:
+        # Sums as they are, and the largest score beside them: in their logarithm rounding would take the sum of the
+        # weights off a large score, and with it how much the parts weigh.
+        part = split.to(tl.int64)
+        row = q_row0 + slot
+        at = part * stride_ls + q_batch * stride_lb + h * stride_lh + row
+        tl.store(lse_ptr + at, total, mask=slot < num_q)
+        tl.store(part_top_ptr + at, top, mask=slot < num_q)
+        at = part * stride_os + q_batch * stride_ob + h * stride_oh + row.to(tl.int64)[:, None] * stride_on
+        tl.store(out_ptr + at + d[None, :], acc, mask=(slot < num_q)[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _combine_kernel(
-    part_ptr, part_lse_ptr, out_index_ptr, out_ptr, lse_ptr,
+    part_ptr, part_total_ptr, part_top_ptr, out_index_ptr, out_ptr, lse_ptr,
     stride_pb, stride_pn, stride_ph, stride_ps, stride_plb, stride_plh, stride_pls, stride_oib,
     stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
     heads, num_tiles, num_rows, rows_out,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of BLOCK_R rows of one head. The partial lse are in base 2."""
+    """Join the splits of BLOCK_R rows of one head: their sums, each after its own largest score."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
     slot = pid % num_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     rest = pid // num_tiles
@@ -262,24 +261,25 @@ def _combine_kernel(
     exists = slot < num_rows
     d = tl.arange(0, BLOCK_D)
     part = part_ptr + b * stride_pb + h * stride_ph + slot.to(tl.int64)[:, None] * stride_pn + d[None, :]
-    part_lse = part_lse_ptr + b * stride_plb + h * stride_plh + slot
+    part_row = b * stride_plb + h * stride_plh + slot
     top = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
     for s in tl.static_range(SPLITS):
-        top = tl.maximum(top, tl.load(part_lse + s * stride_pls, mask=exists, other=float("-inf")))
-    pivot = tl.where(top == float("-inf"), 0.0, top)
+        filled = exists & (tl.load(part_total_ptr + part_row + s * stride_pls, mask=exists, other=0.0) != 0.0)
+        top = tl.maximum(top, tl.load(part_top_ptr + part_row + s * stride_pls, mask=filled, other=float("-inf")))
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
     for s in tl.static_range(SPLITS):
-        lse = tl.load(part_lse + s * stride_pls, mask=exists, other=float("-inf"))
-        # A part without keys may be unwritten memory.
-        mask = (exists & (lse != float("-inf")))[:, None] & (d < HEAD_DIM)[None, :]
-        weight = tl.exp2(lse - pivot)
-        total += weight
+        part_total = tl.load(part_total_ptr + part_row + s * stride_pls, mask=exists, other=0.0)
+        # A part without keys has no top, and may be unwritten memory.
+        filled = exists & (part_total != 0.0)
+        part_top = tl.load(part_top_ptr + part_row + s * stride_pls, mask=filled, other=0.0)
+        weight = tl.where(filled, tl.exp2((part_top - top) * LOG2_E), 0.0)
+        total += weight * part_total
+        mask = filled[:, None] & (d < HEAD_DIM)[None, :]
         acc += weight[:, None] * tl.load(part + s * stride_ps, mask=mask, other=0.0)
     _store_rows(
         out_ptr, lse_ptr, out_index_ptr, b, h, slot, exists, 0, acc, total, top,
-        stride_ob, stride_on, stride_oh, stride_lb, stride_lh, stride_oib, rows_out,
-        0.6931471805599453, HEAD_DIM, BLOCK_D,
+        stride_ob, stride_on, stride_oh, stride_lb, stride_lh, stride_oib, rows_out, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
 
 
@@ -412,17 +412,18 @@ def _launch(
             # In the packed layout a sequence may start off the 16 B grid.
             bias_desc = _descriptor(key_bias, [entries, rows_k], [bias_stride, 1], [1, config.block_n])
 
-    target, target_lse, target_index, unit = out4, lse3, out_index, math.log(2.0)
+    # Where keys are split, the parts' sums of weights take the place of lse.
+    target, target_lse, target_index, part_top = out4, lse3, out_index, None
     split_stride = split_lse_stride = 0
     if splits > 1:
         target = torch.empty((splits, *lse3.shape[::2], heads, head_dim), dtype=torch.float32, device=device)
-        target_lse = torch.empty((splits, *lse3.shape), dtype=torch.float32, device=device)
+        target_lse, part_top = torch.empty((2, splits, *lse3.shape), dtype=torch.float32, device=device)
         split_stride, split_lse_stride = target.stride(0), target_lse.stride(0)
-        target_index, unit = None, 1.0
+        target_index = None
     if packed:
         # Rows that no sequence covers belong to no tile.
         if splits > 1:
-            target_lse.fill_(float("-inf"))
+            target_lse.zero_()
         else:
             out.zero_()
             lse.fill_(float("-inf"))
@@ -431,21 +432,21 @@ def _launch(
     with _on_device(device):
         _attn_kernel[(num_tiles * splits * heads * batch,)](
             q, k, v, k_desc, v_desc, bias_desc, key_bias, q_index, kv_index, target_index,
-            q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, target, target_lse, abs(scale),
+            q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, target, target_lse, part_top, abs(scale),
             stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
             bias_stride, 0 if q_index is None else q_index.stride(0), 0 if kv_index is None else kv_index.stride(0),
             0 if target_index is None else target_index.stride(0),
             stride_ob, stride_on, stride_oh, split_stride, stride_lb, stride_lh, split_lse_stride,
             heads, heads // heads_k, num_tiles, num_q, num_k, rows_q, rows_k, target.shape[-3],
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            SPLITS=splits, NEGATE=scale < 0, LSE_UNIT=unit, num_warps=config.num_warps, num_stages=config.num_stages,
+            SPLITS=splits, NEGATE=scale < 0, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:
             block_r = 16
             num_rows = lse3.shape[2]
             row_tiles = -(-num_rows // block_r)
             _combine_kernel[(row_tiles * heads * lse3.shape[0],)](
-                target, target_lse, out_index, out4, lse3,
+                target, target_lse, part_top, out_index, out4, lse3,
                 stride_ob, stride_on, stride_oh, split_stride, stride_lb, stride_lh, split_lse_stride,
                 0 if out_index is None else out_index.stride(0), *out4.stride()[:3], *lse3.stride()[:2],
                 heads, row_tiles, num_rows, out4.shape[1],

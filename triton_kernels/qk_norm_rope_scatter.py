@@ -79,10 +79,10 @@ def _qk_norm_rope_scatter_kernel(
     v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=kv_mask, other=0.0)
     cos_ptr += b * stride_cb
     sin_ptr += b * stride_sb
-    q_cos = _table(cos_ptr, stride_cn, stride_cd, q_token, q_exists, HEAD_DIM, BLOCK_D)
-    q_sin = _table(sin_ptr, stride_sn, stride_sd, q_token, q_exists, HEAD_DIM, BLOCK_D)
+    q_cos = _table(cos_ptr, stride_cn, stride_cd, q_token, q_token < num_tokens, HEAD_DIM, BLOCK_D)
+    q_sin = _table(sin_ptr, stride_sn, stride_sd, q_token, q_token < num_tokens, HEAD_DIM, BLOCK_D)
     if KV_HEADS == HEADS:
-        # The same tokens; a tile of more heads than k has is masked when it is written.
+        # The same tokens, whatever heads of them q and k have: those they do not have are masked when it is written.
         k_cos, k_sin = q_cos, q_sin
     else:
         k_cos = _table(cos_ptr, stride_cn, stride_cd, kv_token, kv_exists, HEAD_DIM, BLOCK_D)
@@ -120,6 +120,8 @@ def _qk_norm_rope_scatter_kernel(
 def tile(tokens, heads, kv_heads, head_dim):
     """(BLOCK_D, TOKENS, HEADS, KV_HEADS, SLICES, num_warps): a program's tile, in how many slices the heads are cut."""
     block_d = max(2, triton.next_power_of_2(head_dim))
+    # Of no heads of q, k and v are still to be written.
+    heads = max(heads, 1)
     q_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_d))
     slices = triton.cdiv(heads, q_heads)
     block_n = min(triton.next_power_of_2(tokens), max(1, _TILE // block_d // q_heads))
@@ -137,7 +139,7 @@ def qk_norm_rope_scatter_(
     q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index, eps
 ):
     """q [B, N, H, D], k and v [B, N, Hk, D], tables fp32 [B or 1, N, D/2]. Writes into q_out, k_out and v_out."""
-    if q.numel() == 0:
+    if q.numel() == 0 and k.numel() == 0:
         return
     batch, tokens, heads, head_dim = q.shape
     block_d, block_n, q_heads, kv_heads, slices, num_warps = tile(tokens, heads, k.shape[2], head_dim)

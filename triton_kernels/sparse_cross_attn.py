@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from ._softmax import softmax_step
+
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits. (128, True) is
 # measured: with a second stage the next tokens' loads, which wait for their list, overlap products. Others: what fits.
 CONFIGS = {
@@ -64,7 +66,7 @@ def _sparse_cross_attn_kernel(
     stride_rb, stride_rn,
     num_q, num_k, regions, heads, samples, fillers, attenders,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, NEGATE: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
@@ -101,10 +103,12 @@ def _sparse_cross_attn_kernel(
                 slot = tl.load(query_ptr + row * num_q + place, mask=used, other=0).to(tl.int64)
                 q_at = q_ptr + b * stride_qb + h * stride_qh + slot[:, None] * stride_qn + d[None, :]
                 q = tl.load(q_at, mask=used[:, None] & in_head, other=0.0)
+                if NEGATE:
+                    # The largest score is taken before the scale, which must then be >= 0. A sign flip of q is exact.
+                    q = -q
                 acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
                 total = tl.zeros([BLOCK_M], dtype=tl.float32)
-                # finite, so that the first difference of tops is no NaN
-                top = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+                top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
                 for start in range(0, tokens, BLOCK_N):
                     wanted = start + tl.arange(0, BLOCK_N)
                     valid = wanted < tokens
@@ -114,18 +118,13 @@ def _sparse_cross_attn_kernel(
                     v_at = v_ptr + b * stride_vb + h * stride_vh + at * stride_vn + d[None, :]
                     k = tl.load(k_at, mask=loaded, other=0.0)
                     v = tl.load(v_at, mask=loaded, other=0.0)
-                    qk = tl.dot(q, tl.trans(k), input_precision="ieee") * unit
-                    qk = tl.where(valid[None, :], qk, float("-inf"))
-                    new_top = tl.maximum(top, tl.max(qk, 1))
-                    p = tl.exp2(qk - new_top[:, None])
-                    alpha = tl.exp2(top - new_top)
-                    total = total * alpha + tl.sum(p, 1)
-                    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-                    top = new_top
+                    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+                    p, kept, total, top = softmax_step(qk, valid, unit, total, top)
+                    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
                 empty = total == 0.0
                 total = tl.where(empty, 1.0, total)
                 out = acc * (1.0 / total)[:, None]
-                lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
+                lse = tl.where(empty, float("-inf"), top * scale + tl.log(total))
                 out_at = out_ptr + ((b * num_q + slot) * heads + h)[:, None] * HEAD_DIM + d[None, :]
                 tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=used[:, None] & in_head)
                 tl.store(lse_ptr + (b * heads + h) * num_q + slot, lse, mask=used)
@@ -169,10 +168,10 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
             num_q, num_k, regions, BLOCK_L=BLOCK_L, EARLY=early, num_warps=8,
         )  # fmt: skip
         _sparse_cross_attn_kernel[(fillers + attenders,)](
-            q, k, v, region, query, token, count, out, lse, scale,
+            q, k, v, region, query, token, count, out, lse, abs(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *region.stride(),
             num_q, num_k, regions, heads, batch, fillers, attenders,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=ROWS, EARLY=early,
-            num_warps=num_warps, num_stages=num_stages, **early_launch,
+            NEGATE=scale < 0, num_warps=num_warps, num_stages=num_stages, **early_launch,
         )  # fmt: skip
     return out, lse

@@ -9,11 +9,13 @@ A CPU tensor is served by the reference. ``SPECEDIT_BACKEND=reference|triton|cud
 import functools
 import importlib
 import os
+import sys
+import threading
 from dataclasses import dataclass
 
 import torch
 
-from specedit_kernels import _extension
+from .. import _extension
 
 BACKENDS = ("cuda", "triton", "reference")
 
@@ -28,6 +30,38 @@ class _Op:
 
 
 _OPS = {}
+_PACKAGE = __package__.rpartition(".")[0]
+_IMPORTING = threading.RLock()
+
+
+def _modules():
+    """What sys.modules holds under the package's name."""
+    return {name: module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{_PACKAGE}.")}
+
+
+# This copy's own: the names in sys.modules may be gone, or mean another copy, when an op is first called.
+_OWN = _modules()
+
+
+def _import(name):
+    """Import a module of this copy of the package."""
+    with _IMPORTING:
+        others = None if sys.modules.get(_PACKAGE) is _OWN[_PACKAGE] else _modules()
+        if others is not None:
+            _replace(others, _OWN)
+        try:
+            module = importlib.import_module(f"{_PACKAGE}.{name}")
+            _OWN.update(_modules())
+        finally:
+            if others is not None:
+                _replace(_modules(), others)
+        return module
+
+
+def _replace(old, new):
+    for name in old:
+        del sys.modules[name]
+    sys.modules.update(new)
 
 
 def add(op, stem, csrc=None, refuses=None, arch="", scope=""):
@@ -48,7 +82,7 @@ def _load(op, backend):
     if backend == "cuda":
         return _OPS[op].csrc
     room = "reference" if backend == "reference" else "triton_kernels"
-    return getattr(importlib.import_module(f"specedit_kernels.{room}.{stem}"), op)
+    return getattr(_import(f"{room}.{stem}"), op)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INT32 = (torch.int32,)
 FP32 = (torch.float32,)
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def debugging():
@@ -61,19 +62,13 @@ def check_head_dim(op, name, dim):
 
 def check_scale(op, scale):
     """``scale``: of attention scores, None for the default."""
-    if scale is not None and not (scale == scale and abs(scale) != float("inf")):
-        value_error(op, "scale", "a finite number", scale)
+    if scale is not None and not abs(scale) <= FP32_MAX:
+        value_error(op, "scale", "a finite number (in fp32)", scale)
 
 
-def check_no_grad(op, **tensors):
-    """Kernels have no backward: an input that needs one is refused, never silently detached."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{op}: {name}: expected a tensor that does not require grad (the op has no backward), "
-                    "got requires_grad=True; call it under torch.no_grad() or detach the tensor"
-                )
+def check_eps(op, eps):
+    if not 0 <= eps <= FP32_MAX:
+        value_error(op, "eps", "a finite number >= 0 (in fp32)", eps)
 
 
 def check_index_range(op, name, index, rows):

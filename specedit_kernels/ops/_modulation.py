@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check that the adaLN ops share: modulation rows, one a sample or several with an index of each token."""
 
-from specedit_kernels.ops import _checks
+from . import _checks
 
 
 def check_modulation(op, tokens, vectors, index):

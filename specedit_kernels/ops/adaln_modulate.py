@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``adaln_modulate``: the norm of a DiT block with its scale and shift, of all tokens or of the active ones."""
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
-from specedit_kernels.ops._modulation import check_modulation
+from . import _backends, _checks
+from ._library import register
+from ._modulation import check_modulation
 
 _OP = "adaln_modulate"
 
@@ -17,7 +17,7 @@ def _check(x, scale, shift, *, modulation_index=None, index=None, eps=1e-6):
         _checks.check_dtype(_OP, "index", index, _checks.INT32)
         _checks.check_shape(_OP, "index", index, (x.shape[0], None), f"[{x.shape[0]}, n]")
         _checks.check_device(_OP, "index", index, x.device)
-    _checks.check_no_grad(_OP, x=x, scale=scale, shift=shift)
+    _checks.check_eps(_OP, eps)
 
 
 def _implementation(x, scale, shift, *, modulation_index=None, index=None, eps=1e-6):

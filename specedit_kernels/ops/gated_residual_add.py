@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gated_residual_add_``: a branch's result added to its residual stream, of all tokens or of the active ones."""
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
-from specedit_kernels.ops._modulation import check_modulation
+from . import _backends, _checks
+from ._library import register
+from ._modulation import check_modulation
 
 _OP = "gated_residual_add_"
 
@@ -27,7 +27,6 @@ def _check(residual, x, gate, *, modulation_index=None, index=None):
         if index.dim() != 2 or index.shape[0] != batch or index.shape[1] < x.shape[1]:
             _checks.value_error(_OP, "index", f"shape [B={batch}, >= {x.shape[1]}]", _checks.shape_of(index))
         _checks.check_device(_OP, "index", index, residual.device)
-    _checks.check_no_grad(_OP, residual=residual, x=x, gate=gate)
 
 
 def _implementation(residual, x, gate, *, modulation_index=None, index=None):

@@ -2,8 +2,8 @@
 """``gather_tokens``: rows of a token sequence by index."""
 
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
+from . import _backends, _checks
+from ._library import register
 
 _OP = "gather_tokens"
 
@@ -18,7 +18,6 @@ def _check(x, index, length):
     _checks.check_device(_OP, "index", index, x.device)
     if length < 0 or length > index.shape[1]:
         _checks.value_error(_OP, "length", f"0 to {index.shape[1]} (index's columns)", length)
-    _checks.check_no_grad(_OP, x=x)
 
 
 def _implementation(x, index, length):

@@ -3,13 +3,13 @@
 
 import torch
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
+from . import _backends, _checks
+from ._library import register
 
 _OP = "group_norm"
 
 
-def _check(x, num_groups, weight, bias):
+def _check(x, num_groups, weight, bias, eps):
     _checks.check_dtype(_OP, "x", x, _checks.FLOATS)
     if x.dim() not in (3, 4):
         _checks.value_error(_OP, "x", "[B, C, H, W] or [B, C, N]", _checks.shape_of(x))
@@ -23,16 +23,16 @@ def _check(x, num_groups, weight, bias):
         _checks.check_shape(_OP, name, tensor, (channels,), f"[{channels}]")
         _checks.check_last_contiguous(_OP, name, tensor)
         _checks.check_device(_OP, name, tensor, x.device)
-    _checks.check_no_grad(_OP, x=x, weight=weight, bias=bias)
+    _checks.check_eps(_OP, eps)
 
 
 def _implementation(x, num_groups, weight, bias, *, eps=1e-6, silu=False):
-    _check(x, num_groups, weight, bias)
+    _check(x, num_groups, weight, bias, eps)
     return _backends.implementation(_OP, x.device)(x, num_groups, weight, bias, eps, silu)
 
 
 def _fake(x, num_groups, weight, bias, *, eps=1e-6, silu=False):
-    _check(x, num_groups, weight, bias)
+    _check(x, num_groups, weight, bias, eps)
     return torch.empty_like(x)
 
 

@@ -3,8 +3,8 @@
 
 import torch
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import define_csrc, register
+from . import _backends, _checks
+from ._library import define_csrc, register
 
 _OP = "mixed_res_attn"
 _SCATTER_OP = "mixed_res_attn_scatter_"
@@ -32,7 +32,8 @@ def _check(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.check_dtype(op, name, tensor, _checks.FLOATS)
         if tensor.dim() != (3 if packed else 4):
-            layout = "[T, H, D] (packed: cu_seqlens is given)" if packed else "[B, S, H, D] (padded layout)"
+            layout = "[T, H, D] (packed: cu_seqlens is given)" if packed else \
+                "[B, S, H, D] (padded layout; packed rows [T, H, D] need cu_seqlens_q and cu_seqlens_k)"
             _checks.value_error(op, name, layout, _checks.shape_of(tensor))
         _checks.check_last_contiguous(op, name, tensor)
     device = q.device
@@ -55,9 +56,9 @@ def _check(
                 _checks.value_error(op, name, "an int32 tensor [B + 1] (the other cu_seqlens is given)", None)
             _checks.check_dtype(op, name, cu_seqlens, _checks.INT32)
             _checks.check_device(op, name, cu_seqlens, device)
-        batch = cu_seqlens_q.shape[0] - 1
-        if cu_seqlens_q.dim() != 1 or batch < 0:
+        if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 1:
             _checks.value_error(op, "cu_seqlens_q", "shape [B + 1]", _checks.shape_of(cu_seqlens_q))
+        batch = cu_seqlens_q.shape[0] - 1
         _checks.check_shape(op, "cu_seqlens_k", cu_seqlens_k, (batch + 1,), f"[B + 1 = {batch + 1}]")
         for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
             if length is None or length < 0:
@@ -81,7 +82,6 @@ def _check(
         _checks.check_device(op, "key_bias", key_bias, device)
         _checks.check_last_contiguous(op, "key_bias", key_bias)
     _checks.check_scale(op, scale)
-    _checks.check_no_grad(op, q=q, k=k, v=v, key_bias=key_bias)
 
 
 def _check_values(op, q, k, q_index, kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
@@ -148,7 +148,6 @@ def _check_scatter(out, q, out_index, q_index, cu_seqlens_q):
     _checks.check_dtype(op, "out_index", out_index, _checks.INT32)
     _checks.check_shape(op, "out_index", out_index, (batch, rows), f"[B={batch}, Nq={rows}]")
     _checks.check_device(op, "out_index", out_index, q.device)
-    _checks.check_no_grad(op, out=out)
 
 
 def _scatter_implementation(

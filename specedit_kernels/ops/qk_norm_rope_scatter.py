@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``qk_norm_rope_scatter_``: what stands between the q, k, v projections and attention, in one launch."""
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
+from . import _backends, _checks
+from ._library import register
 
 _OP = "qk_norm_rope_scatter_"
 
@@ -66,13 +66,13 @@ def _check(
         if index.dim() != 2 or index.shape[0] != batch or index.shape[1] < rows:
             _checks.value_error(_OP, name, f"shape [B={batch}, >= {rows}]", _checks.shape_of(index))
 
-    others = dict(
-        k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight
-    )
-    for name, tensor in {**others, "q_out_index": q_out_index, "kv_out_index": kv_out_index}.items():
+    for name, tensor in dict(
+        k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight,
+        q_out_index=q_out_index, kv_out_index=kv_out_index,
+    ).items():  # fmt: skip
         if tensor is not None:
             _checks.check_device(_OP, name, tensor, q.device)
-    _checks.check_no_grad(_OP, q=q, **others)
+    _checks.check_eps(_OP, eps)
 
 
 def _implementation(

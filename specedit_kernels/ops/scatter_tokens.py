@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``scatter_tokens_``: rows written to their places in a token sequence."""
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
+from . import _backends, _checks
+from ._library import register
 
 _OP = "scatter_tokens_"
 
@@ -25,7 +25,6 @@ def _check(dst, src, index):
             _OP, "index", f"shape [B={dst.shape[0]}, >= {src.shape[1]}]", _checks.shape_of(index)
         )
     _checks.check_device(_OP, "index", index, dst.device)
-    _checks.check_no_grad(_OP, dst=dst, src=src)
 
 
 def _implementation(dst, src, index):

@@ -5,9 +5,9 @@ import math
 
 import torch
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import define_csrc, register
-from specedit_kernels.ops.token_discrepancy import _grid
+from . import _backends, _checks
+from ._library import define_csrc, register
+from .token_discrepancy import _grid
 
 _OP = "select_tokens"
 
@@ -22,16 +22,19 @@ def _check(score, grid, threshold, dilation, uniform_stride):
     for name, value in (("dilation", dilation), ("uniform_stride", uniform_stride)):
         if value < 0:
             _checks.value_error(_OP, name, "an integer >= 0", value)
-    _checks.check_no_grad(_OP, score=score)
     return rows, columns
 
 
 def _implementation(score, grid, threshold, dilation=0, uniform_stride=0):
     rows, columns = _check(score, grid, threshold, dilation, uniform_stride)
-    # A square that covers the grid from any cell: more changes nothing, and kernels may loop over the radius.
-    dilation = min(dilation, max(rows, columns))
+    # A square that covers the grid from any cell, a stride past its end: more changes nothing, and kernels may loop
+    # over the radius and count in 32 bits.
+    most = max(rows, columns)
+    threshold = float(threshold)
+    if abs(threshold) > _checks.FP32_MAX:
+        threshold = math.copysign(math.inf, threshold)
     select = _backends.implementation(_OP, score.device)
-    return select(score, rows, columns, float(threshold), dilation, uniform_stride)
+    return select(score, rows, columns, threshold, min(dilation, most), min(uniform_stride, most))
 
 
 def _outputs(score):

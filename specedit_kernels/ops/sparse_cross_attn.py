@@ -3,8 +3,8 @@
 
 import torch
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import register
+from . import _backends, _checks
+from ._library import register
 
 _OP = "sparse_cross_attn"
 
@@ -30,7 +30,6 @@ def _check(q, k, v, region, text_mask, scale):
     for name, tensor in (("k", k), ("v", v), ("region", region), ("text_mask", text_mask)):
         _checks.check_device(_OP, name, tensor, q.device)
     _checks.check_scale(_OP, scale)
-    _checks.check_no_grad(_OP, q=q, k=k, v=v)
 
 
 def _implementation(q, k, v, region, text_mask, *, scale=None):

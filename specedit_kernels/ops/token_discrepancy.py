@@ -3,8 +3,8 @@
 
 import torch
 
-from specedit_kernels.ops import _backends, _checks
-from specedit_kernels.ops._library import define_csrc, register
+from . import _backends, _checks
+from ._library import define_csrc, register
 
 _OP = "token_discrepancy"
 
@@ -44,7 +44,6 @@ def _check(draft, source, grid):
             _checks.value_error(
                 _OP, name, "a contiguous last (or channel) dimension", f"strides {list(tensor.stride())}"
             )
-    _checks.check_no_grad(_OP, draft=draft, source=source)
     return rows, columns
 
 

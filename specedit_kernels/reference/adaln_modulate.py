@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from specedit_kernels.reference._modulation import modulation_rows
-from specedit_kernels.reference.gather_tokens import gather_tokens
+from ._modulation import modulation_rows
+from ._precision import as_written
+from .gather_tokens import gather_tokens
 
 
+@as_written
 def adaln_modulate(x, scale, shift, modulation_index, index, eps):
     """LN(x) * (1 + scale) + shift of the rows that `index` names, in fp32 (float64 stays float64), rounded once."""
     dtype = torch.promote_types(x.dtype, torch.float32)

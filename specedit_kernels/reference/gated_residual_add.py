@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from specedit_kernels.reference._modulation import modulation_rows
-from specedit_kernels.reference.gather_tokens import gather_tokens
-from specedit_kernels.reference.scatter_tokens import scatter_tokens_
+from ._modulation import modulation_rows
+from ._precision import as_written
+from .gather_tokens import gather_tokens
+from .scatter_tokens import scatter_tokens_
 
 
+@as_written
 def gated_residual_add_(residual, x, gate, modulation_index, index):
     """residual += gate * x on the rows that `index` names, in fp32 (float64 stays float64), rounded once."""
     if residual.numel() == 0 or x.numel() == 0:

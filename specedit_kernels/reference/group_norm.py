@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from ._precision import as_written
 
+
+@as_written
 def group_norm(x, num_groups, weight, bias, eps, silu):
     """Group norm, and SiLU where asked for, in fp32 (float64 stays float64), rounded once."""
     dtype = torch.promote_types(x.dtype, torch.float32)

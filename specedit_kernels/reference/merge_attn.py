@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from ._precision import as_written
 
+
+@as_written
 def merge_attn(out_a, lse_a, out_b, lse_b):
     """out = (e^a out_a + e^b out_b) / (e^a + e^b), lse = log(e^a + e^b), shifted by the larger of the two."""
     top = torch.maximum(lse_a, lse_b)
@@ -10,9 +13,11 @@ def merge_attn(out_a, lse_a, out_b, lse_b):
     total = exp_a + exp_b
     lse = pivot + total.log()
 
-    def weighted(out, exp):
+    def weighted(out, lse, exp):
         # A half without keys takes no part, whatever its rows hold: 0 * NaN is not 0.
-        weight = (exp / total.clamp_min(torch.finfo(total.dtype).tiny)).transpose(-1, -2).unsqueeze(-1)
-        return torch.where(weight > 0, out.to(weight.dtype) * weight, 0)
+        weight = exp / total.masked_fill(top == float("-inf"), 1)
+        weight, empty = (x.transpose(-1, -2).unsqueeze(-1) for x in (weight, lse == float("-inf")))
+        return (out.to(weight.dtype) * weight).masked_fill(empty & ~weight.isnan(), 0)
 
-    return (weighted(out_a, exp_a) + weighted(out_b, exp_b)).to(out_a.dtype).contiguous(), lse.contiguous()
+    out = weighted(out_a, lse_a, exp_a) + weighted(out_b, lse_b, exp_b)
+    return out.to(out_a.dtype).contiguous(), lse.contiguous()

@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from specedit_kernels.reference.gather_tokens import gather_tokens
-from specedit_kernels.reference.scatter_tokens import scatter_tokens_
+from ._precision import as_written
+from .gather_tokens import gather_tokens
+from .scatter_tokens import scatter_tokens_
 
 # Scores held at once: keeps a full-size call (24 heads, 8704 x 8704) within about 256 MB of fp32.
 SCORES_AT_ONCE = 1 << 26
+
+
+def softmax(score):
+    """(weights, their sums, lse) over the last dimension of ``score``, which is overwritten: exp(score - max).
+
+    The sums divide what the weights are multiplied with, and are no part of an exponent: beside a large score a log of
+    a sum is lost to rounding. Without a key: weights 0, sum 1, lse -inf.
+    """
+    if score.shape[-1] == 0:
+        return score, score.new_ones((*score.shape[:-1], 1)), score.new_full(score.shape[:-1], float("-inf"))
+    top = score.amax(-1, keepdim=True)
+    weight = score.sub_(top.masked_fill(top == float("-inf"), 0)).exp_()
+    total = weight.sum(-1, keepdim=True)
+    total.masked_fill_(top == float("-inf"), 1)
+    return weight, total, (top + total.log()).squeeze(-1)
 
 
 def _attend(q, k, v, key_bias, key_valid, query_valid, scale):
@@ -31,10 +47,9 @@ def _attend(q, k, v, key_bias, key_valid, query_valid, scale):
         score = (part @ k).mul_(scale)
         if bias is not None:
             score += bias[:, None, None, None, :]
-        total = score.logsumexp(-1)
-        weight = score.sub_(total.masked_fill(total == float("-inf"), 0).unsqueeze(-1)).exp_()
-        out[:, rows] = (weight @ v).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
-        lse[:, :, rows] = total.flatten(1, 2)
+        weight, total, part_lse = softmax(score)
+        out[:, rows] = (weight @ v / total).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+        lse[:, :, rows] = part_lse.flatten(1, 2)
     if query_valid is not None:
         out.masked_fill_(~query_valid[:, :, None, None], 0)
         lse.masked_fill_(~query_valid[:, None, :], float("-inf"))
@@ -74,6 +89,7 @@ def _packed_slots(cu_seqlens, longest, lens):
     return torch.where(slot < length, start + slot, -1)
 
 
+@as_written
 def mixed_res_attn(
     q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
 ):
@@ -96,6 +112,7 @@ def mixed_res_attn(
     return out[0], lse[0].t().contiguous()
 
 
+@as_written
 def mixed_res_attn_scatter_(
     out, q, k, v, out_index, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     max_seqlen_k, scale,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from specedit_kernels.reference.scatter_tokens import scatter_tokens_
+from ._precision import as_written
+from .scatter_tokens import scatter_tokens_
 
 
 def _norm_rope(x, weight, cos, sin, split, eps):
@@ -19,6 +20,7 @@ def _norm_rope(x, weight, cos, sin, split, eps):
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
+@as_written
 def qk_norm_rope_scatter_(
     q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index, eps
 ):

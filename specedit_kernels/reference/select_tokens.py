@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from ._precision import as_written
 
+
+@as_written
 def select_tokens(score, grid_h, grid_w, threshold, dilation, uniform_stride):
     """SpecEdit eqs. 7, 9, 10: threshold, grow by a square, add the uniform tokens, order selected tokens first."""
     score = score.float()

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from ._precision import as_written
 
+
+@as_written
 def token_discrepancy(draft, source, grid_h, grid_w):
     """SpecEdit eq. 6, one layer; in fp32, or in float64 for float64 inputs."""
     channel = 1 if draft.dim() == 4 else 2
