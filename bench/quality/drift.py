@@ -29,6 +29,7 @@ from specedit_kernels.images.align import Drift, align, estimate_drift
 PHOTOS = Path(__file__).parent / "data" / "photos"
 TINY = Path(__file__).parents[2] / "specedit_kernels" / "assets" / "tiny_kontext"
 SCORED_AREA = 1024**2
+THRESHOLD = 0.14  # of `specedit mask`
 # name -> (shift x, y in pixels, zoom, brightness, JPEG quality)
 CASES = {
     "none": (0, 0, 1, 1, None),
@@ -105,39 +106,40 @@ class Scorer:
 
     def __init__(self):
         from diffusers import AutoencoderKL
-        try:
-            from specedit_kernels.engine.config import THRESHOLDS
-            from specedit_kernels.engine.stages import discrepancy
-            from specedit_kernels.engine.vae import KLCodec
-        except ImportError:
-            from specedit_kernels.pipelines.config import THRESHOLDS
-            from specedit_kernels.pipelines.stages import discrepancy
-            from specedit_kernels.pipelines.vae import KLCodec
+
+        from specedit_kernels.engine.autoencoder import KLCodec
 
         self.codec = KLCodec(AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32))
-        self.discrepancy = discrepancy
-        self.threshold = THRESHOLDS["decoder", "matched", "full_step"]
 
     def size(self, picture):
         height, width = picture.shape[:2]
         scale = min(1.0, (SCORED_AREA / (height * width)) ** 0.5)
         return tuple(max(int(side * scale) // self.codec.token, 1) * self.codec.token for side in (width, height))
 
-    def latents(self, picture):
-        """Of floats in [0, 1], [h, w, 3]; brought to 8 bits and to whole tokens."""
+    def features(self, picture):
+        """Decoder features of floats in [0, 1], [h, w, 3]; brought to 8 bits and to whole tokens."""
         image = Image.fromarray((picture * 255).round().astype(np.uint8))
         pixels = np.asarray(image.resize(self.size(picture), Image.LANCZOS), np.float32) / 127.5 - 1
         with torch.no_grad():
-            return self.codec.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+            return self.codec.features(self.codec.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+
+    def through(self, picture):
+        """A picture [h, w, 3] after the autoencoder, at the size that is scored."""
+        image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize(self.size(picture), Image.LANCZOS)
+        pixels = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            back = self.codec.decode(self.codec.encode(pixels))[0].permute(1, 2, 0).numpy() / 2 + 0.5
+        return back.clip(0, 1)
 
     def scores(self, source, edited):
-        grid = tuple(side * 8 // self.codec.token for side in source.shape[-2:])
-        with torch.no_grad():
-            return self.discrepancy(self.codec, None, "decoder", edited, source, grid), grid
+        """(as `discrepancy` has them for "decoder", fp32 [1, N]; the token grid) of features."""
+        # the first map is as fine as the latents
+        grid = tuple(side // 2 for side in source[0].shape[-2:])
+        return torch.stack([ops.token_discrepancy(a, b, grid) for a, b in zip(edited, source)]).mean(dim=0), grid
 
     def share(self, source, edited):
         scores, grid = self.scores(source, edited)
-        return float(ops.select_tokens(scores, grid, self.threshold, 1, 0)[0].float().mean())
+        return float(ops.select_tokens(scores, grid, THRESHOLD, 1, 0)[0].float().mean())
 
 
 def brought(source, edited, drift):
@@ -146,12 +148,14 @@ def brought(source, edited, drift):
     return np.where(seen[..., None], aligned, source / np.float32(255))
 
 
-def pairs_of(folder):
-    """(name, source, edited) of NAME_source.* and NAME_edited.*."""
+def pairs_of(folder, names=None, shrink=1):
+    """(name, source, edited) of NAME_source.* and NAME_edited.*, `shrink` times smaller a side."""
     for source in sorted(Path(folder).glob("*_source.*")):
         name = source.stem.removesuffix("_source")
+        if names and name not in names:
+            continue
         [edited] = Path(folder).glob(f"{name}_edited.*")
-        yield name, read(source), read(edited)
+        yield name, *(np.asarray(Image.fromarray(read(path)).reduce(shrink)) for path in (source, edited))
 
 
 def photo_pairs(limit):
@@ -174,15 +178,15 @@ def unlike(limit):
         yield "another background", paths[i].stem, source, np.where(subject, source, other)
 
 
-def measure(kind, name, source, edited, scorer, say):
+def measure(kind, name, source, edited, cases, scorer, say):
     """One row a case."""
     own = estimate_drift(source, edited)
     size = (source.shape[1], source.shape[0])
     plain, rows = Drift(size, own.edited_size), []
     if scorer is not None:
-        clean = scorer.latents(source / np.float32(255))
-        share = scorer.share(clean, scorer.latents(brought(source, edited, plain)))
-    for case, values in CASES.items():
+        clean = scorer.features(source / np.float32(255))
+        share = scorer.share(clean, scorer.features(brought(source, edited, plain)))
+    for case, values in cases.items():
         picture = drifted(edited, values)
         begin = time.perf_counter()
         found = estimate_drift(source, picture)
@@ -191,8 +195,7 @@ def measure(kind, name, source, edited, scorer, say):
                "gain": found.gain, "identity": found.found and not found.moved and not found.recoloured}
         if scorer is not None:
             row["undrifted"] = share
-            row["unaligned"] = scorer.share(clean, scorer.latents(brought(source, picture, plain)))
-            row["aligned"] = scorer.share(clean, scorer.latents(brought(source, picture, found)))
+            row["aligned"] = scorer.share(clean, scorer.features(brought(source, picture, found)))
         rows.append(row)
     say(f"{kind} {name}: {own}; " + " ".join("-" if r["error"] is None else f"{r['error']:.2f}" for r in rows))
     return rows
@@ -206,11 +209,11 @@ def table(head, lines):
 def summary(rows):
     masks = "aligned" in rows[0]
     head = ["drift", "pictures", "found", "error: median", ".9", "largest", "over .25 px"]
-    head += ["mask undrifted", "unaligned", "aligned", "grown over 20 %"] if masks else []
+    head += ["mask undrifted", "aligned", "grown over 20 %"] if masks else []
     text = []
     for kind in dict.fromkeys(r["kind"] for r in rows):
         lines = []
-        for case in CASES:
+        for case in dict.fromkeys(r["case"] for r in rows):
             part = [r for r in rows if r["case"] == case and r["kind"] == kind]
             errors = np.array([r["error"] for r in part if r["error"] is not None])
             line = [case, str(len(part)), str(len(errors))]
@@ -220,7 +223,7 @@ def summary(rows):
             else:
                 line += ["-"] * 4
             if masks:
-                line += [f"{100 * np.mean([r[k] for r in part]):.1f} %" for k in ("undrifted", "unaligned", "aligned")]
+                line += [f"{100 * np.mean([r[k] for r in part]):.1f} %" for k in ("undrifted", "aligned")]
                 line.append(str(sum(r["aligned"] > 1.2 * r["undrifted"] for r in part)))
             lines.append(line)
         text.append(f"{kind}\n\n{table(head, lines)}")
@@ -231,7 +234,7 @@ def no_ops(args, scorer, say):
     """Largest scores, decoder and latents, of pictures that were only saved again or resized."""
     pictures = [(p.stem, read(p)) for p in sorted(PHOTOS.glob("*.jpg"))][:: max(38 // args.limit, 1) if args.limit else 1]
     if args.pairs:
-        pictures += [(name, source) for name, source, _ in pairs_of(args.pairs)]
+        pictures += [(name, source) for name, source, _ in pairs_of(args.pairs, args.names, args.shrink)]
     changes = {f"jpeg {q}": lambda p, q=q: jpeg(p, q) for q in (95, 85, 75, 50)}
     changes["half size and back"] = lambda p: np.asarray(
         Image.fromarray(p).resize((p.shape[1] // 2, p.shape[0] // 2), Image.LANCZOS)
@@ -239,14 +242,12 @@ def no_ops(args, scorer, say):
     changes["autoencoder"] = None
     found = {name: [] for name in changes}
     for name, picture in pictures:
-        clean = scorer.latents(picture / np.float32(255))
+        clean = scorer.features(picture / np.float32(255))
         for change, make in changes.items():
             if make is None:
-                with torch.no_grad():
-                    back = scorer.codec.decode(clean)[0].permute(1, 2, 0).numpy() / 2 + 0.5
-                other = scorer.latents(back.clip(0, 1))
+                other = scorer.features(scorer.through(picture / np.float32(255)))
             else:
-                other = scorer.latents(make(picture) / np.float32(255))
+                other = scorer.features(make(picture) / np.float32(255))
             scores, _ = scorer.scores(clean, other)
             found[change].append([float(x) for x in (scores.max(), scores.quantile(0.99), scores.median())])
         say(f"no-op {name}")
@@ -264,6 +265,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/drift"))
     parser.add_argument("--pairs", type=Path, help="folder of NAME_source.* and NAME_edited.*")
+    parser.add_argument("--names", nargs="*", help="of the pairs, these")
+    parser.add_argument("--shrink", type=int, default=1, help="make the pairs smaller, so many times a side")
+    parser.add_argument("--cases", nargs="*", choices=CASES, help="these alone", metavar="CASE")
     parser.add_argument("--limit", type=int, help="about so many photographs")
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--no-ops", action="store_true")
@@ -281,13 +285,13 @@ def main():
         text = no_ops(args, scorer, say)
         write("no_ops.md", text + "\n")
         return say(text)
-    rows = []
+    rows, cases = [], {name: CASES[name] for name in args.cases or CASES}
     sets = [("photographs", photo_pairs(args.limit))]
     if args.pairs:
-        sets.insert(0, ("pairs", pairs_of(args.pairs)))
+        sets.insert(0, ("pairs", pairs_of(args.pairs, args.names, args.shrink)))
     for kind, pictures in sets:
         for name, source, edited in pictures:
-            rows += measure(kind, name, source, edited, scorer, say)
+            rows += measure(kind, name, source, edited, cases, scorer, say)
             write("drift.json", json.dumps(rows, indent=1) + "\n")
     others = [(kind, name, estimate_drift(a, b)) for kind, name, a, b in unlike(args.limit)]
     lines = [[kind, str(len(part)), str(sum(d.found for d in part)), str(sum(d.moved for d in part)),

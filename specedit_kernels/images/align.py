@@ -31,6 +31,7 @@ TEXTURE = 0.006  # RMS contrast of a block, of 1, under which it says nothing
 NEAR = 0.75  # pixels of a level: blocks that depart less from the fit agree with it
 LEAST_AGREEING = 0.3  # share of the blocks with texture
 LEAST_BLOCKS = 6
+COLOUR_SAMPLES = 8192
 LEAST_GAIN = 0.05  # share of the difference that an alignment has to take away to be one
 SMALLEST_MOVE = 0.2  # pixels, of the coarser picture, at its corners: less is none
 SMALLEST_COLOUR = 0.006  # of 1, at black or white: less is none
@@ -82,31 +83,31 @@ class Drift:
         """What was found, in one line."""
         (ws, hs), (we, he) = self.source_size, self.edited_size
         parts = []
+        stretched = True
         if self.source_size != self.edited_size:
-            (ax, ay), _ = self.placement()
-            how = f"{we} x {he} for {ws} x {hs}"
+            parts.append(f"{we} x {he} for {ws} x {hs}")
             if not self.same_aspect:
                 other = abs(we * hs / (he * ws) - 1)
-                if not self.found:
-                    how += f", of another aspect ({100 * other:.1f} %) and of no known placement: stretched"
-                elif abs(ax / ay - 1) > other / 2:
-                    how += f", of another aspect ({100 * other:.1f} %): it was stretched"
-                else:
-                    covers = [k > 1 for k in self.scale]
-                    how += ", cropped" if all(covers) else (", with a border" if not any(covers) else ", cut and padded")
-            parts.append(how)
+                (ax, ay), (bx, by) = self.placement()
+                stretched = not self.found or abs(ax / ay - 1) > other / 2
+                how = "stretched"
+                if not stretched:
+                    cut, padded = (any(sign * (k - 1) > 0.004 for k in self.scale) for sign in (1, -1))
+                    how = "cut and padded" if cut and padded else ("cropped" if cut else "with a border")
+                    how += f", the source from ({bx:.1f}, {by:.1f}) to ({ax * ws + bx:.1f}, {ay * hs + by:.1f}) of it"
+                parts[0] += f", of another aspect ({100 * other:.1f} %): {how}"
         if not self.found:
             parts.append(f"no drift could be told: {100 * self.inliers:.0f} % of the picture agree with one placement")
             return "; ".join(parts)
-        if self.moved:
+        if self.moved and stretched:
             dx, dy = self.shift
             kx, ky = (100 * (k - 1) for k in self.scale)
             zoom = f"{kx:+.2f} %" if abs(kx - ky) < 0.05 else f"{kx:+.2f} % wide, {ky:+.2f} % high"
             parts.append(f"moved {dx:+.1f} px right, {dy:+.1f} px down, zoomed {zoom}")
         if self.recoloured:
-            gains = [f"{g:.3f}" for g in self.gain]
-            offsets = [f"{o:+.3f}" for o in self.offset]
-            parts.append(f"colours x ({', '.join(gains)}) + ({', '.join(offsets)})")
+            gains = ", ".join(f"{g:.3f}" for g in self.gain)
+            offsets = ", ".join(f"{o:+.3f}" for o in self.offset)
+            parts.append(f"colours x ({gains}) + ({offsets})")
         if not self.moved and not self.recoloured:
             parts.append("no drift")
         parts.append(f"{100 * self.inliers:.0f} % of the picture agree within {self.residual:.2f} px")
@@ -217,9 +218,7 @@ def _warp(edited: _Pyramid, to: _Map, factor: int, size: tuple[int, int]) -> tup
     scale, shift = [a * factor / of for a in to.scale], [b / of for b in to.shift]
     width, height = size
     plane = edited.planes[k]
-    inside = [
-        (torch.arange(n) + 0.5) * a + b for n, a, b in zip(size, scale, shift)
-    ]
+    inside = [(torch.arange(n) + 0.5) * a + b for n, a, b in zip(size, scale, shift)]
     covered = [(p >= 0) & (p <= n) for p, n in zip(inside, (plane.shape[2], plane.shape[1]))]
     return resample(plane, (0, height, 0, width), scale, shift), covered[1][:, None] & covered[0]
 
@@ -312,6 +311,8 @@ def _blocks(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     at = (torch.stack([x.flatten(), y.flatten()], dim=1) * step + size / 2) * factor
     keep = (cut[0].square().mean(dim=(1, 2)).sqrt() > TEXTURE) & (cut[2].mean(dim=(1, 2)) > 0.75)
+    if not keep.any():  # MKL transforms no empty batch
+        return _Blocks(at[keep], at[keep], at[keep, 0], factor)
     source, warped = cut[0, keep], cut[1, keep]
     window = _window(size, size, 0.2)
     move, peak = _correlate(source * window, warped * window)
@@ -449,7 +450,7 @@ def _estimate(source: _Pyramid, edited: _Pyramid, exclude: np.ndarray | None, no
     last = len(source) - 1
     plain = _placements(size, edited.size)
     best = None
-    for to in _coarse(details[last], usable[last], edited, source.factors[last], plain)[:6]:
+    for to in _coarse(details[last], usable[last], edited, source.factors[last], plain)[:4]:
         blocks = _blocks(details[last], usable[last], edited, to, source.factors[last])
         inside, first, slope = _consensus(blocks, size, 1.5)
         score = int(inside.sum())
@@ -463,7 +464,7 @@ def _estimate(source: _Pyramid, edited: _Pyramid, exclude: np.ndarray | None, no
         return nothing
     to = to.then(first, slope)
     for level in range(middle, -1, -1):
-        to = _refine(details[level], usable[level], edited, to, source.factors[level], 3)
+        to = _refine(details[level], usable[level], edited, to, source.factors[level], 3 if level else 2)
     blocks = _blocks(details[middle], usable[middle], edited, to, source.factors[middle])
     off = blocks.move.square().sum(dim=1).sqrt()
     agree = off < NEAR * blocks.factor
@@ -513,6 +514,8 @@ def _colours(source: _Pyramid, edited: _Pyramid, to: _Map, usable: Tensor, seen:
         first[max(y - reach // 2, 0) : y + reach // 2, max(x - reach // 2, 0) : x + reach // 2] = True
     if int((ok & first).sum()) < 4 * BLOCK:
         return (1.0,) * 3, (0.0,) * 3
+    # some thousand pixels are enough
+    ok &= torch.arange(h * w).view(h, w) % max(int(ok.sum()) // COLOUR_SAMPLES, 1) == 0
     a, b = reduced[:, ok].double(), warped[:, ok].double()
     line = torch.stack([torch.ones(3), (b - a)[:, first[ok]].median(dim=1).values]).double()
     for _ in range(12):
