@@ -66,7 +66,7 @@ def test_runs_where_triton_and_diffusers_cannot_be_imported():
         "for name in ('triton', 'diffusers', 'transformers'):\n"
         "    sys.modules[name] = None\n"
         "from specedit_kernels import doctor\n"
-        "doctor.main()\n"
+        "doctor.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
