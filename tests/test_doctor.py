@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from specedit_kernels import _extension, doctor, ops
+from specedit_kernels import _extension, ops
+from specedit_kernels.cli import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_runs_where_triton_and_diffusers_cannot_be_imported():
         "import sys\n"
         "for name in ('triton', 'diffusers', 'transformers'):\n"
         "    sys.modules[name] = None\n"
-        "from specedit_kernels import doctor\n"
+        "from specedit_kernels.cli import doctor\n"
         "doctor.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

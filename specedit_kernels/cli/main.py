@@ -10,12 +10,12 @@ import argparse
 import math
 import sys
 
+from .._command import INTERRUPTED, unwatch
 from ..images.files import ImageFileError, reason, shown
 from .text import UserError, one_line, say
 
 PRESETS = (30, 18, 11, 9, 8, 4)
 DEVICE = "a torch device (default: cuda where there is one, else cpu)"
-INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
     try:
+        unwatch()
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (UserError, ImageFileError) as error:

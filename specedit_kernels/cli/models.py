@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,14 +152,15 @@ def loading(what: str, folder: Path):
         raise UserError(f"{shown(folder)}: {what} cannot be loaded: {reason(error)}") from None
 
 
-def load_pipeline(kind: type, folder: Path, device: Any, dtype: Any, given: Collection[str] = ()) -> Any:
+def load_pipeline(kind: type, folder: Path, device: Any, dtype: Any) -> Any:
     """A pipeline of a class from a folder on a device; UserError where any part of it is absent or damaged."""
-    from ..engine.checkpoint import check_pipeline, load_notes
+    from ..engine.checkpoint import check_folder, check_pipeline, load_notes
 
     with loading("the model", folder):
+        _whole(folder, check_folder(kind, folder))
         with load_notes() as notes:
             pipe = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-        _whole(folder, notes + check_pipeline(pipe, folder, given))
+        _whole(folder, notes + check_pipeline(pipe, folder))
         return pipe.to(device)
 
 
@@ -171,14 +171,13 @@ def load_codec(folder: Path, subfolder: str | None, device: Any, dtype: Any) -> 
 
     with loading("the VAE", folder):
         codecs = registry.codecs()
-        kinds: dict[str, type] = {kind.__name__: kind for kind in codecs}
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in codecs}
         place = folder / (subfolder or "")
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         kind = kinds.get(config.get("_class_name", "AutoencoderKL"))
         if kind is None:
             raise ValueError(f"a {config['_class_name']}; expected {' or '.join(kinds)}")
-        load: Callable = kind.from_pretrained
-        vae = load(place, torch_dtype=dtype, local_files_only=True)
+        vae = kind.from_pretrained(place, torch_dtype=dtype, local_files_only=True)
         _whole(folder, check_module(vae, place))
         return codecs[kind](vae.to(device))
 

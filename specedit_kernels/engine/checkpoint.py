@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
+import math
 import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,26 @@ RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 LARGEST_HEADER = 2**27  # bytes
 
 
+def check_folder(kind: type[DiffusionPipeline], folder: str | Path, given: Collection[str] = ()) -> list[str]:
+    """Components of a pipeline class that a folder has not, a line each; asked before they are loaded."""
+    folder = Path(folder)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    named = {name for name, value in index.items() if isinstance(value, list) and any(value)}
+    found = []
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        needed = parameter.default is parameter.empty and name not in ("self", *kind._optional_components)
+        absent = not (folder / name).is_dir() if name in named else needed
+        if absent and name not in given:
+            found.append(f"has no {name}")
+    return found
+
+
 def check_pipeline(pipe: DiffusionPipeline, folder: str | Path, given: Collection[str] = ()) -> list[str]:
     """What is wrong with a pipeline that was loaded from a folder on this disk, a line each.
 
     A component or tokenizer whose files are absent, tensors of diffusers models that the files lack or have too many,
-    weights that are not finite. given: names of components that came from the caller, not from the folder. What
-    transformers finds in its own files, `load_notes` collects while it loads.
+    weights and numbers of configs that are not finite. given: names of components that came from the caller, not from
+    the folder. What transformers finds in its own files, `load_notes` collects while it loads.
     """
     folder = Path(folder)
     found = []
@@ -36,13 +52,16 @@ def check_pipeline(pipe: DiffusionPipeline, folder: str | Path, given: Collectio
         if component is None:
             if name not in pipe._optional_components:
                 found.append(f"has no {name}")
-        elif not (folder / name).is_dir():
-            found.append(f"has no {name}")
-        elif isinstance(component, torch.nn.Module):
+            continue
+        if isinstance(component, torch.nn.Module):
             found += check_module(component, folder / name)
         else:
             # a processor has a tokenizer of its own, in the same folder
             found += _check_tokenizer(getattr(component, "tokenizer", component), folder / name)
+        config = getattr(component, "config", None)
+        for key, value in dict(config).items() if isinstance(config, Mapping) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{name}: {key} is {value}")
     return found
 
 
@@ -50,7 +69,7 @@ def check_module(module: torch.nn.Module, folder: Path) -> list[str]:
     """The same of one model and its folder."""
     found = _check_keys(module, folder) if isinstance(module, ModelMixin) else []
     broken = not_finite(module)
-    return found + [f"{folder.name}: {_some(broken)} not finite"] * bool(broken)
+    return found + ([f"{folder.name}: not finite: {_some(broken)}"] if broken else [])
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
@@ -68,7 +87,7 @@ def _check_keys(model: ModelMixin, folder: Path) -> list[str]:
     """Tensors of a model against those in its files' headers: an index may name what no file has."""
     if getattr(model, "hf_quantizer", None) is not None:  # keys of its own
         return []
-    files = [p for p in sorted(folder.glob(f"{WEIGHTS}*.safetensors"))]
+    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors"))
     plain = [p for p in files if re.fullmatch(rf"{WEIGHTS}(-\d+-of-\d+)?\.safetensors", p.name)]
     if not files:
         return []
@@ -85,8 +104,8 @@ def _check_keys(model: ModelMixin, folder: Path) -> list[str]:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     strange = sorted(k for k in held - wanted if not any(re.search(pattern, k) for pattern in ignored))
     absent = sorted(wanted - held)
-    found = [f"{folder.name}: lacks {_some(absent)}"] if absent else []
-    return found + ([f"{folder.name}: has {_some(strange)}, which the model has not"] if strange else [])
+    found = [f"{folder.name}: lacks the tensor {_some(absent)}"] if absent else []
+    return found + ([f"{folder.name}: has the tensor {_some(strange)}, which the model has not"] if strange else [])
 
 
 def _keys(path: Path) -> set[str]:
@@ -158,5 +177,5 @@ def _report_lines(text: str) -> list[str]:
     rows = re.findall(r"^(\S.*?)\s*\|\s*(MISSING|UNEXPECTED|MISMATCH)\b", text, re.MULTILINE)
     absent = [name for name, what in rows if what == "MISSING"]
     strange = [name for name, what in rows if what == "UNEXPECTED"]
-    found = [f"{part}: lacks {_some(absent)}"] if absent else []
-    return found + ([f"{part}: has {_some(strange)}, which the model has not"] if strange else [])
+    found = [f"{part}: lacks the tensor {_some(absent)}"] if absent else []
+    return found + ([f"{part}: has the tensor {_some(strange)}, which the model has not"] if strange else [])
