@@ -148,10 +148,10 @@ class Photo:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # whose other frames are smaller copies
                 notes.append(f"the first of {frames} frames")
-            # asked after the pixels: a PNG is decoded to its end for its EXIF, and a TIFF is turned by Pillow
+            turned = image.format == "TIFF" and _orientation(image) != 1  # by Pillow, as it decodes
             array, profile = _pixels(path, image, notes)
-            turn = _orientation(image)
-            if turn != 1:
+            turn = _orientation(image)  # after the pixels: a PNG is decoded to its end for its EXIF
+            if turned or turn != 1:
                 notes.append("turned upright by its EXIF orientation")
             array = np.ascontiguousarray(_upright(array, turn))
             exif = _exif(image, array.shape, notes)

@@ -28,6 +28,8 @@ def token_mask(mask: Any, grid: tuple[int, int], name: str = "mask_image") -> Te
     C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha). Any size: it is laid over the whole picture.
     grid: (rows, columns) of tokens.
 
+    A last dimension of 1 to 4 is taken for channels.
+
     A pixel is selected where its value is over one half of its type's range: of 255 for uint8, 65535 for uint16, 1 for
     floats and bool; other integers may be 0 and 1 alone. Colours count by their brightness; what is transparent is not
     selected.
@@ -125,7 +127,7 @@ def _selected(values: np.ndarray, name: str) -> np.ndarray:
 
 def _scaled(values: np.ndarray, name: str) -> np.ndarray:
     """Values in [0, 1], fp32 or fp64."""
-    kind = values.dtype
+    kind = values.dtype.newbyteorder("=")
     if kind == bool:
         return values.astype(np.float32)
     if kind in (np.uint8, np.uint16):
