@@ -7,7 +7,11 @@ first called, the pipelines (diffusers, transformers) when one of their names is
 
 import importlib
 
-from . import ops
+from . import _command
+
+_command.watch()  # before torch is imported
+
+from . import ops  # noqa: E402
 
 __version__ = "0.1.0"
 

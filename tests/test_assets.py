@@ -17,8 +17,8 @@ from specedit_kernels import (  # noqa: E402
     SpecEditConfig,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
-    cli,
 )
+from specedit_kernels.cli import main, models  # noqa: E402
 from specedit_kernels.flash_edit.pipeline import COSI  # noqa: E402
 
 ASSETS = Path(specedit_kernels.__file__).parent / "assets"
@@ -69,10 +69,10 @@ def test_plain_pipeline_keeps_the_source(pipe, length):
 def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, options):
     """The README's first command, also in one step with the shipped generator and inversion network (fewer pixels, for
     the time it takes): the turtle turns purple, every pixel away from it keeps its bits."""
-    settings, scale = cli.model_settings, side / 512
-    monkeypatch.setattr(cli, "model_settings", lambda *given: settings(*given) | {"max_area": side**2})
+    settings, scale = models.model_settings, side / 512
+    monkeypatch.setattr(models, "model_settings", lambda *given: settings(*given) | {"max_area": side**2})
     instruction = (ASSETS / "example.txt").read_text().strip()
-    code = cli.main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"), *options])
+    code = main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"), *options])
     assert not code
     assert not options or "noise       of the source, white in the edit region" in capsys.readouterr().out
     source = Image.open(ASSETS / "example.png").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
@@ -109,7 +109,7 @@ def test_the_tiny_qwen_edits():
     ours = SpecEditQwenImageEditPipeline(**plain.components)
     ours.set_progress_bar_config(disable=True)
     picture = Image.open(ASSETS / "example.png").convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
-    settings = cli.model_settings(cli.model_folder("tiny_qwen_image_edit"), "QwenImageEditPipeline")
+    settings = models.model_settings(models.model_folder("tiny_qwen_image_edit"), "QwenImageEditPipeline")
     assert settings == {"max_area": 512**2, "true_cfg_scale": 1.0}
     out = ours(image=picture, prompt="color the turtle purple", generator=torch.Generator().manual_seed(0),
                specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"),

@@ -2,6 +2,7 @@
 """The command, end to end on a tiny model with random weights: what it writes, what it says, how it fails."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,11 @@ pytest.importorskip("transformers")
 
 from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
 
-from specedit_kernels import cli  # noqa: E402
+from specedit_kernels.cli import main, mask, models, output  # noqa: E402
+from specedit_kernels.cli.text import UserError, say  # noqa: E402
+from specedit_kernels.images.files import ImageFileError, Photo  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +56,7 @@ def texts(monkeypatch):
         return qwen_text(len(prompt)).values()
 
     monkeypatch.setattr(Plus, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(Plus, "_optional_components", [*Plus._optional_components, *absent])
     monkeypatch.setattr(Plus, "from_pretrained", lambda folder, **options: load(folder, **absent, **options))
     return asked
 
@@ -63,7 +69,7 @@ def source(tmp_path):
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -133,15 +139,15 @@ def test_edit_finds_the_class_of_the_folder(capsys, tmp_path, qwen, source, text
 
 
 def test_settings_of_a_folder(tmp_path):
-    flux, plus = cli.SUPPORTED[0], cli.SEVERAL_PICTURES
-    assert cli.model_settings(tmp_path, flux) == {"true_cfg_scale": 1.0}
-    assert cli.model_settings(tmp_path, flux, 2.0) == {"true_cfg_scale": 2.0, "negative_prompt": ""}
-    assert cli.model_settings(tmp_path, plus) == {"true_cfg_scale": 4.0, "negative_prompt": " "}
+    flux, plus = "FluxKontextPipeline", "QwenImageEditPlusPipeline"
+    assert models.model_settings(tmp_path, flux) == {"true_cfg_scale": 1.0}
+    assert models.model_settings(tmp_path, flux, 2.0) == {"true_cfg_scale": 2.0, "negative_prompt": ""}
+    assert models.model_settings(tmp_path, plus) == {"true_cfg_scale": 4.0, "negative_prompt": " "}
     (tmp_path / "specedit.json").write_text('{"true_cfg_scale": 1, "resolution": 64, "max_sequence_length": 8}')
     distilled = {"true_cfg_scale": 1.0, "max_area": 4096, "max_sequence_length": 8}
-    assert cli.model_settings(tmp_path, plus) == distilled
-    assert cli.model_settings(tmp_path, flux) == {**distilled, "_auto_resize": False}
-    assert cli.model_settings(tmp_path, plus, 3.0)["true_cfg_scale"] == 3.0
+    assert models.model_settings(tmp_path, plus) == distilled
+    assert models.model_settings(tmp_path, flux) == {**distilled, "_auto_resize": False}
+    assert models.model_settings(tmp_path, plus, 3.0)["true_cfg_scale"] == 3.0
 
 
 def test_edit_says_when_nothing_changes(capsys, tmp_path, model, source):
@@ -181,33 +187,9 @@ def test_heat_map_marks_the_scores():
     picture = PIL.Image.new("RGB", (64, 64), (128, 128, 128))
     scores = torch.zeros(4, 4)
     scores[1, 2] = 2.0
-    array = np.array(cli.heat_map(picture, scores, 0.1)).astype(int)
+    array = np.array(mask.heat_map(picture, scores, 0.1)).astype(int)
     assert (array[16:32, 32:48, 0] > 190).all()
     assert (array[:16] == array[0, 0]).all() and abs(array[0, 0] - 128).max() <= 1
-
-
-def test_pictures_are_read_upright_and_on_white(tmp_path):
-    path = tmp_path / "a.png"
-    PIL.Image.new("RGBA", (8, 4), (0, 0, 0, 0)).save(path)
-    assert np.array(cli.read_image(path)).min() == 255
-    turned = PIL.Image.new("RGB", (8, 4))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save(tmp_path / "b.jpg", exif=exif)
-    assert cli.read_image(tmp_path / "b.jpg").size == (4, 8)
-
-
-def test_sixteen_bit_greys_and_transparent_masks(capsys, tmp_path):
-    grey = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
-    PIL.Image.fromarray(grey).save(tmp_path / "a.png")
-    expected = np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
-    assert (np.array(cli.read_image(tmp_path / "a.png")) == expected).all()
-    PIL.Image.new("F", (8, 8), 0.5).save(tmp_path / "b.tif")
-    with pytest.raises(cli.UserError, match="expected 8 or 16 bits"):
-        cli.read_image(tmp_path / "b.tif")
-    # in a mask, what is not painted is not to be edited
-    PIL.Image.new("RGBA", (8, 4), (255, 255, 255, 0)).save(tmp_path / "c.png")
-    assert np.array(cli.read_image(tmp_path / "c.png", behind="black")).max() == 0
 
 
 def test_inputs_are_not_written_over(capsys, tmp_path, model, source):
@@ -285,9 +267,7 @@ def test_wrong_models_and_devices(capsys, tmp_path, model, source):
     assert "a AutoencoderDC; expected AutoencoderKL or AutoencoderKLQwenImage" in odd
     (empty / "config.json").unlink()
     shutil.copy(model / "model_index.json", empty)
-    assert "the model cannot be loaded" in edit(empty)
-    (empty / "specedit.json").write_text('{"resolution": "wide"}')
-    assert "expected an object with whole numbers" in edit(empty)
+    assert "the model cannot be loaded: has no " in edit(empty)
     assert "--device nothing" in edit(model, "--device", "nothing")
     assert "steps: expected at least 3" in edit(model, "--steps", "1")
     assert "VAE" in fails(capsys, "mask", source, source, "-o", tmp_path / "h.png", "--vae", empty)
@@ -308,24 +288,10 @@ def test_doctor_names_every_op(capsys):
     assert code == 0 and all(op in text for op in ops.names())
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "out.png"
-    path.write_bytes(b"old")
-
-    class Breaks:
-        def save(self, file, format):
-            file.write(b"half a pic")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(cli.UserError, match="cannot be written"):
-        cli.write_image(Breaks(), path)
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
-
-
 def test_help_does_not_load_the_pipelines():
     code = (
-        "import sys; from specedit_kernels import cli\n"
-        "try: cli.main(['--help'])\n"
+        "import sys; from specedit_kernels.cli import main\n"
+        "try: main(['--help'])\n"
         "except SystemExit as e: assert e.code == 0\n"
         "assert not {'diffusers', 'transformers', 'PIL'} & set(sys.modules)"
     )
@@ -337,8 +303,266 @@ def test_help_does_not_load_the_pipelines():
 def test_shipped_models_have_names(tmp_path, monkeypatch):
     """A name is a shipped folder's, unless a folder of that name stands here; a path is itself."""
     monkeypatch.chdir(tmp_path)
-    assert cli.model_folder("tiny_kontext") == cli.SHIPPED_MODEL
-    assert cli.model_folder(tmp_path / "tiny_kontext") == tmp_path / "tiny_kontext"
-    assert cli.model_folder("elsewhere") == Path("elsewhere")
+    assert models.model_folder("tiny_kontext") == models.model_folder(None) == models.SHIPPED_MODEL
+    for absent in (tmp_path / "tiny_kontext", "elsewhere", "n" * 300, "a\0b"):
+        with pytest.raises(UserError):
+            models.model_folder(absent)
     (tmp_path / "tiny_kontext").mkdir()
-    assert cli.model_folder("tiny_kontext") == Path("tiny_kontext")
+    assert models.model_folder("tiny_kontext") == Path("tiny_kontext")
+
+
+def test_an_installation_without_checkpoints(capsys, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED_MODEL", tmp_path / "none")
+    error = fails(capsys, "edit", source, "add a hat", "-o", tmp_path / "o.png")
+    assert "--model: this installation has no checkpoint" in error
+    error = fails(capsys, "mask", source, source, "-o", tmp_path / "o.png")
+    assert "--vae: this installation has no checkpoint" in error
+
+
+def test_the_version(capsys):
+    from specedit_kernels import __version__
+
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"specedit {__version__}\n"
+
+
+# model folders
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """A copy of the model folder that a test may damage."""
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    return folder
+
+
+def tensors(folder, part, change):
+    """Change the tensors of a component's first file."""
+    from safetensors.torch import load_file, save_file
+
+    path = sorted((folder / part).glob("*.safetensors"))[0]
+    held = load_file(path)
+    change(held, sorted(held)[0])
+    save_file(held, path, metadata={"format": "pt"})
+
+
+def edit_fails(capsys, folder, source):
+    out = source.with_name("o.png")
+    error = fails(capsys, "edit", source, "add a hat", "-o", out, "--model", folder, "--device", "cpu", "--steps", 4)
+    assert not out.exists()
+    return error
+
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize("part", [*PARTS, "scheduler", "tokenizer", "tokenizer_2"])
+def test_a_component_that_is_gone(capsys, copy, source, part):
+    shutil.rmtree(copy / part)
+    assert f"has no {part}\n" in edit_fails(capsys, copy, source)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_not_the_models(capsys, copy, source, part):
+    whole = sorted((copy / part).glob("*.safetensors"))[0].read_bytes()
+
+    def again(change):
+        sorted((copy / part).glob("*.safetensors"))[0].write_bytes(whole)
+        tensors(copy, part, change)
+        return edit_fails(capsys, copy, source)
+
+    assert f"{part}: lacks the tensor" in again(lambda held, key: held.pop(key))
+    assert f"{part}: has the tensor odd.key" in again(lambda held, key: held.update({"odd.key": held[key].clone()}))
+    assert f"{part}: not finite: " in again(lambda held, key: held[key].view(-1)[:1].fill_(float("nan")))
+
+
+def test_an_index_that_names_more_than_its_files_have(capsys, copy, source):
+    """diffusers takes the index at its word: nothing of its own says that a tensor is absent."""
+    from diffusers import FluxTransformer2DModel
+
+    whole = FluxTransformer2DModel.from_pretrained(copy / "transformer")
+    shutil.rmtree(copy / "transformer")
+    whole.save_pretrained(copy / "transformer", max_shard_size="20KB")
+    assert len(list((copy / "transformer").glob("*.safetensors"))) > 1
+    tensors(copy, "transformer", lambda held, key: held.pop(key))
+    assert "transformer: lacks the tensor" in edit_fails(capsys, copy, source)
+
+
+@pytest.mark.skipif(not models.SHIPPED_MODEL.is_dir(), reason="no shipped checkpoint")
+def test_a_tokenizer_without_its_words(capsys, tmp_path, source):
+    """transformers makes an empty tokenizer of the class."""
+    shutil.copytree(models.SHIPPED_MODEL, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer_2" / "tokenizer.json").unlink()
+    assert "tokenizer_2: has no tokenizer.json" in edit_fails(capsys, tmp_path / "copy", source)
+
+
+@pytest.mark.parametrize("text", [
+    '{"resolution": 1e400}', '{"resolution": NaN}', '{"resolution": "wide"}', '{"resolution": true}', "[]", "{",
+    '{"max_sequence_length": 0}', '{"true_cfg_scale": 1e400}', "[" * 100_000,
+])  # fmt: skip
+def test_settings_that_cannot_be(capsys, copy, source, text):
+    (copy / "specedit.json").write_text(text)
+    assert "specedit.json: " in edit_fails(capsys, copy, source)
+
+
+def test_errors_of_the_run_are_one_line(capsys, copy, source):
+    (copy / "specedit.json").write_text('{"resolution": 128, "max_sequence_length": 600}')
+    assert "`max_sequence_length` cannot be greater than 512" in edit_fails(capsys, copy, source)
+    with pytest.raises(ValueError, match="max_sequence_length"):
+        main(["edit", str(source), "add a hat", "-o", str(source.with_name("o.png")), "--model", str(copy),
+              "--device", "cpu", "--traceback"])  # fmt: skip
+    (copy / "specedit.json").write_text('{"resolution": 128, "max_sequence_length": 16}')
+    path = copy / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_shift": "x"}))
+    assert "the edit failed: " in edit_fails(capsys, copy, source)
+    path.write_text(json.dumps(config | {"base_shift": float("nan")}))
+    assert "scheduler: base_shift is nan" in edit_fails(capsys, copy, source)
+
+
+def test_a_prompt_that_is_cut_is_said(capsys, tmp_path, model, source):
+    options = ("-o", tmp_path / "o.png", "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    code, text, _ = run(capsys, "edit", source, "add a hat " * 40, *options)
+    assert code == 0 and "note        the instruction is cut: the model reads its first 16 tokens" in text
+    code, text, _ = run(capsys, "edit", source, "hat", *options)
+    assert code == 0 and "is cut" not in text
+
+
+# what comes in
+
+
+def test_names_and_prompts_that_no_system_takes(capsys, tmp_path, model, source):
+    options = ("-o", tmp_path / "o.png", "--model", model)
+    assert "name too long" in fails(capsys, "edit", tmp_path / ("n" * 300 + ".png"), "add a hat", *options)
+    assert "cannot be read" in fails(capsys, "edit", "a\0b.png", "add a hat", *options)
+    assert "expected a text in UTF-8" in fails(capsys, "edit", source, "add a \udcff hat", *options)
+    assert "\\udcff.png: no such file" in fails(capsys, "edit", "\udcff.png", "add a hat", *options)
+    assert fails(capsys, "edit", "two\nlines.png", "add a hat", *options).count("\n") == 1
+
+
+def test_the_mask_is_read_by_the_rule_of_python(capsys, tmp_path, model, source):
+    """White but transparent: not selected; 16 bits: over one half of 65535."""
+    clear = np.zeros((128, 160, 4), np.uint8)
+    clear[..., :3] = 255
+    clear[:, :80, 3] = 255
+    deep = np.full((128, 160), 32767, np.uint16)
+    deep[:, :80] = 32768
+    for i, array in enumerate((clear, deep)):
+        path = tmp_path / f"mask{i}.png"
+        Photo(array).save(path)
+        options = ("-o", tmp_path / "o.png", "--model", model, "--device", "cpu", "--steps", 4, "--mask", path)
+        code, text, _ = run(capsys, "edit", source, "add a hat", *options)
+        assert code == 0 and "24 of 48 tokens" in text
+
+
+# what goes out
+
+
+def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
+    """Colour profile, metadata, greys of 16 bits."""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = PIL.Image.Exif()
+    exif[0x010F], exif[0x0112] = "Maker", 6
+    PIL.Image.open(source).save(tmp_path / "a.png", icc_profile=profile, exif=exif, dpi=(300, 300))
+    Photo((np.asarray(PIL.Image.open(source).convert("L")).astype(np.uint16) * 257)).save(tmp_path / "b.png")
+    options = ("--model", model, "--device", "cpu", "--steps", 4, "--mask", half(tmp_path))
+    code, text, _ = run(capsys, "edit", tmp_path / "a.png", "add a hat", "-o", tmp_path / "o.tif", *options)
+    found = Photo.open(tmp_path / "o.tif")
+    assert code == 0 and "note        turned upright by its EXIF orientation" in text
+    assert found.profile == profile and found.dpi == pytest.approx((300, 300), abs=0.01) and found.size == (96, 128)
+    kept = PIL.Image.Exif()
+    kept.load(found.exif)
+    assert dict(kept) == {0x010F: "Maker"}
+    code, text, _ = run(capsys, "edit", tmp_path / "b.png", "add a hat", "-o", tmp_path / "o.png", *options)
+    found = Photo.open(tmp_path / "o.png")
+    assert code == 0 and found.array.dtype == np.uint16 and found.array.ndim == 2
+    code, text, _ = run(capsys, "edit", source, "add a hat", "-o", tmp_path / "o.jpg", *options)
+    assert code == 0 and "note        JPEG encodes every pixel anew" in text
+
+
+def test_places_are_tried_before_the_work(capsys, tmp_path, model, source):
+    edit = lambda out: fails(capsys, "edit", source, "add a hat", "-o", out, "--model", model)  # noqa: E731
+    assert "name too long" in edit(tmp_path / ("n" * 252 + ".png"))
+    (tmp_path / "old.png").write_bytes(b"old")
+    (tmp_path / "old.png").chmod(0o444)
+    assert "old.png: is read-only" in edit(tmp_path / "old.png") and (tmp_path / "old.png").read_bytes() == b"old"
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert "loop.png: " in edit(tmp_path / "loop.png")
+    (tmp_path / "device.png").symlink_to("/dev/null")
+    assert "is a device" in edit(tmp_path / "device.png")
+    assert not (tmp_path / "mask.png").exists()
+
+
+def test_long_names_and_links_are_written(capsys, tmp_path, model, source):
+    options = ("--model", model, "--device", "cpu", "--steps", 4, "--mask", half(tmp_path))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "far" / "target.png")
+    for out in (tmp_path / ("n" * 251 + ".png"), tmp_path / "link.png"):
+        assert run(capsys, "edit", source, "add a hat", "-o", out, *options)[0] == 0
+        assert PIL.Image.open(out).size == (128, 96)
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "far" / "target.png").is_file()
+
+
+def test_a_result_that_cannot_be_written_is_kept_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(output.tempfile, "tempdir", str(tmp_path))
+    photo = Photo(np.full((4, 20_000, 3), 7, np.uint8))  # wider than a WebP may be
+    with pytest.raises(UserError, match=r"wide.webp: cannot be written .*, it is kept as (.*)\.png") as error:
+        output.keep({tmp_path / "wide.webp": photo, tmp_path / "o.png": photo})
+    assert (Photo.open(str(error.value).rpartition("kept as ")[2]).array == 7).all()
+    assert (Photo.open(tmp_path / "o.png").array == 7).all()
+    gone = tmp_path / "gone" / "o.png"
+    with pytest.raises(UserError, match=r"gone/o.png: cannot be written .*, it is kept as (.*)/o\.png"):
+        output.keep({gone: photo})
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_words_that_the_screen_has_not(encoding):
+    import io
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    say("hat \u2192 \U0001f422 \udcff", stream)
+    assert stream.buffer.getvalue().startswith(b"hat ") and stream.buffer.getvalue().endswith(b"\n")
+
+
+def test_words_to_a_closed_stream(tmp_path):
+    import io
+
+    stream = io.StringIO()
+    stream.close()
+    say("lost", stream)
+    script = "import sys; from specedit_kernels.cli.text import say; say('lost'); sys.exit(0)"
+    for target in ("/dev/full", None):
+        where = open(target, "w") if target else subprocess.DEVNULL
+        done = subprocess.run([sys.executable, "-c", script], stdout=where, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0 and done.stderr == ""
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "{script}" >&-'], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch, source):
+    from specedit_kernels.cli import doctor
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "report", interrupted)
+    assert run(capsys, "doctor") == (130, "", "specedit: interrupted\n")
+
+
+@pytest.mark.parametrize("started", [["-m", "specedit_kernels.cli"], ["specedit"]], ids=["module", "script"])
+def test_ctrl_c_while_it_imports(tmp_path, started):
+    """torch takes seconds to import, before the command's own lines run."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    if started[0] == "specedit":
+        script = tmp_path / "specedit"
+        script.write_text(f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+                          "from specedit_kernels.cli import main\nmain()\n")  # fmt: skip
+        started = [str(script)]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, *started, "doctor"], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "specedit: interrupted\n")

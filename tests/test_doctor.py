@@ -3,11 +3,14 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from specedit_kernels import _extension, doctor, ops
+from specedit_kernels import _extension, ops
+from specedit_kernels.cli import doctor
+from specedit_kernels.cli.text import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def test_every_op_has_the_backend_that_dispatch_chooses(device):
 
 def test_one_screen(device):
     lines = doctor.report().splitlines()
-    assert len(lines) <= 24
+    assert len(lines) <= 28
     for name in (*ops.names(), "python", "torch", "triton", "diffusers", "device", "CUDA extension"):
         assert any(line.startswith(name) for line in lines), name
     assert any(torch.__version__ in line for line in lines)
@@ -65,9 +68,26 @@ def test_runs_where_triton_and_diffusers_cannot_be_imported():
         "import sys\n"
         "for name in ('triton', 'diffusers', 'transformers'):\n"
         "    sys.modules[name] = None\n"
-        "from specedit_kernels import doctor\n"
-        "doctor.main()\n"
+        "from specedit_kernels.cli import doctor\n"
+        "doctor.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "token_discrepancy" in done.stdout
+
+
+def test_the_models_and_their_pipelines():
+    pytest.importorskip("diffusers")
+    from specedit_kernels import supported_models
+
+    assert doctor.collect()["models"] == {name: ", ".join(kinds) for name, kinds in supported_models().items()}
+    assert "FluxKontextPipeline" in doctor.report()
+
+
+def test_the_plan_of_a_call(monkeypatch):
+    """From the planner where there is one; else a line that says so."""
+    with pytest.raises(UserError, match="--plan: "):
+        doctor.plan("no numbers")
+    planner = types.SimpleNamespace(describe=lambda text: f"plan of {text}")
+    monkeypatch.setitem(sys.modules, "specedit_kernels._attention_plan", planner)
+    assert doctor.plan("922x8704") == "plan of 922x8704"

@@ -21,8 +21,8 @@ from specedit_kernels import (  # noqa: E402
     FlashEditQwenImageEditPlusPipeline,
     SpecEditConfig,
     SpecEditQwenImageEditPlusPipeline,
-    cli,
 )
+from specedit_kernels.cli import main  # noqa: E402
 from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
 from specedit_kernels.flash_edit import stages as flash_stages  # noqa: E402
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
@@ -436,7 +436,7 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
     options = ["--model", model, "--device", "cpu", "--mask", tmp_path / "white.png", "--method", "flash", "-o", out]
 
     def command(*more):
-        code = cli.main(["edit", str(source), "make the cat blue", *map(str, (*options, *more))])
+        code = main(["edit", str(source), "make the cat blue", *map(str, (*options, *more))])
         return code, *capsys.readouterr()
 
     code, text, _ = command()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
@@ -22,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import ops
+from ..images.masks import token_mask
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
@@ -410,7 +410,7 @@ class SpecEditMixin:
         )
         run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
         run.stats.plain_tokens = run.plain_tokens
-        user_mask = None if needs_draft else per_image(_token_mask(call.mask_image, grid), "mask_image", batch)
+        user_mask = None if needs_draft else per_image(token_mask(call.mask_image, grid), "mask_image", batch)
 
         wrap_processors(self.transformer)
         with bar:
@@ -659,24 +659,6 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
     if batch % x.shape[0]:
         raise ValueError(f"{name}: expected 1 or as many pictures as prompts, got {x.shape[0]} for {batch} images")
     return x.repeat_interleave(batch // x.shape[0], dim=0)
-
-
-def _token_mask(mask: PipelineImageInput, grid: Grid) -> Tensor:
-    """A user's mask -> bool [n, N] on the fine grid: a token with a pixel over one half is set."""
-    masks = mask if isinstance(mask, list) else [mask]
-    planes = []
-    for m in masks:
-        if isinstance(m, PIL.Image.Image):
-            m = np.asarray(m.convert("L"), dtype=np.float32) / 255
-        m = torch.as_tensor(m).float().cpu()
-        if m.ndim == 4 and m.shape[1] == 1:
-            m = m[:, 0]
-        if m.ndim == 2:
-            m = m[None]
-        if m.ndim != 3:
-            raise ValueError(f"mask_image: expected [H, W], [B, H, W] or [B, 1, H, W], got {tuple(m.shape)}")
-        planes.append(F.adaptive_max_pool2d(m[:, None], grid))
-    return (torch.cat(planes) > 0.5).reshape(-1, math.prod(grid))
 
 
 def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:

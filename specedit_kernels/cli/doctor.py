@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this installation has, and which backend serves each op here: `specedit doctor`."""
 
+from __future__ import annotations
+
+import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
 
 import torch
 
-from specedit_kernels import _extension, ops
+from .. import __version__, _extension, ops
+from .models import quiet
+from .text import UserError, say
 
 _PACKAGES = ("triton", "diffusers", "transformers")
 
@@ -39,13 +45,25 @@ def _backend(op, device):
         return "none", str(error)
 
 
+def _models():
+    """{model: what it serves}, or why there is none."""
+    try:
+        quiet()
+        from ..engine import registry
+
+        return {name: ", ".join(kinds) for name, kinds in registry.supported_models().items()}
+    except ImportError as error:
+        return {"none": f"the pipelines need diffusers, transformers and Pillow ({error})"}
+
+
 def collect():
-    """The facts as a dictionary: "versions" and "device", "extension" (text), "ops" {op: (backend, reason)}."""
+    """The facts as a dictionary: "versions" and "device", "extension" (text), "ops" {op: (backend, reason)}, "models"
+    {model: the pipeline classes that it serves}."""
     device, description = _device()
     loaded, reason = _extension.load()
     return {
         "versions": {
-            "specedit-kernels": _version("specedit-kernels"),
+            "specedit-kernels": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "CUDA of torch": torch.version.cuda or "none",
@@ -55,6 +73,7 @@ def collect():
         "extension": f"loaded ({_extension.build_info()})" if loaded else reason,
         "forced": os.environ.get("SPECEDIT_BACKEND", ""),
         "ops": {op: _backend(op, device) for op in ops.names()},
+        "models": _models(),
     }
 
 
@@ -70,9 +89,24 @@ def report():
     lines += ["", f"{'op':<{width}}  {'backend':<9}  why"]
     for op, (backend, reason) in facts["ops"].items():
         lines.append(f"{op:<{width}}  {backend:<9}  {reason or 'the fastest there is'}")
+    width = max(len(name) for name in facts["models"])
+    lines += ["", f"{'model':<{width}}  pipelines"]
+    lines += [f"{name:<{width}}  {served}" for name, served in facts["models"].items()]
     return "\n".join(lines)
 
 
-def main():
-    """Print the report."""
-    print(report())
+def plan(text):
+    """The plan of one call of the CUDA attention, as text. UserError where it is not on hand, or asked for oddly."""
+    try:
+        describe = importlib.import_module("specedit_kernels._attention_plan").describe
+        return describe(text)
+    except ImportError:
+        raise UserError("--plan: this installation has no planner") from None
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--plan: {error}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`specedit doctor`. Returns the exit code."""
+    say(report() if arguments.plan is None else plan(arguments.plan))
+    return 0

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`specedit edit`: run the pipeline, write the picture and the mask over the source, print a summary."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..images.files import Photo, reason, shown
+from . import models
+from .output import check_output, keep
+from .text import UserError, one_line, say
+
+# diffusers' words where its T5 text is cut; how much of it is read
+CUT = re.compile(r"truncated because `max_sequence_length` is set to\s+(\d+)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`specedit edit`. Returns the exit code."""
+    inputs = [arguments.image, *filter(None, [arguments.mask]), *arguments.reference]
+    out = check_output(arguments.output, inputs)
+    mask_out = check_output(arguments.mask_output or out.with_name("mask.png"), inputs)
+    if mask_out == out or (mask_out.exists() and out.exists() and mask_out.samefile(out)):
+        raise UserError(f"{shown(out)}: the edited picture and the mask overlay have one name; give --mask-output")
+    _check_instruction(arguments.instruction)
+    photo = Photo.open(arguments.image)
+    user_mask = None if arguments.mask is None else Photo.open(arguments.mask).array
+    references = [Photo.open(path).rgb for path in arguments.reference]
+    folder = models.model_folder(arguments.model)
+    name = models.model_class(folder)
+    if references and not models.takes_several_pictures(name):
+        raise UserError(f"--reference: {shown(folder)} is a {name}, which takes one picture")
+    settings = models.model_settings(folder, name, arguments.true_cfg_scale)
+    flash = arguments.method == "flash"
+    if flash:
+        # its second branch is the source's, no guidance
+        settings = {k: v for k, v in settings.items() if k not in ("true_cfg_scale", "negative_prompt")}
+    device, dtype = models.device_of(arguments.device)
+    models.quiet()
+    import PIL.Image
+    import torch
+
+    import specedit_kernels
+
+    from ..engine.stages import threshold_scale
+
+    config = _config(arguments)
+    kind = getattr(specedit_kernels, f"{'FlashEdit' if flash else 'SpecEdit'}{name}")
+    pipe = models.load_pipeline(kind, folder, device, dtype)
+    image = photo.rgb
+    if references:
+        # the picture that is edited sets the size, not the last one
+        settings["height"], settings["width"] = pipe.size_of(image, settings.get("max_area"))
+    pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
+    with failing(arguments, device), _run_notes() as notes:
+        result = pipe(
+            image=[image, *references] if references else image,
+            prompt=arguments.instruction,
+            mask_image=user_mask,
+            num_inference_steps=arguments.steps,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            specedit=config,
+            **settings,
+        )
+    edited = result.images[0]
+    source = image.resize(edited.size, PIL.Image.LANCZOS)
+    overlay = region_overlay(source, result.mask[0].cpu())
+    kept = keep({out: photo.with_picture(edited), mask_out: Photo.of(overlay)})
+    threshold = result.stats.threshold
+    if threshold is not None and not flash:
+        scale = threshold_scale(result.scores.flatten(1), config.resolved_relative())
+        threshold *= float(scale[0])
+    notes = [*photo.notes, *kept[out], *notes]
+    facts = (result.stats, edited.size, result.mask[0], threshold, out, mask_out, pipe, notes)
+    say(edit_summary(arguments, config, *facts))
+    return 0
+
+
+def _check_instruction(text: str) -> None:
+    if not text.strip():
+        raise UserError("instruction: expected a text, got an empty one")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("instruction: expected a text in UTF-8, got other bytes") from None
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """The config that the options ask for, checked against the steps."""
+    from ..engine.config import SpecEditConfig
+    from ..flash_edit import FlashEditConfig
+
+    options: dict[str, Any] = dict(preserve=None if arguments.preserve == "none" else arguments.preserve)
+    try:
+        if arguments.method == "flash":
+            if arguments.threshold is not None:
+                options["mask_ratio"] = arguments.threshold
+            config: Any = FlashEditConfig(**options)
+        else:
+            config = SpecEditConfig(
+                preset=arguments.preset,
+                draft=arguments.draft,
+                finish=arguments.finish,
+                threshold=arguments.threshold,
+                **options,
+            )
+        config.step_counts(arguments.steps)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    return config
+
+
+@contextmanager
+def failing(arguments: argparse.Namespace, device: Any):
+    """What the run raises within is one line, or as it is with --traceback."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"--device {device}: {str(error).split('. ')[0]}") from None
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
+        raise UserError(f"the edit failed: {kind}{reason(error)} (--traceback shows where)") from None
+
+
+@contextmanager
+def _run_notes():
+    """While it is open: what our own loggers warn of, and a prompt that diffusers cuts, a line each."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            cut = CUT.search(text)
+            if record.name.startswith("specedit_kernels"):
+                text = one_line(text)
+            elif cut is not None:
+                text = f"the instruction is cut: the model reads its first {cut[1]} tokens"
+            else:
+                return
+            if text not in found:
+                found.append(text)
+
+    loggers = [logging.getLogger(name) for name in ("specedit_kernels", "diffusers")]
+    kept = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+
+    def unseen(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    collector = Collector()
+    for logger, (_, _, handlers) in zip(loggers, kept, strict=True):
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(collector)
+        for handler in handlers:
+            handler.addFilter(unseen)
+    try:
+        yield found
+    finally:
+        for logger, (level, propagate, handlers) in zip(loggers, kept, strict=True):
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.removeHandler(collector)
+            for handler in handlers:
+                handler.removeFilter(unseen)
+
+
+def region_overlay(source, mask):
+    """The source with the edit region tinted and its border drawn. mask: bool [rows, columns]."""
+    import numpy as np
+    import PIL.Image
+
+    height, width = source.height // mask.shape[0], source.width // mask.shape[1]
+    region = mask.numpy().repeat(height, 0).repeat(width, 1)
+    array = np.asarray(source, np.float32)
+    tint = np.array([255, 40, 60], np.float32)
+    out = np.where(region[..., None], 0.6 * array + 0.4 * tint, 0.55 * array)
+    edge = np.zeros_like(region)
+    padded = np.pad(region, 2)
+    for rows, columns in ((0, 2), (4, 2), (2, 0), (2, 4)):
+        edge |= region & ~padded[rows : rows + region.shape[0], columns : columns + region.shape[1]]
+    out[edge] = (255, 230, 0)
+    return PIL.Image.fromarray(out.round().astype(np.uint8))
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _flops(value: float) -> str:
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def edit_summary(arguments, config, stats, size, mask, threshold, out: Path, mask_out: Path, pipe, notes=()) -> str:
+    """What an edit did, on one screen. threshold: of its scores, or None. notes: further lines."""
+    from ..engine.output import group_steps
+
+    device, many = pipe.device, pipe.STEPS_OF_PLAIN
+    inside = f"{int(mask.sum())} of {mask.numel()} tokens in the edit region, {share(stats.edited[0])}"
+    steps = "  ".join(f"{count} x {stage} {tokens:.0f}" for stage, tokens, count in group_steps(stats))
+    plain_step = stats.plain_step_flops
+    lines = [
+        f'"{one_line(arguments.instruction)}"  {size[0]} x {size[1]}, seed {arguments.seed}, {device}',
+        f"edited      {shown(out)}",
+        f"mask        {shown(mask_out)}: {inside}",
+    ]
+    if threshold is not None:
+        lines.append(f"draft       {config.draft}, scores over {threshold:.3g} are edited, grown by {config.dilation}")
+    if arguments.method == "flash":
+        noise = "white"
+        if stats.inverted:
+            noise = "of the source" + (", white in the edit region" if config.region_noise == "white" else "")
+        elif stats.fallback is None:
+            noise += ": the model folder has no one-step weights (cosi/)"
+        words = "" if stats.key_tokens is None else f"; {int(stats.key_tokens[0].sum())} key text tokens"
+        lines.append(f"noise       {noise}{words}")
+    if stats.fallback == "dense":
+        lines.append("note        nearly everything changes: all tokens were computed at full resolution")
+    if stats.fallback == "source":
+        lines.append("note        nothing changes: the source is returned")
+    lines += [f"note        {note}" for note in notes]
+    apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
+    same = share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"
+    lines += [
+        f"steps       {stats.nfe}{apart}; image tokens: {steps} (plain: {stats.plain_tokens})",
+        f"transformer {_flops(stats.flops)}: {same} of a plain run with {stats.nfe} steps, "
+        f"{share(stats.flops / (plain_step * many))} of one with {many} steps",
+        "seconds     " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stats.seconds.items()),
+        f"attention   {stats.backend or 'no mixed-resolution step'}" + (f" ({_why(device)})" if stats.backend else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _why(device) -> str:
+    from .. import ops
+
+    return ops.backend_of("mixed_res_attn", device)[1] or "the fastest here"

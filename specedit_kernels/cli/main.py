@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command's arguments, exit codes and last words.
+
+A mistake of the user's ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+
+from .._command import INTERRUPTED, unwatch
+from ..images.files import ImageFileError, reason, shown
+from .text import UserError, one_line, say
+
+PRESETS = (30, 18, 11, 9, 8, 4)
+DEVICE = "a torch device (default: cuda where there is one, else cpu)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+    def _print_message(self, message, file=None):
+        if message:
+            say(message.removesuffix("\n"), file)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError
+    return value
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    from . import edit
+
+    return edit.run(arguments)
+
+
+def _mask(arguments: argparse.Namespace) -> int:
+    from . import mask
+
+    return mask.run(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.run(arguments)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *rest):
+        from .. import __version__
+
+        say(f"specedit {__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="specedit", description="Edit pictures; compute at full resolution only where they change.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    p = commands.add_parser("edit", help="edit a picture by an instruction", formatter_class=defaults)
+    p.add_argument("image", metavar="IMAGE", help="the source picture")
+    p.add_argument("instruction", help="what to change")
+    p.add_argument("-o", "--output", default="edited.png", help="the edited picture")
+    p.add_argument("--mask-output", default=None, help="the mask over the source (default: mask.png beside the output)")
+    p.add_argument(
+        "--mask", default=None, help="a picture, white where to edit, in place of the draft; transparent is not white"
+    )
+    p.add_argument(
+        "--model",
+        default=None,
+        help="a FLUX.1-Kontext or Qwen-Image-Edit folder, or a shipped one's name: tiny_kontext (the default), "
+        "tiny_qwen_image_edit",
+    )
+    p.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="a further picture for the model to see (Qwen-Image-Edit-2509 and -2511); may be repeated",
+    )
+    p.add_argument(
+        "--true-cfg-scale",
+        type=_number,
+        default=None,
+        help="guidance against an empty negative prompt, none at 1 (default: the model's own)",
+    )
+    p.add_argument(
+        "--method",
+        choices=("specedit", "flash"),
+        default="specedit",
+        help="flash: FlashEdit, one step; --preset, --draft and --finish are SpecEdit's",
+    )
+    p.add_argument("--preset", type=int, choices=PRESETS, default=9, help="steps of the main trajectory")
+    p.add_argument("--steps", type=int, default=None, help="scale the preset's stages to another number of steps")
+    p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
+    p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
+    p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
+    p.add_argument(
+        "--threshold", type=_number, default=None, help="score over which a token is edited (flash: times the mean)"
+    )
+    p.add_argument("--seed", type=_seed, default=0, help="seed of the noise")
+    p.add_argument("--device", default=None, help=DEVICE)
+    p.add_argument("--traceback", action="store_true", help="where an error of the run came from, not one line")
+    p.set_defaults(run=_edit)
+
+    p = commands.add_parser("mask", help="show which tokens differ between two pictures", formatter_class=defaults)
+    p.add_argument("source", metavar="SOURCE", help="the source picture")
+    p.add_argument("edited", metavar="EDITED", help="the edited picture; resized to the source's size")
+    p.add_argument("-o", "--output", default="heat.png", help="the heat map over the source")
+    p.add_argument(
+        "--vae", default=None, help="a VAE folder, a pipeline folder or a shipped model's name (default: tiny_kontext)"
+    )
+    p.add_argument("--metric", choices=("decoder", "latent"), default="decoder", help="what is compared")
+    p.add_argument("--threshold", type=_number, default=None, help="score over which a token is changed")
+    p.add_argument("--device", default=None, help=DEVICE)
+    p.add_argument("--traceback", action="store_true", help="where an error of the run came from, not one line")
+    p.set_defaults(run=_mask)
+
+    p = commands.add_parser("doctor", help="print which backend serves each op here, and why")
+    p.add_argument(
+        "--plan",
+        metavar="QxK",
+        default=None,
+        help="the work tiles that the CUDA attention makes of Q queries and K keys, such as 922x8704",
+    )
+    p.set_defaults(run=_doctor)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
+    try:
+        unwatch()
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except (UserError, ImageFileError) as error:
+        say(f"specedit: {one_line(error)}", sys.stderr)
+        return 2
+    except OSError as error:
+        # a folder without rights, a disk that is gone: wherever a file was asked for
+        if isinstance(error, BrokenPipeError) or error.filename is None:
+            raise
+        say(f"specedit: {shown(error.filename)}: {one_line(reason(error))}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("specedit: interrupted", sys.stderr)
+        return INTERRUPTED
