@@ -18,7 +18,7 @@ from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
 from .attention import TextWatch
-from .autoencoder import bring_in
+from ._diffusers import through
 from .kv_cache import PackedDict
 from .registry import codec_of
 
@@ -185,8 +185,7 @@ class EditModel(ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The transformer's embedding of packed tokens: [B, N, 4C] -> [B, N, width]."""
-        bring_in(self.transformer)
-        return self.embedder()(tokens)
+        return through(self.transformer, self.embedder(), tokens)
 
     def flops(self, text: Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
         """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them.

@@ -253,12 +253,13 @@ class SpecEditMixin:
         name = config.runner
         if name == "eager":
             return None
-        reason, signature = f"{type(self).__name__} has no other", []
+        reason, signature, undo = f"{type(self).__name__} has no other", [], None
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
             arranged = kept is not None and kept.name == name and kept.watches(signature)
-            if not (reason or arranged) and self._arrange():
+            undo = None if reason or arranged else self._arrange()
+            if undo:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)
         if reason:
             self._say_once(f"runner={name!r}: steps run eagerly: {reason}")
@@ -267,11 +268,13 @@ class SpecEditMixin:
             self._free_runner()
             self._specedit_runner = StepRunner(name)
         self._specedit_runner.watch(signature)
+        if undo:
+            self._specedit_runner.undoes(undo)
         return self._specedit_runner
 
-    def _arrange(self) -> bool:
-        """Bring weights into the order in memory that a runner's steps like best. Whether any was moved."""
-        return False
+    def _arrange(self) -> Callable[[], None] | None:
+        """Bring weights into the order in memory that a runner's steps like best. What undoes it, None: none was moved."""
+        return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
         """Where a call computes. A runner's modules have no hooks, which the pipeline's own answer looks for in every
@@ -284,7 +287,7 @@ class SpecEditMixin:
 
     def _free_runner(self) -> None:
         if self._specedit_runner is not None:
-            self._specedit_runner.clear()
+            self._specedit_runner.close()
             self._specedit_runner = None
 
     def _prompts(self, call: Call) -> int:
