@@ -256,11 +256,14 @@ class FusedModel:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))
             return list(zip(found, found))
 
+        # layers give that under autocast
+        autocast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
         if not self.fp8_cache:
-            return pairs(name, self.blocks, dim, like.dtype)
+            return pairs(name, self.blocks, dim, dtype)
         packed = pairs(name, self.blocks, dim, kv_cache.DTYPE)
         scales = pairs(f"{name}, scales", self.blocks, 1, kv_cache.SCALES)
-        [scratch] = pairs(f"{name}, of the block at work", 1, dim, like.dtype)
+        [scratch] = pairs(f"{name}, of the block at work", 1, dim, dtype)
         return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
 
     def _mixed(

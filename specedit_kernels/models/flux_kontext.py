@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine._diffusers import unwrapped
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
 from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fused import (
     FusedLayout,
@@ -296,7 +296,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
                 tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
             words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
-        out = joint_attention(attn, words, (q, k, v), layout)
+        out = joint_attention(self, words, (q, k, v), layout)
         if encoder_hidden_states is None:
             return out
         length = encoder_hidden_states.shape[1]
@@ -366,24 +366,26 @@ class FluxKontextModel(EditModel):
     def first_layout(
         self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
     ) -> FluxLayout:
-        return FluxLayout(layout.ids[:first], layout.attention.of_first(text.embeds.shape[1], first, lock_text))
+        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        return FluxLayout(layout.ids[:first], made)
 
     def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        return self.transformer(
-            hidden_states=tokens,
-            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
-            guidance=self.guidance,
-            pooled_projections=text.pooled,
-            encoder_hidden_states=text.embeds[:, start:],
-            txt_ids=text.text_ids[start:],
-            img_ids=layout.ids,
-            joint_attention_kwargs=kwargs or None,
-            return_dict=False,
-        )[0]
+        with lent(self.transformer, layout.attention):
+            return self.transformer(
+                hidden_states=tokens,
+                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                guidance=self.guidance,
+                pooled_projections=text.pooled,
+                encoder_hidden_states=text.embeds[:, start:],
+                txt_ids=text.text_ids[start:],
+                img_ids=layout.ids,
+                joint_attention_kwargs=kwargs or None,
+                return_dict=False,
+            )[0]
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         return negative + scale * (positive - negative)

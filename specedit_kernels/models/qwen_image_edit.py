@@ -40,7 +40,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from .. import ops
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
 from ..engine._diffusers import foreign_forward, mirrored, through
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
@@ -332,7 +332,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         )  # fmt: skip
         norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         q, k, tq, tk = (x if norm is None else norm(x) for norm, x in zip(norms, (q, k, tq, tk)))
-        out = joint_attention(attn, (tq, tk, tv), (q, k, v), specedit_layout)
+        out = joint_attention(self, (tq, tk, tv), (q, k, v), specedit_layout)
         length = text.shape[1]
         image = attn.to_out[0](out[:, length:].contiguous())
         if len(attn.to_out) > 1:
@@ -462,24 +462,26 @@ class QwenImageEditModel(EditModel):
     def first_layout(
         self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
     ) -> QwenLayout:
-        return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1], first, lock_text))
+        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        return replace(layout, attention=made)
 
     def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        return self.transformer(
-            hidden_states=tokens,
-            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
-            guidance=self.guidance,
-            # in a mixed sequence the key bias holds the mask
-            encoder_hidden_states_mask=text.mask if layout.attention is None else None,
-            encoder_hidden_states=text.embeds[:, start:],
-            img_shapes=[list(layout.shapes)] * tokens.shape[0],
-            attention_kwargs=kwargs,
-            return_dict=False,
-        )[0]
+        with lent(self.transformer, layout.attention):
+            return self.transformer(
+                hidden_states=tokens,
+                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                guidance=self.guidance,
+                # in a mixed sequence the key bias holds the mask
+                encoder_hidden_states_mask=text.mask if layout.attention is None else None,
+                encoder_hidden_states=text.embeds[:, start:],
+                img_shapes=[list(layout.shapes)] * tokens.shape[0],
+                attention_kwargs=kwargs,
+                return_dict=False,
+            )[0]
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Guidance with each token's velocity brought back to the length of its conditional one."""
