@@ -571,7 +571,7 @@ class SpecEditMixin:
         if keep:
             pixel = pixels.shape[-2] // run.grid[0]
             alpha = stages.edit_alpha(selection.edited, run.grid, pixel, run.config.feather)
-        alpha = alpha * torch.tensor(selection.changed, device=run.device)[:, None, None, None]
+        alpha = alpha * torch.tensor(selection.changed, dtype=torch.bool, device=run.device)[:, None, None, None]
         # 8-bit levels, fp32: that is what the pictures hold, and x / 255 * 2 - 1 brings no level past its neighbour
         source = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round()
         edit = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255)
@@ -640,7 +640,7 @@ def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tens
     """
     levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
     # a tensor: a division by a number multiplies by its reciprocal
-    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, device=device)) - 1.0
+    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, dtype=torch.float32, device=device)) - 1.0
 
 
 def preprocess(

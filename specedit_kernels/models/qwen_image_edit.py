@@ -113,7 +113,7 @@ class QwenCodec:
     def _channels(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.device, like.dtype)
         if key not in self._brought:  # once: the copy waits for all that the device was given before
-            values = torch.tensor(self.vae.config[name]).view(1, -1, 1, 1, 1)
+            values = torch.tensor(self.vae.config[name], dtype=torch.float32).view(1, -1, 1, 1, 1)
             self._brought[key] = values.to(like.device, like.dtype)
         return self._brought[key]
 
