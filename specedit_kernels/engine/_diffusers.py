@@ -34,7 +34,7 @@ __all__ = [
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The module behind torch.compile(module), or the module itself."""
-    return module._orig_mod if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) else module
+    return vars(module).get("_modules", {}).get("_orig_mod", module)
 
 
 def execution_device(pipe: DiffusionPipeline) -> torch.device:
@@ -74,8 +74,8 @@ def hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
 
 def cache_hooks(transformer: torch.nn.Module) -> list[str]:
     """Names of the hooks in a transformer that answer for a forward (caches of steps): each has its own `new_forward`."""
-    found = (h for m in transformer.modules() for h in _hooks(m) if callable(getattr(h, "new_forward", None)))
-    return sorted({type(hook).__name__ for hook in found})
+    hooks = (h for m in transformer.modules() if "_diffusers_hook" in vars(m) for h in _hooks(m))
+    return sorted({type(hook).__name__ for hook in hooks if callable(getattr(hook, "new_forward", None))})
 
 
 def foreign_forward(module: torch.nn.Module, kind: type | tuple[type, ...] | None = None) -> bool:

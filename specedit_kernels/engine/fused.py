@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -239,6 +240,11 @@ class FusedModel:
         super().__init__(unwrapped(transformer), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
+
+    @functools.cached_property
+    def fused_codec(self) -> Any:
+        """The codec over an autoencoder with the model's own stand-ins: made once, used by all stages of a call."""
+        return self.codec.fused()
 
     def slots(self, count: int) -> int:
         step = min(max((1 << (count - 1).bit_length()) // 16, FEWEST_SLOTS), MOST_SLOTS)

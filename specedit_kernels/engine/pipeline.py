@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
 from . import stages
+from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
 from .attention import wrap_processors
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
@@ -279,7 +279,7 @@ class SpecEditMixin:
     def _device_of(self, runner: StepRunner | None) -> torch.device:
         """Where a call computes. A runner's modules have no hooks, which the pipeline's own answer looks for in every
         module: that takes longer than a launch of any stage."""
-        return self._execution_device if runner is None else next(self.transformer.parameters()).device
+        return execution_device(self) if runner is None else next(self.transformer.parameters()).device
 
     def _release(self) -> None:
         """Give up all that calls keep, and undo what they did to the modules: `disable_specedit`."""
@@ -698,6 +698,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
         raise ValueError(
             "transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change"
         )
-    parallel = getattr(transformer, "_parallel_config", None)
-    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
+    caches = cache_hooks(transformer)
+    if caches:
+        raise ValueError(f"transformer: expected no cache, got {', '.join(caches)}: tensors keep one length, ours change")
+    if on_context_parallel(transformer):
         raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")

@@ -493,7 +493,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         vae = self.codec.vae
 
         def run(x: Tensor) -> Tensor:
-            return getattr(self.codec.fused(), name)(in_channels_last(x))
+            return getattr(self.fused_codec, name)(in_channels_last(x))
 
         return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
 

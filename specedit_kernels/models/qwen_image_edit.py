@@ -22,6 +22,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -72,30 +73,22 @@ logger = logging.getLogger("specedit_kernels")
 THRESHOLDS: dict[tuple[str, str, str], tuple[float, float]] = {("decoder", "matched", "coarse"): (0.03, 0.4)}
 
 
-class _LoneFrameConv(torch.nn.Module):
-    """Stands for a causal convolution, and computes a lone frame in two dimensions: before it there are zeros alone, so
-    of each kernel the last slice is all that counts, a third of the work."""
-
-    def __init__(self, conv: QwenImageCausalConv3d):
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        conv = self.conv
-        if x.shape[2] != 1 or cache_x is not None:
-            return conv(x, cache_x)
-        padding = (conv._padding[2], conv._padding[0])
-        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+def lone_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """The convolution's forward, which computes a lone frame in two dimensions: before it there are zeros alone, so of
+    each kernel the last slice is all that counts, a third of the work."""
+    if x.shape[2] != 1 or cache_x is not None:
+        return QwenImageCausalConv3d.forward(conv, x, cache_x)
+    padding = (conv._padding[2], conv._padding[0])
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
 
 
 def with_lone_frames(vae: torch.nn.Module) -> torch.nn.Module:
     """The same AutoencoderKLQwenImage, a tree of modules of its own over the same weights, whose causal convolutions
     compute lone frames in two dimensions."""
     twin = mirrored(vae)
-    for owner in list(twin.modules()):
-        for name, conv in list(owner.named_children()):
-            if isinstance(conv, QwenImageCausalConv3d) and not foreign_forward(conv, QwenImageCausalConv3d):
-                setattr(owner, name, _LoneFrameConv(conv))
+    for conv in twin.modules():
+        if isinstance(conv, QwenImageCausalConv3d) and not foreign_forward(conv, QwenImageCausalConv3d):
+            conv.forward = partial(lone_frame, conv)
     return twin
 
 
@@ -585,7 +578,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         vae = self.codec.vae
 
         def run(x: Tensor) -> Tensor:
-            return getattr(self.codec.fused(), name)(x)
+            return getattr(self.fused_codec, name)(x)
 
         # scaling stays outside: its numbers come from the host on every call
         return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
