@@ -4,6 +4,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -24,6 +25,7 @@ from specedit_kernels import (  # noqa: E402
 )
 from specedit_kernels.cli import main  # noqa: E402
 from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
+from specedit_kernels.engine.kv_cache import KVCache  # noqa: E402
 from specedit_kernels.flash_edit import stages as flash_stages  # noqa: E402
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
 from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER  # noqa: E402
@@ -92,6 +94,9 @@ def latents(out):
 # attention
 
 
+BLOCK = SimpleNamespace(kept=None, watch=None)  # stands for a block's processor
+
+
 def sequence(seed=0, text=5, image=12, heads=2, dim=16, batch=2):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, text + image, heads, dim, generator=generator) for _ in range(3))
@@ -105,7 +110,7 @@ def test_text_that_all_regions_see_is_dense_attention():
     layout = replace(layout, key_bias=bias, lengths=torch.tensor([17, 14]).int())
     region = torch.arange(12).remainder(2).int().expand(2, 12)
     sparse = replace(layout, region=region, text_mask=torch.ones(2, 2, 5, dtype=torch.bool))
-    got, expected = (joint_attention("m", None, qkv, x) for x in (sparse, layout))
+    got, expected = (joint_attention(BLOCK, None, qkv, x) for x in (sparse, layout))
     for i, length in enumerate((17, 14)):
         torch.testing.assert_close(got[i, :length], expected[i, :length], atol=2e-6, rtol=1e-5)
 
@@ -116,18 +121,18 @@ def test_a_region_does_not_see_the_text_that_is_taken_from_it():
     mask[:, 0, 3] = False
     region = (torch.arange(12) >= 8).int().expand(2, 12)
     sparse = replace(layout, region=region, text_mask=mask)
-    before = joint_attention("m", None, (q, k, v), sparse)
+    before = joint_attention(BLOCK, None, (q, k, v), sparse)
     v = v.clone()
     v[:, 3] += 1
-    changed = (joint_attention("m", None, (q, k, v), sparse) - before).abs().amax(dim=(0, 2)) > 1e-4
+    changed = (joint_attention(BLOCK, None, (q, k, v), sparse) - before).abs().amax(dim=(0, 2)) > 1e-4
     assert changed.tolist() == [True] * 5 + [False] * 8 + [True] * 4
 
 
 def test_shielded_slots_keep_the_keys_and_values_of_the_cache():
     (q, k, v), layout = sequence()
-    layout = replace(layout, cache={})
-    joint_attention("m", None, (q, k, v), layout)
-    kept = [x.clone() for x in layout.cache["m"]]
+    layout = replace(layout, cache=KVCache())
+    joint_attention(BLOCK, None, (q, k, v), layout)
+    kept = [x.clone() for x in BLOCK.kept]
     # a call with 3 text slots in place of 5, and of 12 image slots the first 6, of which sample 1 owns 4
     own = torch.arange(6) < torch.tensor([[6], [4]])
     part = replace(layout, cos=layout.cos[:, 2:], sin=layout.sin[:, 2:], cached_text=5, own=own).of_first(3, 6)
@@ -137,8 +142,8 @@ def test_shielded_slots_keep_the_keys_and_values_of_the_cache():
         for i, count in enumerate((6, 4)):
             expected = torch.cat([new[i, : 3 + count], old[i, 5 + count :]])
             assert torch.equal(found[i], expected)
-    out = joint_attention("m", None, tuple(fresh), part)
-    assert out.shape == (2, 9, 32) and all(torch.equal(a, b) for a, b in zip(kept, layout.cache["m"]))
+    out = joint_attention(BLOCK, None, tuple(fresh), part)
+    assert out.shape == (2, 9, 32) and all(torch.equal(a, b) for a, b in zip(kept, BLOCK.kept))
 
 
 def test_the_watched_mass_is_the_softmax_weight(pipe):

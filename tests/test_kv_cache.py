@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from specedit_kernels.engine.kv_cache import DTYPE, SCALES, PackedDict, pack_, unpack_
+from specedit_kernels.engine.kv_cache import DTYPE, SCALES, KVCache, pack_, unpack_
 
 
 def packed(x):
@@ -33,9 +33,8 @@ def test_a_rows_largest_number_stays_finite(device):
 
 
 def test_what_is_stored_is_read_back_rounded_once(random):
-    cache, pair = PackedDict(), (random(1, 8, 2, 16, dtype=torch.bfloat16), random(1, 8, 2, 16, dtype=torch.bfloat16))
-    cache["a"] = pair
-    for x, y in zip(cache["a"], pair):
-        assert x.dtype == y.dtype and torch.equal(x, packed(y))
-    kept = [x.numel() * x.element_size() for pair in cache.values() for x in pair]
-    assert sum(kept) == 2 * (8 * 2 * 16 + 8 * 2 * 4)
+    cache, pair = KVCache(packed=True), (random(1, 8, 2, 16, dtype=torch.bfloat16), random(1, 8, 2, 16, dtype=torch.bfloat16))
+    cache.pairs = [None, cache.pack(*pair)]
+    for x, y in zip(pair, cache.unpack(cache.pairs[1], torch.bfloat16)):
+        assert x.dtype == y.dtype and torch.equal(y, packed(x))
+    assert cache.bytes == 2 * (8 * 2 * 16 + 8 * 2 * 4)

@@ -31,6 +31,7 @@ from specedit_kernels.engine.attention import (  # noqa: E402
     joint_attention,
     wrap_processors,
 )
+from specedit_kernels.engine.kv_cache import KVCache  # noqa: E402
 from specedit_kernels.sampling import grid as grids  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -516,18 +517,18 @@ def test_cached_keys_are_the_old_ones_but_for_those_brought_anew(lengths):
     torch.manual_seed(0)
     angle = torch.randn(2, 12, 16)
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    layout = AttentionLayout(angle.cos(), angle.sin(), torch.randn(2, 12), lengths, cache={})
+    layout = AttentionLayout(angle.cos(), angle.sin(), torch.randn(2, 12), lengths, cache=KVCache())
     text, image = tokens(3), tokens(9)
-    module = torch.nn.Identity()
-    joint_attention(module, text, image, layout)
+    block = SimpleNamespace(kept=None, watch=None)
+    joint_attention(block, text, image, layout)
     text, moved = tokens(3), tokens(5)
-    got = joint_attention(module, text, moved, layout.of_first(3, 5))
+    got = joint_attention(block, text, moved, layout.of_first(3, 5))
     # the same over fresh first slots and the old others, written out
     old = (torch.cat([a, b[:, 5:]], dim=1) for a, b in zip(moved, image))
-    expected = joint_attention(module, text, tuple(old), replace(layout, cache=None))[:, :8]
+    expected = joint_attention(block, text, tuple(old), replace(layout, cache=None))[:, :8]
     assert torch.allclose(got, expected, atol=1e-5)
     # and the next such call finds them renewed
-    again = joint_attention(module, text, moved, layout.of_first(3, 5))
+    again = joint_attention(block, text, moved, layout.of_first(3, 5))
     assert torch.equal(again, got)
 
 

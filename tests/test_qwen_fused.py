@@ -13,7 +13,7 @@ from specedit_kernels import SpecEditConfig
 from specedit_kernels.engine import registry
 from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.models import qwen_image_edit as fused
-from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenText, lone_frames
+from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenText, with_lone_frames
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,14 +126,13 @@ def test_lone_frames_are_the_models_own():
     codec, x = codec_of(vae), torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z = codec.encode(x)
     y = codec.decode(z)
-    with lone_frames(vae):
-        served = [m for m in vae.modules() if "forward" in vars(m)]
-        assert len(served) > 10
-        assert torch.allclose(codec.encode(x), z, atol=1e-5) and torch.allclose(codec.decode(z), y, atol=1e-5)
-        clip = torch.rand(1, 3, 5, 16, 16)
-        assert vae.encode(clip).latent_dist.mode().shape[2] == 2  # frames before a frame are still seen
-        inside = vae.encode(clip).latent_dist.mode()
-    assert not any("forward" in vars(m) for m in vae.modules())
+    before, fused = list(vae.named_modules()), codec.fused()
+    assert sum("forward" in vars(m) for m in fused.vae.modules()) > 10
+    assert torch.allclose(fused.encode(x), z, atol=1e-5) and torch.allclose(fused.decode(z), y, atol=1e-5)
+    clip = torch.rand(1, 3, 5, 16, 16)
+    inside = with_lone_frames(vae).encode(clip).latent_dist.mode()
+    assert inside.shape[2] == 2  # frames before a frame are still seen
+    assert list(vae.named_modules()) == before
     assert torch.allclose(vae.encode(clip).latent_dist.mode(), inside, atol=1e-5)
 
 

@@ -48,7 +48,7 @@ from specedit_kernels.engine.attention import unwrap_processors
 from specedit_kernels.engine.config import RUNNERS
 from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel, FusedLayout
 from specedit_kernels.engine.runner import StepRunner
-from specedit_kernels.engine.autoencoder import KLCodec, in_few_launches
+from specedit_kernels.engine.autoencoder import KLCodec, in_channels_last
 from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side
@@ -232,14 +232,14 @@ class Bench:
     def autoencoder(self, decode, fused):
         pixels = torch.rand(1, 3, self.args.side, self.args.side, device=self.device, dtype=self.dtype) * 2 - 1
 
-        def encode(x):
-            return self.pipe._encode_vae_image(x, None)
-
-        function, x = (KLCodec(self.pipe.vae).decode, encode(pixels)) if decode else (encode, pixels)
+        codec = KLCodec(self.pipe.vae)
+        x = codec.encode(pixels) if decode else pixels
+        codec = codec.fused() if fused else codec
+        function = codec.decode if decode else codec.encode
 
         def run():
             for _ in range(5):
-                in_few_launches(self.pipe.vae, function, x) if fused else function(x)
+                function(in_channels_last(x) if fused else x)
 
         return Row(run, times=5)
 

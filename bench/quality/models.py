@@ -23,7 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from specedit_kernels.models.qwen_image_edit import one_frame
+from specedit_kernels.models.qwen_image_edit import lone_frame
 from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = 16
@@ -100,7 +100,7 @@ def as_pictures(vae):
     """Lets an AutoencoderKLQwenImage compute lone frames in two dimensions, a third of the work; others as they are."""
     for conv in vae.modules():
         if isinstance(conv, QwenImageCausalConv3d):
-            conv.forward = partial(one_frame, conv)
+            conv.forward = partial(lone_frame, conv)
     return vae
 
 

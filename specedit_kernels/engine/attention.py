@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +15,8 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  (registers torch.ops.specedit)
 from . import registry
+from ._diffusers import unwrapped
+from .kv_cache import KVCache
 
 
 @dataclass
@@ -25,15 +31,15 @@ class TextWatch:
     length: int
     mass: Tensor | None = None
 
-    def see(self, module: Any, q: Tensor, k: Tensor, lse: Tensor) -> None:
-        """q, k: rotated, [B, S, H, D], text first; lse: fp32 [B, H, S], of the softmax over all keys."""
-        if module is self.module:
-            self.mass = text_mass(q, k, lse, self.length)
+    def see(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+        """Called in that module. q, k: rotated, [B, S, H, D], text first; lse: fp32 [B, H, S], over all keys."""
+        self.mass = text_mass(q, k, lse, self.length)
 
 
 def text_mass(q: Tensor, k: Tensor, lse: Tensor, text: int) -> Tensor:
     """Softmax weight that image queries give to the `text` first keys, mean over heads: fp32 [B, Sq - text, text]."""
-    score = torch.einsum("bqhd,bkhd->bhqk", q[:, text:].float(), k[:, :text].float())
+    with torch.autocast(q.device.type, enabled=False):
+        score = torch.einsum("bqhd,bkhd->bhqk", q[:, text:].float(), k[:, :text].float())
     return (score * q.shape[-1] ** -0.5 - lse[:, :, text:, None]).exp().mean(dim=1)
 
 
@@ -44,8 +50,8 @@ class AttentionLayout:
     cos, sin: fp32 [B, S, head dim], rotary tables, each sample its own. key_bias: fp32 [B, S] or None.
     lengths: int32 [B], used slots of the sequence, or None where all are. modulate: int32 [B, image slots], which of
     two timesteps modulates a slot: 0 the step's, 1 that of clean pictures (Qwen's zero_cond_t); None: all have one.
-    cache: rotated keys and values of the whole sequence by attention module, [B, S, Hk, D] each, or None to keep none.
-    A call that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted
+    cache: rotated keys and values of the whole sequence of each block, [B, S, Hk, D] each, or None to keep none. A call
+    that brings the whole sequence fills it; one that brings the slots from `start` to `first` alone, counted
     from the first text slot, renews those and attends to all. fresh: int32 [B], how many slots, text included, such a
     call renews of each sample, which may be fewer than it brings, or None: all; renewed: bool [B, slots], those.
     cached_text: text slots of the call that filled the cache, where that had another text: its keys and values of image
@@ -60,7 +66,7 @@ class AttentionLayout:
     key_bias: Tensor | None
     lengths: Tensor | None
     modulate: Tensor | None = None
-    cache: dict[Any, tuple[Tensor, Tensor]] | None = None
+    cache: KVCache | None = None
     first: int | None = None
     start: int = 0
     cached_text: int | None = None
@@ -71,42 +77,53 @@ class AttentionLayout:
     text_mask: Tensor | None = None
     watch: TextWatch | None = None
 
-    def of_first(self, text: int, first: int | None, lock_text: bool = False) -> AttentionLayout:
-        """The layout of a call that brings the first so many image slots, None: all, and the `text` text slots."""
-        start, first = text if lock_text else 0, self.cos.shape[1] if first is None else text + first
+    def of_first(
+        self, text: int, first: int | None, lock_text: bool = False, least_text: int = 0
+    ) -> AttentionLayout:
+        """The layout of a call that brings the first so many image slots, None: all, and the `text` text slots.
+
+        lock_text: of these it brings but the last `least_text`, and renews none.
+        """
+        start = text - least_text if lock_text else 0
+        first = self.cos.shape[1] if first is None else text + first
         behind = self.cos.shape[1] - first
         modulate = None if self.modulate is None else self.modulate[:, : self.modulate.shape[1] - behind]
         region = None if self.region is None else self.region[:, : self.region.shape[1] - behind]
         renewed = None
+        slot = torch.arange(start, first, device=self.cos.device)
         if behind and self.fresh is not None:
-            renewed = torch.arange(start, first, device=self.cos.device) < self.fresh[:, None]
+            renewed = slot < self.fresh[:, None]
+        if lock_text and least_text:
+            own = slot >= text
+            renewed = own[None] if renewed is None else renewed & own
         return replace(
             self, cos=self.cos[:, start:first], sin=self.sin[:, start:first], modulate=modulate, region=region,
             first=first, start=start, renewed=renewed,
         )  # fmt: skip
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of channels in fp32. x: [B, S, H, D]; cos, sin: fp32 [B, S, D]; result in x's dtype."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotate neighbouring pairs of channels in fp32, back in `dtype`. x: [B, S, H, D]; cos, sin: fp32 [B, S, D]."""
     pairs = x.float().unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return (x.float() * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
+    return (x.float() * cos[:, :, None] + turned * sin[:, :, None]).to(dtype)
 
 
 def joint_attention(
-    module: Any, text: tuple[Tensor, Tensor, Tensor] | None, image: tuple[Tensor, Tensor, Tensor],
+    processor: SpecEditAttnProcessor, text: tuple[Tensor, Tensor, Tensor] | None, image: tuple[Tensor, Tensor, Tensor],
     layout: AttentionLayout,
 ) -> Tensor:  # fmt: skip
     """Attention of [text | image slots] by torch.ops.specedit.mixed_res_attn: [B, S, H * D].
 
-    module: whose attention it is, the key of its cache. text, image: normalised q, k, v before the rotation, [B, S, H,
-    D] each; text is None where image holds both.
+    processor: of the block whose attention it is; it has what the block keeps. text, image: normalised q, k, v before
+    the rotation, [B, S, H, D] each; text is None where image holds both. q and k become what v is: under autocast norms
+    give fp32, and layers another dtype.
     """
     q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
-    q, k = apply_rotary(q, layout.cos, layout.sin), apply_rotary(k, layout.cos, layout.sin)
+    q, k = (apply_rotary(x, layout.cos, layout.sin, v.dtype) for x in (q, k))
     queries = layout.lengths
     if layout.first is not None:
-        cached = layout.cache[module]
+        cached = layout.cache.unpack(processor.kept, v.dtype)
         if layout.cached_text is None:
             for kept, fresh in zip(cached, (k, v)):
                 place = kept[:, layout.start : layout.first]
@@ -114,21 +131,20 @@ def joint_attention(
                     fresh = torch.where(layout.renewed[..., None, None], fresh, place)
                 place.copy_(fresh)
             k, v = cached
-            if layout.first == k.shape[1]:  # no slot is left behind: a cache that gives copies shall know
-                layout.cache[module] = k, v
+            if layout.first == k.shape[1] and layout.cache.packed:  # no slot is left behind
+                processor.kept = layout.cache.pack(k, v)
         else:
             k, v = (over_another_text(kept, fresh, layout) for kept, fresh in zip(cached, (k, v)))
         queries = None if queries is None else queries.clamp(max=layout.first) - layout.start
     elif layout.cache is not None:
-        # a copy where v is a view of more than itself
-        layout.cache[module] = k, v.contiguous()
+        processor.kept = layout.cache.pack(k, v)
     if layout.region is not None:
         return sparse_text_attention(q, k, v, layout, queries).flatten(2, 3)
     out, lse = torch.ops.specedit.mixed_res_attn(
         q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths
     )
-    if layout.watch is not None:
-        layout.watch.see(module, q, k, lse)
+    if processor.watch is not None:
+        processor.watch.see(q, k, lse)
     return out.flatten(2, 3)
 
 
@@ -167,7 +183,11 @@ class SpecEditAttnProcessor:
     """Attention of a block through torch.ops.specedit.mixed_res_attn, wrapped about the block's own processor.
 
     Called without SpecEdit's arguments it hands over to that one, untouched. name: of the processor in `transformer`.
+    kept, watch: of the call that runs, see `lent`.
     """
+
+    kept: tuple[Tensor, ...] | None = None
+    watch: TextWatch | None = None
 
     def __init__(self, inner: Any, transformer: torch.nn.Module, name: str):
         self.inner = inner
@@ -191,6 +211,37 @@ class SpecEditAttnProcessor:
     @_parallel_config.setter
     def _parallel_config(self, value):
         self.inner._parallel_config = value
+
+
+_LENDING = threading.Lock()
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def lent(transformer: torch.nn.Module, layout: AttentionLayout | None) -> Iterator[None]:
+    """A call of the transformer, within which each attention processor has what `layout` keeps of its block.
+
+    One such call of a transformer at a time: pipelines that share one wait for each other.
+    """
+    if layout is None or layout.cache is None and layout.watch is None:
+        yield
+        return
+    transformer = unwrapped(transformer)
+    with _LENDING:
+        lock = _LOCKS.setdefault(transformer, threading.Lock())
+    modules = [m for m in transformer.modules() if isinstance(vars(m).get("processor"), SpecEditAttnProcessor)]
+    processors = [m.processor for m in modules]
+    with lock:
+        try:
+            for i, (module, processor) in enumerate(zip(modules, processors)):
+                processor.kept = layout.cache.pairs[i] if layout.cache and layout.cache.pairs else None
+                processor.watch = layout.watch if layout.watch and module is layout.watch.module else None
+            yield
+            if layout.cache is not None:
+                layout.cache.pairs = [processor.kept for processor in processors]
+        finally:
+            for processor in processors:
+                processor.kept = processor.watch = None
 
 
 def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEditAttnProcessor:

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoencoderKL as a codec, its decoder's features, and its calls in few launches."""
+"""AutoencoderKL as a codec, its decoder's features, and its calls with fused norms."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,13 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..sampling.grid import PATCH
-
-
-def bring_in(module: torch.nn.Module) -> None:
-    """Offloading moves a model in when its forward is called; call this where only a part of it will be."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None and hasattr(hook, "pre_forward"):
-        hook.pre_forward(module)
+from ._diffusers import foreign_forward, mirrored, through
 
 
 class _GroupNorm(torch.nn.Module):
@@ -37,15 +28,15 @@ class _GroupNorm(torch.nn.Module):
 
 
 def _served(module: torch.nn.Module) -> bool:
-    return type(module) is torch.nn.GroupNorm and module.affine
+    return type(module) is torch.nn.GroupNorm and module.affine and not foreign_forward(module)
 
 
 def _activated(owner: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
     """(name of a SiLU, names of the group norms that it follows at once) in a module of diffusers, or ("", ())."""
     name, norms = "", ()
-    if isinstance(owner, (Encoder, Decoder)):
+    if any(not foreign_forward(owner, kind) for kind in (Encoder, Decoder)):
         name, norms = "conv_act", ("conv_norm_out",)
-    elif isinstance(owner, ResnetBlock2D):
+    elif not foreign_forward(owner, ResnetBlock2D):
         # with a time embedding the activation is that one's too, or a shift comes between
         if owner.time_emb_proj is None and owner.time_embedding_norm != "scale_shift":
             name, norms = "nonlinearity", ("norm1", "norm2")
@@ -54,37 +45,37 @@ def _activated(owner: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
     return "", ()
 
 
-@contextlib.contextmanager
-def fused_norms(vae: torch.nn.Module) -> Iterator[None]:
-    """Within it the op `group_norm` serves the group norms of `vae`, with the SiLU of those that one follows."""
-    swaps = []
-    for owner in vae.modules():
+def with_fused_norms(vae: torch.nn.Module) -> torch.nn.Module:
+    """The same autoencoder, a tree of modules of its own over the same weights, where the op `group_norm` serves the
+    group norms, with the SiLU of those that one follows."""
+    twin = mirrored(vae)
+    for owner in list(twin.modules()):
         name, norms = _activated(owner)
-        swaps += [(owner, n, m, _GroupNorm(m, n in norms)) for n, m in owner.named_children() if _served(m)]
+        for child, module in list(owner.named_children()):
+            if _served(module):
+                setattr(owner, child, _GroupNorm(module, child in norms))
         if name:
-            swaps.append((owner, name, getattr(owner, name), torch.nn.Identity()))
-    try:
-        for owner, name, _, stand_in in swaps:
-            setattr(owner, name, stand_in)
-        yield
-    finally:
-        for owner, name, module, _ in swaps:
-            setattr(owner, name, module)
+            setattr(owner, name, torch.nn.Identity())
+    return twin
 
 
-def in_few_launches(vae: torch.nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), which calls an AutoencoderKL on a picture [B, C, H, W]: with `fused_norms`, and on CUDA with maps
-    whose channels lie together, as convolutions there work on them; they would else turn every map to and fro."""
-    with fused_norms(vae):
-        return function(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x)
+def in_channels_last(x: Tensor) -> Tensor:
+    """A picture [B, C, H, W] as convolutions on CUDA work on it, channels last: they would else turn every map to and
+    fro."""
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
 def decoder_features(decoder: torch.nn.Module, x: Tensor) -> list[Tensor]:
-    features = []
-    for layer in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0]):
-        x = layer(x)
-        features.append(x)
-    return features
+    """Outputs of the decoder's conv_in, mid_block and first up block."""
+
+    def run(x: Tensor) -> list[Tensor]:
+        features = []
+        for layer in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0]):
+            x = layer(x)
+            features.append(x)
+        return features
+
+    return through(decoder, run, x)
 
 
 class KLCodec:
@@ -109,8 +100,15 @@ class KLCodec:
 
     def features(self, latents: Tensor) -> list[Tensor]:
         """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block."""
-        bring_in(self.vae)
         x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        if self.vae.post_quant_conv is not None:
-            x = self.vae.post_quant_conv(x)
-        return decoder_features(self.vae.decoder, x)
+
+        def run(x: Tensor) -> list[Tensor]:
+            if self.vae.post_quant_conv is not None:
+                x = self.vae.post_quant_conv(x)
+            return decoder_features(self.vae.decoder, x)
+
+        return through(self.vae, run, x)
+
+    def fused(self) -> KLCodec:
+        """The same codec with the autoencoder's norms by an op, `with_fused_norms`."""
+        return KLCodec(with_fused_norms(self.vae))

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
-from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from . import kv_cache
+from ._diffusers import scaled_adapters, unwrapped
 from .attention import AttentionLayout, TextWatch, text_mass
 from .kv_cache import PackedKV
 from .low_rank import active_serial, changed
@@ -79,9 +80,22 @@ def renew(kept: Kept | None, sequence: MixedSequence) -> None:
         kept.store()
 
 
-def is_plain(layer: torch.nn.Module) -> bool:
-    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight."""
-    return type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
+def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
+    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight.
+
+    x: what it is called on, of another dtype or under autocast its call is more than a product.
+    """
+    plain = type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
+    if not plain or x is None:
+        return plain
+    return x.dtype == layer.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def replaced_of_feed_forward(ff: FeedForward) -> list[tuple[torch.nn.Module, type]]:
+    """The modules of an MLP whose forward `feed_forward` stands for, each with the class that it must have."""
+    if type(ff.net[0]) is not GELU or ff.net[0].approximate != "tanh":
+        return []
+    return [(ff, FeedForward), (ff.net[0], GELU)]
 
 
 def _as_one(tensors: list[Tensor]) -> Tensor | None:
@@ -99,8 +113,9 @@ def _as_one(tensors: list[Tensor]) -> Tensor | None:
 def join_(layers: Iterable[torch.nn.Module]) -> bool:
     """Lay the weights of these linear layers one behind another, so that one product serves all of them.
 
-    They stay the layers' own parameters, and keep their values. Nothing is done where a layer is no plain one. Whatever
-    moves weights undoes it. Returns whether any was moved.
+    They stay the layers' own parameters, and keep their values; what lies elsewhere than before is their memory. Nothing
+    is done where a layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any
+    was moved.
     """
     layers, moved = list(layers), False
     if not all(map(is_plain, layers)):
@@ -119,10 +134,21 @@ def join_(layers: Iterable[torch.nn.Module]) -> bool:
     return moved
 
 
+def separate_(layers: Iterable[torch.nn.Module]) -> None:
+    """Undo `join_`: each weight in memory of its own again."""
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name, None) for layer in layers]
+        if any(type(x) not in (torch.nn.Parameter, Tensor) for x in parts) or _as_one(parts) is None:
+            continue
+        for x in parts:
+            with torch.inference_mode(x.is_inference()), torch.no_grad():
+                x.data = x.detach().clone()
+
+
 def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor) -> list[Tensor]:
     """[layer(x) for layer in layers]: views of one product where `join_` has joined them."""
     layers, joined = list(layers), ()
-    if not torch.compiler.is_compiling() and all(map(is_plain, layers)):
+    if not torch.compiler.is_compiling() and all(is_plain(layer, x) for layer in layers):
         joined = [_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")]
     if not joined or any(part is None for part in joined):
         return [layer(x) for layer in layers]
@@ -135,7 +161,7 @@ def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
     """
-    if is_plain(layer) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
+    if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
     return F.gelu(layer(x), approximate="tanh")
@@ -211,26 +237,22 @@ class FusedModel:
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
         attention_kwargs: dict[str, Any], runner: StepRunner,
     ):  # fmt: skip
-        super().__init__(transformer, vae, guidance, attention_kwargs)
+        super().__init__(unwrapped(transformer), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
+
+    @functools.cached_property
+    def fused_codec(self) -> Any:
+        """The codec over an autoencoder with the model's own stand-ins: made once, used by all stages of a call."""
+        return self.codec.fused()
 
     def slots(self, count: int) -> int:
         step = min(max((1 << (count - 1).bit_length()) // 16, FEWEST_SLOTS), MOST_SLOTS)
         return -(-count // step) * step
 
-    @contextlib.contextmanager
-    def _scaled(self) -> Iterator[None]:
+    def _scaled(self) -> contextlib.AbstractContextManager[None]:
         """Adapters at the caller's scale, as the transformer's own forward has them."""
-        scale = self.attention_kwargs.get("scale", 1.0)
-        if not USE_PEFT_BACKEND or scale == 1.0:
-            yield
-            return
-        scale_lora_layers(self.transformer, scale)
-        try:
-            yield
-        finally:
-            unscale_lora_layers(self.transformer, scale)
+        return scaled_adapters(self.transformer, self.attention_kwargs.get("scale", 1.0))
 
     def _kept(self, name: str, batch: int, rows: int, like: Tensor) -> list[Kept]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
@@ -240,11 +262,14 @@ class FusedModel:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))
             return list(zip(found, found))
 
+        # layers give that under autocast
+        autocast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
         if not self.fp8_cache:
-            return pairs(name, self.blocks, dim, like.dtype)
+            return pairs(name, self.blocks, dim, dtype)
         packed = pairs(name, self.blocks, dim, kv_cache.DTYPE)
         scales = pairs(f"{name}, scales", self.blocks, 1, kv_cache.SCALES)
-        [scratch] = pairs(f"{name}, of the block at work", 1, dim, like.dtype)
+        [scratch] = pairs(f"{name}, of the block at work", 1, dim, dtype)
         return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
 
     def _mixed(

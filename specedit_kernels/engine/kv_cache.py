@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,22 +51,37 @@ class PackedKV:
             pack_(packed, scale, x)
 
 
-class PackedDict(dict):
-    """A dictionary of (keys, values) that keeps them in fp8; what is read is a copy in the dtype that was stored."""
+class KVCache:
+    """Keys and values of each block of one sequence that outlive a step of the transformer's own forward.
 
-    def __setitem__(self, key: Any, pair: tuple[Tensor, Tensor]) -> None:
-        kept = [torch.empty_like(x, dtype=DTYPE) for x in pair]
-        kept += [torch.empty_like(x[..., :1], dtype=SCALES) for x in pair]
-        packed = PackedKV(kept, pair)
-        packed.store()
-        super().__setitem__(key, (packed.kept, pair[0].dtype))
+    A block's are its attention processor's `kept` while a call runs (`attention.lent`), and lie here between calls: a
+    compiled block guards on its own processor, where a table of all blocks would have it guard on the table's length.
+    packed: in fp8. pairs: of each processor keys and values [B, S, Hk, D], packed ones with their scales behind; None
+    before the first call.
+    """
 
-    def __getitem__(self, key: Any) -> tuple[Tensor, Tensor]:
-        kept, dtype = super().__getitem__(key)
+    def __init__(self, packed: bool = False):
+        self.packed = packed
+        self.pairs: list[tuple[Tensor, ...] | None] = []
+
+    def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """As a processor keeps them; `v` may be a view of more than itself, what is kept is not."""
+        if not self.packed:
+            return k, v.contiguous()
+        kept = [torch.empty_like(x, dtype=DTYPE) for x in (k, v)]
+        kept += [torch.empty_like(x[..., :1], dtype=SCALES) for x in (k, v)]
+        PackedKV(kept, (k, v)).store()
+        return tuple(kept)
+
+    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `pack` gave as keys and values: the very tensors, or, of packed ones, copies in `dtype`."""
+        if not self.packed:
+            return kept
         packed = PackedKV(kept, [torch.empty_like(x, dtype=dtype) for x in kept[:2]])
         packed.load()
         return packed.scratch
 
-    def values(self) -> list[tuple[Tensor, ...]]:
-        """Of each key what is kept: fp8 keys and values, and their scales."""
-        return [kept for kept, _ in super().values()]
+    @property
+    def bytes(self) -> int:
+        """Memory that is kept."""
+        return sum(x.numel() * x.element_size() for pair in self.pairs if pair for x in pair)

@@ -18,8 +18,8 @@ from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
 from .attention import TextWatch
-from .autoencoder import bring_in
-from .kv_cache import PackedDict
+from ._diffusers import through
+from .kv_cache import KVCache
 from .registry import codec_of
 
 
@@ -146,9 +146,14 @@ class EditModel(ABC):
         """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""
         return None
 
-    def new_cache(self) -> dict[Any, tuple[Tensor, Tensor]]:
+    def new_cache(self) -> KVCache:
         """An empty cache of an AttentionLayout."""
-        return PackedDict() if self.fp8_cache else {}
+        return KVCache(packed=self.fp8_cache)
+
+    @property
+    def least_text(self) -> int:
+        """Text tokens that a call brings at least: layers of quantised weights may not take a text of none."""
+        return int(any(type(weight) is not torch.nn.Parameter for weight in self.transformer.parameters()))
 
     def slots(self, count: int) -> int:
         """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
@@ -164,8 +169,7 @@ class EditModel(ABC):
 
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         """Bytes of the keys and values that these cached mixed layouts keep."""
-        kept = (x for layout in layouts for pair in layout.attention.cache.values() for x in pair)
-        return sum(x.numel() * x.element_size() for x in kept)
+        return sum(layout.attention.cache.bytes for layout in layouts)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
@@ -185,8 +189,7 @@ class EditModel(ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The transformer's embedding of packed tokens: [B, N, 4C] -> [B, N, width]."""
-        bring_in(self.transformer)
-        return self.embedder()(tokens)
+        return through(self.transformer, self.embedder(), tokens)
 
     def flops(self, text: Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
         """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them.

@@ -16,7 +16,6 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
 from . import stages
+from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
 from .attention import wrap_processors
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
@@ -253,12 +253,13 @@ class SpecEditMixin:
         name = config.runner
         if name == "eager":
             return None
-        reason, signature = f"{type(self).__name__} has no other", []
+        reason, signature, undo = f"{type(self).__name__} has no other", [], None
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
             arranged = kept is not None and kept.name == name and kept.watches(signature)
-            if not (reason or arranged) and self._arrange():
+            undo = None if reason or arranged else self._arrange()
+            if undo:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)
         if reason:
             self._say_once(f"runner={name!r}: steps run eagerly: {reason}")
@@ -267,16 +268,18 @@ class SpecEditMixin:
             self._free_runner()
             self._specedit_runner = StepRunner(name)
         self._specedit_runner.watch(signature)
+        if undo:
+            self._specedit_runner.undoes(undo)
         return self._specedit_runner
 
-    def _arrange(self) -> bool:
-        """Bring weights into the order in memory that a runner's steps like best. Whether any was moved."""
-        return False
+    def _arrange(self) -> Callable[[], None] | None:
+        """Bring weights into the order in memory that a runner's steps like best. What undoes it, None: none was moved."""
+        return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
         """Where a call computes. A runner's modules have no hooks, which the pipeline's own answer looks for in every
         module: that takes longer than a launch of any stage."""
-        return self._execution_device if runner is None else next(self.transformer.parameters()).device
+        return execution_device(self) if runner is None else next(self.transformer.parameters()).device
 
     def _release(self) -> None:
         """Give up all that calls keep, and undo what they did to the modules: `disable_specedit`."""
@@ -284,7 +287,7 @@ class SpecEditMixin:
 
     def _free_runner(self) -> None:
         if self._specedit_runner is not None:
-            self._specedit_runner.clear()
+            self._specedit_runner.close()
             self._specedit_runner = None
 
     def _prompts(self, call: Call) -> int:
@@ -568,7 +571,7 @@ class SpecEditMixin:
         if keep:
             pixel = pixels.shape[-2] // run.grid[0]
             alpha = stages.edit_alpha(selection.edited, run.grid, pixel, run.config.feather)
-        alpha = alpha * torch.tensor(selection.changed, device=run.device)[:, None, None, None]
+        alpha = alpha * torch.tensor(selection.changed, dtype=torch.bool, device=run.device)[:, None, None, None]
         # 8-bit levels, fp32: that is what the pictures hold, and x / 255 * 2 - 1 brings no level past its neighbour
         source = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round()
         edit = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255)
@@ -637,7 +640,7 @@ def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tens
     """
     levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
     # a tensor: a division by a number multiplies by its reciprocal
-    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, device=device)) - 1.0
+    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, dtype=torch.float32, device=device)) - 1.0
 
 
 def preprocess(
@@ -677,6 +680,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
         raise ValueError(
             "transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change"
         )
-    parallel = getattr(transformer, "_parallel_config", None)
-    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
+    caches = cache_hooks(transformer)
+    if caches:
+        raise ValueError(f"transformer: expected no cache, got {', '.join(caches)}: tensors keep one length, ours change")
+    if on_context_parallel(transformer):
         raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")

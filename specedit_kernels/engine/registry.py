@@ -11,11 +11,13 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ._diffusers import unwrapped
 
 ENTRY_POINTS = "specedit_kernels.models"
 
@@ -26,7 +28,8 @@ class Model:
 
     name: the file's stem. pipelines: {stock diffusers pipeline class: its SpecEdit class}. processors: {attention
     processor class: make(processor, transformer, its name) -> SpecEditAttnProcessor}. codecs: {autoencoder class: codec
-    class}. pre_hooks: forward pre-hooks that the model's own processors put on blocks, which no runner takes for
+    class}. replaced: {transformer class: function of a transformer that gives (module, class or classes) of everything
+    whose forward the model's fused forward stands for}; a module with another forward is run eagerly. pre_hooks: forward pre-hooks that the model's own processors put on blocks, which no runner takes for
     somebody else's. command: (model folder's settings, true_cfg_scale or None) -> options of a call, for the command.
     several_pictures: names of the stock pipelines that take further reference pictures.
     """
@@ -36,6 +39,9 @@ class Model:
     processors: Mapping[type, Callable[[Any, torch.nn.Module, str], Any]]
     codecs: Mapping[type, type]
     command: Callable[[Mapping[str, Any], float | None], dict[str, Any]]
+    replaced: Mapping[type, Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Module, Any]]]] = field(
+        default_factory=dict
+    )
     pre_hooks: tuple[Callable[..., Any], ...] = ()
     several_pictures: tuple[str, ...] = field(default=())
 
@@ -111,12 +117,19 @@ def codecs() -> dict[type, type]:
 
 
 def codec_of(vae: torch.nn.Module) -> Any:
-    """The codec of an autoencoder. TypeError for one that no model has."""
+    """The codec of an autoencoder, under torch.compile or not. TypeError for one that no model has."""
+    vae = unwrapped(vae)
     codec = _of_type("codecs", type(vae))
     if codec is None:
         names = " or ".join(sorted(kind.__name__ for kind in codecs()))
         raise TypeError(f"vae: expected {names}, got {type(vae).__name__}")
     return codec(vae)
+
+
+def replaced_by(transformer: torch.nn.Module) -> Iterable[tuple[torch.nn.Module, Any]]:
+    """(module, class or classes) of all whose forward the fused forward of a transformer's model stands for."""
+    found = _of_type("replaced", type(transformer))
+    return () if found is None else found(transformer)
 
 
 def own_pre_hooks() -> frozenset[Callable[..., Any]]:

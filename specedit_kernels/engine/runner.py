@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from . import low_rank, registry
+from ._diffusers import foreign_forward, global_hooks, hooked, on_parallel, unwrapped
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -28,13 +30,6 @@ GRAPHS = 16
 BUFFER_ROWS = 512
 
 
-def _hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
-    registry = own.get("_diffusers_hook")
-    by_library = "_hf_hook" in own or bool(registry and registry.hooks)
-    foreign = any(hook not in known for hook in own["_forward_pre_hooks"].values())
-    return by_library or foreign or any(hook is not low_rank.add_change for hook in own["_forward_hooks"].values())
-
-
 _PLAIN = (torch.nn.Parameter, Tensor)
 
 
@@ -43,14 +38,22 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
 
     The latter: where weights lie, and the numbers that adapters (PEFT) multiply by. One pass, since a run waits for it.
     """
-    if getattr(transformer, "_parallel_config", None) is not None:
+    transformer, vae = unwrapped(transformer), unwrapped(vae)
+    if on_parallel(transformer):
         return "the transformer is parallelised", []
+    if global_hooks():
+        return "torch has hooks for all modules, which it would leave out", []
+    for module, kind in registry.replaced_by(transformer):
+        if foreign_forward(module, kind):
+            return f"a {type(module).__name__} has a forward that is not its model's, which it would leave out", []
     found: list[Hashable] = []
-    devices, known = set(), registry.own_pre_hooks()
+    devices, known = set(), registry.own_pre_hooks() | {low_rank.add_change}
     for module in (*transformer.modules(), *vae.modules()):
         own = vars(module)  # a module looks for what it does not have for long
-        if _hooked(own, known):
+        if hooked(own, known):
             return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
+        if "forward" in own and foreign_forward(module):
+            return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
         if name == "fused":
             continue
         found.append(type(module))
@@ -140,6 +143,7 @@ class StepRunner:
         self._pool_bytes = 0
         self._buffers: dict[str, list[Tensor]] = {}
         self._signature: list[Hashable] | None = None
+        self._undo: weakref.finalize | None = None
 
     @property
     def mode(self) -> str:
@@ -165,6 +169,19 @@ class StepRunner:
         if signature != self._signature:
             self.clear()
         self._signature = signature
+
+    def undoes(self, undo: Callable[[], None]) -> None:
+        """What puts weights back that were moved for this runner: called by `close`, or when the runner is freed."""
+        if self._undo is not None:
+            self._undo.detach()
+        self._undo = weakref.finalize(self, undo)
+        self._undo.atexit = False
+
+    def close(self) -> None:
+        """`clear`, and put weights back that were moved."""
+        self.clear()
+        if self._undo is not None:
+            self._undo()
 
     def clear(self) -> None:
         """Free the graphs and their pool, and the buffers."""

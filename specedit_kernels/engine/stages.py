@@ -590,7 +590,7 @@ def keep_unchanged(run: Run, clean: Tensor, selection: Selection) -> Tensor:
     """Clean latents, but the source's in samples where nothing changes."""
     if all(selection.changed):
         return clean
-    changed = torch.tensor(selection.changed, device=run.device)[:, None, None, None]
+    changed = torch.tensor(selection.changed, dtype=torch.bool, device=run.device)[:, None, None, None]
     return torch.where(changed, clean, run.source)
 
 

@@ -187,7 +187,7 @@ class FlashEditMixin(SpecEditMixin):
     def _one_step(self, run: Run, user_mask: Tensor | None) -> tuple[Tensor, Selection, Tensor | None]:
         config, clock, source_text = run.config, run.clock, run.source_text
         # of the draft and of the edit
-        [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, device=run.device))
+        [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
         scores = mass = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
@@ -223,8 +223,8 @@ class FlashEditMixin(SpecEditMixin):
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
         clean = flash_stages.one_step_edit(run, moment, source_text, noise, selection, reach, words, shield)
-        run.on_start(torch.full((), 1000.0, device=run.device))
-        tokens = run.on_step(0, torch.full((), 1000.0, device=run.device), pack(clean))
+        run.on_start(torch.full((), 1000.0, dtype=torch.float32, device=run.device))
+        tokens = run.on_step(0, torch.full((), 1000.0, dtype=torch.float32, device=run.device), pack(clean))
         run.step = 1
         clock.mark("edit")
         return stages.keep_unchanged(run, unpack(tokens, run.grid), selection), selection, scores

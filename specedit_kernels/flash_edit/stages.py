@@ -167,7 +167,7 @@ def one_step_edit(
     if shield:
         first = min(model.slots(max(sequence.counts)), capacity)
         branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *heard)
-        [source_moment] = model.moments(source_text, torch.full((1,), 1000.0, device=run.device))
+        [source_moment] = model.moments(source_text, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
         rebuilt = tokens - model.velocity(source_text, tokens, source_moment, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)

@@ -30,12 +30,14 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformer2DModel,
     FluxTransformerBlock,
 )
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from torch import Tensor
 
 from .. import ops
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
-from ..engine.autoencoder import KLCodec, in_few_launches
+from ..engine._diffusers import unwrapped
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fused import (
     FusedLayout,
     FusedModel,
@@ -49,6 +51,8 @@ from ..engine.fused import (
     linear_of_each,
     places,
     renew,
+    replaced_of_feed_forward,
+    separate_,
     watched_mass,
 )
 from ..engine.low_rank import active_serial
@@ -82,6 +86,32 @@ def modulation(
     return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
 
 
+def replaced(transformer: FluxTransformer2DModel) -> Iterable[tuple[torch.nn.Module, type]]:
+    """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
+    linear layers too, where they are more than a weight and a bias."""
+    yield transformer, FluxTransformer2DModel
+    for block in transformer.transformer_blocks:
+        yield block, FluxTransformerBlock
+        yield block.attn, FluxAttention
+        for norm in (block.norm1, block.norm1_context):
+            yield from ((norm, AdaLayerNormZero), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
+        for norm in (block.norm2, block.norm2_context):
+            yield norm, torch.nn.LayerNorm
+        for norm in (block.attn.norm_q, block.attn.norm_k, block.attn.norm_added_q, block.attn.norm_added_k):
+            yield norm, torch.nn.RMSNorm
+        for ff in (block.ff, block.ff_context):
+            yield from replaced_of_feed_forward(ff)
+    for block in transformer.single_transformer_blocks:
+        yield block, FluxSingleTransformerBlock
+        yield block.attn, FluxAttention
+        yield block.norm, AdaLayerNormZeroSingle
+        yield from ((block.norm.silu, torch.nn.SiLU), (block.norm.norm, torch.nn.LayerNorm))
+        yield from ((block.attn.norm_q, torch.nn.RMSNorm), (block.attn.norm_k, torch.nn.RMSNorm))
+        yield block.act_mlp, torch.nn.GELU
+    norm = transformer.norm_out
+    yield from ((norm, AdaLayerNormContinuous), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
+
+
 def _projections(attn: FluxAttention, text: bool = False) -> tuple[torch.nn.Module, ...]:
     """The layers of q, k and v of image tokens, or of text in a double block."""
     return (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
@@ -89,9 +119,19 @@ def _projections(attn: FluxAttention, text: bool = False) -> tuple[torch.nn.Modu
 
 def join_projections_(transformer: FluxTransformer2DModel) -> bool:
     """`fused.join_` the layers of each q, k and v. Returns whether any weight was moved."""
+    return any([join_(layers) for layers in _joinable(transformer)])
+
+
+def separate_projections_(transformer: FluxTransformer2DModel) -> None:
+    """Undo `join_projections_`."""
+    for layers in _joinable(transformer):
+        separate_(layers)
+
+
+def _joinable(transformer: FluxTransformer2DModel) -> list[tuple[torch.nn.Module, ...]]:
     attentions = [(block.attn, text) for block in transformer.transformer_blocks for text in (False, True)]
     attentions += [(block.attn, False) for block in transformer.single_transformer_blocks]
-    return any([join_(_projections(*each)) for each in attentions if not each[0].fused_projections])
+    return [_projections(*each) for each in attentions if not each[0].fused_projections]
 
 
 def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
@@ -105,7 +145,7 @@ def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]
 
 def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
-    if not is_plain(layer) or active_serial():
+    if not is_plain(layer, a) or active_serial():
         return layer(torch.cat([a, b], dim=-1))
     at = a.shape[-1]
     y = F.linear(a, layer.weight[:, :at], layer.bias)
@@ -256,7 +296,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
                 tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
             words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
-        out = joint_attention(attn, words, (q, k, v), layout)
+        out = joint_attention(self, words, (q, k, v), layout)
         if encoder_hidden_states is None:
             return out
         length = encoder_hidden_states.shape[1]
@@ -326,24 +366,26 @@ class FluxKontextModel(EditModel):
     def first_layout(
         self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
     ) -> FluxLayout:
-        return FluxLayout(layout.ids[:first], layout.attention.of_first(text.embeds.shape[1], first, lock_text))
+        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        return FluxLayout(layout.ids[:first], made)
 
     def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        return self.transformer(
-            hidden_states=tokens,
-            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
-            guidance=self.guidance,
-            pooled_projections=text.pooled,
-            encoder_hidden_states=text.embeds[:, start:],
-            txt_ids=text.text_ids[start:],
-            img_ids=layout.ids,
-            joint_attention_kwargs=kwargs or None,
-            return_dict=False,
-        )[0]
+        with lent(self.transformer, layout.attention):
+            return self.transformer(
+                hidden_states=tokens,
+                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                guidance=self.guidance,
+                pooled_projections=text.pooled,
+                encoder_hidden_states=text.embeds[:, start:],
+                txt_ids=text.text_ids[start:],
+                img_ids=layout.ids,
+                joint_attention_kwargs=kwargs or None,
+                return_dict=False,
+            )[0]
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         return negative + scale * (positive - negative)
@@ -447,19 +489,19 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             [layout.watch.mass] = seen
         return found
 
-    def _with_vae(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _with_vae(self, name: str, x: Tensor) -> Tensor:
         vae = self.codec.vae
 
         def run(x: Tensor) -> Tensor:
-            return in_few_launches(vae, function, x)
+            return getattr(self.fused_codec, name)(in_channels_last(x))
 
         return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._with_vae("encode", self.codec.encode, pixels)
+        return self._with_vae("encode", pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._with_vae("decode", self.codec.decode, latents)
+        return self._with_vae("decode", latents)
 
 
 class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
@@ -512,12 +554,13 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
         parts = (self.transformer, self.vae, guidance, attention_kwargs)
         return FluxKontextModel(*parts) if runner is None else FusedFluxModel(*parts, runner)
 
-    def _arrange(self) -> bool:
+    def _arrange(self) -> Callable[[], None] | None:
         # elsewhere nothing is gained, and weights that are a file's own pages would be copied
-        moved = self.transformer.device.type == "cuda" and join_projections_(self.transformer)
-        if moved:
-            torch.cuda.empty_cache()  # the former places are too small for the new ones
-        return moved
+        transformer = unwrapped(self.transformer)
+        if transformer.device.type != "cuda" or not join_projections_(transformer):
+            return None
+        torch.cuda.empty_cache()  # the former places are too small for the new ones
+        return functools.partial(separate_projections_, transformer)
 
     def _size(self, call: Call) -> tuple[int, int]:
         """By FluxKontextPipeline's rules, in whole blocks; the source's ratio where none is given."""
@@ -560,6 +603,7 @@ register(
         pipelines={FluxKontextPipeline: SpecEditFluxKontextPipeline},
         processors={FluxAttnProcessor: SpecEditFluxAttnProcessor},
         codecs={AutoencoderKL: KLCodec},
+        replaced={FluxTransformer2DModel: replaced},
         command=_command,
     )
 )

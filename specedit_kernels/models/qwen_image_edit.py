@@ -16,11 +16,11 @@ are those of QwenImageTransformer2DModel.forward but for rounding.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,12 +36,14 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenImageTransformer2DModel,
     QwenImageTransformerBlock,
 )
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
 from .. import ops
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention
-from ..engine.autoencoder import bring_in, decoder_features
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine._diffusers import foreign_forward, mirrored, through
+from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
     FusedLayout,
     FusedModel,
@@ -52,6 +54,7 @@ from ..engine.fused import (
     linear_of_each,
     places,
     renew,
+    replaced_of_feed_forward,
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
@@ -70,26 +73,23 @@ logger = logging.getLogger("specedit_kernels")
 THRESHOLDS: dict[tuple[str, str, str], tuple[float, float]] = {("decoder", "matched", "coarse"): (0.03, 0.4)}
 
 
-def one_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+def lone_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """The convolution's forward, which computes a lone frame in two dimensions: before it there are zeros alone, so of
     each kernel the last slice is all that counts, a third of the work."""
     if x.shape[2] != 1 or cache_x is not None:
-        return type(conv).forward(conv, x, cache_x)
+        return QwenImageCausalConv3d.forward(conv, x, cache_x)
     padding = (conv._padding[2], conv._padding[0])
     return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
 
 
-@contextlib.contextmanager
-def lone_frames(vae: torch.nn.Module) -> Iterator[None]:
-    """Within it `one_frame` serves the causal convolutions of an AutoencoderKLQwenImage."""
-    convs = [m for m in vae.modules() if isinstance(m, QwenImageCausalConv3d) and "forward" not in vars(m)]
-    try:
-        for conv in convs:
-            conv.forward = partial(one_frame, conv)
-        yield
-    finally:
-        for conv in convs:
-            vars(conv).pop("forward", None)
+def with_lone_frames(vae: torch.nn.Module) -> torch.nn.Module:
+    """The same AutoencoderKLQwenImage, a tree of modules of its own over the same weights, whose causal convolutions
+    compute lone frames in two dimensions."""
+    twin = mirrored(vae)
+    for conv in twin.modules():
+        if isinstance(conv, QwenImageCausalConv3d) and not foreign_forward(conv, QwenImageCausalConv3d):
+            conv.forward = partial(lone_frame, conv)
+    return twin
 
 
 class QwenCodec:
@@ -106,7 +106,7 @@ class QwenCodec:
     def _channels(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.device, like.dtype)
         if key not in self._brought:  # once: the copy waits for all that the device was given before
-            values = torch.tensor(self.vae.config[name]).view(1, -1, 1, 1, 1)
+            values = torch.tensor(self.vae.config[name], dtype=torch.float32).view(1, -1, 1, 1, 1)
             self._brought[key] = values.to(like.device, like.dtype)
         return self._brought[key]
 
@@ -143,9 +143,37 @@ class QwenCodec:
 
         A first frame sees zeros before it, so the layers need no cache of earlier frames.
         """
-        bring_in(self.vae)
-        x = self.vae.post_quant_conv(self.unscaled(latents))
-        return [f[:, :, 0] for f in decoder_features(self.vae.decoder, x)]
+
+        def run(x: Tensor) -> list[Tensor]:
+            return [f[:, :, 0] for f in decoder_features(self.vae.decoder, self.vae.post_quant_conv(x))]
+
+        return through(self.vae, run, self.unscaled(latents))
+
+    def fused(self) -> QwenCodec:
+        """The same codec with lone frames computed in two dimensions, `with_lone_frames`."""
+        codec = copy.copy(self)
+        codec.vae = with_lone_frames(self.vae)
+        return codec
+
+
+def replaced(transformer: QwenImageTransformer2DModel) -> Iterable[tuple[torch.nn.Module, type | tuple[type, ...]]]:
+    """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
+    linear layers too, where they are more than a weight and a bias."""
+    norms = (torch.nn.RMSNorm, RMSNorm)
+    yield transformer, QwenImageTransformer2DModel
+    for block in transformer.transformer_blocks:
+        attn = block.attn
+        yield from ((block, QwenImageTransformerBlock), (attn, Attention))
+        for modulate in (block.img_mod, block.txt_mod):
+            yield from ((modulate, torch.nn.Sequential), (modulate[0], torch.nn.SiLU))
+        for norm in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2):
+            yield norm, torch.nn.LayerNorm
+        for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
+            yield norm, norms
+        for ff in (block.img_mlp, block.txt_mlp):
+            yield from replaced_of_feed_forward(ff)
+    norm = transformer.norm_out
+    yield from ((norm, AdaLayerNormContinuous), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
 
 
 def modulation(transformer: QwenImageTransformer2DModel, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +325,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         )  # fmt: skip
         norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         q, k, tq, tk = (x if norm is None else norm(x) for norm, x in zip(norms, (q, k, tq, tk)))
-        out = joint_attention(attn, (tq, tk, tv), (q, k, v), specedit_layout)
+        out = joint_attention(self, (tq, tk, tv), (q, k, v), specedit_layout)
         length = text.shape[1]
         image = attn.to_out[0](out[:, length:].contiguous())
         if len(attn.to_out) > 1:
@@ -427,24 +455,26 @@ class QwenImageEditModel(EditModel):
     def first_layout(
         self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
     ) -> QwenLayout:
-        return replace(layout, attention=layout.attention.of_first(text.embeds.shape[1], first, lock_text))
+        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        return replace(layout, attention=made)
 
     def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        return self.transformer(
-            hidden_states=tokens,
-            timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
-            guidance=self.guidance,
-            # in a mixed sequence the key bias holds the mask
-            encoder_hidden_states_mask=text.mask if layout.attention is None else None,
-            encoder_hidden_states=text.embeds[:, start:],
-            img_shapes=[list(layout.shapes)] * tokens.shape[0],
-            attention_kwargs=kwargs,
-            return_dict=False,
-        )[0]
+        with lent(self.transformer, layout.attention):
+            return self.transformer(
+                hidden_states=tokens,
+                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                guidance=self.guidance,
+                # in a mixed sequence the key bias holds the mask
+                encoder_hidden_states_mask=text.mask if layout.attention is None else None,
+                encoder_hidden_states=text.embeds[:, start:],
+                img_shapes=[list(layout.shapes)] * tokens.shape[0],
+                attention_kwargs=kwargs,
+                return_dict=False,
+            )[0]
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Guidance with each token's velocity brought back to the length of its conditional one."""
@@ -544,21 +574,21 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
                self.attention_kwargs.get("scale"), rows)  # fmt: skip
         return self.runner(tag, step, inputs, layout.buffers)
 
-    def _with_vae(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _with_vae(self, name: str, x: Tensor) -> Tensor:
         vae = self.codec.vae
 
         def run(x: Tensor) -> Tensor:
-            with lone_frames(vae):
-                return function(x)
+            return getattr(self.fused_codec, name)(x)
 
         # scaling stays outside: its numbers come from the host on every call
         return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.codec.scaled(self._with_vae("encode", self.codec.mode, pixels))
+        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
+        return self.codec.scaled(self._with_vae("mode", pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._with_vae("decode", self.codec.pixels, self.codec.unscaled(latents))
+        return self._with_vae("pixels", self.codec.unscaled(latents))
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
@@ -707,6 +737,7 @@ register(
         },
         processors={QwenDoubleStreamAttnProcessor2_0: SpecEditQwenAttnProcessor},
         codecs={AutoencoderKLQwenImage: QwenCodec},
+        replaced={QwenImageTransformer2DModel: replaced},
         command=_command,
         pre_hooks=(own_modulation,),
         several_pictures=("QwenImageEditPlusPipeline",),

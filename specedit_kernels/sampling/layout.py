@@ -170,7 +170,7 @@ def table_key_bias(
     others, coarse_others: fine grids of further pictures, and whether they are coarse.
     """
     blocks = math.prod(coarse_grid(grid))
-    half = torch.zeros(blocks * (CHILDREN + 1), device=device)
+    half = torch.zeros(blocks * (CHILDREN + 1), dtype=torch.float32, device=device)
     half[blocks * CHILDREN :] = math.log(CHILDREN)
     rows = sum(picture_rows(g, coarse_others) for g in others)
     return torch.cat([half, half, half.new_full((rows,), math.log(CHILDREN) if coarse_others else 0.0)])

@@ -24,8 +24,8 @@ class LowRankLinear(torch.nn.Linear):
         super().__init__(inner, out, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         device = layer.weight.device
-        self.down = torch.nn.Parameter(torch.randn(rank, inner, device=device) / inner**0.5)
-        self.up = torch.nn.Parameter(torch.zeros(out, rank, device=device))
+        self.down = torch.nn.Parameter(torch.randn(rank, inner, dtype=torch.float32, device=device) / inner**0.5)
+        self.up = torch.nn.Parameter(torch.zeros(out, rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight + (self.up @ self.down).to(self.weight.dtype), self.bias)
