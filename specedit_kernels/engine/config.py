@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from ..sampling.schedule import split_steps
 
@@ -27,14 +28,23 @@ LIGHTNING_SCHEDULE = {
     "time_shift_type": "exponential",
 }
 
+# What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has it:
+# every mixed step computes its whole sequence, and the last steps compute all tokens.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": dict(preset=9, finish="locked", kv_refresh=9),
+    "balanced": dict(preset=9, finish="locked", kv_refresh="bracket"),
+    "best": dict(preset=18, finish="locked", kv_refresh="bracket"),
+    "paper": dict(preset=9, finish="full", kv_refresh=1),
+}
 DRAFTS = ("coarse", "quarter", "full_step")
 FINISHES = ("full", "locked")
 UNSELECTED = ("source", "coarse")
 METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
+BRACKET = "bracket"
 KV_CACHE_DTYPES = ("auto", "fp8")
-RUNNERS = ("eager", "fused", "graph", "compile")
+RUNNERS = ("auto", "eager", "fused", "graph", "compile")
 
 # draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
 # the "coarse" one alone so far.
@@ -107,7 +117,8 @@ class EditConfig:
     kv_cache_dtype: how keys and values that outlive a step are kept. "auto": as the model computes. "fp8": e4m3 and a
         scale for each token and head, half the memory; a step converts those of one layer at a time.
     selection: "score", or a control at an equal number of blocks: "random" or "uniform".
-    runner: how the transformer's steps run. "eager": its own forward; the default on every device, since its numbers
+    runner: how the transformer's steps run. "auto": "graph" where it is possible, else "fused" for quantised weights on
+        a CUDA device, else "eager"; `stats.runner_reason` says why. "eager": the transformer's own forward; its numbers
         are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused":
         the same modules in about a third of the launches, and the autoencoder's norms by an op (FLUX) or its causal
         convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches of guidance run as one batch
@@ -126,7 +137,7 @@ class EditConfig:
     coarse_references: bool = False
     kv_cache_dtype: str = "auto"
     selection: str = "score"
-    runner: str = "eager"
+    runner: str = "auto"
 
     def __post_init__(self):
         _one_of("preserve", self.preserve, (None, "pixels"))
@@ -159,6 +170,8 @@ class EditConfig:
 class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
+    quality: sets preset, finish and kv_refresh where they are None: "fast", "balanced", "best", or "paper", SpecEdit as
+        its paper has it. QUALITIES has the values, docs/choose.md what each costs.
     preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9, and 8 or 4 for step-distilled
         weights. A separate draft is counted apart.
     stages: (coarse, mixed, full) step counts in place of the preset's.
@@ -185,8 +198,11 @@ class SpecEditConfig(EditConfig):
     key_bias: weigh a coarse key by the four fine ones it stands for.
     coarse_condition: condition tokens outside the edit are coarse too.
     kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
-        between compute the text and the edited tokens alone, over those. 1: every step computes all. More needs
-        tokens outside the edit that follow the source: not with finish="full" and unselected="coarse".
+        between compute the text and the edited tokens alone, over those. 1: every step computes all. "bracket": the
+        first mixed step does so, then the whole sequence is computed once more at the last mixed step's noise level,
+        which it reaches in one step; the tokens that are not recomputed then have keys and values between those two, by
+        the level of each step. All but 1 needs tokens outside the edit that follow the source: not with finish="full"
+        and unselected="coarse", where the default is 1.
     lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step. The
         text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
     draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
@@ -194,11 +210,12 @@ class SpecEditConfig(EditConfig):
     All else: EditConfig.
     """
 
-    preset: int = 9
+    quality: str = "balanced"
+    preset: int | None = None
     stages: tuple[int, int, int] | None = None
     draft: str = "coarse"
     draft_steps: int = 8
-    finish: str = "full"
+    finish: str | None = None
     unselected: str = "source"
     metric: str = "decoder"
     reference: str = "matched"
@@ -206,23 +223,29 @@ class SpecEditConfig(EditConfig):
     relative: float | None = None
     key_bias: bool = True
     coarse_condition: bool = True
-    kv_refresh: int = 1
+    kv_refresh: int | str | None = None
     lock_text: bool = False
     draft_guidance: bool = True
 
     def __post_init__(self):
         super().__post_init__()
+        _one_of("quality", self.quality, tuple(QUALITIES))
+        _one_of("unselected", self.unselected, UNSELECTED)
+        for name, value in QUALITIES[self.quality].items():
+            if getattr(self, name) is None:
+                follows = name != "kv_refresh" or self.finish == "locked" or self.unselected == "source"
+                object.__setattr__(self, name, value if follows else 1)
         _one_of("preset", self.preset, tuple(PRESETS))
         _one_of("draft", self.draft, DRAFTS)
         _one_of("finish", self.finish, FINISHES)
-        _one_of("unselected", self.unselected, UNSELECTED)
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _integer("draft_steps", self.draft_steps, 1)
-        _integer("kv_refresh", self.kv_refresh, 1)
-        if self.kv_refresh > 1 and self.finish == "full" and self.unselected == "coarse":
+        if self.kv_refresh != BRACKET:
+            _integer("kv_refresh", self.kv_refresh, 1)
+        if self.kv_refresh != 1 and self.finish == "full" and self.unselected == "coarse":
             raise ValueError(
-                f"kv_refresh: expected 1 with finish='full' and unselected='coarse', got {self.kv_refresh}"
+                f"kv_refresh: expected 1 with finish='full' and unselected='coarse', got {self.kv_refresh!r}"
             )
         if self.threshold is not None:
             _number("threshold", self.threshold, float("-inf"), float("inf"))

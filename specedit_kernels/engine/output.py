@@ -47,7 +47,7 @@ class SpecEditStats:
     noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
     of the source's latents (BG-Shield), or None.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
-    runner: what ran the transformer's steps. captures: CUDA graphs that this run had to capture. graph_bytes: device
+    runner: what ran the transformer's steps; runner_reason: why no faster one, "" where there is none. captures: CUDA graphs that this run had to capture. graph_bytes: device
     memory of all graphs that the pipeline keeps; kv_cache_bytes: of the keys and values that the mixed steps kept.
     """
 
@@ -66,6 +66,7 @@ class SpecEditStats:
     seconds: dict[str, float] = field(default_factory=dict)
     backend: str | None = None
     runner: str = "eager"
+    runner_reason: str = ""
     captures: int = 0
     graph_bytes: int = 0
     kv_cache_bytes: int = 0

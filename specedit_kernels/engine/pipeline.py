@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..images.masks import token_mask
@@ -82,7 +84,8 @@ class SpecEditMixin:
 
     A call takes the stock pipeline's arguments and those of ARGUMENTS. What a model's class says:
 
-    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the class of a call's options. ARGUMENTS: {name: default} of further
+    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the
+    class of a call's options. ARGUMENTS: {name: default} of further
     arguments of its calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
     prefix `negative_`. KWARGS: the stock argument that is given to each attention processor. UNSUPPORTED: flags of the
     transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE: whether
@@ -103,6 +106,7 @@ class SpecEditMixin:
     _specedit_default: EditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
     _specedit_runner: StepRunner | None = None
+    _runner_reason: str = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -191,7 +195,8 @@ class SpecEditMixin:
         pixels, references = self._pictures(call, device)
         guidance = self._guidance(call, device, texts["positive"].embeds.shape[0])
         model = self._model(runner, guidance, attention_kwargs)
-        return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
+        with contextlib.nullcontext() if runner is None else runner.lock:
+            return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
 
     @classmethod
     def _own_arguments(cls) -> set[str]:
@@ -250,7 +255,10 @@ class SpecEditMixin:
 
     def _runner(self, config: EditConfig) -> StepRunner | None:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
-        name = config.runner
+        name, why = config.runner, ""
+        if name == "auto":
+            name, why = self._fastest_runner()
+        self._runner_reason = why
         if name == "eager":
             return None
         reason, signature, undo = f"{type(self).__name__} has no other", [], None
@@ -263,6 +271,7 @@ class SpecEditMixin:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)
         if reason:
             self._say_once(f"runner={name!r}: steps run eagerly: {reason}")
+            self._runner_reason = reason
             return None
         if self._specedit_runner is None or self._specedit_runner.name != name:
             self._free_runner()
@@ -271,6 +280,21 @@ class SpecEditMixin:
         if undo:
             self._specedit_runner.undoes(undo)
         return self._specedit_runner
+
+    def _fastest_runner(self) -> tuple[str, str]:
+        """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
+        if "graph" not in self.RUNNERS:
+            return "eager", f"{type(self).__name__} has no other"
+        if self.transformer.device.type != "cuda":
+            return "eager", "graphs need a CUDA device"
+        reason, _ = inspect_weights("graph", self.transformer, self.vae)
+        if not reason:
+            return "graph", ""
+        # without graphs the host's launches bound a step, and only products of quantised weights gain by fewer of them
+        quantised = any(is_traceable_wrapper_subclass(x) for x in self.transformer.parameters())
+        if quantised and not inspect_weights("fused", self.transformer, self.vae)[0]:
+            return "fused", reason
+        return "eager", reason
 
     def _arrange(self) -> Callable[[], None] | None:
         """Bring weights into the order in memory that a runner's steps like best. What undoes it, None: none was moved."""
@@ -429,6 +453,7 @@ class SpecEditMixin:
         if runner is None:  # which leaves modules with hooks alone
             self.maybe_free_model_hooks()
         run.stats.seconds = clock.seconds()
+        run.stats.runner_reason = self._runner_reason
         if runner:
             run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
             run.stats.captures = runner.captures - captures

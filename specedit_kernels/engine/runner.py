@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import logging
 import weakref
 from collections import OrderedDict
@@ -143,6 +144,8 @@ class StepRunner:
         self._pool_bytes = 0
         self._buffers: dict[str, list[Tensor]] = {}
         self._signature: list[Hashable] | None = None
+        # held for a whole call: its steps share buffers and graphs
+        self.lock = threading.RLock()
         self._undo: weakref.finalize | None = None
 
     @property
