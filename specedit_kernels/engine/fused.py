@@ -85,9 +85,11 @@ def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
     """
-    plain = type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
-    if not plain or x is None:
-        return plain
+    plain = type(layer) is torch.nn.Linear and layer.bias is not None
+    if not plain or is_traceable_wrapper_subclass(layer.weight):
+        return False
+    if x is None:
+        return True
     return x.dtype == layer.weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -113,9 +115,8 @@ def _as_one(tensors: list[Tensor]) -> Tensor | None:
 def join_(layers: Iterable[torch.nn.Module]) -> bool:
     """Lay the weights of these linear layers one behind another, so that one product serves all of them.
 
-    They stay the layers' own parameters, and keep their values; what lies elsewhere than before is their memory. Nothing
-    is done where a layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any
-    was moved.
+    They stay the layers' own parameters, and keep their values; their memory alone is another. Nothing is done where a
+    layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any was moved.
     """
     layers, moved = list(layers), False
     if not all(map(is_plain, layers)):
