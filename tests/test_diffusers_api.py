@@ -51,11 +51,12 @@ def relied_on():
             group_offloading, "LazyPrefetchGroupOffloadingHook"
         ),
         "a parallelised transformer has _parallel_config": all(
-            getattr(kind, "_parallel_config", 0) is None for kind in (FluxTransformer2DModel, QwenImageTransformer2DModel)
+            getattr(kind, "_parallel_config", 0) is None
+            for kind in (FluxTransformer2DModel, QwenImageTransformer2DModel)
         ),
         "torch.compile(module) keeps the module in _orig_mod": torch.compile(layer)._orig_mod is layer,
         "module.compile() keeps what is called in _compiled_call_impl": layer._compiled_call_impl is None,
-        "modules are called by _wrapped_call_impl alone": torch.nn.Module.__call__ is torch.nn.Module._wrapped_call_impl,
+        "modules are called by _wrapped_call_impl": torch.nn.Module.__call__ is torch.nn.Module._wrapped_call_impl,
         "torch has hooks for all modules": all(
             hasattr(torch.nn.modules.module, n) for n in ("_global_forward_hooks", "_global_forward_pre_hooks")
         ),

@@ -40,7 +40,8 @@ def settings():
             }
             for title, (options, call) in more.items():
                 options = options | dict(runner=runner)
-                found[f"{family} {runner} {title}"] = (f"SpecEdit{name}Pipeline", folder, "SpecEditConfig", options, call)
+                kind = f"SpecEdit{name}Pipeline"
+                found[f"{family} {runner} {title}"] = (kind, folder, "SpecEditConfig", options, call)
         for runner in ("eager", "fused") if family == "flux" else ("eager",):
             for title, options in {"": {}, " without shield": dict(bg_shield=False), " inversion": dict(
                 method="inversion", steps=1)}.items():  # fmt: skip
@@ -99,7 +100,8 @@ def main():
         parser.error(f"expected two checkouts, got {len(args.checkouts)}")
     results = []
     for checkout in args.checkouts:
-        command = [sys.executable, str(Path(__file__).resolve()), "--one", "--side", str(args.side), "--only", args.only]
+        command = [sys.executable, str(Path(__file__).resolve()), "--one"]
+        command += ["--side", str(args.side), "--only", args.only]
         environment = os.environ | {"PYTHONPATH": str(Path(checkout).resolve()), "CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results.append(dict(json.loads(line) for line in run.stdout.splitlines()))

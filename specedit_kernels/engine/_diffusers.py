@@ -65,7 +65,7 @@ def _hooks(module: torch.nn.Module) -> list[Any]:
 
 
 def hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
-    """Whether a module, `own` its vars, has hooks about its forward: the libraries', or torch's that are not `known`."""
+    """Whether a module, `own` its vars, has hooks about its forward: a library's, or torch's that are not `known`."""
     registry = own.get("_diffusers_hook")
     by_library = own.get("_hf_hook") is not None or bool(registry and registry.hooks)
     of_torch = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
@@ -73,7 +73,7 @@ def hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
 
 
 def cache_hooks(transformer: torch.nn.Module) -> list[str]:
-    """Names of the hooks in a transformer that answer for a forward (caches of steps): each has its own `new_forward`."""
+    """Names of the hooks in a transformer that answer for a forward (caches of steps): they have a `new_forward`."""
     hooks = (h for m in transformer.modules() if "_diffusers_hook" in vars(m) for h in _hooks(m))
     return sorted({type(hook).__name__ for hook in hooks if callable(getattr(hook, "new_forward", None))})
 
@@ -144,7 +144,7 @@ def mirrored(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Within it adapters (PEFT) are scaled, as the transformer's own forward has them. Their scales come back exactly."""
+    """Within it adapters (PEFT) are scaled, as the transformer's own forward has them; then their scales are as before."""
     if not USE_PEFT_BACKEND or scale == 1.0:
         yield
         return

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (registers torch.ops.specedit)
+from .. import ops
 from . import registry
 from ._diffusers import unwrapped
 from .kv_cache import KVCache
@@ -139,13 +139,13 @@ def joint_attention(
     elif layout.cache is not None:
         processor.kept = layout.cache.pack(k, v)
     if layout.region is not None:
-        return sparse_text_attention(q, k, v, layout, queries).flatten(2, 3)
-    out, lse = torch.ops.specedit.mixed_res_attn(
-        q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths
-    )
+        return attend_by_region(
+            q, k, v, layout.region, layout.text_mask, key_bias=layout.key_bias, queries=queries, keys=layout.lengths
+        ).flatten(2)  # fmt: skip
+    out, lse = ops.mixed_res_attn(q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths)
     if processor.watch is not None:
         processor.watch.see(q, k, lse)
-    return out.flatten(2, 3)
+    return out.flatten(2)
 
 
 def over_another_text(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> Tensor:
@@ -157,26 +157,28 @@ def over_another_text(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> T
     return torch.cat([fresh[:, :text], own, image[:, count:]], dim=1)
 
 
-def sparse_text_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, queries: Tensor | None) -> Tensor:
+def attend_by_region(
+    q: Tensor, k: Tensor, v: Tensor, region: Tensor, text_mask: Tensor, *, text_at: int = 0,
+    key_bias: Tensor | None = None, queries: Tensor | None = None, keys: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Joint attention whose image -> text part is sparse (SSCA, FlashEdit, arXiv 2509.22244): [B, Sq, H, D].
 
     Image -> image is dense, image -> text goes by the slots' regions, and merge_attn makes one softmax of the two; text
-    attends to everything. queries: int32 [B], used slots of q, or None where all are.
+    attends to everything. q: text first. text_at: the key of the first text token, 0 or behind those of the image.
+    key_bias, queries, keys: key_bias, q_lens and kv_lens of mixed_res_attn, the last two with the text; None: no bias,
+    all slots in use.
     """
-    attend, length = torch.ops.specedit.mixed_res_attn, layout.text_mask.shape[-1]
-    keys, bias = layout.lengths, layout.key_bias
-    words, _ = attend(q[:, :length], k, v, key_bias=bias, kv_lens=keys)
-    picture = attend(
-        q[:, length:], k[:, length:], v[:, length:],
-        key_bias=None if bias is None else bias[:, length:].contiguous(),
-        q_lens=None if queries is None else queries - length,
-        kv_lens=None if keys is None else keys - length,
+    n = text_mask.shape[-1]
+    text, image = slice(text_at, text_at + n), slice(0, text_at) if text_at else slice(n, None)
+    words = ops.mixed_res_attn(q[:, :n], k, v, key_bias=key_bias, kv_lens=keys)[0]
+    picture = ops.mixed_res_attn(
+        q[:, n:], k[:, image], v[:, image],
+        key_bias=None if key_bias is None else key_bias[:, image].contiguous(),
+        q_lens=None if queries is None else queries - n,
+        kv_lens=None if keys is None else keys - n,
     )  # fmt: skip
-    text = torch.ops.specedit.sparse_cross_attn(
-        q[:, length:], k[:, :length], v[:, :length], layout.region, layout.text_mask
-    )
-    out, _ = torch.ops.specedit.merge_attn(*picture, *text)
-    return torch.cat([words, out], dim=1)
+    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], region, text_mask)
+    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
 
 
 class SpecEditAttnProcessor:

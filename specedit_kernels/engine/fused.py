@@ -20,7 +20,7 @@ from .. import ops
 from ..sampling.layout import SequenceLayout
 from . import kv_cache
 from ._diffusers import scaled_adapters, unwrapped
-from .attention import AttentionLayout, TextWatch, text_mass
+from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .kv_cache import PackedKV
 from .low_rank import active_serial, changed
 from .model import Text
@@ -85,9 +85,11 @@ def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
     """
-    plain = type(layer) is torch.nn.Linear and layer.bias is not None and not is_traceable_wrapper_subclass(layer.weight)
-    if not plain or x is None:
-        return plain
+    plain = type(layer) is torch.nn.Linear and layer.bias is not None
+    if not plain or is_traceable_wrapper_subclass(layer.weight):
+        return False
+    if x is None:
+        return True
     return x.dtype == layer.weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -113,9 +115,8 @@ def _as_one(tensors: list[Tensor]) -> Tensor | None:
 def join_(layers: Iterable[torch.nn.Module]) -> bool:
     """Lay the weights of these linear layers one behind another, so that one product serves all of them.
 
-    They stay the layers' own parameters, and keep their values; what lies elsewhere than before is their memory. Nothing
-    is done where a layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any
-    was moved.
+    They stay the layers' own parameters, and keep their values; their memory alone is another. Nothing is done where a
+    layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any was moved.
     """
     layers, moved = list(layers), False
     if not all(map(is_plain, layers)):
@@ -182,7 +183,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
     """Attention [B, N, H * D]."""
     k, v = k[:, : sequence.used], v[:, : sequence.used]
     if sequence.region is not None:
-        out = _attend_by_region(q, k, v, sequence)
+        out = attend_by_region(
+            q, k, v, sequence.region, sequence.text_mask, text_at=sequence.text_at, queries=sequence.queries
+        )  # fmt: skip
     elif sequence.key_bias is None and sequence.keys is None:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     else:
@@ -190,17 +193,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
             q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
         )[0]  # fmt: skip
     return out.flatten(2)
-
-
-def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
-    """Attention [B, N, H, D] whose image -> text part goes by region, as `attention.sparse_text_attention` has it."""
-    n, at = sequence.text, sequence.text_at
-    text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
-    asking = sequence.queries
-    words = ops.mixed_res_attn(q[:, :n], k, v)[0]
-    picture = ops.mixed_res_attn(q[:, n:], k[:, image], v[:, image], q_lens=None if asking is None else asking - n)
-    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, sequence.text_mask)
-    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
 
 
 def watched_mass(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor | None:

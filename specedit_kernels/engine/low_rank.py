@@ -104,6 +104,8 @@ def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def active_serial() -> int:
     """Which change is active in this thread, 0: none. What was captured under one serves no other."""
+    if torch.compiler.is_compiling():
+        return 0  # the fused forward's compiled blocks run where no change is active, and could not be traced
     change = _ACTIVE.get()
     return 0 if change is None else change.serial
 

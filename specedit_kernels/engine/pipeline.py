@@ -297,7 +297,7 @@ class SpecEditMixin:
         return "eager", reason
 
     def _arrange(self) -> Callable[[], None] | None:
-        """Bring weights into the order in memory that a runner's steps like best. What undoes it, None: none was moved."""
+        """Bring weights into the order in memory that a runner likes best. What undoes it, None where none was moved."""
         return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
@@ -707,6 +707,7 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
         )
     caches = cache_hooks(transformer)
     if caches:
-        raise ValueError(f"transformer: expected no cache, got {', '.join(caches)}: tensors keep one length, ours change")
+        names = ", ".join(caches)
+        raise ValueError(f"transformer: expected no cache (its tensors keep one length, ours change), got {names}")
     if on_context_parallel(transformer):
         raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")

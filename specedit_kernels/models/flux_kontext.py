@@ -507,7 +507,9 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     """FluxKontextPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
-    Made by `from_pretrained` or `from_pipe` like any pipeline; weights are never touched. Differences in the call:
+    Made by `from_pretrained` or `from_pipe` like any pipeline. Weights keep their values and stay the layers' own
+    parameters; on CUDA a runner other than "eager" lays those of q, k and v one behind another in memory at its first
+    call, until `disable_specedit`. Differences in the call:
 
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs FluxKontextPipeline's own call, untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
