@@ -13,13 +13,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers import DiffusionPipeline, FluxKontextPipeline  # noqa: E402
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+from tiny_models import call_options, paper, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
 
 import specedit_kernels  # noqa: E402
 from specedit_kernels import (  # noqa: E402
     FlashEditConfig,
     FlashEditFluxKontextPipeline,
-    SpecEditConfig,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
     disable_specedit,
@@ -49,7 +48,7 @@ def pipe(plain):
 
 
 def options(**more):
-    return dict(call_options(image=tiny_image(), generator=seeded(), specedit=SpecEditConfig(stages=(1, 1, 1)))) | more
+    return dict(call_options(image=tiny_image(), generator=seeded(), specedit=paper(stages=(1, 1, 1)))) | more
 
 
 # classes
@@ -69,7 +68,7 @@ class Mine(FluxKontextPipeline):
 def test_a_subclass_of_a_stock_pipeline_is_served_and_comes_back(plain):
     mine = Mine(**plain.components)
     mine.set_progress_bar_config(disable=True)
-    enable_specedit(mine, SpecEditConfig(stages=(1, 1, 1)))
+    enable_specedit(mine, paper(stages=(1, 1, 1)))
     assert isinstance(mine, SpecEditFluxKontextPipeline) and mine.shout() == "mine"
     assert mine(**options(specedit=None)).stats.nfe == 3 and not hasattr(mine, "called")
     mine(**options(specedit=False, num_inference_steps=1))
@@ -162,7 +161,7 @@ def test_pictures_of_any_floating_point_dtype(pipe, dtype):
 
 def test_one_negative_prompt_serves_all_prompts(pipe):
     for runner in ("eager", "fused"):
-        config = SpecEditConfig(stages=(1, 1, 1), threshold=-1.0, runner=runner)
+        config = paper(stages=(1, 1, 1), threshold=-1.0, runner=runner)
         made = {}
         for negative in ("red", ["red", "red"]):
             text = dict(prompt=["make the cat blue", "add a hat"], negative_prompt=negative, true_cfg_scale=3.0)
@@ -187,7 +186,7 @@ def test_one_negative_of_qwen_serves_all_prompts():
     one = {k: v[:1] if k.startswith("negative") else v for k, v in text.items()}
     two = {k: v[:1].repeat(2, *[1] * (v.dim() - 1)) if k.startswith("negative") else v for k, v in text.items()}
     same = dict(image=tiny_image(), true_cfg_scale=2.0, max_area=96 * 96, output_type="pt")
-    config = SpecEditConfig(stages=(1, 1, 1), threshold=-1.0)
+    config = paper(stages=(1, 1, 1), threshold=-1.0)
     found = [pipe(**same, **t, generator=seeded(), specedit=config).images for t in (one, two)]
     assert found[0].shape[0] == 2 and torch.equal(*found)
 
@@ -195,7 +194,7 @@ def test_one_negative_of_qwen_serves_all_prompts():
 def test_a_number_of_steps_wins_over_the_preset_and_is_said_once(pipe, caplog):
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         for _ in range(2):
-            out = pipe(**options(specedit=SpecEditConfig(preset=4), num_inference_steps=5))
+            out = pipe(**options(specedit=paper(preset=4), num_inference_steps=5))
     assert out.stats.nfe == 5
     assert caplog.text.count("num_inference_steps: the config's 4 steps are scaled to 5") == 1
 
@@ -238,7 +237,7 @@ def test_a_callback_sees_the_runs_own_schedule(pipe, finish):
 
     mask = PIL.Image.new("L", (128, 128))
     mask.paste(255, (0, 0, 64, 128))
-    config = SpecEditConfig(stages=(1, 2, 1), finish=finish)
+    config = paper(stages=(1, 2, 1), finish=finish)
     pipe(**options(specedit=config, mask_image=mask, callback_on_step_end=look))
     assert [index for index, *_ in seen] == [0, 1, 2, 3]
     assert all(at == pytest.approx(there) == pytest.approx(now) for _, at, there, now in seen)
@@ -252,5 +251,5 @@ def test_the_current_timestep_is_that_of_the_step_at_work(pipe, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(pipe.transformer, "forward", watched)
-    pipe(**options(specedit=SpecEditConfig(stages=(1, 1, 1), threshold=-1.0)))
+    pipe(**options(specedit=paper(stages=(1, 1, 1), threshold=-1.0)))
     assert len(seen) == 3 and all(at == pytest.approx(now) for at, now in seen)

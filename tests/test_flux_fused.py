@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from budget import assert_within_budget
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from tiny_models import call_options, tiny_image, tiny_pipeline
+from tiny_models import call_options, paper, tiny_image, tiny_pipeline
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
+from specedit_kernels import SpecEditFluxKontextPipeline, ops
 from specedit_kernels.engine.attention import AttentionLayout, lent, wrap_processors
 from specedit_kernels.engine.autoencoder import with_fused_norms
 from specedit_kernels.engine.fused import _as_one
@@ -349,7 +349,7 @@ def test_fused_edits_are_eager_ones(pipe, norms, options, guided):
     prompts = [text.pop("prompt"), "a dog"]
 
     def edit(runner):
-        config = SpecEditConfig(runner=runner, **options)
+        config = paper(runner=runner, **options)
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         images = [tiny_image(seed=0), tiny_image(seed=1)]
         return pipe(image=images, prompt=prompts, generator=generators, specedit=config, **text)

@@ -16,10 +16,9 @@ pytest.importorskip("transformers")
 
 from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline  # noqa: E402
 from diffusers.image_processor import VaeImageProcessor  # noqa: E402
-from tiny_models import call_options, tiny_image, tiny_pipeline  # noqa: E402
+from tiny_models import call_options, paper, tiny_image, tiny_pipeline  # noqa: E402
 
 from specedit_kernels import (  # noqa: E402
-    SpecEditConfig,
     SpecEditFluxKontextPipeline,
     disable_specedit,
     enable_specedit,
@@ -69,7 +68,7 @@ def pipe(plain):
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plain, pipe, output_type):
     options = call_options(image=tiny_image(), output_type=output_type)
     expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
-    out = pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **options)
+    out = pipe(generator=seeded(), specedit=paper(**EVERYTHING), **options)
     assert out.stats.fallback == "dense" and out.mask.all()
     if output_type == "pil":
         expected, got = np.array(expected[0]), np.array(out.images[0])
@@ -83,13 +82,13 @@ def test_everything_selected_is_the_plain_pipeline_in_bfloat16_and_with_guidance
     pipe = SpecEditFluxKontextPipeline(**plain.components)  # from_pipe would make it float32
     options = call_options(image=tiny_image(), negative_prompt="red", true_cfg_scale=3.0, num_images_per_prompt=2)
     expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
-    assert torch.equal(pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **options).images, expected)
+    assert torch.equal(pipe(generator=seeded(), specedit=paper(**EVERYTHING), **options).images, expected)
 
 
 def test_a_full_resolution_draft_step_is_a_step_of_the_plain_pipeline(plain, pipe):
     options = call_options(image=tiny_image())
     expected = plain(height=128, width=128, num_inference_steps=6, generator=seeded(), **options).images
-    config = SpecEditConfig(stages=(0, 3, 3), draft="full_step", threshold=-1.0)
+    config = paper(stages=(0, 3, 3), draft="full_step", threshold=-1.0)
     assert torch.equal(pipe(generator=seeded(), specedit=config, **options).images, expected)
 
 
@@ -102,7 +101,7 @@ def test_specedit_false_is_the_plain_pipeline(plain, pipe):
 @pytest.mark.parametrize("draft", ["coarse", "quarter", "full_step"])
 def test_nothing_selected_returns_the_source(pipe, draft, caplog):
     image = tiny_image()
-    config = SpecEditConfig(draft=draft, draft_steps=2, threshold=4.0)
+    config = paper(draft=draft, draft_steps=2, threshold=4.0)
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         out = pipe(image=image, generator=seeded(), specedit=config, **call_options(output_type="pil"))
     assert (np.array(out.images[0]) == np.array(image)).all()
@@ -117,7 +116,7 @@ def test_disable_restores_class_processors_and_bits():
     options = call_options(image=tiny_image(), num_inference_steps=2, height=128, width=128)
     expected = pipe(generator=seeded(), **options).images
     before = dict(pipe.transformer.attn_processors)
-    handle = enable_specedit(pipe, SpecEditConfig(**EVERYTHING))
+    handle = enable_specedit(pipe, paper(**EVERYTHING))
     assert isinstance(pipe, SpecEditFluxKontextPipeline) and handle.stats() is None
     assert all(isinstance(p, SpecEditAttnProcessor) for p in pipe.transformer.attn_processors.values())
     assert torch.equal(pipe(generator=seeded(), specedit=False, **options).images, expected)
@@ -157,7 +156,7 @@ def make_run(pipe, config, mask, batch=1, image_seed=0, generator=None):
 
 @torch.no_grad()
 def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(pipe):
-    run, _, _, _ = make_run(pipe, SpecEditConfig(stages=(0, 2, 1)), half_mask())
+    run, _, _, _ = make_run(pipe, paper(stages=(0, 2, 1)), half_mask())
     everything = torch.ones(1, 64, dtype=torch.bool)
     selection = stages.select(run, everything.float(), 0.5, 0)
     fine = torch.randn(run.source.shape, generator=seeded())
@@ -184,7 +183,7 @@ def test_a_batch_of_two_is_two_runs_of_one(pipe, finish, unselected, guided):
     masks = [half_mask(2), half_mask(6, rows=6)]
     prompts = ["make the cat blue", "add a hat"]
     common = dict(finish=finish, unselected=unselected)
-    config = SpecEditConfig(stages=(2, 2, 2), preserve="pixels", uniform_stride=3, **common)
+    config = paper(stages=(2, 2, 2), preserve="pixels", uniform_stride=3, **common)
     extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
     options = call_options(output_type="pt", specedit=config, **extra)
     del options["prompt"]
@@ -215,8 +214,8 @@ def test_a_batch_of_two_drafts_is_two_drafts_of_one(pipe, draft):
         return pipe(generator=[seeded(5), seeded(6)], **options)
 
     # a threshold between the scores, so that some blocks of each sample are selected
-    threshold = float(both(SpecEditConfig(**common)).scores.quantile(0.93))
-    config = SpecEditConfig(**common, threshold=threshold)
+    threshold = float(both(paper(**common)).scores.quantile(0.93))
+    config = paper(**common, threshold=threshold)
     out = both(config)
     assert 0 < out.mask.float().mean() < 1
     for i in range(2):
@@ -239,18 +238,18 @@ def test_one_sample_may_change_while_its_neighbour_does_not(pipe):
 @torch.no_grad()
 @pytest.mark.parametrize("metric", ["decoder", "latent", "projected"])
 def test_matched_verify_is_zero_where_the_draft_is_the_source(pipe, metric):
-    run, _, _, _ = make_run(pipe, SpecEditConfig(metric=metric), half_mask())
+    run, _, _, _ = make_run(pipe, paper(metric=metric), half_mask())
     small = stages.source_at(run, (4, 4))
     scores = stages.verify(run, stages.Draft(small.clone(), small))
     assert scores.shape == (1, 64) and scores.max() < 1e-5
-    literal, _, _, _ = make_run(pipe, SpecEditConfig(metric=metric, reference="literal"), half_mask())
+    literal, _, _, _ = make_run(pipe, paper(metric=metric, reference="literal"), half_mask())
     assert stages.verify(literal, stages.Draft(small, small)).max() > 1e-3
 
 
 @torch.no_grad()
 def test_verify_finds_the_place_of_a_change(pipe):
     # the group norms of a decoder with random weights spread a change over the picture: "latent" has none
-    run, _, _, _ = make_run(pipe, SpecEditConfig(metric="latent"), half_mask())
+    run, _, _, _ = make_run(pipe, paper(metric="latent"), half_mask())
     small = stages.source_at(run, (4, 4))
     proposal = small.clone()
     proposal[..., 2:4, 6:8] += 3 * torch.randn(1, 16, 2, 2, generator=seeded())
@@ -260,7 +259,7 @@ def test_verify_finds_the_place_of_a_change(pipe):
 
 @torch.no_grad()
 def test_of_two_proposals_the_larger_score_counts(pipe):
-    run, _, _, _ = make_run(pipe, SpecEditConfig(metric="latent"), half_mask())
+    run, _, _, _ = make_run(pipe, paper(metric="latent"), half_mask())
     small = stages.source_at(run, (4, 4))
     first, last = small.clone(), small.clone()
     first[..., :2, :2] += 3 * torch.randn(1, 16, 2, 2, generator=seeded(1))
@@ -276,7 +275,7 @@ def test_a_coarse_draft_proposes_its_first_and_its_last_step(pipe, monkeypatch):
     verify = stages.verify
     monkeypatch.setattr(stages, "verify", lambda run, draft: seen.append(draft) or verify(run, draft))
     for coarse in (1, 3):
-        config = SpecEditConfig(stages=(coarse, 1, 1))
+        config = paper(stages=(coarse, 1, 1))
         pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options())
     assert seen[0].first is None
     assert torch.equal(seen[1].first, seen[0].proposal) and not torch.equal(seen[1].first, seen[1].proposal)
@@ -288,7 +287,7 @@ def test_thresholds_follow_the_picture(pipe):
     assert torch.allclose(found, torch.tensor([1.0, 0.5, 0.05**0.5, 0.05**0.5]))
     assert (stages.threshold_scale(scores, 0.0) == 1).all()
 
-    run, _, _, _ = make_run(pipe, SpecEditConfig(), half_mask())
+    run, _, _, _ = make_run(pipe, paper(), half_mask())
     weak = torch.full((1, 64), 0.001)
     weak[0, 0] = 0.09
     now = {"scores": weak}
@@ -301,11 +300,11 @@ def test_thresholds_follow_the_picture(pipe):
         finally:
             stages.verify = original
 
-    assert edited(SpecEditConfig(threshold=0.1, dilation=0)) == 0  # a given threshold stands
-    assert edited(SpecEditConfig(threshold=0.1, relative=0.5, dilation=0)) == 4  # the block of the one token
-    assert edited(SpecEditConfig(dilation=0)) == 4
+    assert edited(paper(threshold=0.1, dilation=0)) == 0  # a given threshold stands
+    assert edited(paper(threshold=0.1, relative=0.5, dilation=0)) == 4  # the block of the one token
+    assert edited(paper(dilation=0)) == 4
     now["scores"] = weak / 10  # too weak for anything to have changed
-    assert edited(SpecEditConfig(dilation=0)) == 0
+    assert edited(paper(dilation=0)) == 0
 
 
 # an ideal model: one clean picture, known velocity. Every state of the trajectory is then exact.
@@ -337,7 +336,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
     monkeypatch.setattr(stages, "expand", expand)
     monkeypatch.setattr(stages.Run, "velocity", velocity)
     draft = kind if kind in ("quarter", "full_step") else "coarse"
-    config = SpecEditConfig(
+    config = paper(
         stages=(0, 3, 3) if kind == "no_coarse_stage" else (3, 3, 3),
         draft=draft,
         finish=finish,
@@ -349,7 +348,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
     if kind in ("coarse", "quarter", "full_step"):
         # a threshold that splits the scores, whatever they are
         wide = pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options())
-        config = SpecEditConfig(**{**config.__dict__, "threshold": float(wide.scores.quantile(0.9)), "dilation": 0})
+        config = paper(**{**config.__dict__, "threshold": float(wide.scores.quantile(0.9)), "dilation": 0})
         mask = None
     else:
         mask = half_mask(4)
@@ -387,7 +386,7 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
     pipe(
         mask_image=[half_mask(2), half_mask(6, rows=4)],
         generator=[seeded(1), seeded(2)],
-        specedit=SpecEditConfig(stages=(2, 3, 2), unselected=unselected),
+        specedit=paper(stages=(2, 3, 2), unselected=unselected),
         **call_options(image=[tiny_image(seed=0), tiny_image(seed=1)], prompt=["make the cat blue", "add a hat"]),
     )
     run, level, at = ended["run"], begun["level"], ended["level"]
@@ -408,7 +407,7 @@ def test_the_locked_finish_knows_one_way_for_what_was_not_selected(pipe):
     a, b = (
         pipe(
             generator=seeded(),
-            specedit=SpecEditConfig(stages=(2, 2, 2), finish="locked", unselected=unselected),
+            specedit=paper(stages=(2, 2, 2), finish="locked", unselected=unselected),
             **options,
         ).images
         for unselected in ("source", "coarse")
@@ -423,7 +422,7 @@ def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
     image = tiny_image()
     for finish in ("full", "locked"):
         for output_type in ("pil", "np", "pt"):
-            config = SpecEditConfig(stages=(2, 2, 2), finish=finish, preserve="pixels", feather=8)
+            config = paper(stages=(2, 2, 2), finish=finish, preserve="pixels", feather=8)
             options = call_options(output_type=output_type)
             out = pipe(image=image, mask_image=half_mask(2), generator=seeded(), specedit=config, **options)
             got = out.images[0]
@@ -448,13 +447,13 @@ def test_edit_alpha_is_one_inside_and_zero_past_the_seam():
 def test_preserve_without_an_edge_blends_the_picture(pipe):
     config = dict(stages=(2, 2, 2))
     options = call_options(image=tiny_image(), mask_image=half_mask(2), output_type="pil")
-    bare = pipe(generator=seeded(), specedit=SpecEditConfig(**config), **options).images[0]
-    kept = pipe(generator=seeded(), specedit=SpecEditConfig(**config, preserve="pixels"), **options).images[0]
+    bare = pipe(generator=seeded(), specedit=paper(**config), **options).images[0]
+    kept = pipe(generator=seeded(), specedit=paper(**config, preserve="pixels"), **options).images[0]
     assert (np.array(bare)[:, :32] == np.array(kept)[:, :32]).all()
 
 
 def test_stats_count_steps_tokens_and_flops(pipe):
-    config = SpecEditConfig(stages=(3, 5, 3), draft="quarter", max_active=1.0)
+    config = paper(stages=(3, 5, 3), draft="quarter", max_active=1.0)
     out = pipe(image=tiny_image(), mask_image=half_mask(4), generator=seeded(), specedit=config, **call_options())
     stats = out.stats
     assert stats.nfe == 11 and stats.draft_nfe == 0  # the mask replaces the draft
@@ -477,7 +476,7 @@ def test_stats_count_steps_tokens_and_flops(pipe):
 @pytest.mark.parametrize("masks", [[half_mask(2)], [half_mask(2), half_mask(6, rows=6)]], ids=["one", "two lengths"])
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, masks, end):
     for lock_text in (False, True):
-        config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=2, lock_text=lock_text, **end)
+        config = paper(stages=(0, 3, 1), kv_refresh=2, lock_text=lock_text, **end)
         run, _, _, mask = make_run(pipe, config, masks, batch=len(masks))
         selection = stages.select(run, mask.float(), 0.5, 0)
         fine = torch.randn(run.source.shape, generator=seeded())
@@ -497,7 +496,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, mas
 @torch.no_grad()
 def test_a_draft_without_guidance_is_the_unguided_one_and_counts_half(pipe):
     def run(guided, **options):
-        config = SpecEditConfig(stages=(2, 1, 1), threshold=-1.0, max_active=1.0, **options)
+        config = paper(stages=(2, 1, 1), threshold=-1.0, max_active=1.0, **options)
         extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
         return pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options(**extra))
 
@@ -545,7 +544,7 @@ def test_pixels_are_those_of_the_image_processor(device):
 
 def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):
     def edit(**options):
-        config = SpecEditConfig(stages=(1, 6, 0), finish="locked", **options)
+        config = paper(stages=(1, 6, 0), finish="locked", **options)
         return pipe(image=tiny_image(), mask_image=half_mask(2), generator=seeded(), specedit=config,
                     **call_options())  # fmt: skip
 
@@ -576,7 +575,7 @@ def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_batch_over_cached_keys_is_two_runs_of_one(pipe, guided):
     images, masks = [tiny_image(seed=0), tiny_image(seed=1)], [half_mask(2), half_mask(6, rows=6)]
-    config = SpecEditConfig(stages=(1, 4, 1), kv_refresh=2, uniform_stride=3)
+    config = paper(stages=(1, 4, 1), kv_refresh=2, uniform_stride=3)
     extra = dict(negative_prompt="red", true_cfg_scale=2.0) if guided else {}
     options = call_options(specedit=config, **extra)
     prompt = options.pop("prompt")
@@ -592,7 +591,7 @@ def test_a_batch_over_cached_keys_is_two_runs_of_one(pipe, guided):
 
 
 def test_a_separate_draft_is_counted_apart(pipe):
-    config = SpecEditConfig(stages=(1, 2, 1), draft="quarter", draft_steps=3, threshold=-1.0)
+    config = paper(stages=(1, 2, 1), draft="quarter", draft_steps=3, threshold=-1.0)
     stats = pipe(image=tiny_image(), generator=seeded(), specedit=config, **call_options()).stats
     assert stats.nfe == 4 and stats.draft_nfe == 3
     assert [s.tokens for s in stats.steps if s.stage == "draft"] == [(8,)] * 3
@@ -600,7 +599,7 @@ def test_a_separate_draft_is_counted_apart(pipe):
 
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (160, 96), (224, 96)])
 def test_grids_that_are_no_multiple_of_the_draft(pipe, height, width):
-    config = SpecEditConfig(stages=(1, 1, 1), draft="quarter", draft_steps=1)
+    config = paper(stages=(1, 1, 1), draft="quarter", draft_steps=1)
     options = call_options(max_area=height * width, output_type="pil")
     out = pipe(image=tiny_image(height, width), generator=seeded(), specedit=config, **options)
     assert out.images[0].size == (width, height) and out.scores.shape == (1, height // 16, width // 16)
@@ -630,7 +629,7 @@ def test_output_size(pipe, size, given, options, expected):
 
 
 def test_images_per_prompt_generators_and_latents(pipe):
-    config = SpecEditConfig(stages=(1, 2, 1))
+    config = paper(stages=(1, 2, 1))
     options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=config)
     two = pipe(num_images_per_prompt=2, generator=[seeded(1), seeded(2)], **options).images
     one = pipe(generator=seeded(2), **options).images
@@ -645,7 +644,7 @@ def test_images_per_prompt_generators_and_latents(pipe):
 def test_pictures_as_arrays_and_tensors(pipe):
     image = tiny_image()
     array = np.float32(np.array(image)) / 255
-    config = SpecEditConfig(stages=(1, 2, 1))
+    config = paper(stages=(1, 2, 1))
     options = call_options(mask_image=half_mask(3), specedit=config)
     expected = pipe(image=image, generator=seeded(), **options).images
     for other in (array[None], torch.from_numpy(array).permute(2, 0, 1)[None]):
@@ -654,7 +653,7 @@ def test_pictures_as_arrays_and_tensors(pipe):
 
 def test_masks_as_arrays_and_tensors(pipe):
     array = np.float32(np.array(half_mask(3))) / 255
-    options = call_options(image=tiny_image(), specedit=SpecEditConfig(stages=(1, 1, 1)))
+    options = call_options(image=tiny_image(), specedit=paper(stages=(1, 1, 1)))
     expected = pipe(mask_image=half_mask(3), generator=seeded(), **options).mask
     # columns 0 to 2 are white: rounded up to blocks, 0 to 3
     assert torch.equal(expected[0], (torch.arange(8) < 4).expand(8, 8))
@@ -675,7 +674,7 @@ def test_callback_sees_every_step_and_may_change_it(pipe):
         seen.append((step, float(timestep), tuple(tensors["latents"].shape)))
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else tensors
 
-    config = SpecEditConfig(stages=(1, 2, 1), max_active=1.0)
+    config = paper(stages=(1, 2, 1), max_active=1.0)
     options = call_options(image=tiny_image(), mask_image=half_mask(4), specedit=config)
     out = pipe(generator=seeded(), callback_on_step_end=callback, **options)
     assert [s for s, _, _ in seen] == [0, 1, 2, 3]
@@ -692,15 +691,15 @@ def test_interrupt_stops_the_steps(pipe):
         return {}
 
     options = call_options(image=tiny_image(), mask_image=half_mask(4))
-    out = pipe(generator=seeded(), callback_on_step_end=callback, specedit=SpecEditConfig(), **options)
+    out = pipe(generator=seeded(), callback_on_step_end=callback, specedit=paper(), **options)
     assert seen == [0] and out.stats.nfe == 1
 
 
 @pytest.mark.parametrize("change", [dict(key_bias=False), dict(coarse_condition=False), dict(uniform_stride=2)])
 def test_ablations_change_the_result(pipe, change):
     options = call_options(image=tiny_image(), mask_image=half_mask(2), generator=None)
-    base = pipe(**{**options, "generator": seeded()}, specedit=SpecEditConfig(stages=(1, 3, 1))).images
-    other = pipe(**{**options, "generator": seeded()}, specedit=SpecEditConfig(stages=(1, 3, 1), **change)).images
+    base = pipe(**{**options, "generator": seeded()}, specedit=paper(stages=(1, 3, 1))).images
+    other = pipe(**{**options, "generator": seeded()}, specedit=paper(stages=(1, 3, 1), **change)).images
     assert not torch.allclose(base, other, atol=1e-4)
 
 
@@ -708,8 +707,8 @@ def test_ablations_change_the_result(pipe, change):
 def test_controls_select_as_many_blocks_elsewhere(pipe, rule):
     options = call_options(image=tiny_image(), mask_image=half_mask(2))
     config = dict(stages=(1, 2, 1))
-    scored = pipe(generator=seeded(), specedit=SpecEditConfig(**config), **options)
-    control = pipe(generator=seeded(), specedit=SpecEditConfig(**config, selection=rule), **options)
+    scored = pipe(generator=seeded(), specedit=paper(**config), **options)
+    control = pipe(generator=seeded(), specedit=paper(**config, selection=rule), **options)
     assert control.mask.sum() == scored.mask.sum() and not torch.equal(control.mask, scored.mask)
     if rule == "uniform":
         halves = control.mask.reshape(2, 4, 2, 4).sum(dim=(1, 3))
@@ -717,7 +716,7 @@ def test_controls_select_as_many_blocks_elsewhere(pipe, rule):
 
 
 def test_nan_scores_are_recomputed(pipe):
-    run, _, _, _ = make_run(pipe, SpecEditConfig(dilation=0, max_active=1.0), half_mask())
+    run, _, _, _ = make_run(pipe, paper(dilation=0, max_active=1.0), half_mask())
     scores = torch.zeros(1, 64)
     scores[0, 0] = float("nan")
     selection = stages.select(run, scores, 0.1, 0)
@@ -728,9 +727,9 @@ def test_nan_scores_are_recomputed(pipe):
 def test_min_active_and_max_active(pipe):
     scores = torch.zeros(1, 64)
     scores[0, :3] = 1.0
-    run, _, _, _ = make_run(pipe, SpecEditConfig(min_active=4), half_mask())
+    run, _, _, _ = make_run(pipe, paper(min_active=4), half_mask())
     assert stages.select(run, scores, 0.5, 0).changed == (False,)
-    run, _, _, _ = make_run(pipe, SpecEditConfig(min_active=3, max_active=0.1), half_mask())
+    run, _, _, _ = make_run(pipe, paper(min_active=3, max_active=0.1), half_mask())
     selection = stages.select(run, scores, 0.5, 0)
     assert selection.changed == (True,) and selection.dense == (True,) and run.stats.fallbacks == ["dense"]
 
@@ -748,7 +747,7 @@ def test_attention_settings_pass_through_the_wrapper(plain):
 @torch.no_grad()
 def test_fused_projections_give_the_same_mixed_step():
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=5))
-    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=paper(stages=(1, 2, 1)))
     expected = pipe(generator=seeded(), **options).images
     for module in pipe.transformer.modules():
         if hasattr(module, "fuse_projections"):
@@ -758,7 +757,7 @@ def test_fused_projections_give_the_same_mixed_step():
 
 def test_compiled_blocks_without_a_graph_break():
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=11))
-    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=paper(stages=(1, 2, 1)))
     expected = pipe(generator=seeded(), **options).images
     torch._dynamo.reset()
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -768,7 +767,7 @@ def test_compiled_blocks_without_a_graph_break():
 def test_bfloat16_runs_and_stays_finite():
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=6)).to(torch.bfloat16)
     for finish in ("full", "locked"):
-        config = SpecEditConfig(stages=(1, 2, 1), finish=finish)
+        config = paper(stages=(1, 2, 1), finish=finish)
         out = pipe(image=tiny_image(), mask_image=half_mask(3), generator=seeded(), specedit=config, **call_options())
         assert out.images.dtype == torch.bfloat16 and out.images.isfinite().all()
 
@@ -778,7 +777,7 @@ def test_from_pretrained_and_return_tuple(tmp_path):
     plain.save_pretrained(tmp_path)
     pipe = SpecEditFluxKontextPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=paper(stages=(1, 2, 1)))
     expected = SpecEditFluxKontextPipeline.from_pipe(plain)(generator=seeded(), **options).images
     (images,) = pipe(generator=seeded(), return_dict=False, **options)
     assert torch.allclose(images, expected, atol=1e-5)
@@ -787,7 +786,7 @@ def test_from_pretrained_and_return_tuple(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_host_synchronisation_between_steps():
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=9)).to("cuda")
-    config = SpecEditConfig(stages=(2, 4, 2))
+    config = paper(stages=(2, 4, 2))
     options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=config)
     pipe(generator=seeded(), **options)  # kernels are compiled on first use, which synchronises
 
@@ -836,15 +835,15 @@ def test_no_host_synchronisation_between_steps():
 )
 def test_config_names_the_wrong_field(change, error, message):
     with pytest.raises(error, match=message):
-        SpecEditConfig(**change)
+        paper(**change)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (dict(specedit="fast"), TypeError, "specedit: expected SpecEditConfig"),
-        (dict(specedit=SpecEditConfig(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
-        (dict(specedit=SpecEditConfig(preserve="pixels")), ValueError, "output_type: expected pixels"),
+        (dict(specedit=paper(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
+        (dict(specedit=paper(preserve="pixels")), ValueError, "output_type: expected pixels"),
         (dict(output_type="jpeg"), ValueError, "output_type: expected"),
         (dict(num_inference_steps=2), ValueError, "steps: expected at least 3"),
         (dict(ip_adapter_image=1), ValueError, "ip_adapter_image: IP-Adapter is not supported"),

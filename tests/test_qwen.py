@@ -16,11 +16,10 @@ pytest.importorskip("transformers")
 from diffusers import QwenImageEditPipeline, QwenImagePipeline  # noqa: E402
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0  # noqa: E402
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus  # noqa: E402
-from tiny_models import TinyVisionProcessor, qwen_text, tiny_image, tiny_qwen, tiny_vision_encoder  # noqa: E402
+from tiny_models import TinyVisionProcessor, paper, qwen_text, tiny_image, tiny_qwen, tiny_vision_encoder  # noqa: E402
 
 from specedit_kernels import (  # noqa: E402
     LIGHTNING_SCHEDULE,
-    SpecEditConfig,
     disable_specedit,
     enable_specedit,
 )
@@ -115,10 +114,10 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plus, ze
     plain, pipe = pair(plus, zero)
     call = options(guided, image=image_of(plus, seen), height=128, width=128, num_images_per_prompt=2)
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
-    out = pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **call)
+    out = pipe(generator=seeded(), specedit=paper(**EVERYTHING), **call)
     assert out.stats.fallback == "dense" and out.mask.all()
     assert torch.equal(out.images, expected)
-    first = pipe(generator=seeded(), specedit=SpecEditConfig(**{**EVERYTHING, "draft": "full_step"}), **call)
+    first = pipe(generator=seeded(), specedit=paper(**{**EVERYTHING, "draft": "full_step"}), **call)
     assert torch.equal(first.images, expected)
     unlike = plain(num_inference_steps=4, generator=seeded(2), **call).images
     assert not torch.equal(unlike, expected)
@@ -130,7 +129,7 @@ def test_everything_selected_has_the_plain_pixels(output_type):
     # two pictures of different ratios and no size: that of the last, where the first is not on the output's grid
     call = options(image=pictures(2), output_type=output_type)
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
-    got = enabled(plain)(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **call).images
+    got = enabled(plain)(generator=seeded(), specedit=paper(**EVERYTHING), **call).images
     got, expected = (np.asarray(x[0].numpy() if output_type == "pt" else x[0]) for x in (got, expected))
     assert got.shape == expected.shape == ((3, 96, 160) if output_type == "pt" else (96, 160, 3))
     assert (got == expected).all()
@@ -143,7 +142,7 @@ def test_the_sizes_of_the_plain_pipeline(size):
     if size is not None:
         call.update(height=size[0], width=size[1])
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
-    out = enabled(plain)(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **call)
+    out = enabled(plain)(generator=seeded(), specedit=paper(**EVERYTHING), **call)
     assert torch.equal(out.images, expected)
     assert out.mask.shape[1:] == ((6, 10) if size is None else (size[0] // 16, size[1] // 16))
     assert out.stats.plain_tokens == math.prod(out.mask.shape[1:]) + 60
@@ -155,10 +154,10 @@ def test_everything_selected_is_the_plain_pipeline_in_bfloat16():
     call = {k: v.bfloat16() if k.endswith("embeds") else v for k, v in call.items()}
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
     pipe = enabled(plain)
-    got = pipe(generator=seeded(), specedit=SpecEditConfig(**EVERYTHING), **call).images
+    got = pipe(generator=seeded(), specedit=paper(**EVERYTHING), **call).images
     assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
     for finish in ("full", "locked"):
-        config = SpecEditConfig(stages=(1, 2, 1), finish=finish)
+        config = paper(stages=(1, 2, 1), finish=finish)
         out = pipe(generator=seeded(), mask_image=half_mask(3), specedit=config, **call).images
         assert out.dtype == torch.bfloat16 and out.isfinite().all()
         assert not torch.equal(out, expected)
@@ -170,7 +169,7 @@ def test_a_batch_of_prompts_is_the_plain_pipelines():
     call = options(True, batch=2, image=images)
     expected = plain(num_inference_steps=4, generator=[seeded(1), seeded(2)], **call).images
     pipe = enabled(plain)
-    config = SpecEditConfig(**EVERYTHING)
+    config = paper(**EVERYTHING)
     assert torch.equal(pipe(generator=[seeded(1), seeded(2)], specedit=config, **call).images, expected)
 
 
@@ -180,7 +179,7 @@ def test_the_text_encoder_sees_what_it_sees_in_the_plain_pipeline():
         call = dict(prompt="make it blue", negative_prompt=" ", image=image, height=128, width=128)
         expected = plain(num_inference_steps=4, generator=seeded(), output_type="latent", **call).images
         pipe = enabled(plain)
-        config = SpecEditConfig(**EVERYTHING)
+        config = paper(**EVERYTHING)
         out = pipe(generator=seeded(), output_type="latent", specedit=config, **call)
         assert torch.equal(out.images, expected)
         call["prompt"] = "make it red"
@@ -191,7 +190,7 @@ def test_the_text_encoder_sees_what_it_sees_in_the_plain_pipeline():
 @pytest.mark.parametrize("draft", ["coarse", "quarter", "full_step"])
 def test_nothing_selected_returns_the_source(pipe, draft, caplog):
     image = tiny_image()
-    config = SpecEditConfig(draft=draft, draft_steps=2, threshold=4.0)
+    config = paper(draft=draft, draft_steps=2, threshold=4.0)
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         out = pipe(image=image, generator=seeded(), specedit=config, **options(True, output_type="pil"))
     assert (np.array(out.images[0]) == np.array(image)).all()
@@ -208,7 +207,7 @@ def test_disable_restores_class_processors_hooks_and_bits():
         call = options(True, image=tiny_image(), num_inference_steps=2)
         expected = pipe(generator=seeded(), **call).images
         before = dict(pipe.transformer.attn_processors)
-        handle = enable_specedit(pipe, SpecEditConfig(stages=(1, 2, 1)))
+        handle = enable_specedit(pipe, paper(stages=(1, 2, 1)))
         assert type(pipe) is registry.pipelines()[stock] and handle.stats() is None
         assert all(isinstance(p, SpecEditAttnProcessor) for p in pipe.transformer.attn_processors.values())
         hooks = [len(b._forward_pre_hooks) for b in pipe.transformer.transformer_blocks]
@@ -259,7 +258,7 @@ def mixed_state(run, count, level=0.7):
 @pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
 def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(plus, zero, seen, guided):
     shape = dict(image=image_of(plus, seen), height=128, width=128)
-    run = make_run(pair(plus, zero)[1], SpecEditConfig(stages=(0, 2, 1)), guided=guided, **shape)
+    run = make_run(pair(plus, zero)[1], paper(stages=(0, 2, 1)), guided=guided, **shape)
     fine, state = mixed_state(run, 16)
     latents = [r.latents for r in run.references]
     grids_of = [(x.shape[-2] // 2, x.shape[-1] // 2) for x in (fine, *latents)]
@@ -286,7 +285,7 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(plus, zero, seen, g
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(plus, zero, seen, guided):
     shape = dict(image=image_of(plus, seen), height=128, width=128)
     for lock_text in (False, True):
-        config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
+        config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
         run = make_run(pair(plus, zero)[1], config, guided=guided, **shape)
         _, state = mixed_state(run, 5)
         at = torch.tensor(700.0)
@@ -304,7 +303,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(plus, zer
 @torch.no_grad()
 def test_locked_text_keeps_its_keys_while_the_image_moves(plus):
     """Text that is not computed cannot follow a change of the image's tokens or of the timestep."""
-    config = SpecEditConfig(stages=(0, 3, 1), kv_refresh=3, lock_text=True)
+    config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=True)
     run = make_run(plus, config, image=pictures(2), height=128, width=128)
     _, state = mixed_state(run, 5)
     run.velocity(state.tokens, torch.tensor(700.0), state.layouts)
@@ -322,7 +321,7 @@ def test_locked_text_keeps_its_keys_while_the_image_moves(plus):
 @torch.no_grad()
 def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
     """What the dense comparison above would not see if the model did not react to it."""
-    run = make_run(plus, SpecEditConfig(stages=(0, 2, 1)), image=pictures(2), height=128, width=128)
+    run = make_run(plus, paper(stages=(0, 2, 1)), image=pictures(2), height=128, width=128)
     _, state = mixed_state(run, 6)
     at = torch.tensor(700.0)
     base = run.velocity(state.tokens, at, state.layouts)
@@ -354,7 +353,7 @@ def tables(pipe, run, count=6):
 
 @torch.no_grad()
 def test_positions_of_a_mixed_sequence_are_those_of_the_full_layout(plus):
-    run = make_run(plus, SpecEditConfig(coarse_references=True), image=pictures(2), height=128, width=128)
+    run = make_run(plus, paper(coarse_references=True), image=pictures(2), height=128, width=128)
     state, got = tables(plus, run)
     shapes = [[(1, 8, 8), (1, 8, 8), (1, 6, 10)]]
     image, text = plus.transformer.pos_embed(shapes, max_txt_seq_len=12, device=torch.device("cpu"))
@@ -397,7 +396,7 @@ def test_the_text_stands_behind_the_pictures_of_its_stage(plus, monkeypatch):
         return real(self, attn, hidden, text, mask, attention_mask, rotary)
 
     monkeypatch.setattr(inner, "__call__", spy)
-    config = SpecEditConfig(stages=(1, 2, 1), draft="quarter", draft_steps=1, threshold=-1.0)
+    config = paper(stages=(1, 2, 1), draft="quarter", draft_steps=1, threshold=-1.0)
     plus(image=image, height=128, width=128, generator=seeded(), specedit=config, **options())
     # draft: 4 + 4 + 2 x 3 tokens; coarse: 16 + 16 + 3 x 5; fine: 64 + 64 + 60
     assert sorted(seen) == [14, 47, 188]
@@ -417,7 +416,7 @@ def test_the_text_stands_behind_the_pictures_of_its_stage(plus, monkeypatch):
 def test_a_batch_of_two_is_two_runs_of_one(finish, guided, zero):
     pipe = enabled(tiny_qwen(zero_cond_t=zero))
     images, masks = [tiny_image(), tiny_image(seed=1)], [half_mask(2), half_mask(6, rows=6)]
-    config = SpecEditConfig(stages=(2, 2, 2), finish=finish, preserve="pixels", uniform_stride=3)
+    config = paper(stages=(2, 2, 2), finish=finish, preserve="pixels", uniform_stride=3)
     call = options(guided, batch=2, output_type="pt", specedit=config)
     both = pipe(image=images, mask_image=masks, generator=[seeded(5), seeded(6)], **call)
     assert both.stats.active[0] != both.stats.active[1]
@@ -433,7 +432,7 @@ def test_a_batch_of_two_is_two_runs_of_one(finish, guided, zero):
 
 def test_images_of_a_prompt_stand_together(edit):
     images, masks = [tiny_image(), tiny_image(seed=1)], [half_mask(2), half_mask(6)]
-    call = options(True, batch=2, specedit=SpecEditConfig(stages=(1, 2, 1)))
+    call = options(True, batch=2, specedit=paper(stages=(1, 2, 1)))
     four = edit(
         image=images, mask_image=masks, num_images_per_prompt=2, generator=[seeded(i) for i in range(4)], **call
     )
@@ -447,10 +446,10 @@ def test_images_of_a_prompt_stand_together(edit):
 @torch.no_grad()
 @pytest.mark.parametrize("metric", ["decoder", "latent", "projected"])
 def test_matched_verify_is_zero_where_the_draft_is_the_source(edit, metric):
-    run = make_run(edit, SpecEditConfig(metric=metric), image=tiny_image())
+    run = make_run(edit, paper(metric=metric), image=tiny_image())
     small = stages.source_at(run, (4, 4))
     assert stages.verify(run, stages.Draft(small.clone(), small)).max() < 1e-5
-    literal = make_run(edit, SpecEditConfig(metric=metric, reference="literal"), image=tiny_image())
+    literal = make_run(edit, paper(metric=metric, reference="literal"), image=tiny_image())
     assert stages.verify(literal, stages.Draft(small, small)).max() > 1e-3
     changed = small.clone()
     changed[..., 2:4, 6:8] += 3 * torch.randn(1, 16, 2, 2, generator=seeded())
@@ -516,10 +515,10 @@ def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected,
     )
     call = options(image=image, height=128, width=128)
     if kind != "mask":
-        wide = plus(generator=seeded(), specedit=SpecEditConfig(**config), **call)
+        wide = plus(generator=seeded(), specedit=paper(**config), **call)
         config.update(threshold=float(wide.scores.quantile(0.9)), dilation=0)
     mask = half_mask(4) if kind == "mask" else None
-    out = plus(generator=seeded(), mask_image=mask, specedit=SpecEditConfig(**config), **call)
+    out = plus(generator=seeded(), mask_image=mask, specedit=paper(**config), **call)
     assert layouts and 0 < out.mask.float().mean() < 1
     result = grids.unpack(out.images, (8, 8))
     inside = out.mask.repeat_interleave(2, -1).repeat_interleave(2, -2)[:, None].expand_as(result)
@@ -543,14 +542,14 @@ def test_guidance_keeps_the_length_of_each_tokens_velocity():
 
 def test_tokens_of_further_pictures(plus):
     for coarse, others in ((False, 60), (True, 15)):
-        config = SpecEditConfig(stages=(1, 2, 1), coarse_references=coarse)
+        config = paper(stages=(1, 2, 1), coarse_references=coarse)
         call = options(image=pictures(2), mask_image=half_mask(4), height=128, width=128)
         out = plus(generator=seeded(), specedit=config, **call)
         # coarse: 16 + 16 + 15 tokens; mixed: 32 + 8 of the target, as many of the condition; full: 64 + 64 + 60
         assert [s.tokens for s in out.stats.steps] == [(47,)] + [(80 + others,)] * 2 + [(188,)]
     # where the edited picture is not on the output's grid all of it is seen, at one resolution
     call = options(image=pictures(1)[0], mask_image=half_mask(4), height=128, width=96)
-    out = plus(generator=seeded(), specedit=SpecEditConfig(stages=(1, 2, 1)), **call)
+    out = plus(generator=seeded(), specedit=paper(stages=(1, 2, 1)), **call)
     # 24 target tokens of the 6 edited blocks of 12 (a mask on 8 columns set on 6), and 6; 64 of the picture
     active = round(out.stats.active[0] * 12)
     assert [s.tokens for s in out.stats.steps] == [(12 + 16,)] + [(12 + 3 * active + 64,)] * 2 + [(48 + 64,)]
@@ -559,7 +558,7 @@ def test_tokens_of_further_pictures(plus):
 def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
     image = tiny_image()
     for finish in ("full", "locked"):
-        config = SpecEditConfig(stages=(2, 2, 2), finish=finish, preserve="pixels", feather=8)
+        config = paper(stages=(2, 2, 2), finish=finish, preserve="pixels", feather=8)
         call = options(True, image=image, mask_image=half_mask(2), output_type="pil")
         got = np.array(pipe(generator=seeded(), specedit=config, **call).images[0])
         assert (got[:, 32 + 8 :] == np.array(image)[:, 32 + 8 :]).all()
@@ -568,7 +567,7 @@ def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
 
 def test_stats_count_both_branches(edit):
     call = options(True, image=tiny_image(), mask_image=half_mask(4))
-    stats = edit(generator=seeded(), specedit=SpecEditConfig(stages=(3, 5, 3)), **call).stats
+    stats = edit(generator=seeded(), specedit=paper(stages=(3, 5, 3)), **call).stats
     assert [s.tokens for s in stats.steps] == [(32,)] * 3 + [(80,)] * 5 + [(128,)] * 3
     cost = lambda n: sum(2 * (24 * 32**2 * (t + n) + 4 * 32 * (t + n) ** 2) for t in (12, 7))  # noqa: E731
     assert stats.flops == 3 * cost(32) + 5 * cost(80) + 3 * cost(128)
@@ -581,7 +580,7 @@ def test_stats_count_both_branches(edit):
      (True, dict(draft="full_step"), THRESHOLDS["decoder", "matched", "full_step"])],
 )  # fmt: skip
 def test_thresholds_of_its_own_drafts(edit, guided, changes, threshold):
-    config = SpecEditConfig(stages=(1, 1, 0), finish="locked", **changes)
+    config = paper(stages=(1, 1, 0), finish="locked", **changes)
     call = options(guided, image=tiny_image())
     assert edit(generator=seeded(), specedit=config, **call).stats.threshold == threshold
 
@@ -598,10 +597,10 @@ def test_presets_and_schedule_of_distilled_weights(preset, counts):
         levels = pipe._plain_levels(preset, tokens, None)
         assert np.allclose(levels, [*(3 * steps / (1 + 2 * steps)), 0.0], atol=1e-6)
     call = options(image=tiny_image(), mask_image=half_mask(3), true_cfg_scale=1.0)
-    out = pipe(generator=seeded(), specedit=SpecEditConfig(preset=preset), **call)
+    out = pipe(generator=seeded(), specedit=paper(preset=preset), **call)
     stages_of = [s.stage for s in out.stats.steps]
     assert out.stats.nfe == preset and tuple(map(stages_of.count, ("coarse", "mixed", "full"))) == counts
-    everything = SpecEditConfig(**{**EVERYTHING, "stages": (0, *counts[1:])})
+    everything = paper(**{**EVERYTHING, "stages": (0, *counts[1:])})
     call = options(image=tiny_image(), true_cfg_scale=1.0)
     expected = plain(num_inference_steps=sum(counts[1:]), generator=seeded(), **call).images
     assert torch.equal(pipe(generator=seeded(), specedit=everything, **call).images, expected)
@@ -609,7 +608,7 @@ def test_presets_and_schedule_of_distilled_weights(preset, counts):
 
 def test_a_draft_of_one_step_has_a_level(edit):
     assert edit._plain_levels(1, 4, None) == [1.0, 0.0]
-    config = SpecEditConfig(stages=(0, 2, 1), draft="quarter", draft_steps=1)
+    config = paper(stages=(0, 2, 1), draft="quarter", draft_steps=1)
     scores = edit(image=tiny_image(), generator=seeded(), specedit=config, **options()).scores
     assert scores.isfinite().all()
 
@@ -623,7 +622,7 @@ def test_callback_and_latents(edit):
 
     noise = grids.pack(torch.randn(1, 16, 16, 16, generator=seeded(9)))
     call = options(
-        image=tiny_image(), mask_image=half_mask(4), latents=noise, specedit=SpecEditConfig(stages=(1, 2, 1))
+        image=tiny_image(), mask_image=half_mask(4), latents=noise, specedit=paper(stages=(1, 2, 1))
     )
     watched = dict(
         callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **call
@@ -637,7 +636,7 @@ def test_callback_and_latents(edit):
 @torch.no_grad()
 def test_compiled_blocks_without_a_graph_break():
     pipe = enabled(tiny_qwen(zero_cond_t=True))
-    config = SpecEditConfig(stages=(1, 1, 1))
+    config = paper(stages=(1, 1, 1))
     call = options(padded=0, image=tiny_image(), mask_image=half_mask(3), specedit=config)
     expected = pipe(generator=seeded(), **call).images
     torch._dynamo.reset()
@@ -652,7 +651,7 @@ def test_from_pretrained(tmp_path):
         tmp_path, text_encoder=None, tokenizer=None, processor=None, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
-    call = options(image=pictures(2), mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 2, 1)))
+    call = options(image=pictures(2), mask_image=half_mask(3), specedit=paper(stages=(1, 2, 1)))
     expected = enabled(plain)(generator=seeded(), **call).images
     (images,) = pipe(generator=seeded(), return_dict=False, **call)
     assert torch.allclose(images, expected, atol=1e-5)
@@ -660,7 +659,7 @@ def test_from_pretrained(tmp_path):
 
 def test_max_area_is_that_of_source_and_output(edit, plus, monkeypatch):
     monkeypatch.undo()
-    call = options(mask_image=half_mask(3), specedit=SpecEditConfig(stages=(1, 1, 1)), max_area=64 * 128)
+    call = options(mask_image=half_mask(3), specedit=paper(stages=(1, 1, 1)), max_area=64 * 128)
     assert edit(image=tiny_image(64, 128), generator=seeded(), **call).mask.shape == (1, 4, 8)
     assert plus(image=pictures(2), generator=seeded(), **call).mask.shape == (1, 4, 8)
     assert plus.size_of(tiny_image(96, 160), 96 * 160) == (96, 160)
@@ -678,7 +677,7 @@ def test_max_area_is_that_of_source_and_output(edit, plus, monkeypatch):
         (dict(image=[tiny_image(), tiny_image()]), ValueError, "image: expected 1 or as many"),
         (dict(image=tiny_image().convert("L")), ValueError, "image: expected pictures with 3 channels .* got 1 "),
         (dict(specedit="fast"), TypeError, "specedit: expected SpecEditConfig"),
-        (dict(specedit=SpecEditConfig(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
+        (dict(specedit=paper(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
         (dict(latents=torch.zeros(1, 3, 64)), ValueError, r"latents: expected \(1, 64, 64\)"),
         (dict(generator=[seeded(), seeded()]), ValueError, "generator: expected 1 generators"),
         (dict(specedit=False, max_area=99), ValueError, "max_area: expected None where SpecEdit is off"),

@@ -7,9 +7,8 @@ import functools
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from tiny_models import qwen_text, tiny_image, tiny_qwen
+from tiny_models import paper, qwen_text, tiny_image, tiny_qwen
 
-from specedit_kernels import SpecEditConfig
 from specedit_kernels.engine import registry
 from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.models import qwen_image_edit as fused
@@ -153,7 +152,7 @@ def pipe_of(plus=False, zero=False, device="cpu"):
 
 
 def edit(pipe, name, columns=2, seed=0, guided=True, padded=3, **options):
-    config = SpecEditConfig(**{**dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), **options}, runner=name)
+    config = paper(**{**dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), **options}, runner=name)
     device, dtype = pipe.transformer.device, pipe.transformer.dtype
     text = qwen_text(padded=padded)
     if guided:

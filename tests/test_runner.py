@@ -5,9 +5,9 @@ import logging
 
 import pytest
 import torch
-from tiny_models import call_options, tiny_image, tiny_pipeline
+from tiny_models import call_options, paper, tiny_image, tiny_pipeline
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, disable_specedit, enable_specedit
+from specedit_kernels import SpecEditFluxKontextPipeline, disable_specedit, enable_specedit
 from specedit_kernels.engine import pipeline, runner, stages
 from specedit_kernels.engine.fused import FusedModel
 from specedit_kernels.engine.runner import StepRunner, inspect
@@ -129,7 +129,7 @@ def near(a, b):
 
 
 def edit(pipe, name, columns=2, seed=0, **options):
-    config = SpecEditConfig(**{**dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), **options}, runner=name)
+    config = paper(**{**dict(stages=(1, 4, 0), finish="locked", kv_refresh=4), **options}, runner=name)
     generator, output = torch.Generator().manual_seed(seed), "latent" if config.preserve is None else "pt"
     return pipe(image=tiny_image(seed=seed), mask_image=mask(columns), generator=generator, specedit=config,
                 **call_options(output_type=output))  # fmt: skip

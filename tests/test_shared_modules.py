@@ -9,10 +9,9 @@ import pytest
 import torch
 from diffusers.hooks import MagCacheConfig, apply_group_offloading, apply_mag_cache
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
+from tiny_models import call_options, paper, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
 from specedit_kernels import (
-    SpecEditConfig,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
     disable_specedit,
@@ -47,7 +46,7 @@ def edit(pipe, columns=4, output_type="latent", **options):
         call["mask_image"] = np.zeros((128, 128), np.float32)
         call["mask_image"][:64, : 16 * columns] = 1
     generator = torch.Generator().manual_seed(0)
-    return pipe(image=tiny_image(), generator=generator, specedit=SpecEditConfig(**options), **call)
+    return pipe(image=tiny_image(), generator=generator, specedit=paper(**options), **call)
 
 
 def state(pipe):

@@ -27,6 +27,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from specedit_kernels import SpecEditConfig
+
 WORDS = ["<pad>", "<unk>", "</s>", "make", "the", "cat", "a", "dog", "remove", "blue", "red", "add", "hat"]
 
 
@@ -213,3 +215,9 @@ def tiny_vision_encoder() -> Qwen2_5_VLForConditionalGeneration:
         vision_end_token_id=63,
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def paper(**options) -> SpecEditConfig:
+    """A config that computes every step whole, finishes with all tokens and runs the transformer's own forward, where
+    the options say nothing else."""
+    return SpecEditConfig(**{"quality": "paper", "runner": "eager"} | options)

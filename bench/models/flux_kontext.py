@@ -259,10 +259,12 @@ class Bench:
         kinds = {"full": {}, "full-cached": dict(kv_refresh=9), "locked": dict(finish="locked"),
                  "locked-kv2": dict(finish="locked", kv_refresh=2), "locked-kv3": dict(finish="locked", kv_refresh=3),
                  "locked-cached": dict(finish="locked", kv_refresh=9),
+                 "locked-bracket": dict(finish="locked", kv_refresh="bracket"),
+                 "best": dict(quality="best"),
                  "locked-cached-fp8": dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8")}  # fmt: skip
         for runner in self.args.runners:
             for kind, options in kinds.items():
-                config = SpecEditConfig(preset=9, max_active=0.95, runner=runner, **options)
+                config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
                 for scattered in (False, True):
                     for share in self.args.areas:
                         kind_of = f"specedit-9-{kind} {runner}" + (" scattered" if scattered else "")
@@ -272,7 +274,7 @@ class Bench:
                         )
             # without the padding of short prompts, as max_sequence_length leaves it out
             for text in (128, 256):
-                config = SpecEditConfig(preset=9, runner=runner, **kinds["locked-cached"])
+                config = SpecEditConfig(quality="paper", runner=runner, **kinds["locked-cached"])
                 rows[f"specedit-9-locked-cached {runner}, 10%, {text} text tokens"] = lambda c=config, n=text: Row(
                     lambda: self.specedit(c, tenth, n)
                 )

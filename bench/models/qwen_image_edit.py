@@ -81,7 +81,7 @@ class QwenBench(Bench):
         if self.args.side == STOCK_SIDE:
             self.pipe(specedit=False, num_inference_steps=steps, **self.options)
         else:  # the same steps on the same tokens
-            self.specedit(SpecEditConfig(stages=(0, 0, steps)), region(self.args.side, 1.0))
+            self.specedit(SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps)), region(self.args.side, 1.0))
 
     def specedit(self, config, mask):
         return self.pipe(specedit=config, mask_image=mask, max_area=self.args.side**2, **self.options).stats
@@ -98,7 +98,7 @@ class QwenBench(Bench):
             rows[f"plain-{n}"] = lambda n=n: Row(lambda: self.plain(n), lambda: self.plain(1))
         for runner in self.args.runners:
             for kind, options in KINDS.items():
-                config = SpecEditConfig(preset=9, max_active=0.95, runner=runner, **options)
+                config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
                 for share in self.args.areas:
                     facts = {"kind": f"specedit-9-{kind} {runner}", "area": share}
                     call = lambda c=config, s=share: self.specedit(c, region(self.args.side, s))  # noqa: E731
@@ -108,7 +108,7 @@ class QwenBench(Bench):
                             lambda: self.apart(call)
                         )
             if runner != "eager":  # as plain steps, through our launches
-                config = SpecEditConfig(stages=(0, 0, 9), runner=runner)
+                config = SpecEditConfig(quality="paper", stages=(0, 0, 9), runner=runner)
                 rows[f"plain-9 {runner}"] = lambda c=config: Row(
                     lambda: self.specedit(c, region(self.args.side, 1.0))
                 )

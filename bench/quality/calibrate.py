@@ -180,7 +180,7 @@ def calibrate_thresholds(args, runner, judge, say):
         for place, (label, change) in enumerate(probes.items()):
             if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
                 continue
-            found = probe(pipe, runner, edits, SpecEditConfig(draft=draft, **change), args.batch)
+            found = probe(pipe, runner, edits, SpecEditConfig(quality="paper", runner="eager", draft=draft, **change), args.batch)
             for (metric, form), scores in found.items():
                 auc = area_under_curve(scores, reference)
                 points = curve(scores, reference)
@@ -275,7 +275,7 @@ def split_rows(threshold_at, presets):
 
     threshold_at: share of a run's steps that are coarse -> threshold."""
     rows = [(0, Row(f"plain-{n}", steps=n)) for n in (28, 9, 4)]
-    base = SpecEditConfig(draft="coarse")
+    base = SpecEditConfig(quality="paper", runner="eager", draft="coarse")
     for preset in presets:
         for split in FULL_SPLITS[preset]:
             name = f"{preset} full {split[0]}+{split[1]}+{split[2]}" + (" (now)" if split == PRESETS[preset] else "")

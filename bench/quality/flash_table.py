@@ -77,7 +77,7 @@ def all_rows():
         "flash, editor's own step": Row(FLASH, generator="editor"),
         "flash, true mask": Row(FLASH, oracle=True),
         "flash, pixels kept": Row(replace(FLASH, preserve="pixels")),
-        "specedit-9": Row(SpecEditConfig()),
+        "specedit-9": Row(SpecEditConfig(quality="paper", runner="eager")),
     }
 
 

@@ -78,7 +78,7 @@ def collect(args, runner, judge, edits, say):
         right = measure(part, result, judge).get("right", torch.ones(len(part)))  # without a judge: all
         for label, split in probes.items():
             try:
-                pipe(specedit=SpecEditConfig(stages=split), **runner.options(part))
+                pipe(specedit=SpecEditConfig(quality="paper", runner="eager", stages=split), **runner.options(part))
             except Measured:
                 wanted = {k: v for k, v in pipe.maps.items() if label == "2 of 9" or k.startswith("decoder")}
                 found |= {f"{label} {name}": x for name, x in wanted.items()}

@@ -58,6 +58,10 @@ TEXT_LENGTHS = (512, 16)  # the default of diffusers; a short one, for prompts o
 DRAFT_NAMES = ("coarse", "quarter", "full_step")
 
 
+# what rows vary: every step whole, the transformer's own forward
+PAPER = SpecEditConfig(quality="paper", runner="eager")
+
+
 def all_rows():
     """Every row in the table's order."""
     rows = [Row("source", still="source"), Row("vae(target)", still="vae(target)")]
@@ -65,19 +69,21 @@ def all_rows():
     for preset in (30, 18, 11, 9):
         for draft in DRAFT_NAMES:
             for finish in ("full", "locked"):
-                config = SpecEditConfig(preset=preset, draft=draft, finish=finish)
+                config = replace(PAPER, preset=preset, draft=draft, finish=finish)
                 rows.append(Row(f"{preset}-{draft}-{finish}", config=config))
     # what a step over cached keys, locked text and an unguided draft cost
     for preset in (18, 9):
         for finish in ("full", "locked"):
-            cached = SpecEditConfig(preset=preset, draft="coarse", finish=finish, kv_refresh=9)
+            cached = replace(PAPER, preset=preset, finish=finish, kv_refresh=9)
             locked = replace(cached, lock_text=True)
             rows += [Row(f"{preset}-coarse-{finish}-{label}", config=config) for label, config in (
                 ("cached", cached), ("cached-text", locked), ("text", replace(locked, kv_refresh=1)),
                 ("unguided-draft", replace(cached, kv_refresh=1, draft_guidance=False)),
                 ("cached-text-unguided-draft", replace(locked, draft_guidance=False)))]
+    for quality in ("fast", "balanced", "best"):
+        rows.append(Row(quality, config=SpecEditConfig(quality=quality)))
     for finish in ("full", "locked"):
-        base, name = SpecEditConfig(preset=9, draft="coarse", finish=finish), f"9-coarse-{finish}"
+        base, name = replace(PAPER, finish=finish), f"9-coarse-{finish}"
         rows += [Row(f"{name}-{rule}", config=replace(base, selection=rule)) for rule in ("random", "uniform")]
         rows.append(Row(f"9-oracle-{finish}", config=base, oracle=True))
         variants = {
@@ -88,7 +94,7 @@ def all_rows():
         }
         if finish == "full":  # the locked finish knows no other
             variants["unselected-coarse"] = dict(unselected="coarse")
-        variants |= {"kv3": dict(kv_refresh=3), "kv9": dict(kv_refresh=9), "graph": dict(runner="graph"),
+        variants |= {"bracket": dict(kv_refresh="bracket"), "kv3": dict(kv_refresh=3), "kv9": dict(kv_refresh=9), "graph": dict(runner="graph"),
                      "graph-kv3": dict(runner="graph", kv_refresh=3), "graph-kv9": dict(runner="graph", kv_refresh=9)}
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
         rows += [Row(f"{name}-text{n}", config=base, text_length=n) for n in TEXT_LENGTHS]

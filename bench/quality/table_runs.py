@@ -213,7 +213,7 @@ class Runner:
             return self.pipe(num_inference_steps=steps, specedit=False, **options).images
         # Qwen's own call shows the model a megapixel whatever it is given; this is the same to the last bit, at a size.
         whole = torch.ones(part.source.shape[-2:])
-        return self.pipe(specedit=SpecEditConfig(stages=(0, 0, steps)), mask_image=whole, **options).images
+        return self.pipe(specedit=SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps)), mask_image=whole, **options).images
 
     def step_flops(self, image_tokens, keys=None, passes=2, lock_text=False):
         """Useful FLOPs of one step for one edit, guidance included; the arguments are a StepRecord's."""

@@ -24,7 +24,7 @@ from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .kv_cache import PackedKV
 from .low_rank import active_serial, changed
 from .model import Text
-from .runner import StepRunner
+from .runner import BESIDE, StepRunner
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ class FusedLayout:
     """sequence: the step's. fresh: int32 [B], the tokens that an active step computes, text included, or None.
 
     cache: where the keys and values of each block are kept, None to keep none; buffers: the runner's name for them.
+    like: a tensor [B, ...] of the dtype and on the device of the tokens, for caches.
     watch: a module's attention to the text is recorded there.
     """
 
@@ -219,6 +220,7 @@ class FusedLayout:
     fresh: Tensor | None = None
     cache: list[Kept] | None = None
     buffers: str = ""
+    like: Tensor | None = None
     watch: TextWatch | None = None
 
 
@@ -276,9 +278,26 @@ class FusedModel:
         sequence = MixedSequence(length, cos, sin, same.key_bias, same.lengths, same.lengths, **more)
         if not cached:
             return FusedLayout(sequence)
+        made = FusedLayout(sequence, layout.fine_lengths + length, like=text.embeds)
+        return self.another_cache(made)
+
+    def another_cache(self, layout: FusedLayout) -> FusedLayout:
         name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        cache = self._kept(name, batch, length + layout.capacity, text.embeds)
-        return FusedLayout(sequence, layout.fine_lengths + length, cache, name)
+        rows = layout.sequence.cos.shape[1]
+        return replace(layout, cache=self._kept(name, layout.like.shape[0], rows, layout.like), buffers=name)
+
+    def blend(self, layout: FusedLayout, near: FusedLayout, far: FusedLayout, weight: Tensor) -> None:
+        def run(weight: Tensor) -> Tensor:
+            for of, a, b in zip(layout.cache, near.cache, far.cache):
+                pairs = [(x.values() if isinstance(x, PackedKV) else x) for x in (a, b)]
+                into = of.scratch if isinstance(of, PackedKV) else of
+                for out, x, y in zip(into, *pairs):
+                    torch.lerp(x, y, weight.to(x.dtype), out=out)
+                renew(of, layout.sequence)
+            return weight
+
+        names = BESIDE.join(x.buffers for x in (layout, near, far))
+        self.runner(("blend", layout.sequence.cos.shape[1]), run, {"weight": weight}, names)
 
     def first_layout(self, text: Text, layout: FusedLayout, first: int | None, lock_text: bool = False) -> FusedLayout:
         whole, length = layout.sequence, text.embeds.shape[1]

@@ -45,6 +45,11 @@ class PackedKV:
         for x, packed, scale in zip(self.scratch, (k, v), (k_scale, v_scale)):
             unpack_(x, packed, scale)
 
+    def values(self) -> tuple[Tensor, ...]:
+        """Keys and values in the scratch's dtype: copies."""
+        self.load()
+        return tuple(x.clone() for x in self.scratch)
+
     def store(self) -> None:
         k, v, k_scale, v_scale = self.kept
         for x, packed, scale in zip(self.scratch, (k, v), (k_scale, v_scale)):
@@ -63,9 +68,11 @@ class KVCache:
     def __init__(self, packed: bool = False):
         self.packed = packed
         self.pairs: list[tuple[Tensor, ...] | None] = []
+        self.dtype = torch.float32  # of what was packed last
 
     def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """As a processor keeps them; `v` may be a view of more than itself, what is kept is not."""
+        self.dtype = v.dtype
         if not self.packed:
             return k, v.contiguous()
         kept = [torch.empty_like(x, dtype=DTYPE) for x in (k, v)]
@@ -80,6 +87,17 @@ class KVCache:
         packed = PackedKV(kept, [torch.empty_like(x, dtype=dtype) for x in kept[:2]])
         packed.load()
         return packed.scratch
+
+    def blend_(self, near: KVCache, far: KVCache, weight: Tensor) -> None:
+        """Keep near + weight (far - near), of two caches of one sequence. weight: 0-dim, in [0, 1]."""
+        pairs = []
+        for a, b in zip(near.pairs, far.pairs):
+            kept = None
+            if a is not None and b is not None:
+                k, v = (torch.lerp(x, y, weight.to(x.dtype)) for x, y in zip(*(c.unpack(p, near.dtype) for c, p in ((near, a), (far, b)))))
+                kept = self.pack(k, v)
+            pairs.append(kept)
+        self.pairs = pairs
 
     @property
     def bytes(self) -> int:

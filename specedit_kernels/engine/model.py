@@ -167,6 +167,15 @@ class EditModel(ABC):
     def velocity(self, text: Text, tokens: Tensor, moment: Any, layout: Any) -> Tensor:
         """Velocity for image tokens [B, S, 4C] at one of the `moments`: the shape of tokens."""
 
+    def another_cache(self, layout: Any) -> Any:
+        """A cached mixed layout whose keys and values are kept in a place of their own."""
+        return replace(layout, attention=replace(layout.attention, cache=self.new_cache()))
+
+    def blend(self, layout: Any, near: Any, far: Any, weight: Tensor) -> None:
+        """Make what `layout` keeps near + weight (far - near) of what the two others do. weight: fp32, 0-dim."""
+        of, a, b = (x.attention.cache for x in (layout, near, far))
+        of.blend_(a, b, weight)
+
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         """Bytes of the keys and values that these cached mixed layouts keep."""
         return sum(layout.attention.cache.bytes for layout in layouts)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import functools
-import threading
 import logging
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -27,6 +27,8 @@ Inputs = dict[str, Tensor | None]
 # the autoencoder, so this holds two or three sizes of edits; beside the pool that all share, one takes its inputs (some
 # 20 MB at 1024 x 1024) and what the driver keeps of it.
 GRAPHS = 16
+# Between the names of buffers, where a call uses several.
+BESIDE = " + "
 # Kept buffers grow in steps of so many rows, so that few edits outgrow the last one.
 BUFFER_ROWS = 512
 
@@ -216,7 +218,8 @@ class StepRunner:
         )
         if not fits:
             # graphs write to the old ones, which go before there are new ones; "a, b" belongs to "a"
-            self._drop([key for key in self._graphs if name.split(", ")[0] == key[1]])
+            first = name.split(", ")[0]
+            self._drop([key for key in self._graphs if first in key[1].split(BESIDE)])
             kept = self._buffers[name] = []
             whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
@@ -226,7 +229,8 @@ class StepRunner:
     def __call__(self, tag: Hashable, function: Callable[..., Any], inputs: Inputs, buffers: str = "") -> Any:
         """function(**inputs).
 
-        tag: stands for all that the function depends on besides its inputs. buffers: the name of those that it uses.
+        tag: stands for all that the function depends on besides its inputs. buffers: the name of those that it uses, or
+        several with BESIDE between.
         """
         if not self._capturing:
             return function(**inputs)

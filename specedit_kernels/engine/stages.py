@@ -35,7 +35,7 @@ from ..sampling.grid import (
     unpack,
 )
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length
-from .config import SpecEditConfig
+from .config import BRACKET, SpecEditConfig
 from .model import EditModel, Pictures, Text
 from .output import SpecEditStats, StageClock, StepRecord
 
@@ -435,7 +435,8 @@ class MixedState:
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
     layouts: the model's, one for each of the run's texts. fine: the fine target tokens of each sample; first: slots,
     the sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
-    model's for these alone; locked_layouts, for all slots without the text.
+    model's for these alone; locked_layouts, for all slots without the text. brackets: for each of `layouts`, with
+    kv_refresh="bracket", (the layout that keeps those of the far level, the one that keeps what lies between).
     """
 
     tokens: Tensor
@@ -449,6 +450,7 @@ class MixedState:
     first: int
     first_layouts: list[Any]
     locked_layouts: list[Any]
+    brackets: list[tuple[Any, Any]]
 
 
 def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Selection) -> MixedState:
@@ -488,18 +490,22 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     padded = min(lengths) < capacity
     fine = tuple(CHILDREN * count for count in selection.counts)
     lock, first = config.lock_text, run.model.slots(max(fine))
-    cached = lock or config.kv_refresh > 1
+    cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(len(run.branches) // len(texts))
     layouts = [run.model.mixed_layout(text, pictures, shared, padded, config.key_bias, cached) for text in texts]
-    pairs, first_layouts, locked_layouts = list(zip(texts, layouts)), [], []
-    if config.kv_refresh > 1:
+    pairs, first_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
+    if config.kv_refresh == BRACKET:
+        brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]
+        first_layouts = [run.model.first_layout(text, x, first, lock) for text, (_, x) in zip(texts, brackets)]
+    elif config.kv_refresh > 1:
         first_layouts = [run.model.first_layout(text, x, first, lock) for text, x in pairs]
     if lock:
         locked_layouts = [run.model.first_layout(text, x, None, lock) for text, x in pairs]
     return MixedState(
-        tokens, table, free[..., None], moves, layout, layouts, lengths, fine, first, first_layouts, locked_layouts
-    )
+        tokens, table, free[..., None], moves, layout, layouts, lengths, fine, first, first_layouts, locked_layouts,
+        brackets,
+    )  # fmt: skip
 
 
 def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
@@ -508,21 +514,36 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
     Every kv_refresh-th computes it whole and leaves keys and values behind. The steps between ("active") compute the
     text and the fine target tokens alone, over the keys and values that the others had then; the others follow the
     source, so nothing but their keys and values is missing. With lock_text the first step alone computes the text.
+
+    kv_refresh="bracket": the first step alone computes the whole sequence, and one pass more ("bracket") at the last
+    step's level. The other tokens' keys and values of an active step lie between those two, in proportion to its level.
     """
-    lock = run.config.lock_text
+    lock, every = run.config.lock_text, run.config.kv_refresh
+    steps = len(levels) - 1
+    bracket = every == BRACKET and steps > 2
+    if every == BRACKET:
+        every = steps if bracket else 1
     at = _device_levels(levels, run.device)
     moments = run.moments(at[:-1] * 1000)
-    for i in range(len(levels) - 1):
+    for i in range(steps):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
         run.on_start(timestep)
-        if i % run.config.kv_refresh == 0:
+        if i % every == 0:
             locked = lock and i > 0
             velocity = run.velocity(state.tokens, moments[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
             run.record("mixed", levels[i], state.lengths, lock_text=locked)
+            if bracket:
+                ahead = euler(state.tokens, velocity, at[-2] - at[0])
+                run.velocity(ahead, moments[-1], [far for far, _ in state.brackets])
+                run.record("bracket", levels[-2], state.lengths)
         else:
+            if bracket:
+                weight = (at[0] - at[i]) / (at[0] - at[-2])
+                for near, (far, between) in zip(state.layouts, state.brackets):
+                    run.model.blend(between, near, far, weight)
             n = state.first
             velocity = run.velocity(state.tokens[:, :n], moments[i], state.first_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
@@ -532,7 +553,7 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
     if lock or state.first_layouts:
-        run.stats.kv_cache_bytes = run.model.kv_bytes(state.layouts)
+        run.stats.kv_cache_bytes = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
 
 
 def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kv_refresh="bracket": keys and values between two whole passes, eager, fused and packed."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import PIL.Image  # noqa: E402
+from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+
+from specedit_kernels import (  # noqa: E402
+    SpecEditConfig,
+    SpecEditFluxKontextPipeline,
+    SpecEditQwenImageEditPipeline,
+)
+from specedit_kernels.engine.kv_cache import KVCache  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def left_half():
+    mask = PIL.Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 64, 128))
+    return mask
+
+
+@pytest.fixture(scope="module")
+def flux():
+    pipe = SpecEditFluxKontextPipeline(**tiny_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    pipe = SpecEditQwenImageEditPipeline(**tiny_qwen().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def edit(pipe, **config):
+    config = dict(stages=(1, 5, 0), finish="locked", runner="eager") | config
+    given = dict(image=tiny_image(), mask_image=left_half(), generator=torch.Generator().manual_seed(1))
+    given |= dict(output_type="latent", specedit=SpecEditConfig(**config))
+    if isinstance(pipe, SpecEditFluxKontextPipeline):
+        return pipe(**call_options(**given))
+    return pipe(**qwen_text(), **qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128, **given)
+
+
+def test_it_is_nearer_to_whole_steps_than_stale_keys(flux):
+    whole, stale, between = (edit(flux, kv_refresh=k).images for k in (1, 5, "bracket"))
+    assert (between - whole).abs().mean() < 0.7 * (stale - whole).abs().mean()
+
+
+def test_two_whole_passes_and_active_steps(flux):
+    stats = edit(flux, kv_refresh="bracket").stats
+    assert [s.stage for s in stats.steps] == ["coarse", "mixed", "bracket", "active", "active", "active", "active"]
+    assert stats.nfe == 6 and stats.steps[2].level == stats.steps[-1].level
+    # with two steps there is nothing between
+    stats = edit(flux, stages=(1, 2, 0), kv_refresh="bracket").stats
+    assert [s.stage for s in stats.steps] == ["coarse", "mixed", "mixed"]
+
+
+@pytest.mark.parametrize("lock_text", [False, True])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("model", ["flux", "qwen"])
+def test_fused_steps_do_what_eager_ones_do(request, model, kv_cache_dtype, lock_text):
+    pipe = request.getfixturevalue(model)
+    options = dict(kv_refresh="bracket", kv_cache_dtype=kv_cache_dtype, lock_text=lock_text)
+    eager, fused = (edit(pipe, runner=r, **options) for r in ("eager", "fused"))
+    assert eager.stats.kv_cache_bytes > 0 and fused.stats.runner == "fused"
+    error, size = (eager.images - fused.images).abs().max(), eager.images.abs().max()
+    assert error < (2e-4 if kv_cache_dtype == "auto" else 3e-2) * size
+
+
+def test_a_batch_is_its_singles(flux):
+    given = dict(output_type="latent", specedit=SpecEditConfig(stages=(1, 4, 0), finish="locked", runner="eager"))
+    images, masks = [tiny_image(seed=1), tiny_image(seed=2)], [left_half(), left_half().rotate(90)]
+    seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
+    text = dict(prompt=["make the cat blue", "add a hat"])
+    both = flux(**call_options(image=images, mask_image=masks, generator=seeds, **text, **given)).images
+    for i in (0, 1):
+        seed = [torch.Generator().manual_seed(i + 1)]
+        one = dict(image=images[i], mask_image=masks[i], prompt=text["prompt"][i], generator=seed)
+        torch.testing.assert_close(flux(**call_options(**one, **given)).images[0], both[i], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cache_lies_between_two(packed):
+    torch.manual_seed(0)
+    near, far, between = (KVCache(packed) for _ in range(3))
+    ends = [[torch.randn(1, 6, 2, 16) for _ in range(2)] for _ in range(2)]
+    for cache, (k, v) in zip((near, far), ends):
+        cache.pairs = [None, cache.pack(k, v)]
+    between.blend_(near, far, torch.tensor(0.25))
+    assert between.pairs[0] is None
+    for x, a, b in zip(between.unpack(between.pairs[1], torch.float32), *ends):
+        torch.testing.assert_close(x, a + 0.25 * (b - a), atol=0.3 if packed else 1e-6, rtol=0.1 if packed else 1e-6)
+
+
+def test_qualities_set_what_is_not_given():
+    assert SpecEditConfig() == SpecEditConfig(quality="balanced", preset=9, finish="locked", kv_refresh="bracket")
+    assert SpecEditConfig(quality="paper") == SpecEditConfig(quality="paper", preset=9, finish="full", kv_refresh=1)
+    config = SpecEditConfig(quality="best", preset=11, kv_refresh=2)
+    assert (config.preset, config.finish, config.kv_refresh) == (11, "locked", 2)
+    assert SpecEditConfig(finish="full", unselected="coarse").kv_refresh == 1
+    for wrong in (dict(quality="good"), dict(kv_refresh="brackets"), dict(kv_refresh=0)):
+        with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
+            SpecEditConfig(**wrong)
+    with pytest.raises(ValueError, match="kv_refresh: expected 1 with finish='full' and unselected='coarse'"):
+        SpecEditConfig(finish="full", unselected="coarse", kv_refresh="bracket")
