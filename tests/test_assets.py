@@ -9,17 +9,17 @@ import torch
 
 pytest.importorskip("diffusers", reason="the pipelines need diffusers")
 
-from diffusers import FluxKontextPipeline, QwenImageEditPipeline  # noqa: E402
-from PIL import Image  # noqa: E402
+from diffusers import FluxKontextPipeline, QwenImageEditPipeline
+from PIL import Image
 
-import specedit_kernels  # noqa: E402
-from specedit_kernels import (  # noqa: E402
+import specedit_kernels
+from specedit_kernels import (
     SpecEditConfig,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
 )
-from specedit_kernels.cli import main, models  # noqa: E402
-from specedit_kernels.flash_edit.pipeline import COSI  # noqa: E402
+from specedit_kernels.cli import main, models
+from specedit_kernels.flash_edit.pipeline import COSI
 
 ASSETS = Path(specedit_kernels.__file__).parent / "assets"
 MODEL = ASSETS / "tiny_kontext"

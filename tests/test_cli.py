@@ -15,11 +15,11 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
-from specedit_kernels.cli import main, mask, models, output  # noqa: E402
-from specedit_kernels.cli.text import UserError, say  # noqa: E402
-from specedit_kernels.images.files import ImageFileError, Photo  # noqa: E402
+from specedit_kernels.cli import main, mask, models, output
+from specedit_kernels.cli.text import UserError, say
+from specedit_kernels.images.files import Photo
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def texts(monkeypatch):
     absent = dict(text_encoder=None, tokenizer=None, processor=None)
 
     def encode_prompt(self, prompt, image, **options):
-        asked.append((prompt, len(image)))
+        asked.append((prompt if isinstance(prompt, str) else prompt[0], len(image)))
         return qwen_text(len(prompt)).values()
 
     monkeypatch.setattr(Plus, "encode_prompt", encode_prompt)
@@ -238,7 +238,7 @@ def test_wrong_options(capsys, source):
     assert "--preset: invalid choice" in fails(capsys, "edit", source, "add a hat", "--preset", "10")
     assert "--draft: invalid choice" in fails(capsys, "edit", source, "add a hat", "--draft", "half")
     assert "instruction: expected a text" in fails(capsys, "edit", source, "  ")
-    assert "required" in fails(capsys, "edit", source)
+    assert "required" in fails(capsys, "edit")
     assert "required" in fails(capsys)
     assert "invalid choice" in fails(capsys, "paint")
     assert "--seed: invalid" in fails(capsys, "edit", source, "add a hat", "--seed", 2**64)
@@ -430,6 +430,94 @@ def test_a_prompt_that_is_cut_is_said(capsys, tmp_path, model, source):
     assert code == 0 and "is cut" not in text
 
 
+# many pictures
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A folder with two pictures of one stem, a damaged one, and what is no picture."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    tiny_image(128, 128).save(folder / "a.png")
+    tiny_image(128, 128, seed=1).convert("P").save(folder / "a.gif")
+    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_a_folder_of_pictures(capsys, tmp_path, model, many, monkeypatch):
+    out = tmp_path / "out"
+    options = ("-o", out, "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    code, text, error = run(capsys, "edit", many, "add a hat", *options)
+    assert code == 2 and error.count("\n") == 1 and "b.png: not a picture" in error
+    assert "2 of 3 pictures" in text and "failed      1" in text
+    names = ["a.gif.png", "a.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(n + end for n in names for end in ("", ".json", ".mask.png"))
+    result = json.loads((out / "a.png.json").read_text())
+    assert result["instruction"] == "add a hat" and result["edited_share"] == 0.5 and result["flops"] > 0
+    assert "palette" in json.loads((out / "a.gif.png.json").read_text())["notes"][0]
+
+    # again: what is finished is skipped, the rest is tried
+    before = {name: (out / name).stat().st_mtime_ns for name in names}
+    tiny_image(128, 128, seed=2).save(many / "b.png")
+    code, text, _ = run(capsys, "edit", many, "add a hat", *options)
+    assert code == 0 and "1 of 3 pictures" in text and "skipped     2" in text
+    assert {name: (out / name).stat().st_mtime_ns for name in names} == before
+    # all finished: no model is loaded
+    monkeypatch.setattr(models, "load_pipeline", None)
+    assert "0 of 3 pictures" in run(capsys, "edit", many, "add a hat", *options)[1]
+    monkeypatch.undo()
+    # another instruction is another result; so is one whose picture is gone
+    (out / "b.png").unlink()
+    assert "1 of 3 pictures" in run(capsys, "edit", many, "add a hat", *options)[1]
+    assert "3 of 3 pictures" in run(capsys, "edit", many, "add a cat", *options)[1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_list_of_pictures(capsys, tmp_path, model, many, kind):
+    rows = [{"image": "a.png", "instruction": "add a hat", "seed": 1, "output": "hat.tif"},
+            {"image": "a.png", "instruction": "", "seed": "", "output": ""},
+            {"image": "a.png", "instruction": "add a \u00e9clair", "seed": 2, "output": ""}]  # fmt: skip
+    path = many / f"list.{kind}"
+    if kind == "csv":
+        lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
+    else:
+        lines = [json.dumps({k: v for k, v in row.items() if v != ""}) for row in rows] + [""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    options = ("-o", tmp_path / "out", "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    code, text, error = run(capsys, "edit", path, "add a cat", *options)
+    assert code == 0 and error == "" and "3 of 3 pictures" in text
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text())
+             for name in ("hat.tif", "a.png", "a-2.png")}  # fmt: skip
+    assert [r["instruction"] for r in found.values()] == ["add a hat", "add a cat", "add a \u00e9clair"]
+    assert [r["seed"] for r in found.values()] == [1, 0, 2]
+    assert Photo.open(tmp_path / "out" / "hat.tif").size == (128, 128)
+
+
+def test_lists_and_folders_that_cannot_be(capsys, tmp_path, model, many):
+    def listed(text, name="list.jsonl"):
+        (many / name).write_text(text)
+        return fails(capsys, "edit", many / name, "-o", tmp_path / "out", "--model", model)
+
+    assert "line 1: expected a JSON object" in listed("[1]")
+    assert "line 2: image: expected a text, got none" in listed('{"image": "a.png", "instruction": "x"}\n{}')
+    assert "instruction: expected a text, got none" in listed('{"image": "a.png"}')
+    assert "got 'prompt'" in listed('{"image": "a.png", "prompt": "x"}')
+    assert "seed: expected a whole number" in listed('{"image": "a.png", "instruction": "x", "seed": "one"}')
+    for name in ("../a.png", "a.gif"):
+        assert "output: expected" in listed(json.dumps({"image": "a.png", "instruction": "x", "output": name}))
+    assert "other fields than the first" in listed("image,instruction\na.png\n", "list.csv")
+    assert "has no pictures" in listed("image,instruction\n", "list.csv")
+    edit = lambda *more: fails(capsys, "edit", many, "add a hat", "--model", model, *more)  # noqa: E731
+    assert "--output: expected a folder" in edit()
+    assert "not that of the pictures" in edit("-o", many)
+    assert "expected a folder for the results" in edit("-o", many / "a.png")
+    assert "--mask-output: expected none" in edit("-o", tmp_path / "out", "--mask-output", tmp_path / "m.png")
+    assert "instruction: expected a text, got none" in fails(capsys, "edit", many, "-o", tmp_path / "out")
+    assert "instruction: expected a text, got none" in fails(capsys, "edit", many / "a.png", "-o", tmp_path / "o.png")
+    assert not (tmp_path / "out").exists()
+
+
 # what comes in
 
 
@@ -468,7 +556,7 @@ def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
     exif = PIL.Image.Exif()
     exif[0x010F], exif[0x0112] = "Maker", 6
     PIL.Image.open(source).save(tmp_path / "a.png", icc_profile=profile, exif=exif, dpi=(300, 300))
-    Photo((np.asarray(PIL.Image.open(source).convert("L")).astype(np.uint16) * 257)).save(tmp_path / "b.png")
+    Photo(np.asarray(PIL.Image.open(source).convert("L")).astype(np.uint16) * 257).save(tmp_path / "b.png")
     options = ("--model", model, "--device", "cpu", "--steps", 4, "--mask", half(tmp_path))
     code, text, _ = run(capsys, "edit", tmp_path / "a.png", "add a hat", "-o", tmp_path / "o.tif", *options)
     found = Photo.open(tmp_path / "o.tif")

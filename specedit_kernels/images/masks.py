@@ -128,7 +128,7 @@ def _selected(values: np.ndarray, name: str) -> np.ndarray:
 def _scaled(values: np.ndarray, name: str) -> np.ndarray:
     """Values in [0, 1], fp32 or fp64."""
     kind = values.dtype.newbyteorder("=")
-    if kind == bool:
+    if kind.kind == "b":
         return values.astype(np.float32)
     if kind in (np.uint8, np.uint16):
         top = int(np.iinfo(kind).max)
