@@ -72,7 +72,8 @@ def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, optio
     settings, scale = models.model_settings, side / 512
     monkeypatch.setattr(models, "model_settings", lambda *given: settings(*given) | {"max_area": side**2})
     instruction = (ASSETS / "example.txt").read_text().strip()
-    code = main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"), *options])
+    code = main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"),
+                 "--output-size", "working", *options])  # fmt: skip
     assert not code
     assert not options or "noise       of the source, white in the edit region" in capsys.readouterr().out
     source = Image.open(ASSETS / "example.png").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)

@@ -99,11 +99,11 @@ def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, 
     )  # fmt: skip
     assert code == 0
     edited, overlay = PIL.Image.open(out), PIL.Image.open(out.with_name("mask.png"))
-    # 160 x 128 at the area of 128 x 128, in whole blocks of 32 pixels
-    assert edited.size == overlay.size == (128, 96)
-    expected = np.array(PIL.Image.open(source).resize((128, 96), PIL.Image.LANCZOS))
-    assert (np.array(edited)[:, 64 + 8 :] == expected[:, 64 + 8 :]).all()
-    assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
+    # run at the area of 128 x 128 in whole blocks of 32 pixels; the seam, up to 8.5 pixels there, is under 11 here
+    assert edited.size == overlay.size == (160, 128) and "160 x 128 (run at 128 x 96)" in text
+    expected = np.array(PIL.Image.open(source))
+    assert (np.array(edited)[:, 80 + 11 :] == expected[:, 80 + 11 :]).all()
+    assert not (np.array(edited)[:, :80] == expected[:, :80]).all()
     assert sorted(p.name for p in out.parent.iterdir()) == ["edited.png", "mask.png"]
     for word in ("24 of 48 tokens", "50.0 %", "2 x coarse 24", "4 x mixed 60", "3 x full 96", "reference", "28 steps"):
         assert word in text
@@ -127,11 +127,11 @@ def test_edit_finds_the_class_of_the_folder(capsys, tmp_path, qwen, source, text
     code, text, error = run(capsys, "edit", source, "add a hat", *options)
     assert error == ""
     # 160 x 128 at the area of 128 x 128, rounded to multiples of 32 pixels: 8 x 8 tokens (and as many of the source)
-    assert code == 0 and PIL.Image.open(out).size == (128, 128) and texts == [("add a hat", 1), (" ", 1)]
+    assert code == 0 and "run at 128 x 128" in text and texts == [("add a hat", 1), (" ", 1)]
     assert "(plain: 128)" in text and "50 steps" in text and "32 of 64 tokens" in text
     lone = np.array(PIL.Image.open(out))
     code, text, _ = run(capsys, "edit", source, "add a hat", *options, "--reference", other)
-    assert code == 0 and PIL.Image.open(out).size == (128, 128) and texts[2:] == [("add a hat", 2), (" ", 2)]
+    assert code == 0 and "run at 128 x 128" in text and texts[2:] == [("add a hat", 2), (" ", 2)]
     # 10 x 6 tokens of the further picture
     assert "(plain: 188)" in text and not (np.array(PIL.Image.open(out)) == lone).all()
     assert run(capsys, "edit", source, "add a hat", *options, "--true-cfg-scale", "1", "--preset", "4")[0] == 0
@@ -153,10 +153,45 @@ def test_settings_of_a_folder(tmp_path):
 def test_edit_says_when_nothing_changes(capsys, tmp_path, model, source):
     out = tmp_path / "same.png"
     options = ("--model", model, "--device", "cpu", "--threshold", 4, "--draft", "quarter")
+    for size in ("source", "working"):
+        code, text, _ = run(capsys, "edit", source, "add a hat", "-o", out, *options, "--output-size", size)
+        assert code == 0 and "nothing changes: the source is returned" in text
+        expected = PIL.Image.open(source)
+        expected = expected if size == "source" else expected.resize((128, 96), PIL.Image.LANCZOS)
+        assert (np.array(PIL.Image.open(out)) == np.array(expected)).all()
+
+
+def test_edit_at_the_working_size(capsys, tmp_path, model, source):
+    out = tmp_path / "edited.png"
+    options = ("--model", model, "--device", "cpu", "--mask", half(tmp_path), "--output-size", "working")
     code, text, _ = run(capsys, "edit", source, "add a hat", "-o", out, *options)
-    assert code == 0 and "nothing changes: the source is returned" in text
+    edited, overlay = PIL.Image.open(out), PIL.Image.open(out.with_name("mask.png"))
+    assert code == 0 and edited.size == overlay.size == (128, 96) and "run at" not in text
     expected = np.array(PIL.Image.open(source).resize((128, 96), PIL.Image.LANCZOS))
-    assert (np.array(PIL.Image.open(out)) == expected).all()
+    assert (np.array(edited)[:, 64 + 8 :] == expected[:, 64 + 8 :]).all()
+    assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
+
+
+@pytest.mark.parametrize("channels, kind, profile", [
+    (1, np.uint8, False), (2, np.uint16, False), (3, np.uint16, True), (4, np.uint8, True), (4, np.uint16, False),
+], ids=str)  # fmt: skip
+def test_outside_the_edit_every_bit_is_the_sources(capsys, tmp_path, model, channels, kind, profile):
+    """Any mode, any depth, a colour profile that is not sRGB: at the source's own size."""
+    from test_files import LINEAR
+
+    shape = (150, 210) if channels == 1 else (150, 210, channels)
+    array = np.random.default_rng(0).integers(0, np.iinfo(kind).max + 1, shape).astype(kind)
+    Photo(array, LINEAR if profile else None).save(tmp_path / "a.tif")
+    array = Photo.open(tmp_path / "a.tif").array
+    options = ("--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    assert run(capsys, "edit", tmp_path / "a.tif", "add a hat", "-o", tmp_path / "o.tif", *options)[0] == 0
+    found = Photo.open(tmp_path / "o.tif")
+    assert found.array.dtype == kind and found.array.shape == array.shape
+    assert found.profile == (LINEAR if profile else None)
+    assert np.array_equal(found.array[:, 105 + 16 :], array[:, 105 + 16 :])
+    assert not np.array_equal(found.array[:, :105], array[:, :105])
+    if array.ndim == 3 and array.shape[2] in (2, 4):
+        assert np.array_equal(found.alpha, array[..., -1])
 
 
 def test_mask_finds_what_changed(capsys, tmp_path, model, source):
@@ -208,7 +243,8 @@ def test_wrong_pictures(capsys, tmp_path, model, source):
         return fails(capsys, "edit", path, "add a hat", "-o", tmp_path / "o.png", "--model", model)
 
     assert "no such file" in edit(tmp_path / "none.png")
-    assert "not a file" in edit(tmp_path)
+    assert "expected a folder for the results" in edit(tmp_path)  # as a folder of pictures
+    assert "not a file" in edit("/dev/null")
     text = tmp_path / "text.png"
     text.write_text("no picture")
     assert "not a picture" in edit(text)
@@ -561,7 +597,7 @@ def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
     code, text, _ = run(capsys, "edit", tmp_path / "a.png", "add a hat", "-o", tmp_path / "o.tif", *options)
     found = Photo.open(tmp_path / "o.tif")
     assert code == 0 and "note        turned upright by its EXIF orientation" in text
-    assert found.profile == profile and found.dpi == pytest.approx((300, 300), abs=0.01) and found.size == (96, 128)
+    assert found.profile == profile and found.dpi == pytest.approx((300, 300), abs=0.01) and found.size == (128, 160)
     kept = PIL.Image.Exif()
     kept.load(found.exif)
     assert dict(kept) == {0x010F: "Maker"}
@@ -591,7 +627,7 @@ def test_long_names_and_links_are_written(capsys, tmp_path, model, source):
     (tmp_path / "link.png").symlink_to(tmp_path / "far" / "target.png")
     for out in (tmp_path / ("n" * 251 + ".png"), tmp_path / "link.png"):
         assert run(capsys, "edit", source, "add a hat", "-o", out, *options)[0] == 0
-        assert PIL.Image.open(out).size == (128, 96)
+        assert PIL.Image.open(out).size == (160, 128)
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "far" / "target.png").is_file()
 
 

@@ -48,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise UserError("--output: expected a folder for the results of many pictures")
     source, out = Path(arguments.image), Path(arguments.output)
+    taken = out.exists() and (not out.is_dir() or (source.is_dir() and out.samefile(source)))
+    if taken or out.suffix.lower() in WRITTEN:
+        raise UserError(f"{shown(out)}: expected a folder for the results, not that of the pictures or a file")
     jobs = _listed(source, arguments) if source.suffix.lower() in LISTS else _of_folder(source, arguments)
     if not jobs:
         raise UserError(f"{shown(source)}: has no pictures")
-    if out.exists() and (not out.is_dir() or (source.is_dir() and out.samefile(source))):
-        raise UserError(f"{shown(out)}: expected a folder for the results, not that of the pictures or a file")
     out.mkdir(exist_ok=True)
     options = _options(arguments)
     wanted = [job for job in jobs if not _finished(job, out, options)]
@@ -106,8 +107,9 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
-    names = ("method", "preset", "steps", "draft", "finish", "preserve", "threshold", "true_cfg_scale", "reference")
-    return {name: getattr(arguments, name) for name in names} | {"model": str(models.model_folder(arguments.model))}
+    names = ("method", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold", "true_cfg_scale")
+    found = {name: getattr(arguments, name) for name in (*names, "reference")}
+    return found | {"model": str(models.model_folder(arguments.model))}
 
 
 def _asked(job: Job, options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ CUT = re.compile(r"truncated because `max_sequence_length` is set to\s+(\d+)")
 
 @dataclass(frozen=True)
 class Edited:
-    """One finished edit. threshold: of its scores, or None. notes: what was converted, and warnings, a line each."""
+    """One finished edit.
+
+    mask: bool [rows, columns] of tokens. threshold: of the scores, or None. working: (width, height) at which the model
+    ran. notes: what was converted, and warnings, a line each.
+    """
 
     photo: Photo
     overlay: Photo
     mask: Any
     stats: Any
     threshold: float | None
+    working: tuple[int, int]
     notes: tuple[str, ...]
 
 
@@ -67,6 +72,9 @@ class Editor:
         from ..engine.stages import threshold_scale
 
         image, settings = photo.rgb, dict(self.settings)
+        # at the source's size its pixels are put back there, not at the working size
+        whole = self.arguments.output_size == "source"
+        config = replace(self.config, preserve=None) if whole else self.config
         if self.references:
             # the picture that is edited sets the size, not the last one
             settings["height"], settings["width"] = self.pipe.size_of(image, settings.get("max_area"))
@@ -77,17 +85,31 @@ class Editor:
                 mask_image=mask,
                 num_inference_steps=self.arguments.steps,
                 generator=torch.Generator().manual_seed(seed),
-                specedit=self.config,
+                specedit=config,
+                output_type="np" if whole else "pil",
                 **settings,
             )
-        edited, region = result.images[0], result.mask[0].cpu()
-        overlay = region_overlay(image.resize(edited.size, PIL.Image.LANCZOS), region)
+        edited, region = result.images[0], result.mask[0].cpu().numpy()
+        if whole:
+            done, working = self._at_source_size(photo, edited, region), (edited.shape[1], edited.shape[0])
+        else:
+            done, working = photo.with_picture(edited), edited.size
+            image = image.resize(working, PIL.Image.LANCZOS)
+        overlay = region_overlay(image, region)
         threshold = result.stats.threshold
         if threshold is not None and not self.flash:
             scale = threshold_scale(result.scores.flatten(1), self.config.resolved_relative())
             threshold *= float(scale[0])
         found = (*photo.notes, *notes)
-        return Edited(photo.with_picture(edited), Photo.of(overlay), region, result.stats, threshold, found)
+        return Edited(done, Photo.of(overlay), region, result.stats, threshold, working, found)
+
+    def _at_source_size(self, photo: Photo, edited: Any, region: Any) -> Photo:
+        """The edit in its region, the source's own bits elsewhere; without --preserve, the edit everywhere."""
+        from ..images.composite import composite
+
+        if self.config.preserve is None:
+            region = region | True
+        return photo.with_array(composite(photo.array, photo.unit(edited), region, self.config.feather))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -202,22 +224,26 @@ def _run_notes():
                 handler.removeFilter(unseen)
 
 
-def region_overlay(source, mask):
-    """The source with the edit region tinted and its border drawn. mask: bool [rows, columns]."""
+def region_overlay(source: Any, mask: Any) -> Any:
+    """The source, PIL RGB, with the edit region tinted and its border drawn. mask: bool [rows, columns], numpy."""
     import numpy as np
     import PIL.Image
 
-    height, width = source.height // mask.shape[0], source.width // mask.shape[1]
-    region = mask.numpy().repeat(height, 0).repeat(width, 1)
-    array = np.asarray(source, np.float32)
-    tint = np.array([255, 40, 60], np.float32)
-    out = np.where(region[..., None], 0.6 * array + 0.4 * tint, 0.55 * array)
+    rows = np.arange(source.height) * mask.shape[0] // source.height
+    columns = np.arange(source.width) * mask.shape[1] // source.width
+    region = mask[rows[:, None], columns]
+    pixels = np.asarray(source)
+    table = np.arange(256)
+    out = np.rint(0.55 * table).astype(np.uint8)[pixels]
+    for channel, tint in enumerate((255, 40, 60)):
+        out[..., channel][region] = np.rint(0.6 * table + 0.4 * tint).astype(np.uint8)[pixels[..., channel][region]]
+    border = max(2, max(source.size) // 512)
     edge = np.zeros_like(region)
-    padded = np.pad(region, 2)
-    for rows, columns in ((0, 2), (4, 2), (2, 0), (2, 4)):
-        edge |= region & ~padded[rows : rows + region.shape[0], columns : columns + region.shape[1]]
+    padded = np.pad(region, border)
+    for down, right in ((0, border), (2 * border, border), (border, 0), (border, 2 * border)):
+        edge |= region & ~padded[down : down + region.shape[0], right : right + region.shape[1]]
     out[edge] = (255, 230, 0)
-    return PIL.Image.fromarray(out.round().astype(np.uint8))
+    return PIL.Image.fromarray(out)
 
 
 def share(value: float) -> str:
@@ -239,11 +265,12 @@ def edit_summary(
 
     config, stats, mask, threshold = editor.config, edited.stats, edited.mask, edited.threshold
     device, many, size = editor.pipe.device, editor.pipe.STEPS_OF_PLAIN, edited.photo.size
-    inside = f"{int(mask.sum())} of {mask.numel()} tokens in the edit region, {share(stats.edited[0])}"
+    at = "" if edited.working == size else f" (run at {edited.working[0]} x {edited.working[1]})"
+    inside = f"{int(mask.sum())} of {mask.size} tokens in the edit region, {share(stats.edited[0])}"
     steps = "  ".join(f"{count} x {stage} {tokens:.0f}" for stage, tokens, count in group_steps(stats))
     plain_step = stats.plain_step_flops
     lines = [
-        f'"{one_line(arguments.instruction)}"  {size[0]} x {size[1]}, seed {arguments.seed}, {device}',
+        f'"{one_line(arguments.instruction)}"  {size[0]} x {size[1]}{at}, seed {arguments.seed}, {device}',
         f"edited      {shown(out)}",
         f"mask        {shown(mask_out)}: {inside}",
     ]

@@ -119,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
     p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
     p.add_argument(
+        "--output-size",
+        choices=("source", "working"),
+        default="source",
+        help="source: the edit is put into the picture at its own size; working: the model's, as it comes",
+    )
+    p.add_argument(
         "--threshold", type=_number, default=None, help="score over which a token is edited (flash: times the mean)"
     )
     p.add_argument("--seed", type=_seed, default=0, help="seed of the noise")
