@@ -466,6 +466,28 @@ def test_a_prompt_that_is_cut_is_said(capsys, tmp_path, model, source):
     assert code == 0 and "is cut" not in text
 
 
+def test_boxes_say_where(capsys, tmp_path, model, source):
+    """The source has 160 x 128 pixels, the run 8 x 6 tokens, of which blocks of 2 x 2 are edited."""
+    options = ("-o", tmp_path / "o.png", "--model", model, "--device", "cpu", "--steps", 4)
+    for boxes, tokens in (
+        (["0,0,80,128"], 24), (["0,0,50%,100%"], 24), (["0,0,1,1"], 4),
+        (["0,0,40,43"], 8), (["0%,0%,12.5%,100%", "140,0,9999,128"], 24),
+    ):  # fmt: skip
+        more = [word for box in boxes for word in ("--box", box)]
+        code, text, _ = run(capsys, "edit", source, "add a hat", *options, *more)
+        assert code == 0 and f"{tokens} of 48 tokens" in text
+    code, text, _ = run(
+        capsys, "edit", source, "add a hat", *options, "--mask", half(tmp_path), "--box", "140,0,160,64"
+    )
+    assert code == 0 and "32 of 48 tokens" in text
+    for box in ("1,2,3", "a,b,c,d", "0,0,nan,1", "-1,0,5,5", "0,0,inf,1"):
+        assert "--box: invalid" in fails(capsys, "edit", source, "add a hat", *options, f"--box={box}")
+    for box in ("50,50,50,60", "160,0,170,128", "9,9,8,8"):
+        assert f"--box {box}: selects nothing of 160 x 128" in fails(
+            capsys, "edit", source, "add a hat", *options, f"--box={box}"
+        )
+
+
 # many pictures
 
 

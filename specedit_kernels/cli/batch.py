@@ -85,7 +85,7 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
     path = check_output(out / job.output, [job.image])
     mask_path = check_output(path.with_name(f"{path.name}.mask.png"), [job.image])
     photo = Photo.open(job.image)
-    mask = None if job.mask is None else Photo.open(job.mask).array
+    mask = edit.where(photo, job.mask, editor.arguments.box)
     edited = editor.edit(photo, job.instruction, job.seed, mask)
     notes = keep({path: edited.photo, mask_path: edited.overlay})[path]
     stats = edited.stats
@@ -109,6 +109,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
     names = ("method", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold", "true_cfg_scale")
     found = {name: getattr(arguments, name) for name in (*names, "reference")}
+    found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}
 
 

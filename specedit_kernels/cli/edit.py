@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..images.files import Photo, reason, shown
+from ..images.masks import pixel_mask
 from . import models
+from .box import Box
 from .output import check_output, keep
 from .text import UserError, one_line, say
 
@@ -121,12 +124,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{shown(out)}: the edited picture and the mask overlay have one name; give --mask-output")
     check_instruction(arguments.instruction)
     photo = Photo.open(arguments.image)
-    mask = None if arguments.mask is None else Photo.open(arguments.mask).array
+    mask = where(photo, arguments.mask, arguments.box)
     editor = Editor(arguments)
     edited = editor.edit(photo, arguments.instruction, arguments.seed, mask)
     kept = keep({out: edited.photo, mask_out: edited.overlay})
     say(edit_summary(arguments, editor, edited, out, mask_out, kept[out]))
     return 0
+
+
+def where(photo: Photo, path: str | os.PathLike | None, boxes: Sequence[Box]) -> Any:
+    """The pixels that --mask and --box select together, as an array; None where neither is given."""
+    mask = None if path is None else Photo.open(path).array
+    if not boxes:
+        return mask
+    import numpy as np
+
+    width, height = photo.size
+    found = np.zeros((height, width), bool) if mask is None else pixel_mask(mask, photo.size, "--mask")
+    for box in boxes:
+        left, top, right, bottom = box.pixels(photo.size)
+        found[top:bottom, left:right] = True
+    return found
 
 
 def check_instruction(text: str | None) -> None:
@@ -191,6 +209,8 @@ def _run_notes():
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
             cut = CUT.search(text)
+            if text.startswith("num_inference_steps:"):  # which --steps asks for
+                return
             if record.name.startswith("specedit_kernels"):
                 text = one_line(text)
             elif cut is not None:

@@ -12,6 +12,7 @@ import sys
 
 from .._command import INTERRUPTED, unwatch
 from ..images.files import ImageFileError, reason, shown
+from .box import Box
 from .text import UserError, one_line, say
 
 PRESETS = (30, 18, 11, 9, 8, 4)
@@ -87,6 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--mask-output", default=None, help="the mask over the source (default: mask.png beside the output)")
     p.add_argument(
         "--mask", default=None, help="a picture, white where to edit, in place of the draft; transparent is not white"
+    )
+    p.add_argument(
+        "--box",
+        action="append",
+        type=Box.parse,
+        default=[],
+        metavar="X0,Y0,X1,Y1",
+        help="a rectangle to edit, in place of the draft, in pixels or, with %%, in per cent; may be repeated, and joins "
+        "--mask",
     )
     p.add_argument(
         "--model",
