@@ -295,7 +295,8 @@ def edit_summary(
         f"mask        {shown(mask_out)}: {inside}",
     ]
     if threshold is not None:
-        lines.append(f"draft       {config.draft}, scores over {threshold:.3g} are edited, grown by {config.dilation}")
+        draft, unit = ("one step", " times the mean") if editor.flash else (config.draft, "")
+        lines.append(f"draft       {draft}, scores over {threshold:.3g}{unit} are edited, grown by {config.dilation}")
     if arguments.method == "flash":
         noise = "white"
         if stats.inverted:

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Box.parse,
         default=[],
         metavar="X0,Y0,X1,Y1",
-        help="a rectangle to edit, in place of the draft, in pixels or, with %%, in per cent; may be repeated, and joins "
+        help="a rectangle to edit, in place of the draft, in pixels or, with %%, in per cent; may be repeated, joins "
         "--mask",
     )
     p.add_argument(
