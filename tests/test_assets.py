@@ -9,17 +9,17 @@ import torch
 
 pytest.importorskip("diffusers", reason="the pipelines need diffusers")
 
-from diffusers import FluxKontextPipeline, QwenImageEditPipeline  # noqa: E402
-from PIL import Image  # noqa: E402
+from diffusers import FluxKontextPipeline, QwenImageEditPipeline
+from PIL import Image
 
-import specedit_kernels  # noqa: E402
-from specedit_kernels import (  # noqa: E402
+import specedit_kernels
+from specedit_kernels import (
     SpecEditConfig,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
 )
-from specedit_kernels.cli import main, models  # noqa: E402
-from specedit_kernels.flash_edit.pipeline import COSI  # noqa: E402
+from specedit_kernels.cli import main, models
+from specedit_kernels.flash_edit.pipeline import COSI
 
 ASSETS = Path(specedit_kernels.__file__).parent / "assets"
 MODEL = ASSETS / "tiny_kontext"
@@ -72,7 +72,8 @@ def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, optio
     settings, scale = models.model_settings, side / 512
     monkeypatch.setattr(models, "model_settings", lambda *given: settings(*given) | {"max_area": side**2})
     instruction = (ASSETS / "example.txt").read_text().strip()
-    code = main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"), *options])
+    code = main(["edit", str(ASSETS / "example.png"), instruction, "-o", str(tmp_path / "edited.png"),
+                 "--output-size", "working", *options])  # fmt: skip
     assert not code
     assert not options or "noise       of the source, white in the edit region" in capsys.readouterr().out
     source = Image.open(ASSETS / "example.png").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)

@@ -15,11 +15,11 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+from tiny_models import qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
-from specedit_kernels.cli import main, mask, models, output  # noqa: E402
-from specedit_kernels.cli.text import UserError, say  # noqa: E402
-from specedit_kernels.images.files import ImageFileError, Photo  # noqa: E402
+from specedit_kernels.cli import main, mask, models, output
+from specedit_kernels.cli.text import UserError, say
+from specedit_kernels.images.files import Photo
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def texts(monkeypatch):
     absent = dict(text_encoder=None, tokenizer=None, processor=None)
 
     def encode_prompt(self, prompt, image, **options):
-        asked.append((prompt, len(image)))
+        asked.append((prompt if isinstance(prompt, str) else prompt[0], len(image)))
         return qwen_text(len(prompt)).values()
 
     monkeypatch.setattr(Plus, "encode_prompt", encode_prompt)
@@ -99,11 +99,11 @@ def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, 
     )  # fmt: skip
     assert code == 0
     edited, overlay = PIL.Image.open(out), PIL.Image.open(out.with_name("mask.png"))
-    # 160 x 128 at the area of 128 x 128, in whole blocks of 32 pixels
-    assert edited.size == overlay.size == (128, 96)
-    expected = np.array(PIL.Image.open(source).resize((128, 96), PIL.Image.LANCZOS))
-    assert (np.array(edited)[:, 64 + 8 :] == expected[:, 64 + 8 :]).all()
-    assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
+    # run at the area of 128 x 128 in whole blocks of 32 pixels; the seam, up to 8.5 pixels there, is under 11 here
+    assert edited.size == overlay.size == (160, 128) and "160 x 128 (run at 128 x 96)" in text
+    expected = np.array(PIL.Image.open(source))
+    assert (np.array(edited)[:, 80 + 11 :] == expected[:, 80 + 11 :]).all()
+    assert not (np.array(edited)[:, :80] == expected[:, :80]).all()
     assert sorted(p.name for p in out.parent.iterdir()) == ["edited.png", "mask.png"]
     for word in ("24 of 48 tokens", "50.0 %", "2 x coarse 24", "4 x mixed 60", "3 x full 96", "reference", "28 steps"):
         assert word in text
@@ -127,11 +127,11 @@ def test_edit_finds_the_class_of_the_folder(capsys, tmp_path, qwen, source, text
     code, text, error = run(capsys, "edit", source, "add a hat", *options)
     assert error == ""
     # 160 x 128 at the area of 128 x 128, rounded to multiples of 32 pixels: 8 x 8 tokens (and as many of the source)
-    assert code == 0 and PIL.Image.open(out).size == (128, 128) and texts == [("add a hat", 1), (" ", 1)]
+    assert code == 0 and "run at 128 x 128" in text and texts == [("add a hat", 1), (" ", 1)]
     assert "(plain: 128)" in text and "50 steps" in text and "32 of 64 tokens" in text
     lone = np.array(PIL.Image.open(out))
     code, text, _ = run(capsys, "edit", source, "add a hat", *options, "--reference", other)
-    assert code == 0 and PIL.Image.open(out).size == (128, 128) and texts[2:] == [("add a hat", 2), (" ", 2)]
+    assert code == 0 and "run at 128 x 128" in text and texts[2:] == [("add a hat", 2), (" ", 2)]
     # 10 x 6 tokens of the further picture
     assert "(plain: 188)" in text and not (np.array(PIL.Image.open(out)) == lone).all()
     assert run(capsys, "edit", source, "add a hat", *options, "--true-cfg-scale", "1", "--preset", "4")[0] == 0
@@ -153,10 +153,45 @@ def test_settings_of_a_folder(tmp_path):
 def test_edit_says_when_nothing_changes(capsys, tmp_path, model, source):
     out = tmp_path / "same.png"
     options = ("--model", model, "--device", "cpu", "--threshold", 4, "--draft", "quarter")
+    for size in ("source", "working"):
+        code, text, _ = run(capsys, "edit", source, "add a hat", "-o", out, *options, "--output-size", size)
+        assert code == 0 and "nothing changes: the source is returned" in text
+        expected = PIL.Image.open(source)
+        expected = expected if size == "source" else expected.resize((128, 96), PIL.Image.LANCZOS)
+        assert (np.array(PIL.Image.open(out)) == np.array(expected)).all()
+
+
+def test_edit_at_the_working_size(capsys, tmp_path, model, source):
+    out = tmp_path / "edited.png"
+    options = ("--model", model, "--device", "cpu", "--mask", half(tmp_path), "--output-size", "working")
     code, text, _ = run(capsys, "edit", source, "add a hat", "-o", out, *options)
-    assert code == 0 and "nothing changes: the source is returned" in text
+    edited, overlay = PIL.Image.open(out), PIL.Image.open(out.with_name("mask.png"))
+    assert code == 0 and edited.size == overlay.size == (128, 96) and "run at" not in text
     expected = np.array(PIL.Image.open(source).resize((128, 96), PIL.Image.LANCZOS))
-    assert (np.array(PIL.Image.open(out)) == expected).all()
+    assert (np.array(edited)[:, 64 + 8 :] == expected[:, 64 + 8 :]).all()
+    assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
+
+
+@pytest.mark.parametrize("channels, kind, profile", [
+    (1, np.uint8, False), (2, np.uint16, False), (3, np.uint16, True), (4, np.uint8, True), (4, np.uint16, False),
+], ids=str)  # fmt: skip
+def test_outside_the_edit_every_bit_is_the_sources(capsys, tmp_path, model, channels, kind, profile):
+    """Any mode, any depth, a colour profile that is not sRGB: at the source's own size."""
+    from test_files import LINEAR
+
+    shape = (150, 210) if channels == 1 else (150, 210, channels)
+    array = np.random.default_rng(0).integers(0, np.iinfo(kind).max + 1, shape).astype(kind)
+    Photo(array, LINEAR if profile else None).save(tmp_path / "a.tif")
+    array = Photo.open(tmp_path / "a.tif").array
+    options = ("--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    assert run(capsys, "edit", tmp_path / "a.tif", "add a hat", "-o", tmp_path / "o.tif", *options)[0] == 0
+    found = Photo.open(tmp_path / "o.tif")
+    assert found.array.dtype == kind and found.array.shape == array.shape
+    assert found.profile == (LINEAR if profile else None)
+    assert np.array_equal(found.array[:, 105 + 16 :], array[:, 105 + 16 :])
+    assert not np.array_equal(found.array[:, :105], array[:, :105])
+    if array.ndim == 3 and array.shape[2] in (2, 4):
+        assert np.array_equal(found.alpha, array[..., -1])
 
 
 def test_mask_finds_what_changed(capsys, tmp_path, model, source):
@@ -208,7 +243,8 @@ def test_wrong_pictures(capsys, tmp_path, model, source):
         return fails(capsys, "edit", path, "add a hat", "-o", tmp_path / "o.png", "--model", model)
 
     assert "no such file" in edit(tmp_path / "none.png")
-    assert "not a file" in edit(tmp_path)
+    assert "expected a folder for the results" in edit(tmp_path)  # as a folder of pictures
+    assert "not a file" in edit("/dev/null")
     text = tmp_path / "text.png"
     text.write_text("no picture")
     assert "not a picture" in edit(text)
@@ -238,7 +274,7 @@ def test_wrong_options(capsys, source):
     assert "--preset: invalid choice" in fails(capsys, "edit", source, "add a hat", "--preset", "10")
     assert "--draft: invalid choice" in fails(capsys, "edit", source, "add a hat", "--draft", "half")
     assert "instruction: expected a text" in fails(capsys, "edit", source, "  ")
-    assert "required" in fails(capsys, "edit", source)
+    assert "required" in fails(capsys, "edit")
     assert "required" in fails(capsys)
     assert "invalid choice" in fails(capsys, "paint")
     assert "--seed: invalid" in fails(capsys, "edit", source, "add a hat", "--seed", 2**64)
@@ -430,6 +466,116 @@ def test_a_prompt_that_is_cut_is_said(capsys, tmp_path, model, source):
     assert code == 0 and "is cut" not in text
 
 
+def test_boxes_say_where(capsys, tmp_path, model, source):
+    """The source has 160 x 128 pixels, the run 8 x 6 tokens, of which blocks of 2 x 2 are edited."""
+    options = ("-o", tmp_path / "o.png", "--model", model, "--device", "cpu", "--steps", 4)
+    for boxes, tokens in (
+        (["0,0,80,128"], 24), (["0,0,50%,100%"], 24), (["0,0,1,1"], 4),
+        (["0,0,40,43"], 8), (["0%,0%,12.5%,100%", "140,0,9999,128"], 24),
+    ):  # fmt: skip
+        more = [word for box in boxes for word in ("--box", box)]
+        code, text, _ = run(capsys, "edit", source, "add a hat", *options, *more)
+        assert code == 0 and f"{tokens} of 48 tokens" in text
+    code, text, _ = run(
+        capsys, "edit", source, "add a hat", *options, "--mask", half(tmp_path), "--box", "140,0,160,64"
+    )
+    assert code == 0 and "32 of 48 tokens" in text
+    for box in ("1,2,3", "a,b,c,d", "0,0,nan,1", "-1,0,5,5", "0,0,inf,1"):
+        assert "--box: invalid" in fails(capsys, "edit", source, "add a hat", *options, f"--box={box}")
+    for box in ("50,50,50,60", "160,0,170,128", "9,9,8,8"):
+        assert f"--box {box}: selects nothing of 160 x 128" in fails(
+            capsys, "edit", source, "add a hat", *options, f"--box={box}"
+        )
+
+
+# many pictures
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A folder with two pictures of one stem, a damaged one, and what is no picture."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    tiny_image(128, 128).save(folder / "a.png")
+    tiny_image(128, 128, seed=1).convert("P").save(folder / "a.gif")
+    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_a_folder_of_pictures(capsys, tmp_path, model, many, monkeypatch):
+    out = tmp_path / "out"
+    options = ("-o", out, "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    code, text, error = run(capsys, "edit", many, "add a hat", *options)
+    assert code == 2 and error.count("\n") == 1 and "b.png: not a picture" in error
+    assert "2 of 3 pictures" in text and "failed      1" in text
+    names = ["a.gif.png", "a.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(n + end for n in names for end in ("", ".json", ".mask.png"))
+    result = json.loads((out / "a.png.json").read_text())
+    assert result["instruction"] == "add a hat" and result["edited_share"] == 0.5 and result["flops"] > 0
+    assert "palette" in json.loads((out / "a.gif.png.json").read_text())["notes"][0]
+
+    # again: what is finished is skipped, the rest is tried
+    before = {name: (out / name).stat().st_mtime_ns for name in names}
+    tiny_image(128, 128, seed=2).save(many / "b.png")
+    code, text, _ = run(capsys, "edit", many, "add a hat", *options)
+    assert code == 0 and "1 of 3 pictures" in text and "skipped     2" in text
+    assert {name: (out / name).stat().st_mtime_ns for name in names} == before
+    # all finished: no model is loaded
+    monkeypatch.setattr(models, "load_pipeline", None)
+    assert "0 of 3 pictures" in run(capsys, "edit", many, "add a hat", *options)[1]
+    monkeypatch.undo()
+    # another instruction is another result; so is one whose picture is gone
+    (out / "b.png").unlink()
+    assert "1 of 3 pictures" in run(capsys, "edit", many, "add a hat", *options)[1]
+    assert "3 of 3 pictures" in run(capsys, "edit", many, "add a cat", *options)[1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_list_of_pictures(capsys, tmp_path, model, many, kind):
+    rows = [{"image": "a.png", "instruction": "add a hat", "seed": 1, "output": "hat.tif"},
+            {"image": "a.png", "instruction": "", "seed": "", "output": ""},
+            {"image": "a.png", "instruction": "add a \u00e9clair", "seed": 2, "output": ""}]  # fmt: skip
+    path = many / f"list.{kind}"
+    if kind == "csv":
+        lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
+    else:
+        lines = [json.dumps({k: v for k, v in row.items() if v != ""}) for row in rows] + [""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    options = ("-o", tmp_path / "out", "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
+    code, text, error = run(capsys, "edit", path, "add a cat", *options)
+    assert code == 0 and error == "" and "3 of 3 pictures" in text
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text())
+             for name in ("hat.tif", "a.png", "a-2.png")}  # fmt: skip
+    assert [r["instruction"] for r in found.values()] == ["add a hat", "add a cat", "add a \u00e9clair"]
+    assert [r["seed"] for r in found.values()] == [1, 0, 2]
+    assert Photo.open(tmp_path / "out" / "hat.tif").size == (128, 128)
+
+
+def test_lists_and_folders_that_cannot_be(capsys, tmp_path, model, many):
+    def listed(text, name="list.jsonl"):
+        (many / name).write_text(text)
+        return fails(capsys, "edit", many / name, "-o", tmp_path / "out", "--model", model)
+
+    assert "line 1: expected a JSON object" in listed("[1]")
+    assert "line 2: image: expected a text, got none" in listed('{"image": "a.png", "instruction": "x"}\n{}')
+    assert "instruction: expected a text, got none" in listed('{"image": "a.png"}')
+    assert "got 'prompt'" in listed('{"image": "a.png", "prompt": "x"}')
+    assert "seed: expected a whole number" in listed('{"image": "a.png", "instruction": "x", "seed": "one"}')
+    for name in ("../a.png", "a.gif"):
+        assert "output: expected" in listed(json.dumps({"image": "a.png", "instruction": "x", "output": name}))
+    assert "other fields than the first" in listed("image,instruction\na.png\n", "list.csv")
+    assert "has no pictures" in listed("image,instruction\n", "list.csv")
+    edit = lambda *more: fails(capsys, "edit", many, "add a hat", "--model", model, *more)  # noqa: E731
+    assert "--output: expected a folder" in edit()
+    assert "not that of the pictures" in edit("-o", many)
+    assert "expected a folder for the results" in edit("-o", many / "a.png")
+    assert "--mask-output: expected none" in edit("-o", tmp_path / "out", "--mask-output", tmp_path / "m.png")
+    assert "instruction: expected a text, got none" in fails(capsys, "edit", many, "-o", tmp_path / "out")
+    assert "instruction: expected a text, got none" in fails(capsys, "edit", many / "a.png", "-o", tmp_path / "o.png")
+    assert not (tmp_path / "out").exists()
+
+
 # what comes in
 
 
@@ -468,12 +614,12 @@ def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
     exif = PIL.Image.Exif()
     exif[0x010F], exif[0x0112] = "Maker", 6
     PIL.Image.open(source).save(tmp_path / "a.png", icc_profile=profile, exif=exif, dpi=(300, 300))
-    Photo((np.asarray(PIL.Image.open(source).convert("L")).astype(np.uint16) * 257)).save(tmp_path / "b.png")
+    Photo(np.asarray(PIL.Image.open(source).convert("L")).astype(np.uint16) * 257).save(tmp_path / "b.png")
     options = ("--model", model, "--device", "cpu", "--steps", 4, "--mask", half(tmp_path))
     code, text, _ = run(capsys, "edit", tmp_path / "a.png", "add a hat", "-o", tmp_path / "o.tif", *options)
     found = Photo.open(tmp_path / "o.tif")
     assert code == 0 and "note        turned upright by its EXIF orientation" in text
-    assert found.profile == profile and found.dpi == pytest.approx((300, 300), abs=0.01) and found.size == (96, 128)
+    assert found.profile == profile and found.dpi == pytest.approx((300, 300), abs=0.01) and found.size == (128, 160)
     kept = PIL.Image.Exif()
     kept.load(found.exif)
     assert dict(kept) == {0x010F: "Maker"}
@@ -503,7 +649,7 @@ def test_long_names_and_links_are_written(capsys, tmp_path, model, source):
     (tmp_path / "link.png").symlink_to(tmp_path / "far" / "target.png")
     for out in (tmp_path / ("n" * 251 + ".png"), tmp_path / "link.png"):
         assert run(capsys, "edit", source, "add a hat", "-o", out, *options)[0] == 0
-        assert PIL.Image.open(out).size == (128, 96)
+        assert PIL.Image.open(out).size == (160, 128)
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "far" / "target.png").is_file()
 
 

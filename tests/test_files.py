@@ -27,6 +27,7 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF></rdf:RDF></x:xmpmeta>'
 
 def narrow_profile(gamma=1.0, space=b"RGB "):
     """A small profile: sRGB's colours with another curve (linear by default), or greys."""
+
     def s15(value):
         return struct.pack(">i", round(value * 65536))
 
@@ -111,7 +112,7 @@ def test_what_a_format_does_not_hold_is_said(tmp_path):
     assert "BMP holds no colour profile and no metadata" in Photo(picture(3), SRGB).save(tmp_path / "a.bmp")[0]
     assert Photo(picture(3)).save(tmp_path / "a.bmp") == ()
     assert np.array_equal(Photo.open(tmp_path / "a.bmp").array, picture(3))
-    with pytest.raises(ImageFileError, match="ends in one of .png"):
+    with pytest.raises(ImageFileError, match=r"ends in one of .png"):
         photo.save(tmp_path / "a.gif")
 
 
@@ -202,7 +203,7 @@ def test_palettes_and_black_and_white(tmp_path):
     found = save(tmp_path, PIL.Image.fromarray(picture(1) > 99))
     assert np.array_equal(found.array, np.where(picture(1) > 99, 255, 0)) and "black and white" in found.notes[0]
     frames = [PIL.Image.new("P", (8, 8), i) for i in range(2)]
-    for i, frame in enumerate(frames):
+    for frame in frames:
         frame.putpalette([255, 0, 0, 0, 255, 0])
     found = save(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
     assert "the first of 2 frames" in found.notes
@@ -299,13 +300,13 @@ def test_other_pixels(tmp_path):
     assert other.size == (14, 10) and other.array.dtype == np.uint16 and (other.array[0, 0, :3] == (65535, 0, 0)).all()
     assert photo.with_array(photo.array[:2]).size == (7, 2) and photo.with_array(photo.array[:2]).profile == SRGB
     for array in (photo.array[..., :3], photo.array[:0]):
-        with pytest.raises(ValueError, match="^array: expected"):
+        with pytest.raises(ValueError, match=r"^array: expected"):
             photo.with_array(array)
-    with pytest.raises(TypeError, match="^array: expected uint16"):
+    with pytest.raises(TypeError, match=r"^array: expected uint16"):
         photo.with_array(picture(4))
-    with pytest.raises(ValueError, match="^rgb: expected"):
+    with pytest.raises(ValueError, match=r"^rgb: expected"):
         photo.from_rgb(picture(1))
-    with pytest.raises(TypeError, match="^rgb: expected"):
+    with pytest.raises(TypeError, match=r"^rgb: expected"):
         photo.from_rgb(picture(3, np.uint16))
 
 
@@ -370,7 +371,7 @@ def test_bombs(tmp_path):
     huge = head[:8] + chunk(b"IHDR", huge[16:24] + head[24:29]) + pixels
     for data in (head + chunk(b"zTXt", b"k\0\0" + zeros) + pixels, huge, head[:8] + chunk(b"IHDR", b"\0\0\0\5\0")):
         (tmp_path / "a.png").write_bytes(data)
-        with pytest.raises(ImageFileError, match="a.png: (the picture is|not a picture)"):
+        with pytest.raises(ImageFileError, match=r"a.png: (the picture is|not a picture)"):
             Photo.open(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(head + chunk(b"iCCP", b"k\0\0" + zeros) + pixels)
     try:
@@ -416,11 +417,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "out.png"
     path.write_bytes(b"old")
     for error in (OSError(28, "No space left on device"), ValueError("image too\nlarge"), MemoryError()):
+
         def breaks(file, error=error):
             file.write(b"half a pic")
             raise error
 
-        with pytest.raises(ImageFileError, match="out.png: cannot be written") as raised:
+        with pytest.raises(ImageFileError, match=r"out.png: cannot be written") as raised:
             write_file(path, breaks)
         assert "\n" not in str(raised.value)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["out.png"]

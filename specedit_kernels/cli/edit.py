@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..images.files import Photo, reason, shown
+from ..images.masks import pixel_mask
 from . import models
+from .box import Box
 from .output import check_output, keep
 from .text import UserError, one_line, say
 
@@ -20,68 +25,132 @@ from .text import UserError, one_line, say
 CUT = re.compile(r"truncated because `max_sequence_length` is set to\s+(\d+)")
 
 
+@dataclass(frozen=True)
+class Edited:
+    """One finished edit.
+
+    mask: bool [rows, columns] of tokens. threshold: of the scores, or None. working: (width, height) at which the model
+    ran. notes: what was converted, and warnings, a line each.
+    """
+
+    photo: Photo
+    overlay: Photo
+    mask: Any
+    stats: Any
+    threshold: float | None
+    working: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+class Editor:
+    """A loaded model with the command's options, for one picture or many."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        """UserError where the options, the folder or the device cannot be."""
+        self.arguments = arguments
+        self.references = [Photo.open(path).rgb for path in arguments.reference]
+        folder = models.model_folder(arguments.model)
+        name = models.model_class(folder)
+        if self.references and not models.takes_several_pictures(name):
+            raise UserError(f"--reference: {shown(folder)} is a {name}, which takes one picture")
+        settings = models.model_settings(folder, name, arguments.true_cfg_scale)
+        self.flash = arguments.method == "flash"
+        if self.flash:
+            # its second branch is the source's, no guidance
+            settings = {k: v for k, v in settings.items() if k not in ("true_cfg_scale", "negative_prompt")}
+        self.settings = settings
+        device, dtype = models.device_of(arguments.device)
+        self.config = _config(arguments)
+        import specedit_kernels
+
+        kind = getattr(specedit_kernels, f"{'FlashEdit' if self.flash else 'SpecEdit'}{name}")
+        self.pipe = models.load_pipeline(kind, folder, device, dtype)
+        self.pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
+
+    def edit(self, photo: Photo, instruction: str, seed: int, mask: Any = None) -> Edited:
+        """Edit one picture; mask: its array, or None. UserError where the run fails."""
+        import PIL.Image
+        import torch
+
+        from ..engine.stages import threshold_scale
+
+        image, settings = photo.rgb, dict(self.settings)
+        # at the source's size its pixels are put back there, not at the working size
+        whole = self.arguments.output_size == "source"
+        config = replace(self.config, preserve=None) if whole else self.config
+        if self.references:
+            # the picture that is edited sets the size, not the last one
+            settings["height"], settings["width"] = self.pipe.size_of(image, settings.get("max_area"))
+        with failing(self.arguments, self.pipe.device), _run_notes() as notes:
+            result = self.pipe(
+                image=[image, *self.references] if self.references else image,
+                prompt=instruction,
+                mask_image=mask,
+                num_inference_steps=self.arguments.steps,
+                generator=torch.Generator().manual_seed(seed),
+                specedit=config,
+                output_type="np" if whole else "pil",
+                **settings,
+            )
+        edited, region = result.images[0], result.mask[0].cpu().numpy()
+        if whole:
+            done, working = self._at_source_size(photo, edited, region), (edited.shape[1], edited.shape[0])
+        else:
+            done, working = photo.with_picture(edited), edited.size
+            image = image.resize(working, PIL.Image.LANCZOS)
+        overlay = region_overlay(image, region)
+        threshold = result.stats.threshold
+        if threshold is not None and not self.flash:
+            scale = threshold_scale(result.scores.flatten(1), self.config.resolved_relative())
+            threshold *= float(scale[0])
+        found = (*photo.notes, *notes)
+        return Edited(done, Photo.of(overlay), region, result.stats, threshold, working, found)
+
+    def _at_source_size(self, photo: Photo, edited: Any, region: Any) -> Photo:
+        """The edit in its region, the source's own bits elsewhere; without --preserve, the edit everywhere."""
+        from ..images.composite import composite
+
+        if self.config.preserve is None:
+            region = region | True
+        return photo.with_array(composite(photo.array, photo.unit(edited), region, self.config.feather))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """`specedit edit`. Returns the exit code."""
     inputs = [arguments.image, *filter(None, [arguments.mask]), *arguments.reference]
-    out = check_output(arguments.output, inputs)
+    out = check_output(arguments.output or "edited.png", inputs)
     mask_out = check_output(arguments.mask_output or out.with_name("mask.png"), inputs)
     if mask_out == out or (mask_out.exists() and out.exists() and mask_out.samefile(out)):
         raise UserError(f"{shown(out)}: the edited picture and the mask overlay have one name; give --mask-output")
-    _check_instruction(arguments.instruction)
+    check_instruction(arguments.instruction)
     photo = Photo.open(arguments.image)
-    user_mask = None if arguments.mask is None else Photo.open(arguments.mask).array
-    references = [Photo.open(path).rgb for path in arguments.reference]
-    folder = models.model_folder(arguments.model)
-    name = models.model_class(folder)
-    if references and not models.takes_several_pictures(name):
-        raise UserError(f"--reference: {shown(folder)} is a {name}, which takes one picture")
-    settings = models.model_settings(folder, name, arguments.true_cfg_scale)
-    flash = arguments.method == "flash"
-    if flash:
-        # its second branch is the source's, no guidance
-        settings = {k: v for k, v in settings.items() if k not in ("true_cfg_scale", "negative_prompt")}
-    device, dtype = models.device_of(arguments.device)
-    models.quiet()
-    import PIL.Image
-    import torch
-
-    import specedit_kernels
-
-    from ..engine.stages import threshold_scale
-
-    config = _config(arguments)
-    kind = getattr(specedit_kernels, f"{'FlashEdit' if flash else 'SpecEdit'}{name}")
-    pipe = models.load_pipeline(kind, folder, device, dtype)
-    image = photo.rgb
-    if references:
-        # the picture that is edited sets the size, not the last one
-        settings["height"], settings["width"] = pipe.size_of(image, settings.get("max_area"))
-    pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
-    with failing(arguments, device), _run_notes() as notes:
-        result = pipe(
-            image=[image, *references] if references else image,
-            prompt=arguments.instruction,
-            mask_image=user_mask,
-            num_inference_steps=arguments.steps,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            specedit=config,
-            **settings,
-        )
-    edited = result.images[0]
-    source = image.resize(edited.size, PIL.Image.LANCZOS)
-    overlay = region_overlay(source, result.mask[0].cpu())
-    kept = keep({out: photo.with_picture(edited), mask_out: Photo.of(overlay)})
-    threshold = result.stats.threshold
-    if threshold is not None and not flash:
-        scale = threshold_scale(result.scores.flatten(1), config.resolved_relative())
-        threshold *= float(scale[0])
-    notes = [*photo.notes, *kept[out], *notes]
-    facts = (result.stats, edited.size, result.mask[0], threshold, out, mask_out, pipe, notes)
-    say(edit_summary(arguments, config, *facts))
+    mask = where(photo, arguments.mask, arguments.box)
+    editor = Editor(arguments)
+    edited = editor.edit(photo, arguments.instruction, arguments.seed, mask)
+    kept = keep({out: edited.photo, mask_out: edited.overlay})
+    say(edit_summary(arguments, editor, edited, out, mask_out, kept[out]))
     return 0
 
 
-def _check_instruction(text: str) -> None:
+def where(photo: Photo, path: str | os.PathLike | None, boxes: Sequence[Box]) -> Any:
+    """The pixels that --mask and --box select together, as an array; None where neither is given."""
+    mask = None if path is None else Photo.open(path).array
+    if not boxes:
+        return mask
+    import numpy as np
+
+    width, height = photo.size
+    found = np.zeros((height, width), bool) if mask is None else pixel_mask(mask, photo.size, "--mask")
+    for box in boxes:
+        left, top, right, bottom = box.pixels(photo.size)
+        found[top:bottom, left:right] = True
+    return found
+
+
+def check_instruction(text: str | None) -> None:
+    """UserError for one that no model can read."""
+    if text is None:
+        raise UserError("instruction: expected a text, got none")
     if not text.strip():
         raise UserError("instruction: expected a text, got an empty one")
     try:
@@ -140,6 +209,8 @@ def _run_notes():
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
             cut = CUT.search(text)
+            if text.startswith("num_inference_steps:"):  # which --steps asks for
+                return
             if record.name.startswith("specedit_kernels"):
                 text = one_line(text)
             elif cut is not None:
@@ -173,22 +244,26 @@ def _run_notes():
                 handler.removeFilter(unseen)
 
 
-def region_overlay(source, mask):
-    """The source with the edit region tinted and its border drawn. mask: bool [rows, columns]."""
+def region_overlay(source: Any, mask: Any) -> Any:
+    """The source, PIL RGB, with the edit region tinted and its border drawn. mask: bool [rows, columns], numpy."""
     import numpy as np
     import PIL.Image
 
-    height, width = source.height // mask.shape[0], source.width // mask.shape[1]
-    region = mask.numpy().repeat(height, 0).repeat(width, 1)
-    array = np.asarray(source, np.float32)
-    tint = np.array([255, 40, 60], np.float32)
-    out = np.where(region[..., None], 0.6 * array + 0.4 * tint, 0.55 * array)
+    rows = np.arange(source.height) * mask.shape[0] // source.height
+    columns = np.arange(source.width) * mask.shape[1] // source.width
+    region = mask[rows[:, None], columns]
+    pixels = np.asarray(source)
+    table = np.arange(256)
+    out = np.rint(0.55 * table).astype(np.uint8)[pixels]
+    for channel, tint in enumerate((255, 40, 60)):
+        out[..., channel][region] = np.rint(0.6 * table + 0.4 * tint).astype(np.uint8)[pixels[..., channel][region]]
+    border = max(2, max(source.size) // 512)
     edge = np.zeros_like(region)
-    padded = np.pad(region, 2)
-    for rows, columns in ((0, 2), (4, 2), (2, 0), (2, 4)):
-        edge |= region & ~padded[rows : rows + region.shape[0], columns : columns + region.shape[1]]
+    padded = np.pad(region, border)
+    for down, right in ((0, border), (2 * border, border), (border, 0), (border, 2 * border)):
+        edge |= region & ~padded[down : down + region.shape[0], right : right + region.shape[1]]
     out[edge] = (255, 230, 0)
-    return PIL.Image.fromarray(out.round().astype(np.uint8))
+    return PIL.Image.fromarray(out)
 
 
 def share(value: float) -> str:
@@ -202,21 +277,26 @@ def _flops(value: float) -> str:
     return f"{value:.0f} FLOP"
 
 
-def edit_summary(arguments, config, stats, size, mask, threshold, out: Path, mask_out: Path, pipe, notes=()) -> str:
-    """What an edit did, on one screen. threshold: of its scores, or None. notes: further lines."""
+def edit_summary(
+    arguments: argparse.Namespace, editor: Editor, edited: Edited, out: Path, mask_out: Path, notes: Sequence[str] = ()
+) -> str:
+    """What an edit did, on one screen. notes: lines beside its own."""
     from ..engine.output import group_steps
 
-    device, many = pipe.device, pipe.STEPS_OF_PLAIN
-    inside = f"{int(mask.sum())} of {mask.numel()} tokens in the edit region, {share(stats.edited[0])}"
+    config, stats, mask, threshold = editor.config, edited.stats, edited.mask, edited.threshold
+    device, many, size = editor.pipe.device, editor.pipe.STEPS_OF_PLAIN, edited.photo.size
+    at = "" if edited.working == size else f" (run at {edited.working[0]} x {edited.working[1]})"
+    inside = f"{int(mask.sum())} of {mask.size} tokens in the edit region, {share(stats.edited[0])}"
     steps = "  ".join(f"{count} x {stage} {tokens:.0f}" for stage, tokens, count in group_steps(stats))
     plain_step = stats.plain_step_flops
     lines = [
-        f'"{one_line(arguments.instruction)}"  {size[0]} x {size[1]}, seed {arguments.seed}, {device}',
+        f'"{one_line(arguments.instruction)}"  {size[0]} x {size[1]}{at}, seed {arguments.seed}, {device}',
         f"edited      {shown(out)}",
         f"mask        {shown(mask_out)}: {inside}",
     ]
     if threshold is not None:
-        lines.append(f"draft       {config.draft}, scores over {threshold:.3g} are edited, grown by {config.dilation}")
+        draft, unit = ("one step", " times the mean") if editor.flash else (config.draft, "")
+        lines.append(f"draft       {draft}, scores over {threshold:.3g}{unit} are edited, grown by {config.dilation}")
     if arguments.method == "flash":
         noise = "white"
         if stats.inverted:
@@ -229,7 +309,7 @@ def edit_summary(arguments, config, stats, size, mask, threshold, out: Path, mas
         lines.append("note        nearly everything changes: all tokens were computed at full resolution")
     if stats.fallback == "source":
         lines.append("note        nothing changes: the source is returned")
-    lines += [f"note        {note}" for note in notes]
+    lines += [f"note        {note}" for note in (*edited.notes, *notes)]
     apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
     same = share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"
     lines += [

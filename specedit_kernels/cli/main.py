@@ -12,6 +12,7 @@ import sys
 
 from .._command import INTERRUPTED, unwatch
 from ..images.files import ImageFileError, reason, shown
+from .box import Box
 from .text import UserError, one_line, say
 
 PRESETS = (30, 18, 11, 9, 8, 4)
@@ -42,9 +43,9 @@ def _seed(text: str) -> int:
 
 
 def _edit(arguments: argparse.Namespace) -> int:
-    from . import edit
+    from . import batch, edit
 
-    return edit.run(arguments)
+    return batch.run(arguments) if batch.is_many(arguments.image) else edit.run(arguments)
 
 
 def _mask(arguments: argparse.Namespace) -> int:
@@ -74,12 +75,28 @@ def _parser() -> argparse.ArgumentParser:
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
     p = commands.add_parser("edit", help="edit a picture by an instruction", formatter_class=defaults)
-    p.add_argument("image", metavar="IMAGE", help="the source picture")
-    p.add_argument("instruction", help="what to change")
-    p.add_argument("-o", "--output", default="edited.png", help="the edited picture")
+    p.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="the source picture; or a folder of pictures; or a list, .csv (with a first line of names) or .jsonl, of "
+        "image, instruction and, where wanted, output, seed and mask",
+    )
+    p.add_argument("instruction", nargs="?", default=None, help="what to change; of a list, where a line has none")
+    p.add_argument(
+        "-o", "--output", default=None, help="the edited picture (default: edited.png), or the folder of many"
+    )
     p.add_argument("--mask-output", default=None, help="the mask over the source (default: mask.png beside the output)")
     p.add_argument(
         "--mask", default=None, help="a picture, white where to edit, in place of the draft; transparent is not white"
+    )
+    p.add_argument(
+        "--box",
+        action="append",
+        type=Box.parse,
+        default=[],
+        metavar="X0,Y0,X1,Y1",
+        help="a rectangle to edit, in place of the draft, in pixels or, with %%, in per cent; may be repeated, joins "
+        "--mask",
     )
     p.add_argument(
         "--model",
@@ -111,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
     p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
     p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
+    p.add_argument(
+        "--output-size",
+        choices=("source", "working"),
+        default="source",
+        help="source: the edit is put into the picture at its own size; working: the model's, as it comes",
+    )
     p.add_argument(
         "--threshold", type=_number, default=None, help="score over which a token is edited (flash: times the mean)"
     )
@@ -150,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (UserError, ImageFileError) as error:
-        say(f"specedit: {one_line(error)}", sys.stderr)
+        say(f"specedit: {one_line(str(error))}", sys.stderr)
         return 2
     except OSError as error:
         # a folder without rights, a disk that is gone: wherever a file was asked for

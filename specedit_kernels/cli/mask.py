@@ -22,9 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = models.model_folder(arguments.vae, "--vae")
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     if subfolder is None and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{shown(folder)}: expected a folder with a VAE's config.json, or a pipeline folder with vae/"
-        )
+        raise UserError(f"{shown(folder)}: expected a folder with a VAE's config.json, or a pipeline folder with vae/")
     device, dtype = models.device_of(arguments.device)
     models.quiet()
     import numpy as np

@@ -202,6 +202,13 @@ class Photo:
             raise TypeError(f"rgb: expected uint8 or floats in [0, 1], got {rgb.dtype}")
         return _Colours(self.profile, self.array).from_srgb(rgb, self.array.dtype, self.channels < 3)
 
+    def unit(self, rgb: np.ndarray) -> np.ndarray:
+        """Floats in [0, 1], sRGB, [h, w, 3] -> the same in this picture's own colours, greys as equal channels."""
+        if _Colours(self.profile, self.array).back is None:
+            return rgb
+        own = self.from_rgb(rgb).astype(np.float32) / np.iinfo(self.array.dtype).max
+        return own if own.ndim == 3 else np.repeat(own[..., None], 3, axis=-1)
+
     def with_array(self, array: np.ndarray) -> Photo:
         """This picture with other pixels of the same type and channels, of any size."""
         if array.dtype != self.array.dtype:
