@@ -502,7 +502,8 @@ def _colours(source: _Pyramid, edited: _Pyramid, to: _Map, usable: Tensor, seen:
     """
     h, w = usable.shape
     factor = source.factors[-1]
-    reduced = F.adaptive_avg_pool2d(source.colour[:, : h * factor // source.factors[0], : w * factor // source.factors[0]], (h, w))
+    times = factor // source.factors[0]
+    reduced = F.avg_pool2d(source.colour[:, : h * times, : w * times], times)
     scale = [a * factor / edited.factors[0] for a in to.scale]
     shift = [b / edited.factors[0] for b in to.shift]
     warped = resample(edited.colour, (0, h, 0, w), scale, shift)
