@@ -66,7 +66,8 @@ def pair():
 
 @pytest.mark.parametrize("as_jpeg", [False, True])
 @pytest.mark.parametrize(
-    "case", [(1, 0, 1), (0.5, -0.5, 1), (-3.3, 2.6, 1), (8, 8, 1), (0, 0, 1.02), (0, 0, 0.98), (-8, 6.5, 0.98), (5, -7, 1.02)]
+    "case",
+    [(1, 0, 1), (0.5, -0.5, 1), (-3.3, 2.6, 1), (8, 8, 1), (0, 0, 1.02), (0, 0, 0.98), (-8, 6.5, 0.98), (5, -7, 1.02)],
 )
 def test_a_known_drift_is_found_within_a_quarter_pixel(pair, case, as_jpeg, one_thread):
     source, edited = pair
@@ -92,7 +93,10 @@ def test_floats_come_back_bit_for_bit(one_thread):
     assert np.array_equal(align(source, found, SIZE)[0], source)
 
 
-@pytest.mark.parametrize("gain, offset", [((1.02,) * 3, (0.0,) * 3), ((0.98,) * 3, (0.0,) * 3), ((0.95, 1, 1.04), (0.02, 0.01, -0.02))])
+@pytest.mark.parametrize(
+    "gain, offset",
+    [((1.02,) * 3, (0.0,) * 3), ((0.98,) * 3, (0.0,) * 3), ((0.95, 1, 1.04), (0.02, 0.01, -0.02))],
+)
 def test_colours_are_found_and_undone(pair, gain, offset, one_thread):
     source, edited = pair
     other = (edited * np.array(gain) + 255 * np.array(offset)).round().clip(0, 255).astype(np.uint8)
@@ -179,6 +183,7 @@ def test_a_letterbox_is_found(pair, one_thread):
     assert "with a border" in str(found)
 
 
+@pytest.mark.slow
 def test_a_large_picture_and_a_small_edit_of_it(one_thread):
     source = scene(5, (2400, 1800))
     other = moved(np.asarray(Image.fromarray(source).resize((800, 600), Image.LANCZOS)), 1.5, -0.7, 1.01)

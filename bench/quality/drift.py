@@ -232,7 +232,8 @@ def summary(rows):
 
 def no_ops(args, scorer, say):
     """Largest scores, decoder and latents, of pictures that were only saved again or resized."""
-    pictures = [(p.stem, read(p)) for p in sorted(PHOTOS.glob("*.jpg"))][:: max(38 // args.limit, 1) if args.limit else 1]
+    paths = sorted(PHOTOS.glob("*.jpg"))
+    pictures = [(p.stem, read(p)) for p in paths[:: max(len(paths) // args.limit, 1) if args.limit else 1]]
     if args.pairs:
         pictures += [(name, source) for name, source, _ in pairs_of(args.pairs, args.names, args.shrink)]
     changes = {f"jpeg {q}": lambda p, q=q: jpeg(p, q) for q in (95, 85, 75, 50)}

@@ -339,18 +339,22 @@ def _consensus(blocks: _Blocks, size: tuple[int, int], near: float) -> tuple[Ten
     slope = slope.clamp(-LARGEST_ZOOM, LARGEST_ZOOM)
     first = (move[i] + move[j]) / 2 - slope * (at[i] + at[j]) / 2
     off = (first[:, None] + slope[:, None] * at - move).square().sum(dim=-1).sqrt()
-    best = int((off < near).sum(dim=1).argmax())
+    # not their number: of two groups the one that agrees more closely
+    best = int((1 - (off / near).square()).clamp(min=0).sum(dim=1).argmax())
     inside = off[best] < near
+    weight = (1 - (off[best] / near).square()).clamp(min=0)
     for _ in range(3):
         if int(inside.sum()) < LEAST_BLOCKS:
             return none
-        middle = at[inside].mean(dim=0)
-        x, y = at[inside] - middle, move[inside]
-        spread = x.square().sum(dim=0)
-        steep = (x * (y - y.mean(dim=0))).sum(dim=0) / spread.clamp(min=1e-9)
-        steep = torch.where(spread > 0, steep, 0.0).clamp(-LARGEST_ZOOM, LARGEST_ZOOM)
-        start = y.mean(dim=0) - steep * middle
-        inside = (start + steep * at - move).square().sum(dim=1).sqrt() < near
+        share = (weight / weight.sum())[:, None]
+        middle, mean = (share * at).sum(dim=0), (share * move).sum(dim=0)
+        x, y = at - middle, move - mean
+        spread = (share * x.square()).sum(dim=0)
+        steep = torch.where(spread > 0, (share * x * y).sum(dim=0) / spread.clamp(min=1e-9), 0.0)
+        steep = steep.clamp(-LARGEST_ZOOM, LARGEST_ZOOM)
+        start = mean - steep * middle
+        off = (start + steep * at - move).square().sum(dim=1).sqrt()
+        inside, weight = off < near, (1 - (off / near).square()).clamp(min=0).square()
     return inside, tuple(start.tolist()), tuple(steep.tolist())
 
 
@@ -502,7 +506,8 @@ def _colours(source: _Pyramid, edited: _Pyramid, to: _Map, usable: Tensor, seen:
     """
     h, w = usable.shape
     factor = source.factors[-1]
-    reduced = F.adaptive_avg_pool2d(source.colour[:, : h * factor // source.factors[0], : w * factor // source.factors[0]], (h, w))
+    times = factor // source.factors[0]
+    reduced = F.avg_pool2d(source.colour[:, : h * times, : w * times], times)
     scale = [a * factor / edited.factors[0] for a in to.scale]
     shift = [b / edited.factors[0] for b in to.shift]
     warped = resample(edited.colour, (0, h, 0, w), scale, shift)
