@@ -335,7 +335,7 @@ def _consensus(blocks: _Blocks, size: tuple[int, int], near: float) -> tuple[Ten
     apart = at[i] - at[j]
     span = at.max(dim=0).values - at.min(dim=0).values
     # too near to each other for a zoom: a shift alone
-    slope = torch.where(apart.abs() > 0.3 * span.clamp(min=1), (move[i] - move[j]) / apart, 0.0)
+    slope = torch.where(apart.abs() > 0.15 * span.clamp(min=1), (move[i] - move[j]) / apart, 0.0)
     slope = slope.clamp(-LARGEST_ZOOM, LARGEST_ZOOM)
     first = (move[i] + move[j]) / 2 - slope * (at[i] + at[j]) / 2
     off = (first[:, None] + slope[:, None] * at - move).square().sum(dim=-1).sqrt()
@@ -463,7 +463,7 @@ def _estimate(source: _Pyramid, edited: _Pyramid, exclude: np.ndarray | None, no
     to = best[1]
     middle = max(last - 1, 0)
     blocks = _blocks(details[middle], usable[middle], edited, to, source.factors[middle])
-    inside, first, slope = _consensus(blocks, size, NEAR)
+    inside, first, slope = _consensus(blocks, size, NEAR / 2)
     if int(inside.sum()) < LEAST_BLOCKS:
         return nothing
     to = to.then(first, slope)
