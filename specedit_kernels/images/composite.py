@@ -161,9 +161,9 @@ def composite(
 
     A pixel of weight 0 is the source's, bit for bit; one of weight 1 is the edit's, brought up by Lanczos. Between
     them the two are mixed as they are coded (gamma). In linear light the seam's PSNR to exact targets is the same
-    within .1 dB: 25.5 dB both with the tiny autoencoder (bench/quality/seam.py, ten photographs), 38.4 against 38.3 with
-    FLUX.2's tiny autoencoder (two photographs of a megapixel). There `match` adds .8 dB, 1.0 where the edit has a cast
-    of 3 %; with the first, which blurs more, 0 and .06.
+    within .1 dB: 25.5 dB both with the tiny autoencoder (bench/quality/seam.py, ten photographs), 38.4 against 38.3
+    with FLUX.2's tiny autoencoder (two photographs of a megapixel). There `match` adds .8 dB, 1.0 where the edit
+    has a cast of 3 %; with the first, which blurs more, 0 and .06.
 
     Works in tiles, and on those alone where the weight is not 0: memory is two times the source and little more.
 
