@@ -56,8 +56,16 @@ def source(tmp_path_factory):
     ignore = shutil.ignore_patterns("*.so", "__pycache__", *_links(ROOT / "specedit_kernels"))
     for name in _FOLDERS:
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore, copy_function=_copy)
     return copy
+
+
+def _copy(path, target):
+    """Checkpoints are 70 MB: of them only the name matters."""
+    if path.endswith(".safetensors"):
+        Path(target).touch()
+    else:
+        shutil.copy2(path, target)
 
 
 def _links(folder):
