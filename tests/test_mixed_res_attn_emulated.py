@@ -64,7 +64,7 @@ def test_the_kernel_on_the_cpu(kernels, case, slow_warp):
         ("softmax", "if (bias_flags & kBiasInColumns) add_biases(work, n_block);",
          "add_biases(work, n_block);\n          add_biases(work, n_block);", "far_scores", -1),
         # Weights made before the maximum rose are not rescaled.
-        ("softmax", "\n        acc_s[i] *= factor;\n", "\n", "stairs", -1),
+        ("softmax", "\n      acc_s[i] *= factor;\n", "\n", "stairs", -1),
         # The output so far is not rescaled.
         ("softmax", "if (needs_rescale) rescale_o();", "", "jumps", -1),
         # Scores that are to be computed again are not.
