@@ -118,7 +118,9 @@ def why_not_planner():
     if not missing:
         return None
     if choice == "1":
-        raise SystemExit(f"SPECEDIT_BUILD_PLANNER=1 needs ninja, pybind11, a C++ compiler and Linux; missing: {missing}")
+        raise SystemExit(
+            f"SPECEDIT_BUILD_PLANNER=1 needs ninja, pybind11, a C++ compiler and Linux; missing: {missing}"
+        )
     return f"{missing[0]} is not found"
 
 
@@ -138,8 +140,8 @@ def gencode_flags(archs):
 def cuda_commands():
     """(compile command, link command, libraries) of the CUDA extension, as lists of arguments.
 
-    torch's own BuildExtension asks torch for CUDA's version and architectures, so it cannot run beside a CPU-only torch;
-    and it would link c10_cuda and torch_cuda, which the stable ABI does not need.
+    torch's own BuildExtension asks torch for CUDA's version and architectures, so it cannot run beside a CPU-only
+    torch; and it would link c10_cuda and torch_cuda, which the stable ABI does not need.
     """
     import torch
     from torch.utils.cpp_extension import include_paths
@@ -281,7 +283,7 @@ setup(
     package_data={"specedit_kernels": ["py.typed"]},
     ext_modules=ext_modules,
     cmdclass={"build_ext": BuildWithNinja},
-    # One wheel for every Python from 3.10. The planner is of one Python: others find none, and say so where it is needed.
+    # One wheel for every Python from 3.10. The planner in it is for one Python; others say where it is missing.
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if any(ext.name == CUDA for ext in ext_modules) else {},
     zip_safe=False,
 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which work tiles, waves and splits the CUDA C++ attention kernel makes of a call: `specedit doctor --plan 922x8704`.
 
-The plan comes from the kernel's own tile scheduler (csrc/mixed_res_attn/plan.h, tile_scheduler.cuh), bound by the optional
-module ``specedit_kernels._planner``. It needs no GPU.
+The plan comes from the kernel's own tile scheduler (csrc/mixed_res_attn/plan.h, tile_scheduler.cuh), which the optional
+module ``specedit_kernels._planner`` binds. It needs no GPU.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _NUM_SMS = 132
 
 def _planner():
     try:
-        return importlib.import_module("specedit_kernels._planner")
+        return importlib.import_module("._planner", __package__)
     except ImportError as error:
         raise RuntimeError(
             "the planner is not built: it needs Linux, a C++ compiler, pybind11 and ninja when specedit-kernels is "
@@ -29,9 +29,7 @@ def _planner():
 def _parse(text):
     match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?", text.strip().lower())
     if match is None:
-        raise ValueError(
-            f"plan: expected QUERIESxKEYS, such as 922x8704, or QUERIESxKEYSxHEADSxHEAD_DIM, got {text!r}"
-        )
+        raise ValueError(f"plan: expected QUERIESxKEYS, such as 922x8704, or QUERIESxKEYSxHEADSxHEAD_DIM, got {text!r}")
     queries, keys, heads, head_dim = match.groups()
     return int(queries), int(keys), int(heads or _HEADS), int(head_dim or _HEAD_DIM)
 

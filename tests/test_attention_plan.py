@@ -3,11 +3,15 @@
 
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import planner
 import pytest
 
 from specedit_kernels import _attention_plan
+
+# What compiles the module.
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +23,7 @@ def _blocks(lengths, tile):
     return [-(-length // tile) for length in lengths]
 
 
+@slow
 @pytest.mark.parametrize(
     "seqlen_q, seqlen_k, heads, num_sms, q_lens, kv_lens",
     [
@@ -48,14 +53,18 @@ def test_every_k_tile_is_in_one_work_tile(module, seqlen_q, seqlen_k, heads, num
             found[work.batch, work.head, work.m_block, n_block] += 1
     expected = {
         (b, head, m_block, n_block)
-        for b in range(batch) for head in range(heads) for m_block in range(m_blocks[b]) for n_block in range(n_blocks[b])
-    }  # fmt: skip
+        for b in range(batch)
+        for head in range(heads)
+        for m_block in range(m_blocks[b])
+        for n_block in range(n_blocks[b])
+    }
     assert set(found) == expected
     assert set(found.values()) <= {1}
     assert len(tiles) == plan.num_tiles == heads * sum(m_blocks)
     assert (plan.full_waves, plan.last_wave_tiles) == divmod(plan.num_tiles, num_sms)
 
 
+@slow
 def test_splits_are_numbered_within_their_tile(module):
     plan = module.plan(922, 8704, 24, 128, 132)
     assert plan.split_tiles == plan.last_wave_tiles == 60
@@ -69,9 +78,10 @@ def test_splits_are_numbered_within_their_tile(module):
         assert [number for number, _, _ in parts] == list(range(len(parts)))
         assert parts[0][1] == 0
         assert parts[-1][2] == 50
-        assert all(before[2] == after[1] for before, after in zip(parts, parts[1:], strict=False))
+        assert all(before[2] == after[1] for before, after in pairwise(parts))
 
 
+@slow
 def test_a_length_on_the_device_plans_the_same_tiles(module):
     """The kernel's own planner, run by the emulation, splits the tiles that the host's splits."""
     host = module.plan(1024, 8704, 24, 128, 132)
@@ -81,6 +91,7 @@ def test_a_length_on_the_device_plans_the_same_tiles(module):
     assert key == [(w.cta, w.wave, w.head, w.m_block, w.n_block_begin, w.n_block_end, w.split) for w in device.work]
 
 
+@slow
 @pytest.mark.parametrize(
     "arguments, options, words",
     [
@@ -99,6 +110,7 @@ def test_numbers_out_of_range_are_refused(module, arguments, options, words):
     assert words in str(error.value)
 
 
+@slow
 def test_describe(module):
     text = _attention_plan.describe("922x8704", num_sms=132)
     assert text.splitlines()[:4] == [
@@ -120,6 +132,6 @@ def test_a_text_that_is_no_call_is_refused(text):
 
 def test_describe_says_that_the_planner_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "specedit_kernels._planner", None)
-    with pytest.raises(RuntimeError, match="the planner is not built: .*pybind11") as error:
+    with pytest.raises(RuntimeError, match=r"the planner is not built: .*pybind11") as error:
         _attention_plan.describe("922x8704")
     assert "\n" not in str(error.value)
