@@ -312,10 +312,12 @@ def test_joined_weights_are_separate_again_when_their_runner_is_closed_or_freed(
 def test_compiled_blocks_keep_keys_within_the_recompile_limit(family):
     """A block guards on what it keeps itself; and the stock pipeline works on afterwards."""
     pipe = make(family)
-    options = CACHED | dict(lock_text=True)
+    options = CACHED | dict(lock_text=family == "flux")
     expected = {n: edit(pipe, n, **options).images for n in (4, 6)}
     torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    # Qwen's two texts of two lengths: each kind of step would be compiled for fixed lengths first
+    dynamic = True if family == "qwen" else None
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend="eager")
     for n, images in expected.items():
         assert torch.allclose(edit(pipe, n, **options).images, images, atol=1e-5)
     disable_specedit(pipe)
