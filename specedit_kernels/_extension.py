@@ -37,8 +37,9 @@ def load():
 
 
 def build_info():
-    """What the extension was built with (compiler, torch headers, architectures), or None where it is not loaded."""
-    if not load()[0]:
+    """What the extension was built with (compiler, torch headers, architectures), or None where it is not loaded, or
+    where the kernels are another copy's."""
+    if not load()[0] or not PATH.exists():
         return None
     # The text is inside the binary, so it cannot describe another build.
     function = ctypes.CDLL(str(PATH)).specedit_build_info

@@ -13,7 +13,7 @@ EVERY_DTYPE = [getattr(torch, name) for name in _UNUSUAL if hasattr(torch, name)
 def bits(random, *shape, dtype, device):
     """Random bits as numbers of ``dtype``."""
     words = (random(*shape, dtype.itemsize) * 1000).to(torch.int64).to(torch.uint8)
-    return words.view(dtype).squeeze(-1).to(device)
+    return words.to(device).view(dtype).squeeze(-1)
 
 
 def as_bytes(x):

@@ -55,6 +55,7 @@ def test_says_why_the_extension_is_not_loaded(monkeypatch, tmp_path):
     try:
         assert "not built" in doctor.collect()["extension"]
         absent.write_bytes(b"no library")
+        monkeypatch.setattr(_extension, "_registered", lambda: False)  # by an earlier test
         _extension.load.cache_clear()
         assert "does not load" in doctor.collect()["extension"]
         assert _extension.build_info() is None

@@ -41,7 +41,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
-    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached",
+    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket", "best",
              "locked-cached-fp8")  # fmt: skip
     edits = []
     for runner in ("eager", "fused"):

@@ -221,7 +221,7 @@ def test_preserved_pixels_are_the_source_s(runner, edits):
 def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
     """A failing row is reported, the others go on, records can be read back, and done rows are kept."""
     rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("plain-4", steps=2), runs.Row("bad", steps=-1),
-            runs.Row("9-coarse-full", config=SpecEditConfig(threshold=4.0))]
+            runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=4.0))]
     calls = []
     run = runs.Runner.run
     monkeypatch.setattr(runs.Runner, "run", lambda self, row, part: calls.append(row.name) or run(self, row, part))
@@ -245,7 +245,7 @@ def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
     table.main()
     assert "plain-4" not in calls and "9-coarse-full" not in calls and "bad" in calls
     assert "kept from a former run" in capsys.readouterr().out
-    rows[-1] = runs.Row("9-coarse-full", config=SpecEditConfig(threshold=3.9))  # other settings: run again
+    rows[-1] = runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=3.9))  # other settings: run again
     calls.clear()
     table.main()
     assert "9-coarse-full" in calls and "plain-4" not in calls
@@ -254,7 +254,7 @@ def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
 def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
     """--onto keeps a former table's other rows, marked with their run; not those of other settings or edits."""
     rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("plain-4", steps=2), runs.Row("plain-2", steps=2),
-            runs.Row("9-coarse-full", config=SpecEditConfig(threshold=4.0))]
+            runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=4.0))]
     monkeypatch.setattr(table, "all_rows", lambda: rows)
     monkeypatch.setattr(table, "load_pipeline", lambda *_: runner.pipe)
     monkeypatch.setattr(table, "make_set", lambda *_: edits)
@@ -284,7 +284,7 @@ def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
         table.REFERENCE: None, "plain-4": None, "plain-2": 1, "9-coarse-full": 2}
     assert [x["commit"] for x in third["former"]] == ["commit-b", "commit-a"]
 
-    rows[-1] = runs.Row("9-coarse-full", config=SpecEditConfig(threshold=3.9))
+    rows[-1] = runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=3.9))
     assert "9-coarse-full" not in run("d", "plain-4", onto="b")["rows"]
     former["counts"]["local"] += 1
     (tmp_path / "a" / "table.json").write_text(json.dumps(former))

@@ -309,13 +309,13 @@ def test_locked_text_keeps_its_keys_while_the_image_moves(plus):
     run.velocity(state.tokens, torch.tensor(700.0), state.layouts)
     length = run.positive.embeds.shape[1]
     cache = state.layouts[0].attention.cache
-    kept = [x[:, :length].clone() for x in [*cache.values()][-1]]
+    kept = [x[:, :length].clone() for x in cache.pairs[-1]]
     moved, at = state.tokens + 1, torch.tensor(300.0)
     run.velocity(moved, at, state.locked_layouts)
     run.velocity(moved[:, : state.first], at, state.first_layouts)
-    assert all(torch.equal(a, b[:, :length]) for a, b in zip(kept, [*cache.values()][-1]))
+    assert all(torch.equal(a, b[:, :length]) for a, b in zip(kept, cache.pairs[-1]))
     run.velocity(moved, at, state.layouts)
-    assert not torch.allclose(kept[0], [*cache.values()][-1][0][:, :length], atol=1e-3)
+    assert not torch.allclose(kept[0], cache.pairs[-1][0][:, :length], atol=1e-3)
 
 
 @torch.no_grad()

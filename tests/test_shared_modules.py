@@ -41,7 +41,8 @@ def edit(pipe, columns=4, output_type="latent", **options):
     if "Flux" in type(pipe).__name__:
         call = call_options(output_type=output_type)
     else:
-        call = dict(TEXTS, max_area=128 * 128, true_cfg_scale=3.0, output_type=output_type)
+        texts = {name: x.to(pipe.transformer.device) if isinstance(x, torch.Tensor) else x for name, x in TEXTS.items()}
+        call = dict(texts, max_area=128 * 128, true_cfg_scale=3.0, output_type=output_type)
     if columns is not None:
         call["mask_image"] = np.zeros((128, 128), np.float32)
         call["mask_image"][:64, : 16 * columns] = 1

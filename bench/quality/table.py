@@ -19,7 +19,7 @@ import fnmatch
 import json
 import time
 import traceback
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -324,7 +324,7 @@ def read_records(path, header, rows):
 
 def defaults():
     # before there was `relative`, thresholds were absolute
-    return {f.name: f.default for f in fields(SpecEditConfig)} | {"relative": 0.0}
+    return vars(PAPER) | {"relative": 0.0}
 
 
 def same_config(former, current):

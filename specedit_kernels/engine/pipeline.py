@@ -261,11 +261,13 @@ class SpecEditMixin:
         self._runner_reason = why
         if name == "eager":
             return None
+        if self._specedit_runner is not None and self._specedit_runner.name != name:
+            self._free_runner()  # before weights are looked at: it brings them back to where they were
         reason, signature, undo = f"{type(self).__name__} has no other", [], None
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
-            arranged = kept is not None and kept.name == name and kept.watches(signature)
+            arranged = kept is not None and kept.watches(signature)
             undo = None if reason or arranged else self._arrange()
             if undo:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)
@@ -273,8 +275,7 @@ class SpecEditMixin:
             self._say_once(f"runner={name!r}: steps run eagerly: {reason}")
             self._runner_reason = reason
             return None
-        if self._specedit_runner is None or self._specedit_runner.name != name:
-            self._free_runner()
+        if self._specedit_runner is None:
             self._specedit_runner = StepRunner(name)
         self._specedit_runner.watch(signature)
         if undo:
