@@ -95,7 +95,7 @@ def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, 
     out.parent.mkdir()
     code, text, _ = run(
         capsys, "edit", source, "make the cat blue", "-o", out, "--model", model, "--device", "cpu",
-        "--mask", half(tmp_path), "--seed", 3,
+        "--mask", half(tmp_path), "--seed", 3, "--quality", "paper", "--preset", 9,
     )  # fmt: skip
     assert code == 0
     edited, overlay = PIL.Image.open(out), PIL.Image.open(out.with_name("mask.png"))
@@ -268,6 +268,13 @@ def test_wrong_outputs(capsys, tmp_path, model, source):
     (tmp_path / "folder.png").mkdir()
     assert "is a folder" in edit(tmp_path / "folder.png")
     assert "have one name" in edit(tmp_path / "mask.png")
+
+
+def test_the_qualities_are_the_configs():
+    from specedit_kernels.cli.main import PRESETS, QUALITIES
+    from specedit_kernels.engine import config
+
+    assert QUALITIES == tuple(config.QUALITIES) and sorted(PRESETS) == sorted(config.PRESETS)
 
 
 def test_wrong_options(capsys, source):

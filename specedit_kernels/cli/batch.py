@@ -107,8 +107,8 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
-    names = ("method", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold", "true_cfg_scale")
-    found = {name: getattr(arguments, name) for name in (*names, "reference")}
+    names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold")
+    found = {name: getattr(arguments, name) for name in (*names, "true_cfg_scale", "reference")}
     found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}
 

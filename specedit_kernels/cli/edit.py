@@ -172,6 +172,7 @@ def _config(arguments: argparse.Namespace) -> Any:
             config: Any = FlashEditConfig(**options)
         else:
             config = SpecEditConfig(
+                quality=arguments.quality,
                 preset=arguments.preset,
                 draft=arguments.draft,
                 finish=arguments.finish,

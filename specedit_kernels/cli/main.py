@@ -16,6 +16,7 @@ from .box import Box
 from .text import UserError, one_line, say
 
 PRESETS = (30, 18, 11, 9, 8, 4)
+QUALITIES = ("fast", "balanced", "best", "paper")
 DEVICE = "a torch device (default: cuda where there is one, else cpu)"
 
 
@@ -121,12 +122,26 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         choices=("specedit", "flash"),
         default="specedit",
-        help="flash: FlashEdit, one step; --preset, --draft and --finish are SpecEdit's",
+        help="flash: FlashEdit, one step; --quality, --preset, --draft and --finish are SpecEdit's",
     )
-    p.add_argument("--preset", type=int, choices=PRESETS, default=9, help="steps of the main trajectory")
+    p.add_argument(
+        "--quality",
+        choices=QUALITIES,
+        default="balanced",
+        help="sets --preset, --finish and how often keys and values are computed anew; paper: SpecEdit as published",
+    )
+    p.add_argument(
+        "--preset",
+        type=int,
+        choices=PRESETS,
+        default=None,
+        help="steps of the main trajectory (default: the quality's)",
+    )
     p.add_argument("--steps", type=int, default=None, help="scale the preset's stages to another number of steps")
     p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
-    p.add_argument("--finish", choices=("full", "locked"), default="full", help="tokens of the last steps")
+    p.add_argument(
+        "--finish", choices=("full", "locked"), default=None, help="tokens of the last steps (default: the quality's)"
+    )
     p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
     p.add_argument(
         "--output-size",
