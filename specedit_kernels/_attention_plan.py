@@ -29,7 +29,7 @@ def _planner():
 def _parse(text):
     match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?", text.strip().lower())
     if match is None:
-        raise ValueError(f"plan: expected QUERIESxKEYS, such as 922x8704, or QUERIESxKEYSxHEADSxHEAD_DIM, got {text!r}")
+        raise ValueError(f"expected QUERIESxKEYS, such as 922x8704, or QUERIESxKEYSxHEADSxHEAD_DIM, got {text!r}")
     queries, keys, heads, head_dim = match.groups()
     return int(queries), int(keys), int(heads or _HEADS), int(head_dim or _HEAD_DIM)
 

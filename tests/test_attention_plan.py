@@ -126,7 +126,7 @@ def test_describe(module):
 
 @pytest.mark.parametrize("text", ["", "922", "922x", "axb", "1x2x3x4x5", "-1x2"])
 def test_a_text_that_is_no_call_is_refused(text):
-    with pytest.raises(ValueError, match="plan: expected QUERIESxKEYS"):
+    with pytest.raises(ValueError, match="expected QUERIESxKEYS"):
         _attention_plan.describe(text)
 
 
