@@ -7,7 +7,22 @@ _UNUSUAL = (
     "float64", "complex32", "complex64", "complex128", "int8", "int16", "int32", "uint16", "uint32", "uint64",
     "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
 )  # fmt: skip
-EVERY_DTYPE = [getattr(torch, name) for name in _UNUSUAL if hasattr(torch, name)]
+
+
+def _poisonable(dtype):
+    """Whether this torch can make uninitialised memory of a dtype read as something else (torch 2.11: not of float4)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        torch.empty(1, dtype=dtype)
+    except (RuntimeError, NotImplementedError):
+        return False
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return True
+
+
+EVERY_DTYPE = [d for name in _UNUSUAL if (d := getattr(torch, name, None)) is not None and _poisonable(d)]
 
 
 def bits(random, *shape, dtype, device):

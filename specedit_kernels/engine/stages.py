@@ -176,8 +176,9 @@ class Run:
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
-    """One Euler step in fp32, back in the velocity's dtype, as FlowMatchEulerDiscreteScheduler does it."""
-    return (tokens.to(torch.float32) + span * velocity).to(velocity.dtype)
+    """One Euler step in fp32, back in the tokens' dtype, as FlowMatchEulerDiscreteScheduler does it: there the velocity
+    has it too, but under autocast guidance's norms give fp32."""
+    return (tokens.to(torch.float32) + span * velocity).to(tokens.dtype)
 
 
 def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
