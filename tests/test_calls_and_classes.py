@@ -3,10 +3,12 @@
 
 import inspect
 import logging
+import shutil
 
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 
 pytest.importorskip("diffusers")
@@ -253,3 +255,37 @@ def test_the_current_timestep_is_that_of_the_step_at_work(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "forward", watched)
     pipe(**options(specedit=paper(stages=(1, 1, 1), threshold=-1.0)))
     assert len(seen) == 3 and all(at == pytest.approx(now) for at, now in seen)
+
+
+# loading
+
+
+def test_a_folder_that_lacks_something_is_not_loaded(plain, tmp_path):
+    plain.save_pretrained(tmp_path)
+    assert SpecEditFluxKontextPipeline.from_pretrained(tmp_path).transformer is not None
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = safetensors.torch.load_file(path)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    for change, message in (
+        (lambda held: held.pop(name), "transformer: lacks the tensor transformer_blocks.0.attn.to_q.weight"),
+        (lambda held: held.update({name: whole[name] * float("nan")}), "transformer: not finite"),
+    ):
+        held = dict(whole)
+        change(held)
+        safetensors.torch.save_file(held, path)
+        with pytest.raises(ValueError, match=message):
+            SpecEditFluxKontextPipeline.from_pretrained(tmp_path)
+    # one that the caller brings is not looked for there
+    SpecEditFluxKontextPipeline.from_pretrained(tmp_path, transformer=plain.transformer)
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    with pytest.raises(ValueError, match="has no tokenizer_2"):
+        SpecEditFluxKontextPipeline.from_pretrained(tmp_path, transformer=plain.transformer)
+
+
+def test_a_tensor_too_many_is_left_out_and_said(plain, tmp_path, caplog):
+    plain.save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | {"extra": torch.zeros(1)}, path)
+    with caplog.at_level(logging.WARNING, "specedit_kernels"):
+        SpecEditFluxKontextPipeline.from_pretrained(tmp_path)
+    assert "transformer: has the tensor extra, which the model has not" in caplog.text

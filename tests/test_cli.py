@@ -417,7 +417,6 @@ def test_weights_that_are_not_the_models(capsys, copy, source, part):
         return edit_fails(capsys, copy, source)
 
     assert f"{part}: lacks the tensor" in again(lambda held, key: held.pop(key))
-    assert f"{part}: has the tensor odd.key" in again(lambda held, key: held.update({"odd.key": held[key].clone()}))
     assert f"{part}: not finite: " in again(lambda held, key: held[key].view(-1)[:1].fill_(float("nan")))
 
 

@@ -8,7 +8,9 @@ import inspect
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace as Call  # the arguments of one call by name
 from typing import Any
 
@@ -29,6 +31,7 @@ from ..sampling.schedule import stage_levels
 from . import stages
 from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
 from .attention import wrap_processors
+from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
@@ -147,6 +150,22 @@ class SpecEditMixin:
         )
 
     # loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> DiffusionPipeline:
+        """As any pipeline's. ValueError where a local folder lacks a component, a tokenizer's files or a tensor, or has
+        weights that are not finite: the libraries draw such tensors at random, and go on. Tensors that the model does
+        not have are left out, with a warning."""
+        folder = Path(pretrained_model_name_or_path)
+        given = [name for name in options if name in inspect.signature(cls.__init__).parameters]
+        local = (folder / "model_index.json").is_file() and options.get("quantization_config") is None
+        if local:
+            _refuse(folder, check_folder(cls, folder, given))
+        with load_notes() as notes:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        if local:
+            _refuse(folder, notes + check_pipeline(pipe, folder, given))
+        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> DiffusionPipeline:
@@ -609,6 +628,17 @@ class SpecEditMixin:
             return [PIL.Image.fromarray(a) for a in array]
         blend = blend / 255
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _refuse(folder: Path, problems: Sequence[str]) -> None:
+    """ValueError for the first of a folder's problems; a warning for those that are harmless."""
+    harmful = [text for text in problems if not text.endswith(HARMLESS)]
+    for text in problems:
+        if text.endswith(HARMLESS):
+            logger.warning("%s: %s", folder, text)
+    if harmful:
+        more = f" (and {len(harmful) - 1} more)" if len(harmful) > 1 else ""
+        raise ValueError(f"{harmful[0]}{more}")
 
 
 def check_pictures(image: Any, arrays: bool) -> None:
