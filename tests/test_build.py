@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import specedit_kernels
+from specedit_kernels import _ops
 
 ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = ("specedit_kernels", "triton_kernels", "csrc", "tests", "bench", "docs", "examples")
@@ -285,6 +286,19 @@ def test_builds_compare_by_their_machine_code(extension, tmp_path):
     )  # fmt: skip
     assert renamed.returncode == 1
     assert "other: only in " in renamed.stdout
+
+
+def test_extension_registers_in_the_namespace_that_setup_passes(extension, tmp_path):
+    """A copy of the package with another namespace can have an extension of its own: one macro names it."""
+    folder = extension.parents[1] / "objects" / "specedit_kernels._C"
+    commands = _run(_ninja(), "-C", folder, "-t", "commands", cwd="/").splitlines()
+    (command,) = (line for line in commands if "registration.cpp.o.d" in line)
+    name = _ops.add_op_namespace_prefix("").removesuffix("::")
+    assert f" -DSPECEDIT_NAMESPACE={name} " in command
+    command = command.replace(f"SPECEDIT_NAMESPACE={name} ", "SPECEDIT_NAMESPACE=another_namespace ")
+    command = re.sub(r"-MF \S+", f"-MF {tmp_path / 'o.d'}", re.sub(r"-o \S+$", f"-o {tmp_path / 'o'}", command))
+    _run("sh", "-c", command, cwd=folder)
+    assert b"\0another_namespace\0" in (tmp_path / "o").read_bytes()
 
 
 def test_extension_needs_the_stable_abi_alone(extension):

@@ -18,12 +18,27 @@ pytestmark = pytest.mark.slow
 # None, the producer of K and V, that of the biases, one of a consumer.
 SLOW_WARPS = (-1, 0, 1, 4)
 CASES = (
-    "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs", "late",
+    "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs",
+    "stairs_of_one_tile", "late",
     "far_scores", "far_scores_kv_index", "far_scores_q_index", "masks", "masks_bf16", "masks_kv_index", "shares",
     "shares_of_lengths", "parts_of_lengths", "many_sharers", "scatter", "kv_index", "kv_index_parts", "kv_index_d64",
     "kv_index_no_bias", "kv_index_sorted", "gathered", "gathered_parts", "gathered_lengths", "q_index",
     "q_index_parts", "q_index_lengths", "all_indices",
 )  # fmt: skip
+ORDERS = ("alike", "mixed", "rising", "one_near", "first")
+KINDS = [(dtype, dim) for dtype in ("bf16", "fp16") for dim in (64, 128)]
+SIZES = {"dense": ("-1e2", "-1e4", "-1e9", "-3e38", "lowest", "1e9", "3e38"), "splits": ("-1e4", "-1e9", "-3e38")}
+SIZES["kv_index"] = SIZES["splits"]
+FAR = [(order, size, keys) for order in ORDERS for keys in SIZES for size in SIZES[keys]]
+SCORES = [(size, keys) for size in ("1e4", "-1e4", "3e8", "-3e8", "1e30", "-1e30") for keys in SIZES]
+
+
+def far_case(order, size, keys, dtype, dim):
+    return f"far_{order}_{size}_{dtype}_{dim}_{keys}"
+
+
+def scores_case(size, keys, dtype, dim):
+    return f"scores_{size}_{dtype}_{dim}_{keys}"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +47,12 @@ def kernels():
 
 
 def test_every_case_is_listed(kernels):
-    assert kernels.case_names() == sorted(CASES)
+    names = [*CASES]
+    names += [far_case(*case, *kind) for case in FAR for kind in KINDS]
+    names += [
+        scores_case(*case, *kind) for case in SCORES for kind in KINDS if kind[0] == "bf16" or "30" not in case[0]
+    ]
+    assert kernels.case_names() == sorted(names)
 
 
 def test_an_unknown_case_is_refused(kernels):
@@ -47,6 +67,23 @@ def test_the_kernel_on_the_cpu(kernels, case, slow_warp):
     assert done.right, done.text
 
 
+@pytest.mark.parametrize("order, size, keys", FAR)
+@pytest.mark.parametrize("dtype, dim", KINDS)
+def test_biases_of_any_size(kernels, order, size, keys, dtype, dim):
+    """Against the softmax, in float64, of the scores as fp32 holds them."""
+    done = kernels.run_case(far_case(order, size, keys, dtype, dim), 0, -1)
+    assert done.right, done.text
+
+
+@pytest.mark.parametrize("size, keys", SCORES)
+@pytest.mark.parametrize("dtype, dim", KINDS)
+def test_scores_of_any_size(kernels, size, keys, dtype, dim):
+    if dtype == "fp16" and "30" in size:
+        pytest.skip("no such score of fp16 rows")
+    done = kernels.run_case(scores_case(size, keys, dtype, dim), 0, -1)
+    assert done.right, done.text
+
+
 @pytest.mark.parametrize(
     "file, before, after, case, slow_warp",
     [
@@ -54,17 +91,32 @@ def test_the_kernel_on_the_cpu(kernels, case, slow_warp):
         ("producer_bias", "sm90::mbarrier_wait(&s.k_empty[pipe.stage], pipe.phase ^ 1);\n      __syncwarp();", "",
          "rounds", 4),
         # The bias of the neighbouring key.
-        ("producer_bias", "columns[i * 32 + lane] = bias_columns_of<T>(value[i]);",
-         "columns[(i * 32 + lane) ^ 1] = bias_columns_of<T>(value[i]);", "one_tile", -1),
+        ("producer_bias", "columns[i * 32 + lane] = bias_columns_of", "columns[(i * 32 + lane) ^ 1] = bias_columns_of",
+         "one_tile", -1),
         # What the first of a bias's columns leaves is lost.
         ("producer_bias", "sm90::pack<T>(first, left)", "sm90::pack<T>(first, 0.0f)", "stairs", -1),
         # Biases that no column can hold.
-        ("softmax", "if (bias_flags & kBiasOutOfRange) add_biases(work, n_block);", "", "masks", -1),
+        ("softmax", "if (__builtin_expect(out_of_range, 0)) add_biases", "if (false) add_biases", "masks", -1),
         # A bias counts twice in scores that are computed again.
-        ("softmax", "if (bias_flags & kBiasInColumns) add_biases(work, n_block);",
-         "add_biases(work, n_block);\n          add_biases(work, n_block);", "far_scores", -1),
+        ("softmax", "add_biases(work, n_block, true);",
+         "add_biases(work, n_block, true), add_biases(work, n_block, true);", "far_scores", -1),
+        # Biases of -3e38 are removed keys in the unit of the products.
+        ("softmax", "add_biases(work, n_block, FIRST || with_max);", "add_biases(work, n_block, false);",
+         "far_mixed_-3e38_bf16_64_dense", -1),
+        # A far row takes the way of near ones.
+        ("softmax", "__any_sync(0xffffffffu, is_far()) || bias_flags & kBiasJump",
+         "__any_sync(0xffffffffu, row_max[0] == -INFINITY) || bias_flags & kBiasJump", "far_alike_-1e9_fp16_64_dense",
+         -1),
+        # The unit before the difference: what rounding took off the maximum is left.
+        ("softmax", "(fmaf(acc_s[i], scale, bias) - max) * kLog2E",
+         "fmaf(acc_s[i], scale * kLog2E, (bias - max) * kLog2E)", "far_alike_-1e9_fp16_64_dense", -1),
+        # The sum of a split's weights is lost beside its maximum.
+        ("combine", "mine.y * exp2f((mine.x - max) * kLog2E)", "exp2f((lse_of(mine.x, mine.y) - max) * kLog2E)",
+         "far_alike_-1e9_fp16_64_splits", -1),
         # Weights made before the maximum rose are not rescaled.
         ("softmax", "\n      acc_s[i] *= factor;\n", "\n", "stairs", -1),
+        # Nor those of the chunks before.
+        ("softmax", "\n        acc_s[i] *= factor;\n", "\n", "stairs_of_one_tile", -1),
         # The output so far is not rescaled.
         ("softmax", "if (needs_rescale) rescale_o();", "", "jumps", -1),
         # Scores that are to be computed again are not.
@@ -82,8 +134,9 @@ def test_the_kernel_on_the_cpu(kernels, case, slow_warp):
         ("tile_scheduler", "2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
     ],
     ids=["biases_too_early", "bias_of_another_key", "a_column_too_few", "bias_out_of_range", "bias_twice",
-         "old_weights", "old_output", "old_scores", "released_without_a_wait", "nan_past_the_end",
-         "rows_too_early", "empty_as_query", "a_split_too_few"],
+         "bias_overflows", "far_as_near", "unit_first", "lse_of_a_split", "old_weights", "old_weights_of_chunks",
+         "old_output", "old_scores", "released_without_a_wait", "nan_past_the_end", "rows_too_early", "empty_as_query",
+         "a_split_too_few"],
 )  # fmt: skip
 def test_a_broken_kernel_fails(kernels, tmp_path, file, before, after, case, slow_warp):
     """The emulation can tell: the same test on a kernel with one line wrong."""

@@ -36,16 +36,17 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   for (int split = 0; split < kLoadsAtOnce; ++split) {
     if (split < num_splits) values[split] = read(split);
   }
-  const float lse = lane < num_splits ? p.lse_partial[place(lane)] : -INFINITY;  // lane i: of split i
+  // Lane i: row maximum and sum of split i. A split without keys for this row has sum 0.
+  const float2 mine = lane < num_splits ? p.max_sum_partial[place(lane)] : make_float2(-INFINITY, 0.0f);
   int offset;
   length_of(p.q_lens, p.cu_seqlens_q, tile.batch, p.max_seqlen_q, p.rows_q, offset);
   const int slot = tile.m_block * kBlockM + row;
   const int64_t out_row = out_row_of(p, tile.batch, offset, slot);
-  float lse_max = lse;
+  float max = mine.y == 0.0f ? -INFINITY : mine.x;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, step));
+  for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
   // If no split has a key, all weights are 0. NaN is kept.
-  const float weight = lse == -INFINITY ? 0.0f : exp2f(lse - lse_max);
+  const float weight = mine.y == 0.0f ? 0.0f : mine.y * exp2f((mine.x - max) * kLog2E);
   float weight_sum = 0.0f;
   float sum[kColumnsOfLane] = {};
   // A split without keys for this row has weight 0: what is in its memory is not used.
@@ -61,8 +62,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   }
   for (int split = kLoadsAtOnce; split < num_splits; ++split) add(split, read(split));
   if (lane == 0) {
-    *lse_ptr(p, tile.batch, tile.head, offset + slot) =
-        weight_sum == 0.0f ? -INFINITY : (lse_max + log2f(weight_sum)) * kLn2;
+    *lse_ptr(p, tile.batch, tile.head, offset + slot) = lse_of(max, weight_sum);
   }
   if (out_row < 0) return;
   const float inverse = weight_sum == 0.0f ? 0.0f : 1.0f / weight_sum;

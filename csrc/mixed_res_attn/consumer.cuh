@@ -11,6 +11,9 @@ namespace specedit::attn {
 
 constexpr int kSoftmaxChunks = 4;  // the softmax of a K tile is computed in so many chunks of keys
 constexpr int kPvWaitChunk = 3;    // the chunk before which it waits for the last P V product
+// Row maxima and biases up to this size are near: rounding takes no more than 2^-10 off an exponent that one
+// multiply-add makes of a product. Off a bias of 1e9 it may take 64, and 2^64 is infinite in fp16.
+constexpr float kNear = 4096;
 // A thread's sum of the weights of a row and K tile above which the row maximum is raised. bf16 and fp16 hold weights
 // of this size without loss.
 constexpr float kRescaleSum = 4096;
@@ -33,9 +36,9 @@ struct Consumer {
   float acc_o[D / 2];
   float acc_s[N / 2];
   uint32_t reg_p[N / 4];  // weights, as the product's operand in registers
-  float row_max[2];  // running, as raw scores
+  float row_max[2];  // running, of scores: after the scale and with biases
   float row_sum[2];  // running, this thread's columns only
-  float exponent_offset[2];  // added to scaled scores of this K tile
+  float exponent_offset[2];  // added to the exponents of this K tile
   float o_scale[2];  // what acc_o is to be multiplied with
   bool needs_rescale;
 
@@ -60,15 +63,17 @@ struct Consumer {
   __host__ __device__ static constexpr int chunk_begin(int c) { return c * (N / 16) / kSoftmaxChunks * 8; }
   __device__ int bias_flags_of(uint32_t kv_idx) const;
   __device__ int64_t k_row_of(const WorkTile& work, int key) const;
-  __device__ void add_biases(const WorkTile& work, int n_block);
+  __device__ void add_biases(const WorkTile& work, int n_block, bool scaled);
   __device__ void recompute_scores(const WorkTile& work, int n_block);
   __device__ void set_exponent_offset(float bias);
   __device__ float raise_row_max(int r, float high);
   template <int c>
   __device__ void exponentiate(float (&even)[2], float (&odd)[2]);
   template <int c>
-  __device__ void chunk_with_max(float bias);
-  __device__ void softmax_with_max(float bias);
+  __device__ void exponentiate_far(float scale, float bias);
+  template <int c>
+  __device__ void chunk_with_max(float scale, float bias, bool far);
+  __device__ void softmax_with_max(float bias, bool scaled);
   template <int c>
   __device__ void chunk_without_max(uint32_t kv_idx, float (&even)[2], float (&odd)[2]);
   __device__ bool softmax_without_max(uint32_t kv_idx, float bias);
@@ -82,8 +87,8 @@ struct Consumer {
   // ---- Epilogue ----
   __device__ int valid_rows(uint32_t q_phase) const;
   __device__ void look_up_out_rows(const WorkTile& work, int (&out_rows)[2]) const;
-  __device__ void finalize(int valid, float (&x)[D / 2], float (&lse)[2]) const;
-  __device__ void store_partial(const WorkTile& work, const float (&x)[D / 2], const float (&lse)[2]);
+  __device__ void finalize(const WorkTile& work, int valid, float (&x)[D / 2], float (&lse)[2]) const;
+  __device__ void store_partial(const WorkTile& work, const float (&x)[D / 2]);
   __device__ void store_rows(
       const WorkTile& work, const float (&x)[D / 2], const float (&lse)[2], const int (&out_rows)[2]);
   __device__ void store(
@@ -93,6 +98,9 @@ struct Consumer {
   __device__ int first_row() const {
     return wg * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
   }
+
+  // Whether one of this thread's rows has a far maximum, or none yet.
+  __device__ bool is_far() const { return !(fabsf(row_max[0]) <= kNear && fabsf(row_max[1]) <= kNear); }
 
   // Over the four threads that share a row.
   __device__ static float quad_max(float x) {
@@ -286,7 +294,7 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
         look_up_out_rows(last, out_rows);
         more = work.get(p, s, work_idx);
       });
-      finalize(valid, x, lse);
+      finalize(last, valid, x, lse);
     } else {
       if (to_store) store(last, x, lse, out_rows);
       if (!more) break;
@@ -295,7 +303,7 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       if (to_store) consumer_release(&s.q_empty[wg]);
       else skip(work, kv_idx);
       clear();
-      finalize(0, x, lse);
+      finalize(last, 0, x, lse);
       look_up_out_rows(last, out_rows);
       more = work.get(p, s, work_idx);
     }

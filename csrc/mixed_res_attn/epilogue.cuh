@@ -6,8 +6,6 @@
 
 namespace specedit::attn {
 
-constexpr float kLn2 = 0.6931471805599453f;
-
 // The row of `out` that slot `slot` of a batch entry writes, negative for none. offset: the entry's first row.
 __device__ inline int out_row_of(const Params& p, int batch, int offset, int slot) {
   if (p.out_index == nullptr) return offset + slot;
@@ -71,15 +69,28 @@ __device__ inline void Consumer<T, D, GATHER>::look_up_out_rows(const WorkTile& 
   }
 }
 
-// The result of this thread's two rows, and their lse in base 2. Bit r of `valid`: whether row r has a query.
+// lse, -inf without keys.
+__device__ inline float lse_of(float max, float sum) {
+  return sum == 0.0f ? -INFINITY : fmaf(log2f(sum), kLn2, max);
+}
+
+// The result of this thread's two rows, and their lse. Bit r of `valid`: whether row r has a query. Of a split, maximum
+// and sum of the weights are stored instead, for the combine kernel: from their lse, rounding could take the sum off a
+// large maximum, and with it what the split weighs.
 template <typename T, int D, bool GATHER>
-__device__ inline void Consumer<T, D, GATHER>::finalize(int valid, float (&x)[D / 2], float (&lse)[2]) const {
+__device__ inline void Consumer<T, D, GATHER>::finalize(
+    const WorkTile& work, int valid, float (&x)[D / 2], float (&lse)[2]) const {
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(row_sum[r]);
     inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    lse[r] = sum == 0.0f || (valid >> r & 1) == 0 ? -INFINITY : fmaf(row_max[r], p.softmax_scale_log2, log2f(sum));
+    const float valid_sum = (valid >> r & 1) == 0 ? 0.0f : sum;
+    lse[r] = lse_of(row_max[r], valid_sum);
+    const int row = first_row() + 8 * r;
+    if (work.split_slot >= 0 && row < work.rows && threadIdx.x % 4 == 0) {
+      p.max_sum_partial[static_cast<int64_t>(work.split_slot) * kBlockM + row] = make_float2(row_max[r], valid_sum);
+    }
   }
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) x[i] = acc_o[i] * inverse[i / 2 % 2];
@@ -88,15 +99,13 @@ __device__ inline void Consumer<T, D, GATHER>::finalize(int valid, float (&x)[D 
 
 // The result of a split as fp32, for the combine kernel.
 template <typename T, int D, bool GATHER>
-__device__ inline void Consumer<T, D, GATHER>::store_partial(
-    const WorkTile& work, const float (&x)[D / 2], const float (&lse)[2]) {
+__device__ inline void Consumer<T, D, GATHER>::store_partial(const WorkTile& work, const float (&x)[D / 2]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = first_row() + 8 * r;
     if (row >= work.rows) continue;
     const int64_t place = static_cast<int64_t>(work.split_slot) * kBlockM + row;
-    if (lane % 4 == 0) p.lse_partial[place] = lse[r];
     float* target = p.out_partial + place * D + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
@@ -117,7 +126,7 @@ __device__ inline void Consumer<T, D, GATHER>::store_rows(
     const int row = first_row() + 8 * r;
     const int64_t out_row = out_rows[r];
     if (row < work.rows && c == 0) {
-      *lse_ptr(p, work.batch, work.head, s.row_offset_q(work.batch) + work.m_block * kBlockM + row) = lse[r] * kLn2;
+      *lse_ptr(p, work.batch, work.head, s.row_offset_q(work.batch) + work.m_block * kBlockM + row) = lse[r];
     }
     T* const target = static_cast<T*>(p.out) + (p.cu_seqlens_q == nullptr ? work.batch * p.out_strides.batch : 0) +
         out_row * p.out_strides.row + work.head * p.out_strides.head;
@@ -149,7 +158,7 @@ __device__ inline void Consumer<T, D, GATHER>::store_rows(
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::store(
     const WorkTile& work, const float (&x)[D / 2], const float (&lse)[2], const int (&out_rows)[2]) {
-  if (work.split_slot >= 0) store_partial(work, x, lse);
+  if (work.split_slot >= 0) store_partial(work, x);
   else store_rows(work, x, lse, out_rows);
 }
 

@@ -184,9 +184,7 @@ Tensor mixed_res_attn(
   p.lse_head_stride = packed ? qv.rows : num_q;
   p.out = ov.data;
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.softmax_scale_log2 = static_cast<float>(scale * 1.4426950408889634);
-  p.inv_softmax_scale = static_cast<float>(1.0 / scale);
-  p.rescale_threshold = attn::kRescaleThreshold / p.softmax_scale_log2;
+  p.set_scale(scale, dtype == ScalarType::Half);
   p.batch = checked_int(batch, "batch");
   p.heads = checked_int(qv.heads, "heads");
   p.qhead_per_khead = p.heads / checked_int(kv.heads, "heads of k");
@@ -223,11 +221,11 @@ Tensor mixed_res_attn(
   if (p.max_split_tiles > 0) {
     const int64_t rows = (int64_t{p.max_split_tiles} + num_ctas) * attn::kBlockM;
     const int64_t split_tiles = p.plan.planned ? 0 : p.max_split_tiles;
-    const int64_t floats = rows * (qv.dim + 1) + split_tiles * int64_t{sizeof(attn::SplitTile) / sizeof(float)};
+    const int64_t floats = rows * (qv.dim + 2) + split_tiles * int64_t{sizeof(attn::SplitTile) / sizeof(float)};
     workspace = empty_on(q, {floats}, ScalarType::Float);
     p.out_partial = static_cast<float*>(workspace->data_ptr());
-    p.lse_partial = p.out_partial + rows * qv.dim;
-    p.split_tiles = reinterpret_cast<attn::SplitTile*>(p.lse_partial + rows);
+    p.max_sum_partial = reinterpret_cast<float2*>(p.out_partial + rows * qv.dim);
+    p.split_tiles = reinterpret_cast<attn::SplitTile*>(p.max_sum_partial + rows);
   }
   if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, num_ctas, stream);
   else launch<__half>(p, qv.dim, num_ctas, stream);

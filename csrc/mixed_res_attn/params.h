@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "mixed_res_attn/plan.h"
@@ -17,8 +18,17 @@ constexpr int kPregatherMinTiles = 20;
 constexpr int kCombineThreads = 256;
 constexpr int kCombineRows = kCombineThreads / 32;  // of a CTA, one for each warp
 
-// By how much a score may exceed the running row maximum before the accumulators are rescaled, as a base-2 exponent.
-constexpr float kRescaleThreshold = 8;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A score counts as it is after the scale and with its bias, so that a bias of any size is one that fp32 holds.
+// By how much a score may exceed the running row maximum before the accumulators are rescaled: weights up to 2^8.
+constexpr float kRescaleThreshold = 8 * kLn2;
+// The largest bias that columns of K add (see producer_bias.cuh). It lets in fp16's lowest number, a usual mask; beside
+// it the tensor core's rounding is still less than a tenth.
+constexpr float kColumnBiasMax = 65536;
+// What those columns hold in fp16, in the unit of the products.
+constexpr double kColumnMaxFp16 = 6e7;
 
 struct Strides {
   int64_t batch, row, head;
@@ -41,18 +51,28 @@ struct Params {
   int64_t lse_batch_stride, lse_head_stride;
   void* out;
   float* lse;
-  // Results of splits: fp32 [slots, kBlockM, D], and base-2 lse [slots, kBlockM]. Slots: first splits, begins of
-  // remainders, one for each stream-K CTA. Null where nothing can be split.
-  float *out_partial, *lse_partial;
+  // Results of splits: fp32 [slots, kBlockM, D], and row maximum and sum of weights [slots, kBlockM]. Slots: first
+  // splits, begins of remainders, one for each stream-K CTA. Null where nothing can be split.
+  float* out_partial;
+  float2* max_sum_partial;
   SplitTile* split_tiles;       // max_split_tiles of them, written by the kernel where the host made no plan
-  float softmax_scale_log2;     // scale * log2(e): from a raw score to an exponent
-  float inv_softmax_scale;      // 1 / scale: from a bias to a raw score
-  float rescale_threshold;      // kRescaleThreshold as a raw score
+  float softmax_scale;          // from a product to a score
+  float softmax_scale_log2;     // scale * log2(e): from a product to an exponent
+  float inv_softmax_scale;      // 1 / scale: from a bias to what is added to a product
+  float column_bias_max;        // the largest bias that columns of K add
   int batch, heads, qhead_per_khead;
   int max_seqlen_q, max_seqlen_k;  // slots of a batch entry
   int rows_q, rows_k, rows_out;    // rows in memory
   int max_split_tiles;
   HostPlan plan;
+
+  void set_scale(double scale, bool half) {
+    softmax_scale = static_cast<float>(scale);
+    softmax_scale_log2 = static_cast<float>(scale * 1.4426950408889634);
+    inv_softmax_scale = static_cast<float>(1.0 / scale);
+    column_bias_max = kColumnBiasMax;
+    if (half) column_bias_max = static_cast<float>(std::min(double{kColumnBiasMax}, kColumnMaxFp16 * scale));
+  }
 };
 
 // Arguments of the kernel that gathers rows by kv_index before the attention. Strides and words are of 16 bytes; the

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Biases of K tiles. Where all biases of a tile are one number, it is a constant of the softmax. Where they differ,
-// they enter the scores through the matrix product: K has three more columns, whose sum is the bias, and Q has ones
-// there. Biases are divided by the softmax scale, so that one multiply-add turns a score into an exponent.
+// they enter the scores through the matrix product: K has three more columns, whose sum is the bias divided by the
+// softmax scale, and Q has ones there. Larger biases do not: the tensor core does not round to nearest, and beside
+// them that would be more than the scores themselves. The consumer adds them.
 #pragma once
 
 #include <cmath>
@@ -13,17 +14,13 @@ namespace specedit::attn {
 // The first column counts in this unit, for fp16 alone has too small a range for biases: masks are large numbers.
 template <typename T>
 constexpr float kBiasColumnUnit = std::is_same_v<T, __half> ? 1024.0f : 1.0f;
-// The largest bias that the columns can hold.
-template <typename T>
-constexpr float kBiasColumnMax = std::is_same_v<T, __half> ? 6e7f : 1e38f;
 
-template <typename T>
-__device__ inline bool fits_columns(float bias) {
-  return bias == -INFINITY || fabsf(bias) <= kBiasColumnMax<T>;
+__device__ inline bool fits_columns(const Params& p, float bias) {
+  return bias == -INFINITY || fabsf(bias) <= p.column_bias_max;
 }
 
-// The 8 columns of a key: three numbers that add up to its bias, the first in kBiasColumnUnit, then zeros. The error is
-// less than the rounding of a score.
+// The 8 columns of a key: three numbers that add up to `bias`, in the unit of the products, the first in
+// kBiasColumnUnit, then zeros. The error is less than the rounding of a score.
 template <typename T>
 __device__ inline uint4 bias_columns_of(float bias) {
   const float first = bias * (1.0f / kBiasColumnUnit<T>);
@@ -73,7 +70,7 @@ __device__ void produce_biases(const Params& p, SharedStorage<T, D, false>& s) {
     for (int n_block = work.n_block_begin; n_block < work.n_block_end; ++n_block) {
       float value[kBiasesOfLane];
 #pragma unroll
-      for (int i = 0; i < kBiasesOfLane; ++i) value[i] = next[i] * p.inv_softmax_scale;
+      for (int i = 0; i < kBiasesOfLane; ++i) value[i] = next[i];
       look_up(n_block + 1);
       bool same = true;
       bool fits = true;
@@ -82,7 +79,7 @@ __device__ void produce_biases(const Params& p, SharedStorage<T, D, false>& s) {
 #pragma unroll
       for (int i = 0; i < kBiasesOfLane; ++i) {
         same = same && (value[i] == first || i * 32 + lane >= Traits::kBlockN);
-        fits = fits && fits_columns<T>(value[i]);
+        fits = fits && fits_columns(p, value[i]);
         high = fmaxf(high, value[i]);
       }
       same = __all_sync(0xffffffffu, same);
@@ -95,13 +92,15 @@ __device__ void produce_biases(const Params& p, SharedStorage<T, D, false>& s) {
         uint4* const columns = reinterpret_cast<uint4*>(s.bias_columns[pipe.stage]);
 #pragma unroll
         for (int i = 0; i < kBiasesOfLane; ++i) {
-          if (i * 32 + lane < Traits::kBlockN) columns[i * 32 + lane] = bias_columns_of<T>(value[i]);
+          if (i * 32 + lane < Traits::kBlockN) {
+            columns[i * 32 + lane] = bias_columns_of<T>(value[i] * p.inv_softmax_scale);
+          }
         }
         sm90::fence_view_async_shared();
       }
       if (lane == 0) {
         s.bias_flags[pipe.stage][0] = (same ? 0 : fits ? kBiasInColumns : kBiasOutOfRange) |
-            (high > before + 8 * p.rescale_threshold ? kBiasJump : 0);
+            (high > before + 8 * kRescaleThreshold ? kBiasJump : 0);
         s.bias_constant[pipe.stage][0] = same ? first : 0.0f;
       }
       before = fmaxf(before, high);

@@ -203,9 +203,9 @@ struct GatherProducer {
         for (int i = 0; i < 2; ++i) {
           const int number = i * 32 + lane;
           if (number >= kRowsOfWarp) continue;
-          const float value = values[i] * p.inv_softmax_scale;
           same = same && values[i] == first;
-          fits = fits && fits_columns<T>(value);
+          fits = fits && fits_columns(p, values[i]);
+          const float value = values[i] * p.inv_softmax_scale;
           // Written even if this warp's biases are one number: those of other warps may differ from it.
           columns[tile_row_of(number)] = bias == nullptr ? make_uint4(sm90::pack<T>(value, 0.0f), 0, 0, 0)
                                                          : bias_columns_of<T>(value);
@@ -215,7 +215,7 @@ struct GatherProducer {
         fits = __all_sync(0xffffffffu, fits);
         if (lane == 0) {
           s.bias_flags[k_pipe.stage][warp] = !fits ? kBiasOutOfRange : same ? 0 : kBiasInColumns;
-          s.bias_constant[k_pipe.stage][warp] = first * p.inv_softmax_scale;
+          s.bias_constant[k_pipe.stage][warp] = first;
           sm90::mbarrier_arrive(&s.k_full[k_pipe.stage]);
         }
       };

@@ -5,10 +5,14 @@
 // row maximum may be too low: it is raised only where the sum of a thread's weights shows that it is far too low. So
 // scores need not be compared with it, and the accumulators are seldom rescaled (softmax_without_max).
 //
-// Two cases take the other way, softmax_with_max, which takes the maximum of a chunk of keys before its exponents: a
-// row that has no maximum yet, and a K tile whose biases are far above those before, for its weights could be infinite.
-// If scores themselves make weights that large (88 nat above the row maximum), the scores of the K tile are computed
-// again.
+// Other cases take softmax_with_max, which takes the maximum of a chunk of keys before its exponents: a row that has no
+// maximum yet; a row whose maximum is far (kNear); and a K tile whose biases are far above those before, for its
+// weights could be infinite. If scores themselves make weights that large (69 above the row maximum), the products of
+// the K tile are computed again.
+//
+// So softmax_without_max has a near row maximum always. Then a far bias is no fault: below the maximum its weight is 0
+// however it is rounded, above it is infinite and the K tile is computed again. Beside a far maximum, one multiply-add
+// from product to exponent would keep what rounding took off the maximum: exponentiate_far takes the difference first.
 //
 // The last P V product still reads reg_p and writes acc_o during the softmax: both are left alone until it has ended.
 #pragma once
@@ -38,10 +42,13 @@ __device__ inline int64_t Consumer<T, D, GATHER>::k_row_of(const WorkTile& work,
   return row < p.rows_k ? row : -1;
 }
 
-// Adds the biases of a K tile to its scores, read from global memory: biases that the columns cannot hold, and those of
-// scores that were computed again.
+// Adds the biases of a K tile, read from global memory: biases that the columns cannot hold, and those of products that
+// were computed again. scaled: acc_s becomes scores, which any bias fits; else it stays in the unit of the products,
+// where a far bias may become infinite.
 template <typename T, int D, bool GATHER>
-__device__ inline void Consumer<T, D, GATHER>::add_biases(const WorkTile& work, int n_block) {
+__device__ inline void Consumer<T, D, GATHER>::add_biases(const WorkTile& work, int n_block, bool scaled) {
+  const float scale = scaled ? p.softmax_scale : 1.0f;
+  const float bias_scale = scaled ? 1.0f : p.inv_softmax_scale;
   const float* bias = p.bias;
   if (bias != nullptr && p.cu_seqlens_k == nullptr) bias += work.batch * p.bias_batch_stride;
 #pragma unroll
@@ -49,14 +56,14 @@ __device__ inline void Consumer<T, D, GATHER>::add_biases(const WorkTile& work, 
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int64_t row = k_row_of(work, n_block * N + i * 2 + threadIdx.x % 4 * 2 + j);
-      const float x = row < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[row] * p.inv_softmax_scale;
-      acc_s[i + j] += x;
-      acc_s[i + 2 + j] += x;
+      const float x = row < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[row] * bias_scale;
+      acc_s[i + j] = fmaf(acc_s[i + j], scale, x);
+      acc_s[i + 2 + j] = fmaf(acc_s[i + 2 + j], scale, x);
     }
   }
 }
 
-// The scores of a K tile again, without biases, one row of K after the other.
+// The products of a K tile again, without biases, one row of K after the other.
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::recompute_scores(const WorkTile& work, int n_block) {
   const int lane = threadIdx.x % 32;
@@ -100,14 +107,11 @@ __device__ inline void Consumer<T, D, GATHER>::recompute_scores(const WorkTile& 
   for (int i = 0; i < N / 2; ++i) acc_s[i] = scores[i];
 }
 
-// bias: the constant of the K tile.
+// For `exponentiate`: the row maxima are near. bias: the constant of the K tile.
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::set_exponent_offset(float bias) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // No key yet: all scores are -inf, and the exponents must be, too.
-    exponent_offset[r] = row_max[r] == -INFINITY ? -INFINITY : (bias - row_max[r]) * p.softmax_scale_log2;
-  }
+  for (int r = 0; r < 2; ++r) exponent_offset[r] = (bias - row_max[r]) * kLog2E;
 }
 
 // Raises the maximum of row r to `high` if that is larger. Returns the factor for all weights before.
@@ -115,14 +119,14 @@ template <typename T, int D, bool GATHER>
 __device__ inline float Consumer<T, D, GATHER>::raise_row_max(int r, float high) {
   const float raised = fmaxf(row_max[r], high);
   const float factor =
-      raised == -INFINITY ? 1.0f : sm90::exp2_approx((row_max[r] - raised) * p.softmax_scale_log2);
+      raised == -INFINITY ? 1.0f : sm90::exp2_approx((row_max[r] - raised) * kLog2E);
   row_max[r] = raised;
   o_scale[r] *= factor;
   row_sum[r] *= factor;
   return factor;
 }
 
-// Scores of chunk c to weights; `even` and `odd` receive their sums.
+// Products of chunk c to weights; `even` and `odd` receive their sums.
 template <typename T, int D, bool GATHER>
 template <int c>
 __device__ inline void Consumer<T, D, GATHER>::exponentiate(float (&even)[2], float (&odd)[2]) {
@@ -136,19 +140,37 @@ __device__ inline void Consumer<T, D, GATHER>::exponentiate(float (&even)[2], fl
   }
 }
 
+// The same for a far bias or row maximum. A difference of two fp32 numbers that are close is exact. So no weight is
+// above 2^8, as row_max is at most kRescaleThreshold below a score.
 template <typename T, int D, bool GATHER>
 template <int c>
-__device__ inline void Consumer<T, D, GATHER>::chunk_with_max(float bias) {
+__device__ inline void Consumer<T, D, GATHER>::exponentiate_far(float scale, float bias) {
+#pragma unroll
+  for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) {
+    const int r = i / 2 % 2;
+    // No key yet: the difference of two -inf would be NaN.
+    const float max = row_max[r] == -INFINITY ? 0.0f : row_max[r];
+    acc_s[i] = sm90::exp2_approx((fmaf(acc_s[i], scale, bias) - max) * kLog2E);
+    row_sum[r] += acc_s[i];
+  }
+}
+
+// scale: from acc_s to scores without `bias`. far: whether that is not softmax_scale, or the bias is far.
+template <typename T, int D, bool GATHER>
+template <int c>
+__device__ inline void Consumer<T, D, GATHER>::chunk_with_max(float scale, float bias, bool far) {
   float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], acc_s[i]);
-  const bool above = high[0] + bias > row_max[0] + p.rescale_threshold ||
-      high[1] + bias > row_max[1] + p.rescale_threshold;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) high[r] = fmaf(high[r], scale, bias);
+  // A difference, for a far maximum plus the threshold is rounded.
+  const bool above = high[0] - row_max[0] > kRescaleThreshold || high[1] - row_max[1] > kRescaleThreshold;
   if (__any_sync(0xffffffffu, above)) {
     needs_rescale = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float factor = raise_row_max(r, quad_max(high[r]) + bias);
+      const float factor = raise_row_max(r, quad_max(high[r]));
 #pragma unroll
       for (int i = 2 * r; i < chunk_begin(c); i += 4) {
         acc_s[i] *= factor;
@@ -157,17 +179,18 @@ __device__ inline void Consumer<T, D, GATHER>::chunk_with_max(float bias) {
     }
     set_exponent_offset(bias);
   }
-  exponentiate<c>(row_sum, row_sum);
-  if constexpr (c + 1 < kSoftmaxChunks) chunk_with_max<c + 1>(bias);
+  if (__builtin_expect(__any_sync(0xffffffffu, far || is_far()), 0)) exponentiate_far<c>(scale, bias);
+  else exponentiate<c>(row_sum, row_sum);
+  if constexpr (c + 1 < kSoftmaxChunks) chunk_with_max<c + 1>(scale, bias, far);
 }
 
-// For the first K tile, or when the last P V product has ended.
+// For the first K tile, or when the last P V product has ended. scaled: acc_s are scores.
 template <typename T, int D, bool GATHER>
-__device__ inline void Consumer<T, D, GATHER>::softmax_with_max(float bias) {
+__device__ inline void Consumer<T, D, GATHER>::softmax_with_max(float bias, bool scaled) {
   needs_rescale = false;
   o_scale[0] = o_scale[1] = 1.0f;
   set_exponent_offset(bias);
-  chunk_with_max<0>(bias);
+  chunk_with_max<0>(scaled ? 1.0f : p.softmax_scale, bias, scaled || fabsf(bias) > kNear);
   pack_p<0, N / 2>();
   if (needs_rescale) rescale_o();
 }
@@ -217,8 +240,7 @@ __device__ inline void Consumer<T, D, GATHER>::rescale_large_weights(float (&sum
     float high = 1.0f;
 #pragma unroll
     for (int i = 2 * r; i < N / 2; i += 4) high = fmaxf(fmaxf(high, acc_s[i]), acc_s[i + 1]);
-    const float factor =
-        raise_row_max(r, row_max[r] + log2f(quad_max(high)) * (p.rescale_threshold / kRescaleThreshold));
+    const float factor = raise_row_max(r, row_max[r] + log2f(quad_max(high)) * kLn2);
     sum[r] *= factor;
 #pragma unroll
     for (int i = 2 * r; i < N / 2; i += 4) {
@@ -237,28 +259,30 @@ __device__ inline void Consumer<T, D, GATHER>::softmax(
     const WorkTile& work, int n_block, uint32_t kv_idx, int bias_flags) {
   const float bias =
       bias_flags & (kBiasInColumns | kBiasOutOfRange) ? 0.0f : s.bias_constant[stage_of(kv_idx)][0];
-  const bool no_key = __any_sync(0xffffffffu, row_max[0] == -INFINITY || row_max[1] == -INFINITY);
+  const bool with_max = __any_sync(0xffffffffu, is_far()) || bias_flags & kBiasJump;
   if (FIRST) sm90::warpgroup_wait<0>();
   else sm90::warpgroup_wait<1>();
   sm90::warpgroup_fence_operand(acc_s);
   consumer_release(&s.k_empty[stage_of(kv_idx)]);
   if (n_block + 1 == work.n_block_end) consumer_release(&s.q_empty[wg]);
+  const bool out_of_range = bias_flags & kBiasOutOfRange;
+  if (__builtin_expect(out_of_range, 0)) add_biases(work, n_block, FIRST || with_max);
   if constexpr (FIRST) {
-    if (__builtin_expect(bias_flags & kBiasOutOfRange, 0)) add_biases(work, n_block);
-    softmax_with_max(bias);
+    softmax_with_max(bias, out_of_range);
   } else {
     bool done = false;
-    if (__builtin_expect(no_key || (bias_flags & (kBiasOutOfRange | kBiasJump)), 0)) {
+    if (__builtin_expect(with_max, 0)) {
       wait_pv(kv_idx - 1);
-      if (bias_flags & kBiasOutOfRange) add_biases(work, n_block);
     } else {
       done = softmax_without_max(kv_idx, bias);
       if (__builtin_expect(!done, 0)) {
         recompute_scores(work, n_block);
-        if (bias_flags & kBiasInColumns) add_biases(work, n_block);
+        if (bias_flags & (kBiasInColumns | kBiasOutOfRange)) add_biases(work, n_block, true);
       }
     }
-    if (__builtin_expect(!done, 0)) softmax_with_max(bias);
+    if (__builtin_expect(!done, 0)) {
+      softmax_with_max(bias, bias_flags & (with_max ? kBiasOutOfRange : kBiasInColumns | kBiasOutOfRange));
+    }
   }
 }
 

@@ -10,6 +10,7 @@
 
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
 
+#include <cfloat>
 #include <cstdio>
 #include <map>
 
@@ -26,8 +27,13 @@ constexpr int kSlowness = 200;
 constexpr float kUntouched = 123.0f;
 
 // kOfSlots: as kSorted, with the slots of kv_index in order too. kJumps: from -200 to 0 in the middle, 150 at the end;
-// kStairs: growing; kLate: -inf in the first half; kMasks: kRandom, but -1e9 for every third key.
-enum class Bias { kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate, kOfSlots, kMasks };
+// kStairs: growing; kLate: -inf in the first half; kMasks: kRandom, but -1e9 for every third key. Of the size of
+// Case::far: kAlike; kMixed: it, a half and a third in turn; kRising: from tile to tile; kOneNear: all but one key;
+// kFirst: the first half.
+enum class Bias {
+  kNone, kAlternating, kSorted, kRandom, kJumps, kStairs, kLate, kOfSlots, kMasks, kAlike, kMixed, kRising, kOneNear,
+  kFirst
+};
 
 struct Case {
   bool half;    // fp16, else bf16
@@ -40,9 +46,12 @@ struct Case {
   bool split = false;  // whether tiles are to be split
   bool gather_first = false;  // rows by kv_index by gather_kv_kernel
   float later = 1;   // factor of the second half of the rows of k: scores far above those before
+  float far = 0;     // biases of this size
+  float score = 0;   // != 0: without biases the score of each query and key
 };
 
-const std::map<std::string, Case> kCases = {
+std::map<std::string, Case> all_cases() {
+  std::map<std::string, Case> cases = {
     {"one_tile", {false, 128, 1, 100, 900, 1, 1, 1, Bias::kAlternating}},
     {"few_rows_d64", {false, 64, 1, 44, 1500, 1, 1, 1, Bias::kAlternating}},
     {"rounds", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
@@ -53,6 +62,7 @@ const std::map<std::string, Case> kCases = {
      {false, 64, 4, 260, 700, 2, 1, 3, Bias::kRandom, {}, {}, {0, 130, 130, 133, 250}, {0, 300, 300, 301, 690}}},
     {"jumps", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kJumps}},
     {"stairs", {true, 128, 1, 70, 1000, 1, 1, 1, Bias::kStairs}},
+    {"stairs_of_one_tile", {true, 128, 1, 70, 170, 1, 1, 1, Bias::kStairs}},
     {"late", {false, 128, 1, 200, 1300, 1, 1, 1, Bias::kLate}},
     {"far_scores", {false, 128, 1, 130, 1100, 1, 1, 1, Bias::kAlternating, {}, {}, {}, {}, 0, 0, false, false, false, 60}},
     {"far_scores_kv_index", {true, 64, 1, 70, 800, 2, 1, 1, Bias::kNone, {}, {}, {}, {}, 0, 700, false, false, false, 60}},
@@ -82,7 +92,45 @@ const std::map<std::string, Case> kCases = {
     {"q_index_parts", {false, 64, 1, 900, 2500, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 300, 0, false, true}},
     {"q_index_lengths", {true, 128, 3, 300, 400, 2, 2, 3, Bias::kRandom, {190, 1, 65}, {399, 0, 177}, {}, {}, 190, 0}},
     {"all_indices", {true, 64, 2, 150, 700, 2, 1, 3, Bias::kSorted, {120, 60}, {800, 333}, {}, {}, 130, 900, true}},
-};
+  };
+  const std::pair<const char*, Bias> orders[] = {
+      {"alike", Bias::kAlike}, {"mixed", Bias::kMixed}, {"rising", Bias::kRising}, {"one_near", Bias::kOneNear},
+      {"first", Bias::kFirst}};
+  const std::pair<const char*, float> sizes[] = {
+      {"-1e2", -1e2f}, {"-1e4", -1e4f}, {"-1e9", -1e9f}, {"-3e38", -3e38f}, {"lowest", -FLT_MAX}, {"1e9", 1e9f},
+      {"3e38", 3e38f}};
+  const std::pair<const char*, float> scores[] = {
+      {"1e4", 1e4f}, {"-1e4", -1e4f}, {"3e8", 3e8f}, {"-3e8", -3e8f}, {"1e30", 1e30f}, {"-1e30", -1e30f}};
+  for (bool half : {false, true}) {
+    for (int dim : {64, 128}) {
+      for (const std::string of_keys : {"dense", "splits", "kv_index"}) {
+        const bool split = of_keys[0] == 's';
+        Case c{half, dim, 1, 9, split ? 1800 : 400, 1, 1, split ? 3 : 1};
+        c.split = split;
+        c.k_slots = of_keys[0] == 'k' ? 400 : 0;
+        const std::string end = std::string(half ? "_fp16_" : "_bf16_") + std::to_string(dim) + "_" + of_keys;
+        for (const auto& [order, bias] : orders) {
+          for (const auto& [size, far] : sizes) {
+            // By index and split, some sizes.
+            if (of_keys[0] != 'd' && far != -1e4f && far != -1e9f && far != -3e38f) continue;
+            c.bias = bias;
+            c.far = far;
+            cases[std::string("far_") + order + "_" + size + end] = c;
+          }
+        }
+        c.bias = Bias::kNone;
+        for (const auto& [size, score] : scores) {
+          if (half && std::abs(score) > 1e9f) continue;  // no such score of fp16 rows
+          c.score = score;
+          cases[std::string("scores_") + size + end] = c;
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+const std::map<std::string, Case> kCases = all_cases();
 
 template <typename T>
 T make(float x) {
@@ -105,7 +153,8 @@ struct Problem {
   bool packed;
   int entries, q_slots, k_slots, rows_out;
   std::vector<T> q, k, v, out;
-  std::vector<float> bias, lse, out_partial, lse_partial;
+  std::vector<float> bias, lse, out_partial;
+  std::vector<float2> max_sum_partial;
   Ints q_index, kv_index, out_index;
   std::vector<T> k_gathered, v_gathered;
   std::vector<float> bias_gathered;
@@ -126,6 +175,13 @@ struct Problem {
     fill(k, c.rows_k, c.heads_k);
     fill(v, c.rows_k, c.heads_k);
     for (size_t i = k.size() / 2; i < k.size(); ++i) k[i] = make<T>(read(k[i]) * c.later);
+    // The means of parts of the keys differ.
+    for (size_t i = 0; (c.far != 0 || c.score != 0) && i < v.size(); ++i) {
+      v[i] = make<T>(read(v[i]) + 2.0f * (i / (static_cast<size_t>(c.heads_k) * D) % c.rows_k) / c.rows_k);
+    }
+    const float root = std::sqrt(std::abs(c.score) * std::sqrt(static_cast<float>(D)));
+    for (size_t i = 0; c.score != 0 && i < q.size(); ++i) q[i] = make<T>(i % D ? 0 : std::copysign(root, c.score));
+    for (size_t i = 0; c.score != 0 && i < k.size(); ++i) k[i] = make<T>(i % D ? 0 : root);
     // Rows past a length must not be used, not even as 0 * NaN.
     for (int b = 0; c.k_slots == 0 && !packed && b < static_cast<int>(c.kv_lens.size()); ++b) {
       const size_t row = static_cast<size_t>(c.heads_k) * D;
@@ -145,6 +201,11 @@ struct Problem {
       if (c.bias == Bias::kStairs) x = 0.1f * key;
       if (c.bias == Bias::kOfSlots) x = later ? std::log(4.0f) : 0.0f;
       if (c.bias == Bias::kLate) x = later ? any : -INFINITY;
+      if (c.bias == Bias::kAlike) x = c.far;
+      if (c.bias == Bias::kMixed) x = c.far / (1 + key % 3);
+      if (c.bias == Bias::kRising) x = c.far * (0.5f + 0.5f * (c.far > 0 ? key : c.rows_k - key) / c.rows_k);
+      if (c.bias == Bias::kOneNear) x = key == c.rows_k / 2 ? 1.0f : c.far;
+      if (c.bias == Bias::kFirst) x = later ? 0.0f : c.far;
       bias.push_back(x);
     }
     // Some are -1 (empty) or one past the last: an index out of range counts as empty.
@@ -202,16 +263,14 @@ struct Problem {
     p.out = out.data();
     p.lse = lse.data();
     out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM * D, NAN);
-    lse_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM, NAN);
+    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM, {NAN, NAN});
     split_tiles.resize(c.num_ctas);
     p.out_partial = out_partial.data();
-    p.lse_partial = lse_partial.data();
+    p.max_sum_partial = max_sum_partial.data();
     p.split_tiles = split_tiles.data();
     p.max_split_tiles = c.num_ctas - 1;
     if (p.max_split_tiles == 0) p.out_partial = nullptr;
-    p.softmax_scale_log2 = 1.4426950408889634f / std::sqrt(static_cast<float>(D));
-    p.inv_softmax_scale = std::sqrt(static_cast<float>(D));
-    p.rescale_threshold = kRescaleThreshold / p.softmax_scale_log2;
+    p.set_scale(1 / std::sqrt(static_cast<double>(D)), c.half);
     p.batch = c.batch;
     p.heads = c.heads;
     p.qhead_per_khead = c.heads / c.heads_k;
@@ -297,14 +356,17 @@ struct Problem {
         for (int d = 0; d < D; ++d) {
           score += read(q[at(c.rows_q, row, c.heads, h) + d]) * read(k[at(c.rows_k, rows[j], c.heads_k, head_k) + d]);
         }
-        weight[j] = score / std::sqrt(D) + (c.bias != Bias::kNone ? bias[entry * c.rows_k + rows[j]] : 0.0f);
+        // As fp32 holds it: beside a bias of 1e9 in steps of 64.
+        weight[j] = static_cast<float>(
+            score / std::sqrt(D) + (c.bias != Bias::kNone ? bias[entry * c.rows_k + rows[j]] : 0.0f));
       }
       double row_max = -INFINITY;
       for (double x : weight) row_max = std::max(row_max, x);
       double row_sum = 0;
       for (double& x : weight) row_sum += x = row_max == -INFINITY ? 0 : std::exp(x - row_max);
       const float got = lse[(packed ? 0 : static_cast<size_t>(b) * c.heads * q_slots) + h * q_slots + first_q + slot];
-      if (row_sum == 0 ? got != -INFINITY : !(std::abs(got - row_max - std::log(row_sum)) < 1e-4)) return INFINITY;
+      const double lse_error = std::abs(got - row_max - std::log(row_sum));
+      if (row_sum == 0 ? got != -INFINITY : !(lse_error < 1e-4 + 2e-7 * std::abs(row_max))) return INFINITY;
       for (int d = 0; target >= 0 && d < D; ++d) {
         double want = 0;
         for (int j = 0; row_sum > 0 && j < k_len; ++j) {
