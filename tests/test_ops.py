@@ -64,6 +64,9 @@ def samples(device):
         options = dict(modulation_index=targets.clamp_max(2), index=index) if chosen else {}
         vector = rows if chosen else rows[:, 0]
         yield specedit.adaln_modulate, (x, vector, vector + 1), options
+        given = dict(scale=vector, shift=vector + 1, modulation_index=options["modulation_index"]) if chosen else {}
+        yield specedit.quantize_fp8, (x,), given
+        yield specedit.quantize_fp8, (q,), dict(before=normal(2, 5, 4, 3), gelu=True)
         maps = normal(2, 48, 5, 3, dtype=dtype)
         if chosen:
             maps = maps.contiguous(memory_format=torch.channels_last)

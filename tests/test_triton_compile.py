@@ -15,7 +15,7 @@ import pytest
 import torch
 
 # Bytes of shared memory that one block may take.
-SHARED = {90: 232448, 80: 166912}
+SHARED = {90: 232448, 89: 101376, 80: 166912}
 CAPABILITY = {"large": 90, "medium": 80}
 POINTERS = {
     "bias_ptr": "*fp32", "q_index_ptr": "*i32", "kv_index_ptr": "*i32", "out_index_ptr": "*i32", "q_lens_ptr": "*i32",
@@ -125,6 +125,30 @@ def _beside_attention(capability):
     return jobs
 
 
+def _quantize_fp8(capability):
+    """{kernel: job} at FLUX's size in bf16: the norm of 3072 channels, and GELU of 12288 beside 3072."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import _modulation, quantize_fp8
+
+    types = dict.fromkeys(("x_ptr", "before_ptr", "scale_ptr", "shift_ptr"), "*bf16")
+    types |= {"y_ptr": "*u8", "row_scale_ptr": "*fp32"}
+    unused = dict.fromkeys(("before_ptr", "scale_ptr", "shift_ptr", "modulation_ptr"))
+    jobs = {}
+    for name, channels, constants in (
+        ("norm", 3072, dict(before_ptr=None, BEFORE=0, BEFORE_BLOCK=1, BEFORE_CHUNKS=0, GELU=False)),
+        ("gelu", 12288, unused | dict(BEFORE=0, BEFORE_BLOCK=1, BEFORE_CHUNKS=0, GELU=True)),
+        ("both", 12288, {k: None for k in unused if k != "before_ptr"}
+         | dict(BEFORE=3072, BEFORE_BLOCK=4096, BEFORE_CHUNKS=1, GELU=True)),
+    ):  # fmt: skip
+        slots, block, chunks, num_warps = _modulation.tile(8704, channels, 2)
+        constants |= dict(CHANNELS=channels, BLOCK=block, CHUNKS=chunks, SLOTS=slots, HARDWARE=capability >= 89)
+        jobs[f"quantize_fp8 {name} {capability}"] = lambda c=constants, w=num_warps: _compile(
+            quantize_fp8._quantize_fp8_kernel, capability, types, c, {"num_warps": w}, ASTSource
+        )
+    return jobs
+
+
 def _group_norm(capability):
     """{kernel: job} at the size of FLUX's decoder, 32 groups of bf16 1024 x 1024, in both layouts."""
     from triton.compiler import ASTSource
@@ -172,6 +196,7 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90) | _group_norm(80) | _group_norm(90))
+    jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90

@@ -11,6 +11,7 @@ from .group_norm import group_norm
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
 from .qk_norm_rope_scatter import qk_norm_rope_scatter_
+from .quantize_fp8 import quantize_fp8
 from .scatter_tokens import scatter_tokens_
 from .select_tokens import select_tokens
 from .sparse_cross_attn import sparse_cross_attn
@@ -29,6 +30,7 @@ __all__ = [
     "mixed_res_attn_scatter_",
     "names",
     "qk_norm_rope_scatter_",
+    "quantize_fp8",
     "scatter_tokens_",
     "select_tokens",
     "sparse_cross_attn",
