@@ -53,6 +53,11 @@ def samples(device):
         sees = (torch.arange(6) % torch.tensor([[1], [2], [3]]) == 0).to(device).expand(2, 3, 6)
         region = i32([0, -1, 2, 1, 1], [-1, -1, 0, 0, 2], device=device)
         yield specedit.sparse_cross_attn, (q, text, text + 1, region, sees), {}
+    pairs = [specedit.quantize_fp8(normal(2, n, heads, 32)) for n, heads in ((5, 4), (9, 2), (9, 2))]
+    factors = tuple(x for x, _ in pairs) + tuple(scale[..., 0] for _, scale in pairs)
+    options = dict(key_bias=normal(2, 9), q_index=index, kv_index=index, q_lens=i32(2, 3, device=device), scale=0.2)
+    yield specedit.mixed_res_attn_fp8, factors, {}
+    yield specedit.mixed_res_attn_fp8, factors, options
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))

@@ -65,9 +65,10 @@ def _compile(fn, capability, types, constants, options, source):
     loads, stores = (
         len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])) for kind in ("ld", "st")
     )
+    fp8_products = len(re.findall(r"mma[\w.]*e4m3\.e4m3", compiled.asm["ptx"]))
     return {
         "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
-        "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]),
+        "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]), "fp8_products": fp8_products,
     }  # fmt: skip
 
 
@@ -149,6 +150,23 @@ def _quantize_fp8(capability):
     return jobs
 
 
+def _attention_fp8(name, dim, transposed, left_out, by_row):
+    """transposed: v's rows are contiguous, not its last dimension."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import mixed_res_attn_fp8
+
+    config, capability = mixed_res_attn_fp8.CONFIGS[name, dim], {"large": 90, "small": 89}[name]
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp8e4nv") | {"out_ptr": "*bf16", "scale": "fp32"}
+    types |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
+    constants = dict.fromkeys(left_out) | {"stride_vn" if transposed else "stride_vd": 1}
+    constants |= dict(HEAD_DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                      SPLITS=1, NEGATE=False, K_ROWS=by_row, V_ROWS=by_row, HARDWARE=True)  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compile(mixed_res_attn_fp8._attn_fp8_kernel, capability, types, constants, options, ASTSource)
+
+
 def _group_norm(capability):
     """{kernel: job} at the size of FLUX's decoder, 32 groups of bf16 1024 x 1024, in both layouts."""
     from triton.compiler import ASTSource
@@ -196,6 +214,12 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90) | _group_norm(80) | _group_norm(90))
+    plain = ("q_index_ptr", "kv_index_ptr", "q_lens_ptr", "kv_lens_ptr")
+    for name in ("large", "small"):
+        for dim in (64, 128, 256):
+            jobs[f"fp8 {name} D{dim}"] = lambda n=name, d=dim: _attention_fp8(n, d, True, plain, True)
+        jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, False, (*plain, "bias_ptr"), False)
+        jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, False, (), True)
     jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
@@ -239,6 +263,7 @@ def test_every_config_compiles_and_fits(tmp_path):
     softmaxes = {name: result["exponents"] for name, result in results.items() if result["exponents"]}
     attention = {name: found for name, found in softmaxes.items() if "sparse" in name or "D" in name.split()[-1]}
     assert len(attention) > 15 and not {name: x for name, x in attention.items() if x != ["mul of sub"]}
+    assert all(result["fp8_products"] for name, result in results.items() if name.startswith("fp8 "))
     # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
     # two tokens and a gate; a tile of a picture, with channels last its weight and bias too.
     expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],

@@ -10,6 +10,7 @@ from .gather_tokens import gather_tokens
 from .group_norm import group_norm
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
+from .mixed_res_attn_fp8 import mixed_res_attn_fp8
 from .qk_norm_rope_scatter import qk_norm_rope_scatter_
 from .quantize_fp8 import quantize_fp8
 from .scatter_tokens import scatter_tokens_
@@ -27,6 +28,7 @@ __all__ = [
     "group_norm",
     "merge_attn",
     "mixed_res_attn",
+    "mixed_res_attn_fp8",
     "mixed_res_attn_scatter_",
     "names",
     "qk_norm_rope_scatter_",
