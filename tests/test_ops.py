@@ -93,7 +93,9 @@ def sample(request, device):
 
 def test_opcheck(sample):
     op, args, kwargs = sample
-    torch.library.opcheck(op.default, args, kwargs, test_utils=OPCHECK)
+    # the first one compares arguments with what they were, for which PyTorch cannot compute with fp8
+    fp8 = any(isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn for x in args)
+    torch.library.opcheck(op.default, args, kwargs, test_utils=OPCHECK[1:] if fp8 else OPCHECK)
 
 
 def clone(args):
@@ -172,7 +174,10 @@ def test_cuda_graph_replays_with_new_inputs(sample):
         returned = op(*static, **kwargs)
     returned = [] if returned is None else [returned] if isinstance(returned, torch.Tensor) else list(returned)
     fresh = tuple(
-        torch.randn_like(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+        torch.randn_like(x, dtype=torch.float32).to(x.dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in args
     )
     for target, value in zip(static, fresh):
         if isinstance(target, torch.Tensor):

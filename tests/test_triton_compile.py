@@ -260,10 +260,18 @@ def test_every_config_compiles_and_fits(tmp_path):
     assert not wrong
     # The largest score is subtracted before the product with the unit: fused into one multiply-add, it would leave what
     # rounding took off it, which a power of two makes infinite in fp16.
-    softmaxes = {name: result["exponents"] for name, result in results.items() if result["exponents"]}
+    softmaxes = {
+        name: result["exponents"]
+        for name, result in results.items()
+        if result["exponents"] and not name.startswith("fp8 ") and not name.startswith("quantize")
+    }
     attention = {name: found for name, found in softmaxes.items() if "sparse" in name or "D" in name.split()[-1]}
     assert len(attention) > 15 and not {name: x for name, x in attention.items() if x != ["mul of sub"]}
-    assert all(result["fp8_products"] for name, result in results.items() if name.startswith("fp8 "))
+    for name, result in results.items():
+        if name.startswith("fp8 "):
+            # the same, and the power of two that e4m3 weights are multiplied with
+            assert result["fp8_products"] and {"fma of sub", "add of sub"} & set(result["exponents"]), (name, result)
+            assert not {"fma", "mul", "add"} & set(result["exponents"]), (name, result)
     # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
     # two tokens and a gate; a tile of a picture, with channels last its weight and bias too.
     expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],
