@@ -15,7 +15,7 @@ import pytest
 import torch
 
 # Bytes of shared memory that one block may take.
-SHARED = {90: 232448, 80: 166912}
+SHARED = {90: 232448, 89: 101376, 80: 166912}
 CAPABILITY = {"large": 90, "medium": 80}
 POINTERS = {
     "bias_ptr": "*fp32", "q_index_ptr": "*i32", "kv_index_ptr": "*i32", "out_index_ptr": "*i32", "q_lens_ptr": "*i32",
@@ -65,9 +65,10 @@ def _compile(fn, capability, types, constants, options, source):
     loads, stores = (
         len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])) for kind in ("ld", "st")
     )
+    fp8_products = len(re.findall(r"mma[\w.]*e4m3\.e4m3", compiled.asm["ptx"]))
     return {
         "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
-        "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]),
+        "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]), "fp8_products": fp8_products,
     }  # fmt: skip
 
 
@@ -125,6 +126,47 @@ def _beside_attention(capability):
     return jobs
 
 
+def _quantize_fp8(capability):
+    """{kernel: job} at FLUX's size in bf16: the norm of 3072 channels, and GELU of 12288 beside 3072."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import _modulation, quantize_fp8
+
+    types = dict.fromkeys(("x_ptr", "before_ptr", "scale_ptr", "shift_ptr"), "*bf16")
+    types |= {"y_ptr": "*u8", "row_scale_ptr": "*fp32"}
+    unused = dict.fromkeys(("before_ptr", "scale_ptr", "shift_ptr", "modulation_ptr"))
+    jobs = {}
+    for name, channels, constants in (
+        ("norm", 3072, dict(before_ptr=None, BEFORE=0, BEFORE_BLOCK=1, BEFORE_CHUNKS=0, GELU=False)),
+        ("gelu", 12288, unused | dict(BEFORE=0, BEFORE_BLOCK=1, BEFORE_CHUNKS=0, GELU=True)),
+        ("both", 12288, {k: None for k in unused if k != "before_ptr"}
+         | dict(BEFORE=3072, BEFORE_BLOCK=4096, BEFORE_CHUNKS=1, GELU=True)),
+    ):  # fmt: skip
+        slots, block, chunks, num_warps = _modulation.tile(8704, channels, 2)
+        constants |= dict(CHANNELS=channels, BLOCK=block, CHUNKS=chunks, SLOTS=slots, HARDWARE=capability >= 89)
+        jobs[f"quantize_fp8 {name} {capability}"] = lambda c=constants, w=num_warps: _compile(
+            quantize_fp8._quantize_fp8_kernel, capability, types, c, {"num_warps": w}, ASTSource
+        )
+    return jobs
+
+
+def _attention_fp8(name, dim, transposed, left_out, by_row):
+    """transposed: v's rows are contiguous, not its last dimension."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import mixed_res_attn_fp8
+
+    config, capability = mixed_res_attn_fp8.CONFIGS[name, dim], {"large": 90, "small": 89}[name]
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp8e4nv") | {"out_ptr": "*bf16", "scale": "fp32"}
+    types |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
+    constants = dict.fromkeys(left_out) | {"stride_vn" if transposed else "stride_vd": 1}
+    constants |= dict(HEAD_DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                      SPLITS=1, NEGATE=False, K_ROWS=by_row, V_ROWS=by_row, HARDWARE=True)  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compile(mixed_res_attn_fp8._attn_fp8_kernel, capability, types, constants, options, ASTSource)
+
+
 def _group_norm(capability):
     """{kernel: job} at the size of FLUX's decoder, 32 groups of bf16 1024 x 1024, in both layouts."""
     from triton.compiler import ASTSource
@@ -172,6 +214,13 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90) | _group_norm(80) | _group_norm(90))
+    plain = ("q_index_ptr", "kv_index_ptr", "q_lens_ptr", "kv_lens_ptr")
+    for name in ("large", "small"):
+        for dim in (64, 128, 256):
+            jobs[f"fp8 {name} D{dim}"] = lambda n=name, d=dim: _attention_fp8(n, d, True, plain, True)
+        jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, False, (*plain, "bias_ptr"), False)
+        jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, False, (), True)
+    jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90
@@ -211,9 +260,18 @@ def test_every_config_compiles_and_fits(tmp_path):
     assert not wrong
     # The largest score is subtracted before the product with the unit: fused into one multiply-add, it would leave what
     # rounding took off it, which a power of two makes infinite in fp16.
-    softmaxes = {name: result["exponents"] for name, result in results.items() if result["exponents"]}
+    softmaxes = {
+        name: result["exponents"]
+        for name, result in results.items()
+        if result["exponents"] and not name.startswith("fp8 ") and not name.startswith("quantize")
+    }
     attention = {name: found for name, found in softmaxes.items() if "sparse" in name or "D" in name.split()[-1]}
     assert len(attention) > 15 and not {name: x for name, x in attention.items() if x != ["mul of sub"]}
+    for name, result in results.items():
+        if name.startswith("fp8 "):
+            # the same, and the power of two that e4m3 weights are multiplied with
+            assert result["fp8_products"] and {"fma of sub", "add of sub"} & set(result["exponents"]), (name, result)
+            assert not {"fma", "mul", "add"} & set(result["exponents"]), (name, result)
     # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
     # two tokens and a gate; a tile of a picture, with channels last its weight and bias too.
     expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],

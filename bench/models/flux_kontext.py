@@ -45,6 +45,7 @@ from PIL import Image
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 from specedit_kernels.models import flux_kontext as flux_fused
 from specedit_kernels.engine.attention import unwrap_processors
+from specedit_kernels.engine import fp8
 from specedit_kernels.engine.config import RUNNERS
 from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel, FusedLayout
 from specedit_kernels.engine.runner import StepRunner
@@ -181,11 +182,13 @@ class Bench:
         embeds = self.options["prompt_embeds"][:, :text]
         return self.pipe(specedit=config, mask_image=mask, **self.options | {"prompt_embeds": embeds}).stats
 
-    def active_step(self, runner, apart=False):
+    def active_step(self, runner, apart=False, precision="auto", seen=None):
         """A Row of steps with text and a tenth of the fine target tokens as queries, all tokens as keys.
 
-        apart: with a product for each of q, k and v; only before any edit was run by a runner.
+        apart: with a product for each of q, k and v; only before any edit was run by a runner. seen: a list, in which
+        the last step's velocity is left.
         """
+        torch.manual_seed(0)
         if not apart and self.device.type == "cuda":
             flux_fused.join_projections_(self.pipe.transformer)
         text, image = self.args.text_length, 2 * (self.args.side // TOKEN) ** 2
@@ -220,8 +223,11 @@ class Bench:
                 for x in kept:
                     x.normal_()
                 layouts.append(FusedLayout(sequence, None, list(zip(kept[::2], kept[1::2])), "kept"))
-            for _ in range(10):
-                model.velocity(words, tokens, moment, layouts[0])
+            with fp8.active(model.runner.linears if precision == "fp8" else None):
+                for _ in range(10):
+                    found = model.velocity(words, tokens, moment, layouts[0])
+            if seen is not None:
+                seen[:] = [found]
 
         flops = transformer_flops(text + active, keys, heads * dim, model.blocks)
         moved = sum(p.numel() * p.element_size() for p in transformer.parameters())
@@ -261,7 +267,8 @@ class Bench:
                  "locked-cached": dict(finish="locked", kv_refresh=9),
                  "locked-bracket": dict(finish="locked", kv_refresh="bracket"),
                  "best": dict(quality="best"),
-                 "locked-cached-fp8": dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8")}  # fmt: skip
+                 "locked-cached-fp8": dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8"),
+                 "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
@@ -280,6 +287,7 @@ class Bench:
                 )
             if runner != "eager":
                 rows[f"active step {runner}"] = lambda r=runner: self.active_step(r)
+                rows[f"active step {runner}, products in fp8"] = lambda r=runner: self.active_step(r, precision="fp8")
         for fused in (False, True):
             for decode in (False, True):
                 name = ("decode" if decode else "encode") + (", fused norms" if fused else "")
@@ -353,7 +361,7 @@ class Bench:
         if stats is not None:
             figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
                         "backend": stats.backend, "runner": stats.runner, "graph_bytes": stats.graph_bytes,
-                        "kv_cache_bytes": stats.kv_cache_bytes}  # fmt: skip
+                        "kv_cache_bytes": stats.kv_cache_bytes, "fp8_bytes": stats.fp8_bytes}  # fmt: skip
         return figures
 
 

@@ -44,6 +44,7 @@ REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
 KV_CACHE_DTYPES = ("auto", "fp8")
+PRECISIONS = ("auto", "fp8")
 RUNNERS = ("auto", "eager", "fused", "graph", "compile")
 
 # draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
@@ -126,6 +127,11 @@ class EditConfig:
         captured as CUDA graphs at the first edit of a size and replayed from then on; below about 1,000 tokens a step
         is bound by its launches without. "compile": the same with the blocks under torch.compile. A pipeline that
         cannot have the runner asked for takes "eager", and warns why.
+    precision: of the linear layers of the transformer's blocks. "auto": as the model has them. "fp8": e4m3 weights with
+        a scale for each output (a copy, half the model's bytes, beside its own), activations with a scale for each
+        token. With every runner but "eager", on CUDA devices of compute capability 8.9 and up with bf16 weights, and in
+        emulation on a CPU; elsewhere, and in layers with an adapter or a quantised weight, as "auto", with a warning
+        that says why. With runner="compile" blocks are then not compiled.
     """
 
     preserve: str | None = None
@@ -138,12 +144,14 @@ class EditConfig:
     kv_cache_dtype: str = "auto"
     selection: str = "score"
     runner: str = "auto"
+    precision: str = "auto"
 
     def __post_init__(self):
         _one_of("preserve", self.preserve, (None, "pixels"))
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("runner", self.runner, RUNNERS)
+        _one_of("precision", self.precision, PRECISIONS)
         _integer("feather", self.feather, 0)
         _integer("dilation", self.dilation, 0)
         _integer("uniform_stride", self.uniform_stride, 0)

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..sampling.layout import SequenceLayout
-from . import kv_cache
+from . import fp8, kv_cache
 from ._diffusers import scaled_adapters, unwrapped
 from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
+from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import active_serial, changed
 from .model import Text
@@ -146,9 +147,13 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
                 x.data = x.detach().clone()
 
 
-def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in layers]: views of one product where `join_` has joined them."""
+def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor | Rows) -> list[Tensor]:
+    """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8."""
     layers, joined = list(layers), ()
+    y = fp8.product(layers, x)
+    if y is not None:
+        parts = y.split([layer.out_features for layer in layers], dim=-1)
+        return [changed(layer, x, part) for layer, part in zip(layers, parts)]
     if not torch.compiler.is_compiling() and all(is_plain(layer, x) for layer in layers):
         joined = [_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")]
     if not joined or any(part is None for part in joined):
@@ -157,25 +162,65 @@ def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor) -> list[Tensor]
     return [changed(layer, x, part) for layer, part in zip(layers, parts)]
 
 
-def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
+def linear(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
+    """layer(x), in fp8 where it computes in that."""
+    return linear_of_each([layer], x)[0]
+
+
+def modulated(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, *groups: Sequence[torch.nn.Module],
+    modulation_index: Tensor | None = None,
+) -> Tensor | Rows:  # fmt: skip
+    """`ops.adaln_modulate` of x for these layers alone, in e4m3 where all of them compute in fp8.
+
+    groups: layers that `linear_of_each` has together.
+    """
+    options = dict(scale=scale, shift=shift, modulation_index=modulation_index, eps=eps)
+    # what changes a layer reads its input
+    if fp8.serves(*groups) and not active_serial():
+        return Rows(*ops.quantize_fp8(x, **options))
+    return ops.adaln_modulate(x, **options)
+
+
+def hidden(
+    layer: torch.nn.Module, x: Tensor | Rows, then: torch.nn.Module, before: Tensor | None = None
+) -> Tensor | Rows:
+    """gelu(layer(x)); where `then` computes in fp8, that of it and of `before`, the channels in front, in e4m3."""
+    if fp8.serves([then]) and not active_serial():
+        return Rows(*ops.quantize_fp8(linear(layer, x), before=before, gelu=True))
+    return gelu(layer, x)
+
+
+def gelu(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
     """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one on CUDA.
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
     """
+    if fp8.serves([layer]):
+        return F.gelu(linear(layer, x), approximate="tanh")
     if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
     return F.gelu(layer(x), approximate="tanh")
 
 
-def feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
+def first_of(ff: FeedForward) -> torch.nn.Module:
+    """The layer of a block's MLP that takes its input."""
+    first = ff.net[0]
+    return first.proj if type(first) is GELU and first.approximate == "tanh" else ff
+
+
+def feed_forward(ff: FeedForward, x: Tensor | Rows) -> Tensor:
     """A block's MLP."""
-    first, *rest = ff.net
-    if type(first) is not GELU or first.approximate != "tanh":
+    if first_of(ff) is ff:
         return ff(x)
-    x = gelu(first.proj, x)
+    first, *rest = ff.net
+    last = [layer for layer in rest if not isinstance(layer, torch.nn.Dropout)]
+    x = hidden(first.proj, x, *last)
+    if isinstance(x, Rows):
+        return linear(last[0], x)
     for layer in rest:
-        x = layer(x)
+        x = layer(x) if isinstance(layer, torch.nn.Dropout) else linear(layer, x)
     return x
 
 

@@ -92,9 +92,14 @@ def add_change(layer: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
     return changed(layer, args[0], output)
 
 
+def _now() -> LowRankChange | None:
+    """The active change. torch.compile cannot trace the question; what is compiled runs without a change."""
+    return None if torch.compiler.is_compiling() else _ACTIVE.get()
+
+
 def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """y = layer(x) with the active change; y itself where there is none."""
-    change = _ACTIVE.get()
+    change = _now()
     pair = None if change is None else change.of(layer, y)
     if pair is None:
         return y
@@ -104,9 +109,7 @@ def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def active_serial() -> int:
     """Which change is active in this thread, 0: none. What was captured under one serves no other."""
-    if torch.compiler.is_compiling():
-        return 0  # the fused forward's compiled blocks run where no change is active, and could not be traced
-    change = _ACTIVE.get()
+    change = _now()
     return 0 if change is None else change.serial
 
 

@@ -49,6 +49,7 @@ class SpecEditStats:
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
     runner: what ran the transformer's steps; runner_reason: why no faster one, "" where there is none. captures: CUDA graphs that this run had to capture. graph_bytes: device
     memory of all graphs that the pipeline keeps; kv_cache_bytes: of the keys and values that the mixed steps kept.
+    precision: of the linear layers of the transformer's blocks, "auto" or "fp8"; fp8_bytes: memory of the weights' copies.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -70,6 +71,8 @@ class SpecEditStats:
     captures: int = 0
     graph_bytes: int = 0
     kv_cache_bytes: int = 0
+    precision: str = "auto"
+    fp8_bytes: int = 0
 
     @property
     def flops(self) -> int:

@@ -28,7 +28,7 @@ from ..images.masks import token_mask
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
-from . import stages
+from . import fp8, stages
 from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
 from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
@@ -301,6 +301,18 @@ class SpecEditMixin:
             self._specedit_runner.undoes(undo)
         return self._specedit_runner
 
+    def _fp8(self, config: EditConfig, runner: StepRunner | None) -> fp8.Fp8Linears | None:
+        """The runner's weights in fp8, or None: where they are not asked for, or not possible."""
+        if config.precision == "auto":
+            return None
+        reason = "the transformer's own forward is called (runner='eager')"
+        if runner is not None:
+            reason = fp8.reason_against(next(self.transformer.parameters()).device)
+        if reason:
+            self._say_once(f"precision='fp8': layers compute as they are: {reason}")
+            return None
+        return runner.linears
+
     def _fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
         if "graph" not in self.RUNNERS:
@@ -460,8 +472,13 @@ class SpecEditMixin:
         user_mask = None if needs_draft else per_image(token_mask(call.mask_image, grid), "mask_image", batch)
 
         wrap_processors(self.transformer)
-        with bar:
+        linears = self._fp8(config, runner)
+        with bar, fp8.active(linears):
             clean, selection, scores = self._run(run, counts, levels, user_mask)
+        if linears is not None:
+            run.stats.precision, run.stats.fp8_bytes = config.precision, linears.bytes
+            for reason, layers in linears.refused.items():
+                self._say_once(f"precision='fp8': {len(layers)} layers compute as they are: {reason}")
         run.stats.nfe = run.step
         self._current_timestep = None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from . import low_rank, registry
+from . import fp8, low_rank, registry
 from ._diffusers import foreign_forward, global_hooks, hooked, on_parallel, unwrapped
 
 logger = logging.getLogger("specedit_kernels")
@@ -129,7 +129,7 @@ class CapturedStep:
 
 
 class StepRunner:
-    """Calls functions of tensors, and keeps what outlives a call: graphs, and buffers of keys and values.
+    """Calls functions of tensors, and keeps what outlives a call: graphs, buffers of keys and values, fp8 weights.
 
     name: "fused" calls them; "graph" and "compile" capture each call as a CUDA graph when its tag and shapes are new,
     and replay it from then on. At most `graphs` are kept, the one longest unused goes first; all share one pool of
@@ -149,6 +149,7 @@ class StepRunner:
         # held for a whole call: its steps share buffers and graphs
         self.lock = threading.RLock()
         self._undo: weakref.finalize | None = None
+        self.linears = fp8.Fp8Linears()
 
     @property
     def mode(self) -> str:
@@ -171,7 +172,7 @@ class StepRunner:
 
     def watch(self, signature: list[Hashable]) -> None:
         """Forget all where it is not what it was at the last call."""
-        if signature != self._signature:
+        if signature != self._signature or self.linears.stale():
             self.clear()
         self._signature = signature
 
@@ -189,9 +190,10 @@ class StepRunner:
             self._undo()
 
     def clear(self) -> None:
-        """Free the graphs and their pool, and the buffers."""
+        """Free the graphs and their pool, the buffers, and weights in fp8."""
         self._drop(list(self._graphs))
         self._buffers.clear()
+        self.linears.clear()
 
     def _drop(self, keys: Sequence[Hashable]) -> None:
         if not keys:
@@ -235,7 +237,7 @@ class StepRunner:
         if not self._capturing:
             return function(**inputs)
         shapes = tuple((name, x.shape, x.dtype, _layout(x)) for name, x in inputs.items() if x is not None)
-        key = (tag, buffers, shapes, low_rank.active_serial())
+        key = (tag, buffers, shapes, low_rank.active_serial(), fp8.is_active())
         step = self._graphs.get(key)
         if step is None:
             try:

@@ -45,16 +45,21 @@ from ..engine.fused import (
     MixedSequence,
     attend,
     feed_forward,
-    gelu,
+    first_of,
+    hidden,
     is_plain,
     join_,
+    linear,
     linear_of_each,
+    modulated,
     places,
     renew,
     replaced_of_feed_forward,
     separate_,
     watched_mass,
 )
+from ..engine import fp8
+from ..engine.fp8 import Rows
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
@@ -134,19 +139,25 @@ def _joinable(transformer: FluxTransformer2DModel) -> list[tuple[torch.nn.Module
     return [_projections(*each) for each in attentions if not each[0].fused_projections]
 
 
-def _project(attn: FluxAttention, x: Tensor, text: bool = False) -> list[Tensor]:
-    """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
+def _inputs(attn: FluxAttention, text: bool = False) -> tuple[torch.nn.Module, ...]:
+    """The layers that `_project` calls."""
     if attn.fused_projections:
-        parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
-    else:
-        parts = linear_of_each(_projections(attn, text), x)
+        return (attn.to_added_qkv if text else attn.to_qkv,)
+    return _projections(attn, text)
+
+
+def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[Tensor]:
+    """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
+    parts = linear_of_each(_inputs(attn, text), x)
+    if attn.fused_projections:
+        parts = parts[0].chunk(3, dim=-1)
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
 def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
     if not is_plain(layer, a) or active_serial():
-        return layer(torch.cat([a, b], dim=-1))
+        return linear(layer, torch.cat([a, b], dim=-1))
     at = a.shape[-1]
     y = F.linear(a, layer.weight[:, :at], layer.bias)
     y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
@@ -183,18 +194,18 @@ def double_block(
         )  # fmt: skip
 
     if n:  # else its keys and values are kept ones
-        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.norm.eps)
+        words = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
         place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.norm.eps)
+    spots = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
     place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
-        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
-        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
+        ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
+        words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
         ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
-    ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
-    spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
+    ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
+    spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
     ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
     return watched_mass(q, k, v, sequence)
 
@@ -205,15 +216,17 @@ def single_block(
     """FluxSingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
-    y = ops.adaln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    q, k, v = _buffers(y, attn, kept, sequence)
+    y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
+    q, k, v = _buffers(x, attn, kept, sequence)
     ops.qk_norm_rope_scatter_(
         q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
     renew(kept, sequence)
-    attended, hidden = attend(q, k, v, sequence), gelu(block.proj_mlp, y)
-    ops.gated_residual_add_(x, _of_both(block.proj_out, attended, hidden), gate)
+    attended = attend(q, k, v, sequence)
+    y = hidden(block.proj_mlp, y, block.proj_out, attended)
+    out = linear(block.proj_out, y) if isinstance(y, Rows) else _of_both(block.proj_out, attended, y)
+    ops.gated_residual_add_(x, out, gate)
     return watched_mass(q, k, v, sequence)
 
 
@@ -396,8 +409,9 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 
     @property
     def _blocks(self) -> Blocks:
-        # a compiled block does not know of changed weights
-        return compiled_blocks() if self.runner.name == "compile" and not active_serial() else BLOCKS
+        # a compiled block does not know of changed weights, nor of those in fp8
+        compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
+        return compiled_blocks() if compiled else BLOCKS
 
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         ids = super().dense_layout(text, pictures, grids).ids

@@ -51,11 +51,15 @@ from ..engine.fused import (
     MixedSequence,
     attend,
     feed_forward,
+    first_of,
+    linear,
     linear_of_each,
+    modulated,
     places,
     renew,
     replaced_of_feed_forward,
 )
+from ..engine import fp8
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin
@@ -215,8 +219,9 @@ def double_block(
     q = image.new_empty(image.shape[0], n + image.shape[1], attn.heads, dim)
     k, v = places(q, kept, sequence)
 
-    def place(x: Tensor, at: slice, layers: tuple[torch.nn.Module, ...]) -> None:
+    def place(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: torch.nn.Module) -> None:
         *projections, norm_q, norm_k = layers
+        x = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
@@ -226,22 +231,22 @@ def double_block(
         )  # fmt: skip
 
     if n:  # else the keys and values of the text are kept ones
-        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.txt_norm1.eps)
-        place(words, slice(0, n),
-              (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k))  # fmt: skip
-    spots = ops.adaln_modulate(image, i_scale, i_shift, modulation_index=which, eps=block.img_norm1.eps)
-    place(spots, slice(n, None), (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k))
+        place(text, t_shift, t_scale, block.txt_norm1.eps, slice(0, n),
+              attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)  # fmt: skip
+    place(image, i_shift, i_scale, block.img_norm1.eps, slice(n, None),
+          attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)  # fmt: skip
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n and not last:
-        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
-        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.txt_norm2.eps)
+        ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
+        words = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
         ops.gated_residual_add_(text, feed_forward(block.txt_mlp, words), t_gate2)
-    out = attn.to_out[0](out[:, n:])
+    out = linear(attn.to_out[0], out[:, n:])
     for layer in attn.to_out[1:]:
         out = layer(out)
     ops.gated_residual_add_(image, out, i_gate, modulation_index=which)
-    spots = ops.adaln_modulate(image, i_scale2, i_shift2, modulation_index=which, eps=block.img_norm2.eps)
+    second = [first_of(block.img_mlp)]
+    spots = modulated(image, i_scale2, i_shift2, block.img_norm2.eps, second, modulation_index=which)
     ops.gated_residual_add_(image, feed_forward(block.img_mlp, spots), i_gate2, modulation_index=which)
 
 
@@ -497,7 +502,8 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
     @property
     def _block(self) -> Block:
         # a compiled block does not know of changed weights
-        return compiled_block() if self.runner.name == "compile" and not active_serial() else double_block
+        compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
+        return compiled_block() if compiled else double_block
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
         before = self._joined[0]

@@ -10,7 +10,9 @@ from .gather_tokens import gather_tokens
 from .group_norm import group_norm
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
+from .mixed_res_attn_fp8 import mixed_res_attn_fp8
 from .qk_norm_rope_scatter import qk_norm_rope_scatter_
+from .quantize_fp8 import quantize_fp8
 from .scatter_tokens import scatter_tokens_
 from .select_tokens import select_tokens
 from .sparse_cross_attn import sparse_cross_attn
@@ -26,9 +28,11 @@ __all__ = [
     "group_norm",
     "merge_attn",
     "mixed_res_attn",
+    "mixed_res_attn_fp8",
     "mixed_res_attn_scatter_",
     "names",
     "qk_norm_rope_scatter_",
+    "quantize_fp8",
     "scatter_tokens_",
     "select_tokens",
     "sparse_cross_attn",

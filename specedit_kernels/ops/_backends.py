@@ -27,6 +27,7 @@ class _Op:
     refuses: object
     arch: str
     scope: str
+    capability: tuple[int, int]
 
 
 _OPS = {}
@@ -64,7 +65,7 @@ def _replace(old, new):
     sys.modules.update(new)
 
 
-def add(op, stem, csrc=None, refuses=None, arch="", scope=""):
+def add(op, stem, csrc=None, refuses=None, arch="", scope="", capability=(8, 0)):
     """Make ``op`` known.
 
     stem: names its file in reference/ and triton_kernels/.
@@ -72,8 +73,9 @@ def add(op, stem, csrc=None, refuses=None, arch="", scope=""):
     refuses: called with the arguments of one call, says why csrc does not serve it, or "". None: it serves all.
     arch: an architecture that the extension must be built for, such as "90a"; "": any.
     scope: which calls csrc serves, in words, where it does not serve all.
+    capability: the compute capability that its Triton kernel needs.
     """
-    _OPS[op] = _Op(stem, csrc, refuses, arch, scope)
+    _OPS[op] = _Op(stem, csrc, refuses, arch, scope, capability)
 
 
 @functools.cache
@@ -103,14 +105,16 @@ def _interpreting():
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_refuses(device):
+def _triton_refuses(op, device):
     reason = _triton_missing()
     if reason:
         return reason
     if device.type == "cpu":
         return None if _interpreting() else "Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1)"
-    major, minor = _capability(device.index)
-    return None if major >= 8 else f"Triton kernels need compute capability 8.0, {device} has {major}.{minor}"
+    have, needed = _capability(device.index), _OPS[op].capability
+    if have >= needed:
+        return None
+    return f"the Triton kernel needs compute capability {needed[0]}.{needed[1]}, {device} has {have[0]}.{have[1]}"
 
 
 def _cuda_refuses(op, device):
@@ -155,7 +159,7 @@ def choose(op, device, call=None):
     if forced:
         refused = {
             "cuda": lambda: _cuda_refuses(op, device) or _call_refused(op, call),
-            "triton": lambda: _triton_refuses(device),
+            "triton": lambda: _triton_refuses(op, device),
             "reference": lambda: None,
         }[forced]()
         if refused:
@@ -166,7 +170,7 @@ def choose(op, device, call=None):
     cuda = _cuda_refuses(op, device) or _call_refused(op, call)
     if not cuda:
         return "cuda", _OPS[op].scope if call is None else ""
-    triton = _triton_refuses(device)
+    triton = _triton_refuses(op, device)
     if not triton:
         return "triton", cuda
     return "reference", f"{cuda}; {triton}"

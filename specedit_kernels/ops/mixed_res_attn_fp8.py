@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mixed_res_attn_fp8``: attention over tokens of several resolutions, on e4m3 numbers."""
+
+import torch
+
+from . import _backends, _checks
+from ._library import register
+
+_OP = "mixed_res_attn_fp8"
+_E4M3 = (torch.float8_e4m3fn,)
+
+
+def _check(
+    q, k, v, q_scale, k_scale, v_scale, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
+    scale=None,
+):  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _checks.check_dtype(_OP, name, x, _E4M3)
+        if x.dim() != 4:
+            _checks.value_error(_OP, name, "[B, S, H, D]", _checks.shape_of(x))
+        _checks.check_device(_OP, name, x, q.device)
+    for name, x in (("q", q), ("k", k)):
+        _checks.check_last_contiguous(_OP, name, x)
+    if v.stride(-1) != 1 and v.stride(1) != 1 and v.shape[-1] > 1 and v.shape[1] > 1:
+        _checks.value_error(_OP, "v", "its rows or its last dimension contiguous", f"strides {list(v.stride())}")
+    batch, rows, heads, dim = q.shape
+    _checks.check_head_dim(_OP, "q", dim)
+    _checks.check_shape(_OP, "k", k, (batch, None, None, dim), f"[B={batch}, S, Hk, D={dim}] as q has it")
+    if k.shape[2] < 1 or heads % k.shape[2]:
+        _checks.value_error(_OP, "k", f"heads that divide q's {heads}", k.shape[2])
+    if v.shape != k.shape:
+        _checks.value_error(_OP, "v", f"k's shape {_checks.shape_of(k)}", _checks.shape_of(v))
+    for name, x, of in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, v)):
+        _checks.check_dtype(_OP, name, x, _checks.FP32)
+        rows, heads = of.shape[1:3]
+        if x.dim() != 3 or x.shape[0] != batch or x.shape[1] not in (1, rows) or x.shape[2] != heads:
+            expected = f"shape {[batch, rows, heads]}, a scale a row and head, or {[batch, 1, heads]}, one a head"
+            _checks.value_error(_OP, name, expected, _checks.shape_of(x))
+        _checks.check_device(_OP, name, x, q.device)
+    for name, index in (("q_index", q_index), ("kv_index", kv_index)):
+        if index is not None:
+            _checks.check_dtype(_OP, name, index, _checks.INT32)
+            _checks.check_shape(_OP, name, index, (batch, None), f"[B={batch}, slots]")
+            _checks.check_device(_OP, name, index, q.device)
+            _checks.check_last_contiguous(_OP, name, index)
+    for name, lens in (("q_lens", q_lens), ("kv_lens", kv_lens)):
+        if lens is not None:
+            _checks.check_dtype(_OP, name, lens, _checks.INT32)
+            _checks.check_shape(_OP, name, lens, (batch,), f"[B={batch}]")
+            _checks.check_device(_OP, name, lens, q.device)
+    if key_bias is not None:
+        _checks.check_dtype(_OP, "key_bias", key_bias, _checks.FP32)
+        shape = (batch, k.shape[1])
+        _checks.check_shape(_OP, "key_bias", key_bias, shape, f"{list(shape)}, one value a row of k")
+        _checks.check_device(_OP, "key_bias", key_bias, q.device)
+        _checks.check_last_contiguous(_OP, "key_bias", key_bias)
+    _checks.check_scale(_OP, scale)
+
+
+def _implementation(
+    q, k, v, q_scale, k_scale, v_scale, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
+    scale=None,
+):  # fmt: skip
+    _check(q, k, v, q_scale, k_scale, v_scale, key_bias=key_bias, q_index=q_index, kv_index=kv_index, q_lens=q_lens,
+           kv_lens=kv_lens, scale=scale)  # fmt: skip
+    if q.device.type == "cpu" or _checks.debugging():
+        for name, index, rows in (("q_index", q_index, q.shape[1]), ("kv_index", kv_index, k.shape[1])):
+            if index is not None:
+                _checks.check_index_range(_OP, name, index, rows)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _backends.implementation(_OP, q.device)(
+        q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, scale
+    )
+
+
+def _fake(
+    q, k, v, q_scale, k_scale, v_scale, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
+    scale=None,
+):  # fmt: skip
+    _check(q, k, v, q_scale, k_scale, v_scale, key_bias=key_bias, q_index=q_index, kv_index=kv_index, q_lens=q_lens,
+           kv_lens=kv_lens, scale=scale)  # fmt: skip
+    batch, rows, heads, dim = q.shape
+    if q_index is not None:
+        rows = q_index.shape[1]
+    out = q.new_empty((batch, rows, heads, dim), dtype=torch.bfloat16)
+    return out, q.new_empty((batch, heads, rows), dtype=torch.float32)
+
+
+_op = register(
+    f"{_OP}(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, *, Tensor? key_bias=None,"
+    " Tensor? q_index=None, Tensor? kv_index=None, Tensor? q_lens=None, Tensor? kv_lens=None, float? scale=None)"
+    " -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
+# e4m3 operands of matrix products
+_backends.add(_OP, "mixed_res_attn_fp8", capability=(8, 9))
+
+
+def mixed_res_attn_fp8(
+    q, k, v, q_scale, k_scale, v_scale, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
+    scale=None,
+):  # fmt: skip
+    """`mixed_res_attn` of q * q_scale, k * k_scale and v * v_scale, whose numbers are e4m3 (padded layout).
+
+    Both products are e4m3 ones with fp32 sums; softmax, bias and scales are fp32. A weight is rounded to e4m3 before
+    the second product: relative to the largest so far of its row, by at most 2^-4 of it, or 2^-18 where it is small.
+
+    Args:
+        q: e4m3 (torch.float8_e4m3fn) [B, Sq, H, D], last dimension contiguous; D a multiple of 16, 16 to 256.
+        k, v: e4m3 [B, Sk, Hk, D]; Hk divides H. Of v either the last dimension is contiguous or the rows are: a
+            view of memory in the order [B, Hk, D, Sk], which sm_90's products read without a transposition.
+        q_scale, k_scale, v_scale: fp32, >= 0: a scale a row and head, [B, Sq, H] or [B, Sk, Hk] (as `quantize_fp8` gives
+            of rows of D, without its last dimension), or one a head, [B, 1, H] or [B, 1, Hk], which is faster for k and v.
+        key_bias, q_index, kv_index, q_lens, kv_lens, scale: as `mixed_res_attn`.
+
+    Returns:
+        out: bf16 [B, Nq, H, D]. lse: fp32 [B, H, Nq], natural log. A query with no key, or an empty slot: 0 and -inf.
+
+    On CUDA devices below compute capability 8.9, and on a CPU, the reference serves it.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return _op(
+        q, k, v, q_scale, k_scale, v_scale, key_bias=key_bias, q_index=q_index, kv_index=kv_index, q_lens=q_lens,
+        kv_lens=kv_lens, scale=scale,
+    )  # fmt: skip
