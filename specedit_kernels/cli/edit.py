@@ -55,15 +55,15 @@ class Editor:
             raise UserError(f"--reference: {shown(folder)} is a {name}, which takes one picture")
         settings = models.model_settings(folder, name, arguments.true_cfg_scale)
         self.flash = arguments.method == "flash"
-        if self.flash:
-            # its second branch is the source's, no guidance
-            settings = {k: v for k, v in settings.items() if k not in ("true_cfg_scale", "negative_prompt")}
-        self.settings = settings
         device, dtype = models.device_of(arguments.device)
         self.config = _config(arguments)
         import specedit_kernels
 
         kind = getattr(specedit_kernels, f"{'FlashEdit' if self.flash else 'SpecEdit'}{name}")
+        if self.flash:
+            # its second branch is the source's, no guidance
+            settings = {k: v for k, v in settings.items() if k not in (kind.TRUE_CFG, "negative_prompt")}
+        self.settings = settings
         self.pipe = models.load_pipeline(kind, folder, device, dtype)
         self.pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
 

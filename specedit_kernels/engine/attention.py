@@ -185,11 +185,12 @@ class SpecEditAttnProcessor:
     """Attention of a block through torch.ops.specedit.mixed_res_attn, wrapped about the block's own processor.
 
     Called without SpecEdit's arguments it hands over to that one, untouched. name: of the processor in `transformer`.
-    kept, watch: of the call that runs, see `lent`.
+    kept, watch, layout: of the call that runs, see `lent`.
     """
 
     kept: tuple[Tensor, ...] | None = None
     watch: TextWatch | None = None
+    layout: AttentionLayout | None = None
 
     def __init__(self, inner: Any, transformer: torch.nn.Module, name: str):
         self.inner = inner
@@ -219,31 +220,38 @@ _LENDING = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 
 
+def attention_modules(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that have an attention processor, in the order of the blocks."""
+    return [module for module in unwrapped(transformer).modules() if hasattr(type(module), "get_processor")]
+
+
 @contextlib.contextmanager
-def lent(transformer: torch.nn.Module, layout: AttentionLayout | None) -> Iterator[None]:
+def lent(transformer: torch.nn.Module, layout: AttentionLayout | None, whole: bool = False) -> Iterator[None]:
     """A call of the transformer, within which each attention processor has what `layout` keeps of its block.
 
+    whole: each has `layout` itself too, of a transformer whose forward hands no arguments on to its processors.
     One such call of a transformer at a time: pipelines that share one wait for each other.
     """
-    if layout is None or layout.cache is None and layout.watch is None:
+    if layout is None or layout.cache is None and layout.watch is None and not whole:
         yield
         return
     transformer = unwrapped(transformer)
     with _LENDING:
         lock = _LOCKS.setdefault(transformer, threading.Lock())
-    modules = [m for m in transformer.modules() if isinstance(vars(m).get("processor"), SpecEditAttnProcessor)]
+    modules = [m for m in attention_modules(transformer) if isinstance(m.processor, SpecEditAttnProcessor)]
     processors = [m.processor for m in modules]
     with lock:
         try:
             for i, (module, processor) in enumerate(zip(modules, processors)):
                 processor.kept = layout.cache.pairs[i] if layout.cache and layout.cache.pairs else None
                 processor.watch = layout.watch if layout.watch and module is layout.watch.module else None
+                processor.layout = layout if whole else None
             yield
             if layout.cache is not None:
                 layout.cache.pairs = [processor.kept for processor in processors]
         finally:
             for processor in processors:
-                processor.kept = processor.watch = None
+                processor.kept = processor.watch = processor.layout = None
 
 
 def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEditAttnProcessor:
@@ -261,8 +269,7 @@ def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEdi
 
 def wrap_processors(transformer: torch.nn.Module) -> None:
     """Wrap every attention processor of a transformer; those wrapped already stay. TypeError for a foreign one."""
-    held = (vars(module).get("processor") for module in transformer.modules() if hasattr(type(module), "get_processor"))
-    if all(isinstance(processor, SpecEditAttnProcessor) for processor in held):
+    if all(isinstance(module.processor, SpecEditAttnProcessor) for module in attention_modules(transformer)):
         return
     before = transformer.attn_processors
     wrapped = {}

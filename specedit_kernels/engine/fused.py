@@ -295,7 +295,7 @@ class FusedModel:
 
     def _kept(self, name: str, batch: int, rows: int, like: Tensor) -> list[Kept]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
-        heads, dim = self.transformer.config.num_attention_heads, self.transformer.config.attention_head_dim
+        heads, dim = self.heads
 
         def pairs(name: str, count: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +19,8 @@ from .. import ops
 from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
-from .attention import TextWatch
 from ._diffusers import through
+from .attention import TextWatch, attention_modules
 from .kv_cache import KVCache
 from .registry import codec_of
 
@@ -81,12 +83,24 @@ class EditModel(ABC):
         """The same model with other weights: a transformer of the same class."""
         other = copy.copy(self)
         other.transformer = transformer
+        vars(other).pop("attentions", None)
         return other
 
+    @functools.cached_property
+    def attentions(self) -> list[torch.nn.Module]:
+        """The attention modules of the transformer's blocks, in their order."""
+        return attention_modules(self.transformer)
+
     @property
-    @abstractmethod
     def blocks(self) -> int:
-        """Transformer blocks, for counting FLOPs."""
+        """Transformer blocks, each with one attention."""
+        return len(self.attentions)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """(heads of a block's attention, channels of each)."""
+        config = self.transformer.config
+        return config.num_attention_heads, config.attention_head_dim
 
     @abstractmethod
     def dense_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid]) -> Any:
@@ -205,11 +219,9 @@ class EditModel(ABC):
 
         lock_text: the text is attended to, not computed.
         """
-        config = self.transformer.config
         length = text.embeds.shape[1]
         keys = length + (tokens if keys is None else keys)
-        dim = config.num_attention_heads * config.attention_head_dim
-        return transformer_flops(tokens if lock_text else length + tokens, keys, dim, self.blocks)
+        return transformer_flops(tokens if lock_text else length + tokens, keys, math.prod(self.heads), self.blocks)
 
 
 def in_order(rows: Tensor, layout: SequenceLayout) -> Tensor:

@@ -41,6 +41,13 @@ from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
 
+# What an argument is to a stock call that does not have it.
+ABSENT: dict[str, Any] = {
+    "prompt": None, "prompt_embeds": None, "num_images_per_prompt": 1, "height": None, "width": None, "sigmas": None,
+    "generator": None, "latents": None, "guidance_scale": None, "output_type": "pil", "return_dict": True,
+    "callback_on_step_end": None, "callback_on_step_end_tensor_inputs": (),
+}  # fmt: skip
+
 
 def stock_class(kind: type) -> type:
     """The diffusers pipeline class behind a SpecEdit one."""
@@ -90,8 +97,10 @@ class SpecEditMixin:
     STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the
     class of a call's options. ARGUMENTS: {name: default} of further
     arguments of its calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
-    prefix `negative_`. KWARGS: the stock argument that is given to each attention processor. UNSUPPORTED: flags of the
-    transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE: whether
+    prefix `negative_`. TRUE_CFG: the stock argument that is the scale of true classifier-free guidance, "" where there
+    is none. NEGATIVE: the negative prompt that the stock call has where none is given; None: it has no guidance then.
+    KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
+    the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE: whether
     the stock call runs without a picture.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
@@ -101,7 +110,9 @@ class SpecEditMixin:
     CONFIG: type[EditConfig] = SpecEditConfig
     ARGUMENTS: Mapping[str, Any] = {"specedit": None, "mask_image": None}
     TEXT: tuple[str, ...]
-    KWARGS: str
+    TRUE_CFG: str = "true_cfg_scale"
+    NEGATIVE: str | None = None
+    KWARGS: str = ""
     UNSUPPORTED: tuple[str, ...] = ()
     PIXELS = True
     TEXT_TO_IMAGE = False
@@ -196,14 +207,17 @@ class SpecEditMixin:
                 del stock["num_inference_steps"]
             return super().__call__(*args, **stock)
         bound.apply_defaults()
-        call = Call(**bound.arguments)
+        call = Call(**ABSENT | bound.arguments)
+        call.true_cfg_scale = bound.arguments.get(self.TRUE_CFG, 1.0)
         config, counts = self._resolve(call)
         check_pictures(call.image, self.PIXELS)
         call.image = in_fp32(call.image)
         call.height, call.width = self._size(call)
         self._check_stock_inputs(call)
-        attention_kwargs = dict(getattr(call, self.KWARGS) or {})
-        setattr(self, f"_{self.KWARGS}", attention_kwargs)
+        attention_kwargs: dict[str, Any] = {}
+        if self.KWARGS:
+            attention_kwargs = dict(getattr(call, self.KWARGS) or {})
+            setattr(self, f"_{self.KWARGS}", attention_kwargs)
         self._guidance_scale = call.guidance_scale
         self._current_timestep = None
         self._interrupt = False
@@ -357,10 +371,12 @@ class SpecEditMixin:
         positive = self._encode_text(call, device, **self._text_fields(call, ""))
         negative = None
         fields = self._text_fields(call, "negative_")
+        if not self._given(fields):
+            fields["prompt"] = self.NEGATIVE
         if self._given(fields) and call.true_cfg_scale > 1:
             negative = self._encode_text(call, device, **self._for_each_prompt(call, fields, "negative_prompt"))
-        elif call.true_cfg_scale > 1 and call.true_cfg_scale != self._default_of("true_cfg_scale"):
-            self._say_once(f"true_cfg_scale {call.true_cfg_scale:g} is without effect: no negative_prompt is given")
+        elif call.true_cfg_scale > 1 and call.true_cfg_scale != self._default_of(self.TRUE_CFG):
+            self._say_once(f"{self.TRUE_CFG} {call.true_cfg_scale:g} is without effect: no negative_prompt is given")
         return {"positive": positive, "negative": negative}
 
     @classmethod
@@ -374,7 +390,7 @@ class SpecEditMixin:
     def _given(fields: Mapping[str, Any]) -> bool:
         """Whether a branch's text is there: a prompt, or all of its embeddings."""
         needed = [value for name, value in fields.items() if name.endswith("embeds")]
-        return fields["prompt"] is not None or all(value is not None for value in needed)
+        return fields["prompt"] is not None or bool(needed) and all(value is not None for value in needed)
 
     def _for_each_prompt(self, call: Call, fields: dict[str, Any], name: str) -> dict[str, Any]:
         """Texts of a further branch, one for each prompt: one alone serves all. ValueError for any other number."""

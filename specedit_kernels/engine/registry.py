@@ -59,6 +59,11 @@ def register(model: Model) -> None:
     _MODELS[model.name] = model
 
 
+def unregister(name: str) -> None:
+    """Forget a model; pipelines that are made of its classes stay what they are. KeyError where there is none."""
+    del _MODELS[name]
+
+
 @functools.cache
 def _load() -> None:
     folder = importlib.import_module("..models", __package__)

@@ -154,7 +154,7 @@ class FlashEditMixin(SpecEditMixin):
         self.unload_cosi()
 
     def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
-        for name in ("negative_prompt", "negative_prompt_2", "true_cfg_scale"):
+        for name in ("negative_prompt", "negative_prompt_2", self.TRUE_CFG):
             if hasattr(call, name) and getattr(call, name) != self._default_of(name):
                 raise ValueError(f"{name}: expected none with FlashEdit, whose second branch is the source's")
         call.true_cfg_scale = 1.0
@@ -164,7 +164,8 @@ class FlashEditMixin(SpecEditMixin):
             if any(value is not None for value in fields.values()):
                 missing = [f"negative_{name}" for name, value in fields.items() if name.endswith("embeds") and value is None]
                 raise ValueError(f"{missing[0]}: expected the source text's, as its other embeddings are given, got None")
-            if all(getattr(self, name, None) is None for name in self.components if name.startswith("text_encoder")):
+            encoders = [part for name, part in self.components.items() if name.startswith("text_encoder")]
+            if encoders and all(part is None for part in encoders):
                 raise ValueError(
                     "source_prompt: expected the source text's embeddings (negative_prompt_embeds and the like), since"
                     " the pipeline has no text encoder"
@@ -190,7 +191,7 @@ class FlashEditMixin(SpecEditMixin):
         [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
         scores = mass = None
         if user_mask is None or config.ssca:
-            watched = flash_stages.watched_module(run.model.transformer, config.layer) if config.ssca else None
+            watched = flash_stages.watched_module(run.model, config.layer) if config.ssca else None
             draft = flash_stages.draft(run, moment, watched)
             mass = draft.mass
             clock.mark("draft")

@@ -61,14 +61,14 @@ def draft(run: Run, moment: Any, watched: torch.nn.Module | None) -> FlashDraft:
     return FlashDraft(from_blocks(change, run.grid), None if watch is None else watch.mass[:, :count])
 
 
-def watched_module(transformer: torch.nn.Module, layer: int | None) -> torch.nn.Module:
-    """The attention of the block with that index, double-stream blocks first; None: the one at 3/8 of the depth."""
-    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+def watched_module(model: EditModel, layer: int | None) -> torch.nn.Module:
+    """The attention of the block with that index, in the order of the model's blocks; None: the one at 3/8 of them."""
+    attentions = model.attentions
     if layer is None:
-        layer = 3 * len(blocks) // 8
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"layer: expected an index of one of {len(blocks)} blocks, got {layer}")
-    return blocks[layer].attn
+        layer = 3 * len(attentions) // 8
+    if not 0 <= layer < len(attentions):
+        raise ValueError(f"layer: expected an index of one of {len(attentions)} blocks, got {layer}")
+    return attentions[layer]
 
 
 def key_tokens(mass: Tensor, edited: Tensor, ratio: float) -> Tensor:

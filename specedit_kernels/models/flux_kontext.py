@@ -336,10 +336,6 @@ class FluxLayout:
 class FluxKontextModel(EditModel):
     """FluxTransformer2DModel with AutoencoderKL."""
 
-    @property
-    def blocks(self) -> int:
-        return self.transformer.config.num_layers + self.transformer.config.num_single_layers
-
     def embedder(self) -> torch.nn.Module:
         return self.transformer.x_embedder
 

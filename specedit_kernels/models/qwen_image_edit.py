@@ -400,10 +400,6 @@ class QwenImageEditModel(EditModel):
 
     thresholds = THRESHOLDS
 
-    @property
-    def blocks(self) -> int:
-        return self.transformer.config.num_layers
-
     def embedder(self) -> torch.nn.Module:
         return self.transformer.img_in
 
