@@ -160,6 +160,10 @@ class SpecEditMixin:
             get("max_shift", 1.15),
         )
 
+    def _latents(self, model: EditModel, clean: Tensor) -> Tensor:
+        """What output_type="latent" gives of clean latents [B, C, H, W]: packed tokens [B, N, 4C]."""
+        return pack(clean)
+
     # loading and saving
 
     @classmethod
@@ -499,7 +503,7 @@ class SpecEditMixin:
         self._current_timestep = None
 
         if call.output_type == "latent":
-            images: Any = pack(clean)
+            images: Any = self._latents(model, clean)
         else:
             images = self._decode(run, clean, selection, call.output_type)
             clock.mark("decode")

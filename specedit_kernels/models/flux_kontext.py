@@ -334,17 +334,25 @@ class FluxLayout:
 
 
 class FluxKontextModel(EditModel):
-    """FluxTransformer2DModel with AutoencoderKL."""
+    """FluxTransformer2DModel with AutoencoderKL.
+
+    A model of its shape has its own `ids` and `velocity`, and a text with `text_ids`, [T, axes].
+    """
 
     def embedder(self) -> torch.nn.Module:
         return self.transformer.x_embedder
 
+    def ids(self, text: FluxText, positions: Tensor) -> Tensor:
+        """Position ids [n, axes] of image tokens at fp32 [n, 3], (picture, row, column), the target being picture 0."""
+        return positions
+
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
-        device, ids = text.embeds.device, []
+        places = []
         for image, grid in enumerate(grids):
-            place = token_positions(grid, device)
-            ids.append(torch.cat([torch.full_like(place[:, :1], image), place], dim=1))
-        return FluxLayout(torch.cat(ids).to(text.embeds.dtype), None)
+            place = token_positions(grid, text.embeds.device)
+            places.append(torch.cat([torch.full_like(place[:, :1], image), place], dim=1))
+        # in the text's dtype, as the pipelines give them
+        return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype), None)
 
     def watched_layout(
         self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
@@ -357,20 +365,21 @@ class FluxKontextModel(EditModel):
     def mixed_layout(
         self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
     ) -> FluxLayout:
-        device, length = layout.index.device, text.embeds.shape[1]
-        positions = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
-        cos, sin = (in_order(x, layout) for x in self.transformer.pos_embed(positions))
-        # text stands at the origin: rotated by nothing
+        batch, length = text.embeds.shape[:2]
+        positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
+        ids = self.ids(text, positions)
+        words, rows = (self.transformer.pos_embed(x) for x in (text.text_ids, ids))
+        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(words, rows))
         attention = AttentionLayout(
-            cos=F.pad(cos, (0, 0, length, 0), value=1.0),
-            sin=F.pad(sin, (0, 0, length, 0)),
+            cos=cos,
+            sin=sin,
             key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
             lengths=layout.lengths + length if padded else None,
             cache=self.new_cache() if cached else None,
             fresh=layout.fine_lengths + length if cached else None,
         )
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
-        return FluxLayout(torch.zeros(layout.capacity, 3, device=device, dtype=text.embeds.dtype), attention)
+        return FluxLayout(ids.new_zeros(layout.capacity, ids.shape[1]), attention)
 
     def first_layout(
         self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
@@ -401,7 +410,12 @@ class FluxKontextModel(EditModel):
 
 
 class FusedFluxModel(FusedModel, FluxKontextModel):
-    """The same model through `flux_fused`, its steps and its autoencoder launched by a runner."""
+    """The same model through `fused_forward`, its steps and its autoencoder launched by a runner.
+
+    A model of its shape has its own `forward`, `_blocks` and `moments`.
+    """
+
+    forward = staticmethod(fused_forward)
 
     @property
     def _blocks(self) -> Blocks:
@@ -484,7 +498,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:
             with self._scaled():
                 seen: list[Tensor] = []
-                found = fused_forward(
+                found = self.forward(
                     self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks,
                     None if watched is None else (watched, seen),
                 )  # fmt: skip
