@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other inference stacks, a folder or file each. A host's code imports that host; nothing imports a host's code."""
