@@ -82,6 +82,10 @@ def all_rows():
                 ("cached-text-unguided-draft", replace(locked, draft_guidance=False)))]
     for quality in ("fast", "balanced", "best"):
         rows.append(Row(quality, config=SpecEditConfig(quality=quality)))
+    # how few steps bracketed keys and values bear
+    for stages in ((1, 4, 0), (1, 6, 0), (2, 4, 0), (2, 5, 0), (2, 10, 0), (2, 16, 0), (3, 15, 0)):
+        config = SpecEditConfig(stages=stages, finish="locked", kv_refresh="bracket")
+        rows.append(Row(f"bracket-{stages[0]}+{stages[1]}", config=config))
     for finish in ("full", "locked"):
         base, name = replace(PAPER, finish=finish), f"9-coarse-{finish}"
         rows += [Row(f"{name}-{rule}", config=replace(base, selection=rule)) for rule in ("random", "uniform")]
