@@ -17,8 +17,8 @@ from table_measures import masked_psnr
 from table_runs import SHIPPED, Row, Runner, load_pipeline, make_set
 
 CONFIGS = {
-    "locked": dict(finish="locked"),
-    "locked, cached": dict(finish="locked", kv_refresh=9),
+    "balanced": dict(quality="balanced"),
+    "locked, cached": dict(quality="paper", finish="locked", kv_refresh=9),
 }
 
 
@@ -47,7 +47,7 @@ def main(argv=None):
         for i in range(len(edits)):
             part = edits[torch.tensor([i])]
             for name, (of, precision) in settings.items():
-                config = SpecEditConfig(preset=9, runner="fused", precision=precision, **options)
+                config = SpecEditConfig(runner="fused", precision=precision, **options)
                 images[name].append(runners[of].run(Row(kind, config=config, oracle=True), part).images)
         images = {name: torch.cat(parts) for name, parts in images.items()}
         known = edits.edits.unique().to(images["fp32"].device)
