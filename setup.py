@@ -124,6 +124,14 @@ def why_not_planner():
     return f"{missing[0]} is not found"
 
 
+def op_namespace():
+    """The op namespace of this copy of the package, from the one place that names it."""
+    spec = importlib.util.spec_from_file_location("_ops", ROOT / "specedit_kernels" / "_ops.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.add_op_namespace_prefix("").removesuffix("::")
+
+
 def gencode_flags(archs):
     """'90a;80+PTX' -> -gencode flags: machine code for each, and PTX where asked for."""
     flags = []
@@ -156,6 +164,7 @@ def cuda_commands():
         "-DUSE_CUDA",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         "-DPy_LIMITED_API=0x030a0000",
+        f"-DSPECEDIT_NAMESPACE={op_namespace()}",
         f'-DSPECEDIT_BUILD_INFO="nvcc {nvcc_version(nvcc)}, torch {torch.__version__} headers, sm {archs}"',
         *gencode_flags(archs),
         *[f"-isystem={path}" for path in include_paths()],

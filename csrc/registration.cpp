@@ -6,7 +6,12 @@
 #include "select_tokens/select_tokens.h"
 #include "token_discrepancy/token_discrepancy.h"
 
-STABLE_TORCH_LIBRARY_IMPL(specedit, CUDA, m) {
+// A copy of the package with an op namespace of its own needs a build of its own: setup.py passes its name.
+#ifndef SPECEDIT_NAMESPACE
+#define SPECEDIT_NAMESPACE specedit
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(SPECEDIT_NAMESPACE, CUDA, m) {
   m.impl("token_discrepancy_csrc", TORCH_BOX(&specedit::token_discrepancy));
   m.impl("mixed_res_attn_csrc", TORCH_BOX(&specedit::mixed_res_attn));
   m.impl("select_tokens_csrc", TORCH_BOX(&specedit::select_tokens));

@@ -2,7 +2,7 @@
 """The op namespace: the one place that names it.
 
 A build that ships this package under another namespace, beside an installed one, replaces this file by one with the
-same two names. The CUDA extension must then be built for that namespace too.
+same two names. setup.py builds the CUDA extension for the namespace that this file names.
 """
 
 import torch
