@@ -46,7 +46,7 @@ class Editor:
         return {**options, **self.options, "generator": torch.Generator().manual_seed(0), **changes}
 
     def plain(self, **changes):
-        """The drop-in call; the stock text encoder of Qwen's blocks sees the picture at another size: its embeddings."""
+        """The drop-in call; with the embeddings of Qwen's stock block, which sees the picture at another size."""
         options = self.call(**changes)
         if isinstance(self.drop_in, SpecEditQwenImageEditPipeline):
             shown = picture().resize((1024, 1024), Image.Resampling.LANCZOS)

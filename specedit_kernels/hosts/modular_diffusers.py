@@ -77,7 +77,7 @@ class SpecEditDenoiseStep(ModularPipelineBlocks):
     """
 
     PIPELINE: type
-    COMPONENTS: dict[str, type]
+    COMPONENTS: tuple[ComponentSpec, ...]
     TEXTS: tuple[str, ...]
     OTHERS: tuple[InputParam, ...]
 
@@ -95,7 +95,7 @@ class SpecEditDenoiseStep(ModularPipelineBlocks):
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        return [ComponentSpec(name, kind) for name, kind in self.COMPONENTS.items()]
+        return list(self.COMPONENTS)
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -132,7 +132,7 @@ class SpecEditDenoiseStep(ModularPipelineBlocks):
 
     def _pipeline(self, components: Any) -> Any:
         """The pipeline over these components, made anew where one of them was exchanged."""
-        parts = {name: getattr(components, name) for name in self.COMPONENTS if name != "guider"}
+        parts = {spec.name: getattr(components, spec.name) for spec in self.COMPONENTS if spec.name != "guider"}
         made = _PIPELINES.get(components)
         if made is None or any(getattr(made, name) is not part for name, part in parts.items()):
             texts = dict.fromkeys(self.PIPELINE._get_signature_keys(self.PIPELINE)[0] - parts.keys())
@@ -168,9 +168,11 @@ class SpecEditFluxKontextDenoiseStep(SpecEditDenoiseStep):
 
     model_name = "flux-kontext"
     PIPELINE = SpecEditFluxKontextPipeline
-    COMPONENTS = {
-        "transformer": FluxTransformer2DModel, "scheduler": FlowMatchEulerDiscreteScheduler, "vae": AutoencoderKL
-    }  # fmt: skip
+    COMPONENTS = (
+        ComponentSpec("transformer", FluxTransformer2DModel),
+        ComponentSpec("scheduler", FlowMatchEulerDiscreteScheduler),
+        ComponentSpec("vae", AutoencoderKL),
+    )
     TEXTS = ("prompt_embeds", "pooled_prompt_embeds")
     OTHERS = (
         InputParam("guidance_scale", type_hint=float, default=3.5),
@@ -189,18 +191,15 @@ class SpecEditQwenImageEditDenoiseStep(SpecEditDenoiseStep):
 
     model_name = "qwenimage-edit"
     PIPELINE = SpecEditQwenImageEditPipeline
-    COMPONENTS = {
-        "transformer": QwenImageTransformer2DModel, "scheduler": FlowMatchEulerDiscreteScheduler,
-        "vae": AutoencoderKLQwenImage, "guider": ClassifierFreeGuidance,
-    }  # fmt: skip
+    COMPONENTS = (
+        ComponentSpec("transformer", QwenImageTransformer2DModel),
+        ComponentSpec("scheduler", FlowMatchEulerDiscreteScheduler),
+        ComponentSpec("vae", AutoencoderKLQwenImage),
+        # as the text encoder's block has it
+        *(spec for spec in QwenImageEditVLEncoderStep().expected_components if spec.name == "guider"),
+    )
     TEXTS = ("prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask")
     OTHERS = (InputParam("max_area", type_hint=int), InputParam("attention_kwargs"))
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        *found, _ = super().expected_components
-        # of the text encoder's block
-        return [*found, *(spec for spec in QwenImageEditVLEncoderStep().expected_components if spec.name == "guider")]
 
     def _options(self, components: Any) -> dict[str, Any]:
         guider = components.guider
@@ -312,8 +311,8 @@ class SpecEditFluxKontextBlocks(SequentialPipelineBlocks):
     """FluxKontextAutoBlocks with SpecEdit: text encoder (stock), mask, denoise, decode."""
 
     model_name = "flux-kontext"
-    block_classes = [FluxTextEncoderStep, SpecEditMaskStep, SpecEditFluxKontextDenoiseStep, SpecEditDecodeStep]
-    block_names = ["text_encoder", "mask", "denoise", "decode"]
+    block_classes = (FluxTextEncoderStep, SpecEditMaskStep, SpecEditFluxKontextDenoiseStep, SpecEditDecodeStep)
+    block_names = ("text_encoder", "mask", "denoise", "decode")
 
     @property
     def description(self) -> str:
@@ -329,10 +328,10 @@ class SpecEditQwenImageEditBlocks(SequentialPipelineBlocks):
     denoise, decode."""
 
     model_name = "qwenimage-edit"
-    block_classes = [
+    block_classes = (
         QwenImageEditVLEncoderStep, SpecEditQwenImageEditMaskStep, SpecEditQwenImageEditDenoiseStep, SpecEditDecodeStep
-    ]  # fmt: skip
-    block_names = ["text_encoder", "mask", "denoise", "decode"]
+    )  # fmt: skip
+    block_names = ("text_encoder", "mask", "denoise", "decode")
 
     @property
     def description(self) -> str:
