@@ -2,9 +2,11 @@
 """FLUX.2-klein and -dev on tiny models of the published structure with random weights."""
 
 import functools
+import importlib
+import json
+from pathlib import Path
 
 import model_proofs as proofs
-import numpy as np
 import pytest
 import torch
 
@@ -176,8 +178,30 @@ def test_the_codec_is_the_plain_pipelines():
     assert torch.allclose(codec.fused().decode(latents), codec.decode(latents), atol=1e-4)
 
 
-def test_a_foreign_part_is_named():
-    pipe = tiny_flux2("klein")
+def test_the_bench_on_a_tiny_model(monkeypatch, tmp_path):
+    scripts = Path(__file__).resolve().parents[1] / "bench" / "models"
+    monkeypatch.syspath_prepend(str(scripts))
+    bench = importlib.import_module("flux2_klein")
+    options = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1", "--references", "2")
+    options += ("--runners", "eager", "fused", "--no-compiled", "--out", str(tmp_path))
+    assert bench.main(options) == 0
+    report = json.loads((tmp_path / "flux2_klein.json").read_text())
+    rows = report["rows"]
+    for steps in (4, 8):
+        flops = []
+        for kind in bench.KINDS:
+            eager, fused = (rows[f"specedit-{steps}-{kind} {runner}, 10%"] for runner in ("eager", "fused"))
+            assert (eager["runner"], fused["runner"]) == ("eager", "fused") and eager["nfe"] == fused["nfe"] == steps
+            assert eager["flops"] == fused["flops"] and eager["fallback"] is None
+            flops.append(eager["flops"])
+        assert flops[:4] == sorted(flops[:4], reverse=True)
+        assert rows[f"plain-{steps}"]["seconds"] > 0 and rows[f"kept references-{steps}"]["seconds"] > 0
+    assert "specedit-4-locked fused, 10%: times as fast as kept references-4" in report["bars"]
+    assert "wanted 2" in (tmp_path / "flux2_klein.md").read_text()
+    with pytest.raises(SystemExit):
+        bench.main([*options, "--references", "0"])
+
+
+def test_pictures_that_the_stock_pipeline_refuses():
     with pytest.raises(ValueError, match="Image too small"):
-        enable_specedit(pipe) and pipe(**options("klein") | dict(image=tiny_image(32, 32)))
-    assert np.asarray(tiny_image()).shape == (128, 128, 3)
+        pair("klein")[1](**options("klein") | dict(image=tiny_image(32, 32)))

@@ -316,6 +316,13 @@ class Flux2Model(FluxKontextModel):
         picture, place = positions[:, :1], positions[:, 1:]
         return torch.cat([PICTURE_STEP * picture, place, torch.zeros_like(picture)], dim=1)
 
+    def flops(self, text: Flux2Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
+        """With the gated MLP's 6 d^2 x its ratio for each token, in place of 16 d^2."""
+        config, length = self.transformer.config, 0 if lock_text else text.embeds.shape[1]
+        dim = config.num_attention_heads * config.attention_head_dim
+        more = round((6 * config.mlp_ratio - 16) * dim * dim) * (length + tokens) * self.blocks
+        return super().flops(text, tokens, keys, lock_text) + more
+
     def velocity(self, text: Flux2Text, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
