@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every model file is held to, on a tiny pipeline with random weights. A test calls these with its own pair of
+pipelines: `plain`, the stock one, and `ours`, SpecEdit on the same components.
+
+options: of a call, 128 x 128 pixels and output_type="latent".
+"""
+
+import numpy as np
+import torch
+from tiny_models import paper
+
+from specedit_kernels import ops
+from specedit_kernels.engine import registry
+from specedit_kernels.engine.attention import wrap_processors
+from specedit_kernels.engine.model import Pictures
+from specedit_kernels.engine.runner import StepRunner
+from specedit_kernels.sampling.layout import build_layout
+
+EVERYTHING = dict(stages=(0, 2, 2), draft="quarter", draft_steps=1, threshold=-1.0)
+# the finishes, with and without kept keys
+KINDS = (
+    dict(finish="full", kv_refresh=1),
+    dict(finish="locked", kv_refresh=1),
+    dict(finish="locked", kv_refresh=9),
+    dict(finish="locked", kv_refresh=9, lock_text=True),
+    dict(finish="locked", kv_refresh="bracket"),
+)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def enabled(plain, **options):
+    """SpecEdit on a stock pipeline's components. options: what its class takes beside them."""
+    ours = registry.pipelines()[type(plain)](**plain.components, **options)
+    ours.set_progress_bar_config(disable=True)
+    return ours
+
+
+def mask(columns=4, rows=8, side=8):
+    """White over that many of the 16-pixel tokens of a picture with `side` of them a side."""
+    array = np.zeros((16 * side, 16 * side), np.uint8)
+    array[: 16 * rows, : 16 * columns] = 255
+    return array
+
+
+def everything_is_the_plain_pipeline(plain, ours, steps=4, **options):
+    expected = plain(num_inference_steps=steps, generator=seeded(), **options).images
+    for draft in ("quarter", "full_step"):
+        out = ours(generator=seeded(), specedit=paper(**{**EVERYTHING, "draft": draft}), **options)
+        assert out.stats.fallback == "dense" and out.mask.all()
+        assert torch.equal(out.images, expected), draft
+    off = ours(specedit=False, num_inference_steps=steps, generator=seeded(), **options).images
+    assert torch.equal(off, expected)
+    # the test can fail: other noise is another picture
+    assert not torch.equal(plain(num_inference_steps=steps, generator=seeded(2), **options).images, expected)
+
+
+def nothing_is_the_source(ours, **options):
+    """The edited picture has the output's own size."""
+    image = options["image"][0] if isinstance(options["image"], list) else options["image"]
+    options["output_type"] = "pil"
+    for draft in ("coarse", "quarter", "full_step"):
+        config = paper(draft=draft, draft_steps=1, threshold=4.0)
+        out = ours(generator=seeded(), specedit=config, **options)
+        assert (np.array(out.images[0]) == np.array(image)).all()
+        assert out.stats.fallback == "source" and not out.mask.any()
+
+
+def batches_are_their_singles(ours, together, singles, masks):
+    """together: options of one call; singles: those of each of its images alone. masks: one for each image."""
+    seeds = [seeded(i) for i in range(len(singles))]
+    for kind in KINDS:
+        config = paper(stages=(1, 2, 1), **kind)
+        got = ours(generator=[s.clone_state() for s in seeds], mask_image=np.stack(masks), specedit=config, **together)
+        for i, options in enumerate(singles):
+            alone = ours(generator=[seeds[i].clone_state()], mask_image=masks[i], specedit=config, **options)
+            assert torch.allclose(got.images[i], alone.images[0], atol=1e-4), (kind, i)
+        assert not torch.allclose(got.images[0], got.images[1], atol=1e-2)
+
+
+def fused_is_eager(ours, atol=1e-4, **options):
+    """Whole runs of every kind, and the runner said what it ran."""
+    for kind in (*KINDS, dict(draft="quarter", draft_steps=1, threshold=-1.0)):
+        found = {}
+        for runner in ("eager", "fused"):
+            config = paper(stages=(1, 2, 1), runner=runner, **kind)
+            given = {} if "draft" in kind else {"mask_image": mask(3)}
+            out = ours(generator=seeded(), specedit=config, **given, **options)
+            assert out.stats.runner == runner
+            found[runner] = out.images
+        assert torch.allclose(found["eager"], found["fused"], atol=atol), kind
+
+
+@torch.no_grad()
+def mixed_is_dense(ours, text, grid, others=(), fused=True, guidance=None):
+    """The velocity of a mixed sequence all of whose blocks are active is that of the whole pictures, token by token:
+    positions, text and attention are the model's own. text: one sample's."""
+    pictures = Pictures(grid, (grid, *others))
+    count, blocks = grid[0] * grid[1], grid[0] * grid[1] // 4
+    channels = ours.transformer.config.in_channels
+    rows = [count, count, *(r * c for r, c in others)]
+    target, condition, *behind = (torch.randn(1, n, channels, generator=seeded(i)) for i, n in enumerate(rows))
+    empty = torch.full((1, blocks, channels), float("nan"))  # rows that nobody may read
+    table = torch.cat([target, empty, condition, empty, *behind], dim=1)
+    order = torch.randperm(blocks, generator=seeded(5))[None].int()
+    layout = build_layout(order, torch.tensor([blocks]), grid, sum(rows), others=sum(rows[2:]))
+    tokens = ops.gather_tokens(table, layout.index, sum(rows))
+    wrap_processors(ours.transformer)
+    expected = None
+    for runner in (None, *(["fused"] if fused else [])):
+        model = ours._model(None if runner is None else StepRunner(runner), guidance, {})
+        [moment] = model.moments(text, torch.tensor([600.0]))
+        if expected is None:
+            whole = torch.cat([target, condition, *behind], dim=1)
+            expected = model.velocity(text, whole, moment, model.dense_layout(text, pictures, (grid, grid, *others)))
+        for cached in (False, True):
+            made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
+            got = model.velocity(text, tokens, moment, made)
+            assert torch.allclose(got[:, :count], expected[:, layout.index[0, :count].long()], atol=1e-4), (runner, cached)
+
+
+def lora(transformer, names=("attn.to_q", "attn.to_out.0"), rank=2, seed=7, scale=0.5):
+    """A LoRA of the file format that diffusers' loaders read, of the layers whose names end so."""
+    generator, state = seeded(seed), {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(tuple(names)):
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(layer.out_features, rank, generator=generator)
+    assert state
+    return state
+
+
+def lora_is_applied(plain, ours, load, unload, fused=True, steps=4, **options):
+    """load(pipeline), unload(pipeline): by the pipeline's own loader. Both pipelines have one transformer."""
+    config, runners = paper(stages=(1, 2, 1), finish="locked", kv_refresh=9), ("eager", "fused") if fused else ("eager",)
+    call = lambda **more: ours(generator=seeded(), **more, **options).images  # noqa: E731
+    runs = lambda: [call(specedit=paper(stages=(1, 2, 1), finish="locked", kv_refresh=9, runner=r), mask_image=mask(3))  # noqa: E731
+                    for r in runners]  # fmt: skip
+    dense, mixed = call(specedit=paper(**EVERYTHING)), runs()
+    load(ours)
+    expected = plain(num_inference_steps=steps, generator=seeded(), **options).images
+    assert torch.equal(call(specedit=paper(**EVERYTHING)), expected) and not torch.allclose(expected, dense, atol=1e-3)
+    changed = runs()
+    for before, after in zip(mixed, changed):
+        assert not torch.allclose(before, after, atol=1e-3)
+        assert torch.allclose(after, changed[0], atol=1e-4)
+    unload(ours)
+    assert torch.equal(call(specedit=config, mask_image=mask(3)), mixed[0])

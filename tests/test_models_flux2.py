@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX.2-klein and -dev on tiny models of the published structure with random weights."""
+
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import model_proofs as proofs
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import (  # noqa: E402
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from model_proofs import seeded  # noqa: E402
+from tiny_models import paper, tiny_image  # noqa: E402
+
+from specedit_kernels import SpecEditConfig, disable_specedit, enable_specedit  # noqa: E402
+from specedit_kernels.models.flux2 import Flux2Codec, Flux2Text  # noqa: E402
+from specedit_kernels.sampling.grid import pack  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = 24  # width of the text embeddings
+KINDS = ("klein", "klein-base", "dev")
+
+
+def tiny_flux2(kind, seed=0):
+    """One double and two single blocks of head dim 16, a 32-channel VAE of 8x with a batch norm that has seen data."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=TEXT, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=kind == "dev",
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    parts = dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=vae.eval(),
+        text_encoder=None, tokenizer=None, transformer=transformer.eval(),
+    )  # fmt: skip
+    pipe = Flux2Pipeline(**parts) if kind == "dev" else Flux2KleinPipeline(**parts, is_distilled=kind == "klein")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def pair(kind):
+    plain = tiny_flux2(kind)
+    return plain, proofs.enabled(plain, **({} if kind == "dev" else {"is_distilled": kind == "klein"}))
+
+
+def text(batch=1, length=12, seed=3):
+    return torch.randn(batch, length, TEXT, generator=seeded(seed))
+
+
+def options(kind, pictures=1, batch=1, **changes):
+    image = [tiny_image(), tiny_image(96, 160, seed=1)][:pictures]
+    found = dict(image=image, prompt_embeds=text(batch), output_type="latent", **changes)
+    if kind == "klein-base":
+        found["negative_prompt_embeds"] = text(batch, 9, seed=4)
+    return found
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(kind, pictures):
+    proofs.everything_is_the_plain_pipeline(*pair(kind), **options(kind, pictures), num_images_per_prompt=2)
+
+
+def test_the_plain_pixels_sizes_and_bfloat16():
+    plain, ours = pair("klein")
+    for size in ({}, dict(height=64, width=192)):
+        call = options("klein") | dict(output_type="np", image=tiny_image(96, 160)) | size
+        expected = plain(num_inference_steps=4, generator=seeded(), **call).images
+        got = ours(generator=seeded(), specedit=paper(**proofs.EVERYTHING), **call).images
+        assert got.shape == expected.shape and (got == expected).all()
+    # neither side a whole number of blocks: 5 x 7 tokens become 4 x 6
+    odd = ours(generator=seeded(), mask_image=proofs.mask(1), specedit=paper(stages=(1, 2, 1)),
+               **options("klein") | dict(image=tiny_image(90, 120)))  # fmt: skip
+    assert odd.mask.shape[1:] == (4, 6) and odd.stats.plain_tokens == 48
+    plain = tiny_flux2("klein").to(torch.bfloat16)
+    ours = proofs.enabled(plain, is_distilled=True)
+    call = options("klein", 2) | dict(prompt_embeds=text().bfloat16())
+    expected = plain(num_inference_steps=4, generator=seeded(), **call).images
+    got = ours(generator=seeded(), specedit=paper(**proofs.EVERYTHING), **call).images
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+
+
+def test_given_latents_are_the_plain_pipelines():
+    plain, ours = pair("klein")
+    call = options("klein") | dict(latents=torch.randn(1, 128, 8, 8, generator=seeded(9)))
+    expected = plain(num_inference_steps=4, **call).images
+    assert torch.equal(ours(specedit=paper(**proofs.EVERYTHING), **call).images, expected)
+    with pytest.raises(ValueError, match=r"latents: expected \(1, 128, 8, 8\), got \(1, 64, 128\)"):
+        ours(specedit=paper(**proofs.EVERYTHING), **call | dict(latents=torch.randn(1, 64, 128)))
+
+
+@pytest.mark.parametrize("kind", ["klein", "klein-base"])
+def test_nothing_selected_returns_the_source(kind):
+    proofs.nothing_is_the_source(pair(kind)[1], **options(kind, 2))
+
+
+@pytest.mark.parametrize("kind", ["klein", "klein-base"])
+def test_batches_are_their_singles(kind):
+    together = options(kind, 2, batch=2)
+    each = [{k: v[i : i + 1] if k.endswith("embeds") else v for k, v in together.items()} for i in range(2)]
+    proofs.batches_are_their_singles(pair(kind)[1], together, each, [proofs.mask(3), proofs.mask(5, 4)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_forward_is_the_eager_one(kind):
+    proofs.fused_is_eager(pair(kind)[1], **options(kind, 2))
+
+
+@pytest.mark.parametrize("others", [(), ((6, 10),)])
+def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others):
+    ids = torch.zeros(12, 4)
+    ids[:, 3] = torch.arange(12)
+    proofs.mixed_is_dense(pair("klein")[1], Flux2Text(text(), ids), (8, 8), others)
+
+
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_lora_of_the_pipelines_own_loader(kind):
+    pytest.importorskip("peft")
+    plain = tiny_flux2(kind)
+    ours = proofs.enabled(plain, **({} if kind == "dev" else {"is_distilled": True}))
+    state = proofs.lora(plain.transformer, ("attn.to_q", "to_qkv_mlp_proj", "ff.linear_in"))
+    proofs.lora_is_applied(
+        plain, ours, lambda pipe: pipe.load_lora_weights(dict(state)), lambda pipe: pipe.unload_lora_weights(),
+        **options(kind),
+    )  # fmt: skip
+
+
+def test_four_and_eight_steps_of_the_distilled_weights():
+    _, ours = pair("klein")
+    for steps in (4, 8):
+        config = SpecEditConfig(preset=steps, quality="fast", runner="eager")
+        out = ours(generator=seeded(), specedit=config, mask_image=proofs.mask(2, 2), **options("klein", 2))
+        assert out.stats.nfe == steps and out.images.isfinite().all()
+        coarse = {4: 1, 8: 3}[steps]
+        expected = ["coarse"] * coarse + ["mixed"] + ["active"] * (steps - coarse - 1)
+        assert [step.stage for step in out.stats.steps] == expected
+        # without a mask the draft is the coarse steps' own
+        assert ours(generator=seeded(), specedit=config, **options("klein", 2)).stats.nfe == steps
+
+
+def test_enable_and_disable():
+    pipe = tiny_flux2("klein")
+    before = dict(pipe.transformer.attn_processors)
+    plain = pipe(num_inference_steps=2, generator=seeded(), **options("klein")).images
+    handle = enable_specedit(pipe, paper(stages=(1, 2, 1)))
+    assert pipe(generator=seeded(), mask_image=proofs.mask(), **options("klein")).stats.nfe == 4
+    handle.disable()
+    assert type(pipe) is Flux2KleinPipeline
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in before.items())
+    assert torch.equal(pipe(num_inference_steps=2, generator=seeded(), **options("klein")).images, plain)
+    disable_specedit(pipe)
+
+
+@torch.no_grad()
+def test_the_codec_is_the_plain_pipelines():
+    plain, _ = pair("klein")
+    codec, pixels = Flux2Codec(plain.vae), torch.rand(1, 3, 64, 96, generator=seeded()) * 2 - 1
+    latents = codec.encode(pixels)
+    assert torch.equal(pack(latents), plain._pack_latents(plain._encode_vae_image(pixels, None)))
+    assert torch.allclose(codec.unscaled(latents), plain.vae.encode(pixels).latent_dist.mode(), atol=1e-5)
+    assert codec.token == 16 and [x.shape[-2:] for x in codec.features(latents)] == [(8, 12), (8, 12), (16, 24)]
+    assert torch.allclose(codec.fused().decode(latents), codec.decode(latents), atol=1e-4)
+
+
+def test_the_bench_on_a_tiny_model(monkeypatch, tmp_path):
+    scripts = Path(__file__).resolve().parents[1] / "bench" / "models"
+    monkeypatch.syspath_prepend(str(scripts))
+    bench = importlib.import_module("flux2_klein")
+    options = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1", "--references", "2")
+    options += ("--runners", "eager", "fused", "--no-compiled", "--out", str(tmp_path))
+    assert bench.main(options) == 0
+    report = json.loads((tmp_path / "flux2_klein.json").read_text())
+    rows = report["rows"]
+    for steps in (4, 8):
+        flops = []
+        for kind in bench.KINDS:
+            eager, fused = (rows[f"specedit-{steps}-{kind} {runner}, 10%"] for runner in ("eager", "fused"))
+            assert (eager["runner"], fused["runner"]) == ("eager", "fused") and eager["nfe"] == fused["nfe"] == steps
+            assert eager["flops"] == fused["flops"] and eager["fallback"] is None
+            flops.append(eager["flops"])
+        assert flops[:4] == sorted(flops[:4], reverse=True)
+        assert rows[f"plain-{steps}"]["seconds"] > 0 and rows[f"kept references-{steps}"]["seconds"] > 0
+    assert "specedit-4-locked fused, 10%: times as fast as kept references-4" in report["bars"]
+    assert "wanted 2" in (tmp_path / "flux2_klein.md").read_text()
+    with pytest.raises(SystemExit):
+        bench.main([*options, "--references", "0"])
+
+
+def test_pictures_that_the_stock_pipeline_refuses():
+    with pytest.raises(ValueError, match="Image too small"):
+        pair("klein")[1](**options("klein") | dict(image=tiny_image(32, 32)))
