@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parity that every registered model gets for a line in tiny_models.TINY."""
 
+import dataclasses
+import inspect
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -13,6 +17,9 @@ from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_al
 from tiny_models import TINY, paper
 
 from specedit_kernels import disable_specedit, enable_specedit, supported_models
+from specedit_kernels.engine import registry
+from specedit_kernels.engine.model import EditModel
+from specedit_kernels.engine.pipeline import SpecEditMixin
 from specedit_kernels.sampling.grid import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,3 +213,26 @@ def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(edit, runner):
     finally:
         pipe.transformer.delete_adapters("test")
     assert torch.allclose(run(), before, atol=1e-6)
+
+
+# the page and the template
+
+
+def test_the_page_and_the_template_name_every_hook():
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "add_a_model.md").read_text()
+    template = (root / "specedit_kernels" / "models" / "TEMPLATE.py").read_text()
+    compile(template, "TEMPLATE.py", "exec")
+    hooks = [name for name, x in vars(SpecEditMixin).items() if "raise NotImplementedError" in source_of(x)]
+    assert {"_size", "_encode_text", "_pictures", "_model"} <= set(hooks)
+    asked = EditModel.__abstractmethods__ | set(hooks)
+    assert [name for name in sorted(asked) if f"`{name}(" not in page] == []
+    assert [name for name in sorted(asked) if f"def {name}(" not in template] == []
+    named = {field.name for field in dataclasses.fields(registry.Model)} - {"name"}
+    named |= {name for name in SpecEditMixin.__annotations__ if name.isupper()} | {"PIXELS", "TEXT_TO_IMAGE"}
+    named -= {"STEPS_OF_PLAIN", "CONFIG"}  # found out; of FlashEdit
+    assert [name for name in sorted(named) if name not in page] == []
+
+
+def source_of(x):
+    return inspect.getsource(x) if inspect.isfunction(x) else ""
