@@ -37,7 +37,7 @@ _PIPELINES = (
     "SpecEditQwenImageEditPlusPipeline",
 )
 
-__all__ = ["__version__", "ops", *_NAMES, *_PIPELINES]
+__all__ = ["__version__", "ops", *_NAMES, *_PIPELINES]  # noqa: PLE0604  tuples and keys of strings
 
 
 def _pipelines():

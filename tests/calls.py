@@ -10,7 +10,7 @@ _UNUSUAL = (
 
 
 def _poisonable(dtype):
-    """Whether this torch can make uninitialised memory of a dtype read as something else (torch 2.11: not of float4)."""
+    """Whether this torch can make uninitialised memory of a dtype read as something else (torch 2.11: no float4)."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 PIL = pytest.importorskip("PIL")
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from specedit_kernels.images.align import Drift, align, estimate_drift  # noqa: E402
-from specedit_kernels.images.resample import resample  # noqa: E402
+from specedit_kernels.images.align import Drift, align, estimate_drift
+from specedit_kernels.images.resample import resample
 
 SIZE = (320, 288)  # width, height
 PAD = 32

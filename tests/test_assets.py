@@ -63,8 +63,8 @@ def test_plain_pipeline_keeps_the_source(pipe, length):
     assert error < 0.05
 
 
-# rows above `top` and columns from `right` on are far from the turtle. A block is wider where there are fewer pixels, and
-# the one-step draft's noise decides whether a further one beside the turtle is taken: other noise is drawn in bf16
+# rows above `top` and columns from `right` on are far from the turtle. A block is wider where there are fewer pixels,
+# and the one-step draft's noise decides whether a further one beside the turtle is taken: other noise is drawn in bf16
 @pytest.mark.parametrize("side, top, right, options", [(512, 240, 264, []), (256, 80, 176, ["--method", "flash"])],
                          ids=["specedit", "flash"])  # fmt: skip
 def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, options):

@@ -7,15 +7,15 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import PIL.Image  # noqa: E402
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+import PIL.Image
+from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
-from specedit_kernels import (  # noqa: E402
+from specedit_kernels import (
     SpecEditConfig,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
 )
-from specedit_kernels.engine.kv_cache import KVCache  # noqa: E402
+from specedit_kernels.engine.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

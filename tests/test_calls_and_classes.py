@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import DiffusionPipeline, FluxKontextPipeline  # noqa: E402
-from tiny_models import call_options, paper, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+from diffusers import DiffusionPipeline, FluxKontextPipeline
+from tiny_models import call_options, paper, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
-import specedit_kernels  # noqa: E402
-from specedit_kernels import (  # noqa: E402
+import specedit_kernels
+from specedit_kernels import (
     FlashEditConfig,
     FlashEditFluxKontextPipeline,
     SpecEditFluxKontextPipeline,

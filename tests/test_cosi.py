@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from tiny_models import qwen_text, tiny_pipeline, tiny_qwen  # noqa: E402
+from tiny_models import qwen_text, tiny_pipeline, tiny_qwen
 
-from specedit_kernels.flash_edit.cosi import (  # noqa: E402
+from specedit_kernels.flash_edit.cosi import (
     CosiWeights,
     Loop,
     answer_loss,
@@ -24,15 +24,15 @@ from specedit_kernels.flash_edit.cosi import (  # noqa: E402
     teacher_loss,
     teacher_noise,
 )
-from specedit_kernels.flash_edit.cosi.low_rank import (  # noqa: E402
+from specedit_kernels.flash_edit.cosi.low_rank import (
     add_low_rank,
     low_rank_state,
     merged_copy,
     save_low_rank,
 )
-from specedit_kernels.flash_edit.one_step import complete_noise, predict_clean, predict_noise  # noqa: E402
-from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText  # noqa: E402
-from specedit_kernels.models.qwen_image_edit import QwenImageEditModel, QwenText  # noqa: E402
+from specedit_kernels.flash_edit.one_step import complete_noise, predict_clean, predict_noise
+from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
+from specedit_kernels.models.qwen_image_edit import QwenImageEditModel, QwenText
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (2, 16, 8, 8)

@@ -14,22 +14,22 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen  # noqa: E402
+from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
-from specedit_kernels import (  # noqa: E402
+from specedit_kernels import (
     FlashEditConfig,
     FlashEditFluxKontextPipeline,
     FlashEditQwenImageEditPlusPipeline,
     SpecEditConfig,
     SpecEditQwenImageEditPlusPipeline,
 )
-from specedit_kernels.cli import main  # noqa: E402
-from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text  # noqa: E402
-from specedit_kernels.engine.kv_cache import KVCache  # noqa: E402
-from specedit_kernels.flash_edit import stages as flash_stages  # noqa: E402
-from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank  # noqa: E402
-from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER  # noqa: E402
-from specedit_kernels.sampling import grid as grids  # noqa: E402
+from specedit_kernels.cli import main
+from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text
+from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.flash_edit import stages as flash_stages
+from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
+from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER
+from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = (8, 8)
@@ -313,7 +313,8 @@ def test_a_model_folder_brings_its_weights_and_they_go_where_the_pipeline_goes(p
     pipe.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
     again = FlashEditFluxKontextPipeline.from_pretrained(tmp_path / "again")
-    assert all(torch.equal(x, y) for n, pair in pipe._generator.layers.items() for x, y in zip(pair, again._generator.layers[n]))
+    layers = again._generator.layers
+    assert all(torch.equal(x, y) for n, pair in pipe._generator.layers.items() for x, y in zip(pair, layers[n]))
 
 
 def test_the_edit_region_has_white_noise_unless_told_otherwise(plain, weights, monkeypatch):

@@ -104,7 +104,8 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
     own = order < fresh[:, None]
     # theirs renews all the first tokens of a batch: those past a sample's own must be as they were
     moved = torch.where(own[..., None], torch.randn(batch, first, WIDTH), x[:, :first])
-    active = fused.MixedSequence(TEXT, cos[:, :first], sin[:, :first], bias, fresh, lengths, torch.where(own, order, -1))
+    rows = torch.where(own, order, -1)
+    active = fused.MixedSequence(TEXT, cos[:, :first], sin[:, :first], bias, fresh, lengths, rows)
     before = [k.clone() for k in kept]
     got, expected = run_block(kind, block, moved, active, keys, temb), theirs(moved, layout.of_first(TEXT, 8))
     assert torch.allclose(got[own], expected[own], atol=2e-6)
@@ -209,7 +210,8 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
     tokens, embeds = torch.randn(1, IMAGE, 64).half(), torch.randn(1, TEXT, WIDTH).half()
     pooled, timestep, scale = torch.randn(1, 16).half(), torch.tensor([700.0]), torch.tensor([2.5])
     sequence = fused.MixedSequence(TEXT, *tables(1, TEXT + IMAGE))
-    got = fused.fused_forward(transformer, tokens, embeds, fused.modulation(transformer, timestep, scale, pooled), sequence)
+    modulation = fused.modulation(transformer, timestep, scale, pooled)
+    got = fused.fused_forward(transformer, tokens, embeds, modulation, sequence)
     assert got.dtype == torch.float16 and got.isfinite().all()
 
 

@@ -33,7 +33,7 @@ def test_a_rows_largest_number_stays_finite(device):
 
 
 def test_what_is_stored_is_read_back_rounded_once(random):
-    cache, pair = KVCache(packed=True), (random(1, 8, 2, 16, dtype=torch.bfloat16), random(1, 8, 2, 16, dtype=torch.bfloat16))
+    cache, pair = KVCache(packed=True), [random(1, 8, 2, 16, dtype=torch.bfloat16) for _ in range(2)]
     cache.pairs = [None, cache.pack(*pair)]
     for x, y in zip(pair, cache.unpack(cache.pairs[1], torch.bfloat16)):
         assert x.dtype == y.dtype and torch.equal(y, packed(x))

@@ -236,7 +236,7 @@ def test_autocast_changes_nothing(backend, call, device, name):
     for run in (getattr(torch.ops.specedit, name), arguments_of(name)):
         results = []
         for enabled in (False, True):
-            op, args, kwargs = call(name)
+            _, args, kwargs = call(name)
             if not isinstance(run, torch._ops.OpOverloadPacket):
                 args, kwargs = as_reference(name, args, kwargs, run), {}
             with torch.autocast(device.type, torch.bfloat16, enabled=enabled):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank changes in calls: they are what merged weights give, to the thread that asked, and adapters go on working."""
+"""Low-rank changes in calls: they are what merged weights give, to the thread that asked; adapters go on working."""
 
 import threading
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tiny_models import call_options, tiny_image, tiny_pipeline  # noqa: E402
+from tiny_models import call_options, tiny_image, tiny_pipeline
 
-from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, disable_specedit  # noqa: E402
-from specedit_kernels.engine.fused import gelu, linear_of_each  # noqa: E402
-from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, detach  # noqa: E402
+from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, disable_specedit
+from specedit_kernels.engine.fused import gelu, linear_of_each
+from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, detach
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

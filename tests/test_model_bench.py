@@ -49,8 +49,10 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
         edits += [f"specedit-9-locked-cached {runner}, 10%, {text} text tokens" for text in (128, 256)]
     # in the order asked for
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
-    assert set(rows) - set(edits) == {"plain-28", "plain-4", "first block cache-28", "taylorseer-28",
-                                      "inpaint-28, 10 %", "active step fused", "decode", "decode, fused norms"}  # fmt: skip
+    assert set(rows) - set(edits) == {
+        "plain-28", "plain-4", "first block cache-28", "taylorseer-28", "inpaint-28, 10 %", "active step fused",
+        "decode", "decode, fused norms",
+    }  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
     edit = rows["specedit-9-locked eager, 10%"]
     assert edit["nfe"] == 9 and edit["fallback"] is None and edit["stages"]["mixed"] > 0

@@ -14,24 +14,24 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline  # noqa: E402
-from diffusers.image_processor import VaeImageProcessor  # noqa: E402
-from tiny_models import call_options, paper, tiny_image, tiny_pipeline  # noqa: E402
+from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
+from tiny_models import call_options, paper, tiny_image, tiny_pipeline
 
-from specedit_kernels import (  # noqa: E402
+from specedit_kernels import (
     SpecEditFluxKontextPipeline,
     disable_specedit,
     enable_specedit,
 )
-from specedit_kernels.engine import pipeline, stages  # noqa: E402
-from specedit_kernels.engine.attention import (  # noqa: E402
+from specedit_kernels.engine import pipeline, stages
+from specedit_kernels.engine.attention import (
     AttentionLayout,
     SpecEditAttnProcessor,
     joint_attention,
     wrap_processors,
 )
-from specedit_kernels.engine.kv_cache import KVCache  # noqa: E402
-from specedit_kernels.sampling import grid as grids  # noqa: E402
+from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (8, 8)

@@ -245,7 +245,7 @@ def same_as_theirs(backend, q, k, v, cos, sin, weight, theirs):
                 torch.testing.assert_close(out, theirs(x), rtol=1e-5, atol=3e-6)
             assert_within_budget(out, oracle, theirs(x))
             # Not in Triton's interpreter, which cuts bf16 off instead of rounding.
-            if q.dtype == torch.float16 or q.dtype == torch.bfloat16 and (q.is_cuda or backend == "reference"):
+            if q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and (q.is_cuda or backend == "reference")):
                 ours, other = ((y.double() - oracle).square().mean() for y in (out, theirs(x)))
                 assert ours <= other
     assert torch.equal(outs[2], v)

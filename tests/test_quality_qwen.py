@@ -12,19 +12,19 @@ import torch
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"))
 
-import calibrate  # noqa: E402
-import export  # noqa: E402
-import families  # noqa: E402
-import models  # noqa: E402
-import sampler  # noqa: E402
-import table  # noqa: E402
-import table_runs as runs  # noqa: E402
-import text  # noqa: E402
-import train_editor  # noqa: E402
-from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel  # noqa: E402
+import calibrate
+import export
+import families
+import models
+import sampler
+import table
+import table_runs as runs
+import text
+import train_editor
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
 
-from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline  # noqa: E402
-from specedit_kernels.engine.registry import codec_of  # noqa: E402
+from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
+from specedit_kernels.engine.registry import codec_of
 
 PHRASES = ["remove the cat", f"put {text.article(text.NAMES[3])} in the bottom left", ""]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,17 +15,17 @@ pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import calibrate  # noqa: E402
-import contact_sheet  # noqa: E402
-import selection  # noqa: E402
-import table  # noqa: E402
-import table_measures as measures  # noqa: E402
-import table_runs as runs  # noqa: E402
-from tiny_models import tiny_pipeline  # noqa: E402
+import calibrate
+import contact_sheet
+import selection
+import table
+import table_measures as measures
+import table_runs as runs
+from tiny_models import tiny_pipeline
 
-from specedit_kernels import SpecEditConfig, ops  # noqa: E402
-from specedit_kernels.engine import stages  # noqa: E402
-from specedit_kernels.sampling.grid import from_blocks, to_blocks  # noqa: E402
+from specedit_kernels import SpecEditConfig, ops
+from specedit_kernels.engine import stages
+from specedit_kernels.sampling.grid import from_blocks, to_blocks
 
 
 def tokens(*cells, side=4):

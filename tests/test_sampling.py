@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids, noise algebra, schedules and layouts. Means and covariances are exact: linear maps are built, not sampled."""
 
+import itertools
 import math
 
 import pytest
@@ -179,7 +180,7 @@ def test_stage_levels_meet_at_the_transitions(stages):
     plan = schedule.stage_levels(levels, *stages)
     assert [len(p) for p in (plan.coarse, plan.mixed, plan.full)] == [n + 1 for n in stages]
     for part in (plan.coarse, plan.mixed, plan.full):
-        assert all(a > b for a, b in zip(part, part[1:]))
+        assert all(a > b for a, b in itertools.pairwise(part))
     # the noise that an expansion leaves is where the next stage begins, and the tail is the plain schedule's own
     assert noise.expanded_level(plan.coarse[-1]) == pytest.approx(levels[stages[0]])
     assert plan.mixed[0] == pytest.approx(levels[stages[0]])

@@ -103,7 +103,7 @@ def test_another_thread_sees_the_shared_autoencoder_unchanged(family):
         try:
             for _ in range(2):
                 edit(pipe, runner="fused", output_type="pt", preset=4)
-        except Exception as error:  # noqa: BLE001  shown by the other thread
+        except Exception as error:  # shown by the other thread
             errors.append(error)
 
     worker = threading.Thread(target=work)

@@ -20,27 +20,32 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin  # noqa: E402
-from diffusers.configuration_utils import ConfigMixin, register_to_config  # noqa: E402
-from diffusers.image_processor import VaeImageProcessor  # noqa: E402
-from diffusers.models.attention import AttentionMixin  # noqa: E402
-from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of  # noqa: E402
-from tiny_models import paper, tiny_image  # noqa: E402
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention import AttentionMixin
+from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of
+from tiny_models import paper, tiny_image
 
-from specedit_kernels import FlashEditConfig, SpecEditConfig, disable_specedit, enable_specedit  # noqa: E402
-from specedit_kernels import supported_models  # noqa: E402
-from specedit_kernels.engine import registry  # noqa: E402
-from specedit_kernels.engine.attention import (  # noqa: E402
+from specedit_kernels import (
+    FlashEditConfig,
+    SpecEditConfig,
+    disable_specedit,
+    enable_specedit,
+    supported_models,
+)
+from specedit_kernels.engine import registry
+from specedit_kernels.engine.attention import (
     AttentionLayout,
     SpecEditAttnProcessor,
     joint_attention,
     lent,
 )
-from specedit_kernels.engine.model import EditModel, Text, in_order, key_bias_in_order  # noqa: E402
-from specedit_kernels.engine.pipeline import SpecEditMixin, preprocess  # noqa: E402
-from specedit_kernels.flash_edit import flash_pipelines  # noqa: E402
-from specedit_kernels.sampling.grid import pack, token_positions, unpack  # noqa: E402
-from specedit_kernels.sampling.layout import table_positions  # noqa: E402
+from specedit_kernels.engine.model import EditModel, Text, in_order, key_bias_in_order
+from specedit_kernels.engine.pipeline import SpecEditMixin, preprocess
+from specedit_kernels.flash_edit import flash_pipelines
+from specedit_kernels.sampling.grid import pack, token_positions, unpack
+from specedit_kernels.sampling.layout import table_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,7 +108,8 @@ class ToyTransformer(ModelMixin, ConfigMixin, AttentionMixin):
 
     def rotary(self, ids):
         """[n, 3] -> cos, sin [n, DIM], of neighbouring pairs of channels: 2, 3 and 3 pairs an axis."""
-        angles = torch.cat([ids[:, i, None].float() / 30 ** torch.linspace(0, 1, n) for i, n in enumerate((2, 3, 3))], 1)
+        parts = [ids[:, i, None].float() / 30 ** torch.linspace(0, 1, n) for i, n in enumerate((2, 3, 3))]
+        angles = torch.cat(parts, dim=1)
         return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
 
     def forward(self, spots, words, level, ids):
@@ -377,9 +383,11 @@ def test_nothing_selected_is_the_source(pipe, draft):
 
 
 DRAFTS = {
-    "coarse": dict(draft="coarse"), "quarter": dict(draft="quarter", draft_steps=2), "full_step": dict(draft="full_step"),
-    "mask": dict(),
-}  # fmt: skip
+    "coarse": dict(draft="coarse"),
+    "quarter": dict(draft="quarter", draft_steps=2),
+    "full_step": dict(draft="full_step"),
+    "mask": {},
+}
 ENDS = {
     "full": dict(stages=(1, 3, 2), finish="full", kv_refresh=1),
     "full, cached": dict(stages=(1, 3, 2), finish="full", kv_refresh=3),

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipelines with random weights, made in code, small enough for a test to run in a second."""
 
+import functools
+
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,6 +17,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BatchFeature,
@@ -221,3 +225,49 @@ def paper(**options) -> SpecEditConfig:
     """A config that computes every step whole, finishes with all tokens and runs the transformer's own forward, where
     the options say nothing else."""
     return SpecEditConfig(**{"quality": "paper", "runner": "eager"} | options)
+
+
+def small_qwen(patch: pytest.MonkeyPatch) -> None:
+    """Both stock pipelines work on a megapixel whatever they are given; now on 128 x 128 pixels."""
+    area = 128 * 128
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        real = module.calculate_dimensions
+
+        def smaller(of, ratio, real=real):
+            return real(area if of == 1024 * 1024 else of, ratio)
+
+        patch.setattr(module, "calculate_dimensions", smaller)
+    patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+
+
+# {stock pipeline class: makes (a pipeline with random weights, call)}, for each that is registered: what
+# test_registered_models.py holds every model to. call(guided): the arguments of a call on a picture of 128 x 128
+# pixels, for one prompt; guided: with true guidance, where the model has it. patch: for what the stock call has fixed.
+
+
+def _tiny_flux(patch):
+    def call(guided=False):
+        extra = dict(negative_prompt="red", true_cfg_scale=3.0) if guided else {}
+        return call_options(image=tiny_image(), height=128, width=128, **extra)
+
+    return tiny_pipeline(), call
+
+
+def _tiny_qwen(patch, plus):
+    small_qwen(patch)
+
+    def call(guided=False):
+        text = qwen_text()
+        if guided:
+            text.update(qwen_text(7, negative=True, seed=4), true_cfg_scale=3.0)
+        pictures = [tiny_image(), tiny_image(96, 160, seed=1)] if plus else tiny_image()
+        return dict(text, image=pictures, height=128, width=128)
+
+    return tiny_qwen(plus, zero_cond_t=plus), call
+
+
+TINY = {
+    "FluxKontextPipeline": _tiny_flux,
+    "QwenImageEditPipeline": functools.partial(_tiny_qwen, plus=False),
+    "QwenImageEditPlusPipeline": functools.partial(_tiny_qwen, plus=True),
+}

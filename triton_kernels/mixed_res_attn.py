@@ -38,7 +38,7 @@ class Config:
 
 # (device class, padded head dim) -> config, for 16-bit inputs. "large" has 227 KB of shared memory a block (sm_90,
 # sm_100), "medium" 163 KB (sm_80), "small" 99 KB (sm_86, sm_89, sm_120).
-# Measured at ("large", 128) on an H100, 24 heads with bias (bench/LOG.md has the table): at 8704 x 8704 keys
+# Measured at ("large", 128) on an H100, 24 heads with bias (table: bench/log/mixed_res_attn.md): at 8704 x 8704 keys
 # 128x128 with 3 stages 1850 us, 128x64 with 3 stages 1921, 64x64 2150, 128x128 with 2 stages 2329, pointers instead of
 # descriptors 2174 at best. 3 stages take 225 KB: one block an SM. The other rows are chosen by what fits, unmeasured.
 DENSE_CONFIGS = {

@@ -33,7 +33,7 @@ def _in_turn(cases):
     for impl, (fn, check, biased, *part) in cases.items():
         try:
             result = part[0](fn()) if part else fn()
-        except Exception as problem:  # noqa: BLE001  a library that fails costs its own row only
+        except Exception as problem:  # a library that fails costs its own row only
             failed[impl] = problem
             continue
         figures = dict(error=None, error_ok=None, error_budget=None, key_bias=biased)

@@ -17,10 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import _attention  # noqa: E402
-import _timing  # noqa: E402
+import _attention
+import _timing
 
-import specedit_kernels  # noqa: E402, F401  registers the ops
+import specedit_kernels  # noqa: F401  registers the ops
 
 ROWS = 8704
 QUERIES = (128, 256, 512, 922, 1536, 2304, 3072, 4608, 6144, 8704)
@@ -34,7 +34,7 @@ def _timed(fns):
         try:
             fn()
             live[name] = fn
-        except Exception as problem:  # noqa: BLE001  a library that fails costs its own line only
+        except Exception as problem:  # a library that fails costs its own line only
             print(f"left out: {name}: {str(problem).splitlines()[0]}")
     return _timing.interleaved_us(live, budget_ms=50.0)
 
@@ -56,7 +56,9 @@ def over_queries(flex):
         def ours(q=q, k=k, v=v, bias=bias):
             return torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
 
-        def in_order(q=q, k=k, v=v, bias=bias.sort().values.contiguous()):
+        sorted_bias = bias.sort().values.contiguous()
+
+        def in_order(q=q, k=k, v=v, bias=sorted_bias):
             return torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
 
         fns = {"specedit cuda + bias, 1 then 4": _attention.forced("cuda", in_order)}

@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import _attention  # noqa: E402
-import _timing  # noqa: E402
+import _attention
+import _timing
 
-from specedit_kernels.reference.mixed_res_attn import mixed_res_attn as reference  # noqa: E402
-from specedit_kernels.triton_kernels import mixed_res_attn as kernel  # noqa: E402
-from specedit_kernels.triton_kernels.mixed_res_attn import Config  # noqa: E402
+from specedit_kernels.reference.mixed_res_attn import mixed_res_attn as reference
+from specedit_kernels.triton_kernels import mixed_res_attn as kernel
+from specedit_kernels.triton_kernels.mixed_res_attn import Config
 
 SHAPES = ((8704, 8704), (922, 8704), (1536, 8704))
 DENSE = [
@@ -73,7 +73,7 @@ def compile_all(jobs, threads):
         index = torch.arange(512, device="cuda", dtype=torch.int32)[None] if gathered else None
         try:
             call(torch.empty_like(q), q, k, v, bias if biased else None, index, config, splits)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return f"{label(config)}: {type(error).__name__}"
 
     with ThreadPoolExecutor(threads) as pool:
@@ -163,7 +163,7 @@ def run(name, shape, fn, check, rows, useful):
         error, ok = check(*result) if isinstance(result, tuple) else check(result)
         row.update(error=error, ok=ok, us=_timing.graph_us(fn, budget_ms=60.0))
         row["tflops"] = useful / row["us"] / 1e6
-    except Exception as problem:  # noqa: BLE001
+    except Exception as problem:
         row["failed"] = f"{type(problem).__name__}: {str(problem)[:150]}".replace("\n", " ")
     rows.append(row)
     tail = row.get("failed") or (

@@ -43,13 +43,13 @@ from diffusers import (
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
-from specedit_kernels.models import flux_kontext as flux_fused
-from specedit_kernels.engine.attention import unwrap_processors
 from specedit_kernels.engine import fp8
-from specedit_kernels.engine.config import RUNNERS
-from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel, FusedLayout
-from specedit_kernels.engine.runner import StepRunner
+from specedit_kernels.engine.attention import unwrap_processors
 from specedit_kernels.engine.autoencoder import KLCodec, in_channels_last
+from specedit_kernels.engine.config import RUNNERS
+from specedit_kernels.engine.runner import StepRunner
+from specedit_kernels.models import flux_kontext as flux_fused
+from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel, FusedLayout
 from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side

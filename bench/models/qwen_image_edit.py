@@ -81,7 +81,8 @@ class QwenBench(Bench):
         if self.args.side == STOCK_SIDE:
             self.pipe(specedit=False, num_inference_steps=steps, **self.options)
         else:  # the same steps on the same tokens
-            self.specedit(SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps)), region(self.args.side, 1.0))
+            config = SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps))
+            self.specedit(config, region(self.args.side, 1.0))
 
     def specedit(self, config, mask):
         return self.pipe(specedit=config, mask_image=mask, max_area=self.args.side**2, **self.options).stats

@@ -15,11 +15,7 @@ import math
 from dataclasses import replace
 
 import torch
-
 from scenes import KINDS
-from specedit_kernels import SpecEditConfig
-from specedit_kernels.engine import stages
-from specedit_kernels.engine.config import METRICS, PRESETS, REFERENCES
 from table_measures import area_under_curve, effective_scores, mean, median, recall_precision
 from table_runs import (
     CALIBRATION_SEED,
@@ -41,6 +37,10 @@ from table_runs import (
     write_json,
     write_text,
 )
+
+from specedit_kernels import SpecEditConfig
+from specedit_kernels.engine import stages
+from specedit_kernels.engine.config import METRICS, PRESETS, REFERENCES
 
 # Ambiguous edits set no threshold: a draft and the plain run of the same noise choose places of their own.
 COUNTS = {"local": 140, "small": 60}
@@ -180,7 +180,8 @@ def calibrate_thresholds(args, runner, judge, say):
         for place, (label, change) in enumerate(probes.items()):
             if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
                 continue
-            found = probe(pipe, runner, edits, SpecEditConfig(quality="paper", runner="eager", draft=draft, **change), args.batch)
+            config = SpecEditConfig(quality="paper", runner="eager", draft=draft, **change)
+            found = probe(pipe, runner, edits, config, args.batch)
             for (metric, form), scores in found.items():
                 auc = area_under_curve(scores, reference)
                 points = curve(scores, reference)

@@ -11,9 +11,7 @@ import os
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-
 from scenes import KINDS, TASKS
-from specedit_kernels import SpecEditConfig
 from table_measures import to_pixels
 from table_runs import (
     Row,
@@ -28,6 +26,8 @@ from table_runs import (
     stopwatch,
     with_thresholds,
 )
+
+from specedit_kernels import SpecEditConfig
 
 LIMIT = 1_500_000  # bytes
 GAP, CAPTION, TITLE = 4, 18, 20

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
 from runtime import replace_file
+
 from specedit_kernels import ops
 from specedit_kernels.images.align import Drift, align, estimate_drift
 

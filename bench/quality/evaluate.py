@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
-
 from families import family_in
 from judge import WEIGHTS, Judge, judge_edits
 from models import as_pictures
+from PIL import Image, ImageDraw
 from runtime import RUN_DIR, device, log
 from sampler import decode_latents, encode_images, encode_text, euler, noise_like
 from scenes import EVALUATION_COUNTS, KINDS, TASKS, TOKEN, Renderer, evaluation_set

@@ -9,14 +9,11 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+import models
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxKontextPipeline, QwenImageEditPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-import models
-from specedit_kernels.models.flux_kontext import FluxKontextModel
-from specedit_kernels.models.qwen_image_edit import QwenImageEditModel
 from text import (
     CLIP_LENGTH,
     PHRASE_LENGTH,
@@ -27,6 +24,9 @@ from text import (
     qwen_tokenizer,
     t5_tokenizer,
 )
+
+from specedit_kernels.models.flux_kontext import FluxKontextModel
+from specedit_kernels.models.qwen_image_edit import QwenImageEditModel
 
 
 def image_ids(rows, columns, index, device):

@@ -18,12 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
 from judge import judge_edits
 from scenes import EVALUATION_COUNTS
-from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
-from specedit_kernels.flash_edit.pipeline import GENERATOR
-from specedit_kernels.engine.low_rank import LowRankChange
 from table_measures import grow, masked_psnr, mean, median, recall_precision, to_pixels
 from table_runs import (
     SHIPPED,
@@ -43,6 +39,10 @@ from table_runs import (
     write_json,
     write_text,
 )
+
+from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
+from specedit_kernels.engine.low_rank import LowRankChange
+from specedit_kernels.flash_edit.pipeline import GENERATOR
 
 FLASH = FlashEditConfig()
 

@@ -11,10 +11,10 @@ import argparse
 import json
 
 import torch
-
-from specedit_kernels import SpecEditConfig
 from table_measures import masked_psnr
 from table_runs import SHIPPED, Row, Runner, load_pipeline, make_set
+
+from specedit_kernels import SpecEditConfig
 
 CONFIGS = {
     "balanced": dict(quality="balanced"),

@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
-
 from scenes import GLOBAL_FACTORS, GLOBAL_OFFSETS, LOCAL_TASKS, NEW_SIZES, TASKS, Renderer, color_matrix
 from text import COLORS, GLOBALS, NAMES
+from torch import nn
 
 CROP = 64  # pixels a side that the classifier sees
 FRAME = 256  # pictures are reduced to this side before a crop is cut

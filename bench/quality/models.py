@@ -14,6 +14,7 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.transformers import transformer_qwenimage
+from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -24,7 +25,6 @@ from transformers import (
 )
 
 from specedit_kernels.models.qwen_image_edit import lone_frame
-from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 256

@@ -5,8 +5,8 @@ packing and guidance, without its resizing."""
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
-
 from families import family_of
+
 from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.sampling.grid import pack, unpack
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
 from text import COLORS, GLOBALS, NAMES, PLACES, phrase
 
 DATA = Path(__file__).parent / "data"

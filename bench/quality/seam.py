@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-
 from drift import PHOTOS, Scorer, disc, read, table
+from PIL import Image
 from runtime import replace_file
+
 from specedit_kernels.images.composite import composite
 
 FEATHER = 8

@@ -10,12 +10,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-
 from calibrate import Measured, Probe, operating_point
 from runtime import replace_file
 from scenes import KINDS
-from specedit_kernels import SpecEditConfig, ops
-from specedit_kernels.engine import stages
 from table_measures import effective_scores
 from table_runs import (
     CALIBRATION_SEED,
@@ -37,6 +34,9 @@ from table_runs import (
     write_json,
     write_text,
 )
+
+from specedit_kernels import SpecEditConfig, ops
+from specedit_kernels.engine import stages
 
 COUNTS = {"local": 140, "small": 60, "ambiguous": 80, "global": 20}
 
@@ -193,8 +193,8 @@ def rules_markdown(place, results):
     """The report of compare_rules."""
     text = ["# From scores to a mask", "",
             "Rules on calibration edits, dilation 1, whole blocks; the coarse draft's score maps. recall / tokens % /"
-            " edits of which nothing is selected %. Calibration: local and small edits that the plain run gets right; the"
-            " kinds: all edits that change anything. Each rule at the threshold where calibration edits have recall"
+            " edits of which nothing is selected %. Calibration: local and small edits that the plain run gets right;"
+            " the kinds: all edits that change anything. Each rule at the threshold where calibration edits have recall"
             " .98, and where they cost as many tokens as by the rule in use.", "", setting_text(place) + ".", ""]
     for label in dict.fromkeys(r["at"] for r in results):
         lines = []

@@ -4,9 +4,8 @@
 from itertools import chain
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
 from scenes import TASKS, Edits, sample
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 
 class _Endless(IterableDataset):

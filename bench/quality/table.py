@@ -23,9 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
 from scenes import EVALUATION_COUNTS, KINDS, TASKS
-from specedit_kernels import SpecEditConfig
 from table_measures import CHANGED_FLOOR, CHANGED_SHARE, changed_tokens, largest, mean, median
 from table_runs import (
     Row,
@@ -50,6 +48,8 @@ from table_runs import (
     write_json,
     write_text,
 )
+
+from specedit_kernels import SpecEditConfig
 
 PLAIN_STEPS = (50, 28, 10, 9, 4, 2)
 REFERENCE = "plain-50"
@@ -98,7 +98,8 @@ def all_rows():
         }
         if finish == "full":  # the locked finish knows no other
             variants["unselected-coarse"] = dict(unselected="coarse")
-        variants |= {"bracket": dict(kv_refresh="bracket"), "kv3": dict(kv_refresh=3), "kv9": dict(kv_refresh=9), "graph": dict(runner="graph"),
+        variants |= {"bracket": dict(kv_refresh="bracket"), "kv3": dict(kv_refresh=3), "kv9": dict(kv_refresh=9),
+                     "graph": dict(runner="graph"),
                      "graph-kv3": dict(runner="graph", kv_refresh=3), "graph-kv9": dict(runner="graph", kv_refresh=9)}
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
         rows += [Row(f"{name}-text{n}", config=base, text_length=n) for n in TEXT_LENGTHS]
@@ -195,7 +196,8 @@ def kind_table(kind, records, names, reference=REFERENCE):
         if record is None:
             continue
         if "error" in record:
-            lines.append([marked(record), "failed: " + record["error"].replace("|", "/")[:100], *[""] * (len(head) - 2)])
+            failed = "failed: " + record["error"].replace("|", "/")[:100]
+            lines.append([marked(record), failed, *[""] * (len(head) - 2)])
             continue
         values = record["summary"].get(kind)
         if values is None:
@@ -267,8 +269,8 @@ def markdown(header, records, names):
             text += [f"[{number}]: rows of an earlier run: {setting_text(place)}.", ""]
     for kind in KINDS:
         if kind in kinds:
-            text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", kind_table(kind, records, names, against),
-                     ""]
+            table = kind_table(kind, records, names, against)
+            text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", table, ""]
     goals = targets(records, against)
     if goals:
         text += ["## Targets", "", markdown_table(["target", "measured", "met"],
@@ -281,11 +283,12 @@ def markdown(header, records, names):
     if failed:
         text += ["Failed rows: " + ", ".join(failed) + ".", ""]
     if against == "none":
-        text += ["No plain run was asked for: recall, precision, AUC and misses are held against the true masks, also where"
-                 " those are one of many answers.", ""]
+        text += ["No plain run was asked for: recall, precision, AUC and misses are held against the true masks, also"
+                 " where those are one of many answers.", ""]
     rule = header["rule"]
     text += ["## Legend", LEGEND.format(
-        reference=against, text_length=header["setting"]["text_length"], shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
+        reference=against, text_length=header["setting"]["text_length"],
+        shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
         floor=rule["floor"], share=rule["share"], rule_recall=f"{rule['recall']:.1%}",
         rule_precision=f"{rule['precision']:.1%}").strip(), ""]
     return "\n".join(text)

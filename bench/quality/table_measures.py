@@ -5,7 +5,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-
 from scenes import TOKEN
 
 BLOCK = 2  # tokens a side that are selected together

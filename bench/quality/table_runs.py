@@ -14,18 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from PIL import Image
-
 from export import build_pipeline
 from families import Flux, Qwen, family_in, family_of
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
 from models import as_pictures
+from PIL import Image
 from runtime import replace_file
 from sampler import decode_latents, encode_images
 from scenes import EVALUATION_COUNTS, EVALUATION_SEED, KINDS, TASKS, TOKEN, Edits, Renderer, evaluation_set
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
-from specedit_kernels.engine.stages import edit_alpha
-from specedit_kernels.sampling.flops import transformer_flops
 from table_measures import (
     area_under_curve,
     changed_tokens,
@@ -36,6 +32,10 @@ from table_measures import (
     sharpness,
     to_pixels,
 )
+
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
+from specedit_kernels.engine.stages import edit_alpha
+from specedit_kernels.sampling.flops import transformer_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "specedit_kernels" / "assets" / "tiny_kontext"
@@ -155,7 +155,8 @@ class Row:
     """One row of the table: a name and how its pictures are made.
 
     steps: plain steps. config: a SpecEdit run; oracle: with the reference mask, grown by a token, as the user's mask.
-    still: "source" or "vae(target)", no model. text_length: that FLUX's prompts are padded to, in place of the runner's.
+    still: "source" or "vae(target)", no model. text_length: that FLUX's prompts are padded to, in place of the
+    runner's.
     """
 
     name: str
@@ -213,7 +214,8 @@ class Runner:
             return self.pipe(num_inference_steps=steps, specedit=False, **options).images
         # Qwen's own call shows the model a megapixel whatever it is given; this is the same to the last bit, at a size.
         whole = torch.ones(part.source.shape[-2:])
-        return self.pipe(specedit=SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps)), mask_image=whole, **options).images
+        config = SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps))
+        return self.pipe(specedit=config, mask_image=whole, **options).images
 
     def step_flops(self, image_tokens, keys=None, passes=2, lock_text=False):
         """Useful FLOPs of one step for one edit, guidance included; the arguments are a StepRecord's."""

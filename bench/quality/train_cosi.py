@@ -19,17 +19,17 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxKontextPipeline
-
 from runtime import autocast, device, log, memory
 from sampler import encode_images, encode_text, euler, shift_mu
 from scenes import TASKS, Renderer
-from specedit_kernels.flash_edit.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
-from specedit_kernels.flash_edit.pipeline import GENERATOR, INVERTER
-from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
-from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
-from specedit_kernels.sampling.grid import unpack
 from stream import EditStream
 from table_runs import SHIPPED
+
+from specedit_kernels.flash_edit.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
+from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
+from specedit_kernels.flash_edit.pipeline import GENERATOR, INVERTER
+from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
+from specedit_kernels.sampling.grid import unpack
 
 PARTS = ("generator", "matching", "inverter_1", "inverter_2")
 MAX_BYTES = 15e6

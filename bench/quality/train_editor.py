@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-
 from export import export
 from families import FAMILIES, load_vae
 from models import in_real_numbers, parameter_count
@@ -25,9 +24,10 @@ from muon import Muon
 from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
 from sampler import shift_mu
 from scenes import Renderer
+from stream import EditStream
+
 from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.sampling.grid import pack
-from stream import EditStream
 
 SIZES = (512, 256, 128)
 MIX = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # of SIZES
@@ -231,7 +231,7 @@ def main():
     live = [p for part in editor.state().values() for p in part.values() if p.is_floating_point()]
     smooth = [p for part in average.values() for p in part.values() if p.is_floating_point()]
     export_vae = load_vae(family, RUN_DIR / "vae")
-    factor = {size: 1.0 for size in SIZES}
+    factor = dict.fromkeys(SIZES, 1.0)
     sums = {size: torch.zeros(4, device=dev) for size in SIZES}
     logged = exported = saved = elapsed
     since, bad_logs, first = 0, 0, True

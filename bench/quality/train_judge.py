@@ -11,13 +11,13 @@ import time
 
 import torch
 import torch.nn.functional as F
-
 from families import FAMILIES, load_vae
 from judge import CROP, DIFFERENCE, FRAME, MARGIN, NONE, Judge, cut, judge_edits, known_boxes
 from runtime import RUN_DIR, Clock, autocast, device, log
 from scenes import LOCAL_TASKS, TASKS, Renderer, evaluation_set
-from specedit_kernels.engine.registry import codec_of
 from stream import EditStream
+
+from specedit_kernels.engine.registry import codec_of
 
 REUSE = 3  # steps on the same pictures, degraded and cut anew
 SHARES = (0.4, 0.15, 0.05, 0.25, 0.15)  # of LOCAL_TASKS

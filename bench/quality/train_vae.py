@@ -11,7 +11,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-
 from families import FAMILIES, load_vae
 from models import parameter_count
 from runtime import RUN_DIR, Clock, autocast, device, load_checkpoint, log, memory, save_checkpoint

@@ -144,7 +144,7 @@ def mirrored(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Within it adapters (PEFT) are scaled, as the transformer's own forward has them; then their scales are as before."""
+    """Within it adapters (PEFT) are scaled, as the transformer's own forward has them; then as they were before."""
     if not USE_PEFT_BACKEND or scale == 1.0:
         yield
         return

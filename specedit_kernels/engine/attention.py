@@ -232,7 +232,7 @@ def lent(transformer: torch.nn.Module, layout: AttentionLayout | None, whole: bo
     whole: each has `layout` itself too, of a transformer whose forward hands no arguments on to its processors.
     One such call of a transformer at a time: pipelines that share one wait for each other.
     """
-    if layout is None or layout.cache is None and layout.watch is None and not whole:
+    if layout is None or (layout.cache is None and layout.watch is None and not whole):
         yield
         return
     transformer = unwrapped(transformer)

@@ -28,8 +28,8 @@ LIGHTNING_SCHEDULE = {
     "time_shift_type": "exponential",
 }
 
-# What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has it:
-# every mixed step computes its whole sequence, and the last steps compute all tokens.
+# What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
+# it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": dict(preset=9, finish="locked", kv_refresh=9),
     "balanced": dict(preset=9, finish="locked", kv_refresh="bracket"),
@@ -198,7 +198,8 @@ class SpecEditConfig(EditConfig):
         "projected": the transformer's embedding of them.
     reference: "matched": the source at the draft's resolution, brought up in the same way. "literal": the
         full-resolution source (the paper's).
-    threshold: a score above it marks a token as edited, on the [0, 4] scale; None takes the one calibrated for the model.
+    threshold: a score above it marks a token as edited, on the [0, 4] scale; None takes the one calibrated for the
+        model.
     relative: how far the threshold follows the picture: it is multiplied by (its largest score / 2) ** relative, 2
         being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
         taken. A largest score under 0.1 counts as 0.1, or noise would be an edit. 0: the threshold as it is; None: 0.5

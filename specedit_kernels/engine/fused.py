@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused forwards share: their sequence, its attention, the MLP with its activation, and the adapter behind them."""
+"""What the fused forwards share: their sequence, its attention, the MLP with its activation, their adapter."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class MixedSequence:
     first text token, behind those of the image or 0. used: keys there are where that is known beforehand, None: all.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
     sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps
-    compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate: int32 [B,
-    image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures; None: all
-    have one.
+    compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate:
+    int32 [B, image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures;
+    None: all have one.
     """
 
     text: int
@@ -318,7 +318,7 @@ class FusedModel:
 
         `same` has lengths in any case: a capture with them serves sequences with and without empty slots.
         """
-        batch, length = text.embeds.shape[:2]
+        length = text.embeds.shape[1]
         cos, sin = (x[..., ::2].contiguous() for x in (same.cos, same.sin))
         sequence = MixedSequence(length, cos, sin, same.key_bias, same.lengths, same.lengths, **more)
         if not cached:

@@ -94,7 +94,8 @@ class KVCache:
         for a, b in zip(near.pairs, far.pairs):
             kept = None
             if a is not None and b is not None:
-                k, v = (torch.lerp(x, y, weight.to(x.dtype)) for x, y in zip(*(c.unpack(p, near.dtype) for c, p in ((near, a), (far, b)))))
+                both = zip(near.unpack(a, near.dtype), far.unpack(b, near.dtype))
+                k, v = (torch.lerp(x, y, weight.to(x.dtype)) for x, y in both)
                 kept = self.pack(k, v)
             pairs.append(kept)
         self.pairs = pairs

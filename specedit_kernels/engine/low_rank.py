@@ -62,7 +62,9 @@ class LowRankChange:
             if layer not in _HOOKED:
                 _HOOKED[layer] = layer.register_forward_hook(add_change)
         if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
-            raise ValueError("expected separate projections of q, k and v (call unfuse_qkv_projections()), got fused ones")
+            raise ValueError(
+                "expected separate projections of q, k and v (call unfuse_qkv_projections()), got fused ones"
+            )
 
     def of(self, layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """(down, up) of a layer, in the dtype and on the device of `like`; None where it is not changed."""

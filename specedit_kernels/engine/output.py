@@ -47,9 +47,11 @@ class SpecEditStats:
     noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
     of the source's latents (BG-Shield), or None.
     seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
-    runner: what ran the transformer's steps; runner_reason: why no faster one, "" where there is none. captures: CUDA graphs that this run had to capture. graph_bytes: device
-    memory of all graphs that the pipeline keeps; kv_cache_bytes: of the keys and values that the mixed steps kept.
-    precision: of the linear layers of the transformer's blocks, "auto" or "fp8"; fp8_bytes: memory of the weights' copies.
+    runner: what ran the transformer's steps; runner_reason: why no faster one, "" where there is none. captures:
+    CUDA graphs that this run had to capture. graph_bytes: device memory of all graphs that the pipeline keeps;
+    kv_cache_bytes: of the keys and values that the mixed steps kept.
+    precision: of the linear layers of the transformer's blocks, "auto" or "fp8"; fp8_bytes: memory of the weights'
+    copies.
     """
 
     steps: list[StepRecord] = field(default_factory=list)

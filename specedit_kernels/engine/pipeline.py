@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -65,7 +66,7 @@ def _stock_parameters(kind: type) -> Mapping[str, inspect.Parameter]:
 
 
 def _signature(kind: type) -> inspect.Signature:
-    """That of a pipeline class's calls: the stock class's arguments, the model's own, ours. Steps are None by default."""
+    """That of a pipeline class's calls: the stock class's arguments, the model's own, ours. Steps default to None."""
     stock = _stock_parameters(kind).values()
     found = [p.replace(default=None) if p.name == "num_inference_steps" else p for p in stock]
     own = [
@@ -100,8 +101,8 @@ class SpecEditMixin:
     prefix `negative_`. TRUE_CFG: the stock argument that is the scale of true classifier-free guidance, "" where there
     is none. NEGATIVE: the negative prompt that the stock call has where none is given; None: it has no guidance then.
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
-    the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE: whether
-    the stock call runs without a picture.
+    the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
+    whether the stock call runs without a picture.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
@@ -347,7 +348,7 @@ class SpecEditMixin:
         return "eager", reason
 
     def _arrange(self) -> Callable[[], None] | None:
-        """Bring weights into the order in memory that a runner likes best. What undoes it, None where none was moved."""
+        """Bring weights into the order in memory that a runner likes best. What undoes it; None: none was moved."""
         return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
@@ -394,7 +395,7 @@ class SpecEditMixin:
     def _given(fields: Mapping[str, Any]) -> bool:
         """Whether a branch's text is there: a prompt, or all of its embeddings."""
         needed = [value for name, value in fields.items() if name.endswith("embeds")]
-        return fields["prompt"] is not None or bool(needed) and all(value is not None for value in needed)
+        return fields["prompt"] is not None or (bool(needed) and all(value is not None for value in needed))
 
     def _for_each_prompt(self, call: Call, fields: dict[str, Any], name: str) -> dict[str, Any]:
         """Texts of a further branch, one for each prompt: one alone serves all. ValueError for any other number."""
@@ -403,7 +404,8 @@ class SpecEditMixin:
             if isinstance(value, str):
                 value = [value]
             if value is not None and len(value) == 1 and prompts > 1:
-                value = value.repeat(prompts, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value * prompts
+                each = [1] * (value.dim() - 1) if isinstance(value, Tensor) else []
+                value = value.repeat(prompts, *each) if isinstance(value, Tensor) else value * prompts
             if value is not None and len(value) != prompts:
                 where = name if not isinstance(value, Tensor) else f"{name.removesuffix('prompt')}{key}"
                 expected = "1" if prompts == 1 else f"1 or {prompts}, as many as prompts"
@@ -704,7 +706,7 @@ def in_fp32(image: PipelineImageInput) -> PipelineImageInput:
 
 
 def picture_size(image: PipelineImageInput) -> tuple[int, int]:
-    """(height, width) of a picture, or of the first of several: PIL, array [.., H, W, C] or [H, W], tensor [.., H, W]."""
+    """(height, width) of a picture or the first of several: PIL, array [.., H, W, C] or [H, W], tensor [.., H, W]."""
     first = image[0] if isinstance(image, list) else image
     if isinstance(first, PIL.Image.Image):
         return first.height, first.width
@@ -722,7 +724,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     if len(sigmas) == 0:
         raise ValueError("sigmas: expected at least one, got none")
     found = [float(s) for s in sigmas]
-    if any(not 0 < s <= 1 for s in found) or any(a <= b for a, b in zip(found, found[1:])):
+    if any(not 0 < s <= 1 for s in found) or any(a <= b for a, b in itertools.pairwise(found)):
         raise ValueError(f"sigmas: expected strictly decreasing numbers in (0, 1], got {found}")
 
 
@@ -758,7 +760,7 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
 
 
 def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
-    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, that have to be off."""
+    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, to be off."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(f"scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")

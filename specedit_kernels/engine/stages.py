@@ -66,8 +66,8 @@ class Run:
     references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
-    on_start: called before each step of the main trajectory with its timestep; on_step: after it, with (index, timestep,
-    tokens); gives the next tokens. timesteps: of all steps of the main trajectory, as far as known.
+    on_start: called before each step of the main trajectory with its timestep; on_step: after it, with (index,
+    timestep, tokens); gives the next tokens. timesteps: of all steps of the main trajectory, as far as known.
     """
 
     model: EditModel

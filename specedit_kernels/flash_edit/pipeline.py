@@ -38,8 +38,9 @@ class FlashEditConfig(EditConfig):
         the edit's.
     cosi: the noise is the source's, from the inversion network (in the background, see region_noise); False, or
         without its weights: white noise.
-    region_noise: with cosi, the noise in the edit region: "white", the run's own, or "inverted", the source's there too.
-        That one carries the source along, and one step gives half of the instructions' answers from it (bench/LOG.md).
+    region_noise: with cosi, the noise in the edit region: "white", the run's own, or "inverted", the source's there
+        too. That one carries the source along, and one step gives half of the instructions' answers from it
+        (bench/log/flash_edit.md).
     bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and the
         edit computes its region alone; False: the whole picture.
     ssca: text reaches the background without the key semantic tokens of the instruction.
@@ -162,8 +163,10 @@ class FlashEditMixin(SpecEditMixin):
         fields = self._text_fields(call, "negative_")
         if not self._given(fields):
             if any(value is not None for value in fields.values()):
-                missing = [f"negative_{name}" for name, value in fields.items() if name.endswith("embeds") and value is None]
-                raise ValueError(f"{missing[0]}: expected the source text's, as its other embeddings are given, got None")
+                missing = next(name for name, value in fields.items() if name.endswith("embeds") and value is None)
+                raise ValueError(
+                    f"negative_{missing}: expected the source text's, as its other embeddings are given, got None"
+                )
             encoders = [part for name, part in self.components.items() if name.startswith("text_encoder")]
             if encoders and all(part is None for part in encoders):
                 raise ValueError(

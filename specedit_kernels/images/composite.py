@@ -102,7 +102,7 @@ def _seam_offset(source: np.ndarray, colours: int, planes: Tensor, weight: Tenso
 
 def _brought_down(source: np.ndarray, colours: int, window: tuple, scale: tuple[float, float]) -> Tensor:
     """A window of the source at the working size, fp32 [colours, rows, columns] in [0, 1]."""
-    height, width = source.shape[:2]
+    height = source.shape[0]
     view = source[..., None] if source.ndim == 2 else source
     parts = []
     for r in range(window[0], window[1], 32):  # strips, for the whole may be large
@@ -184,16 +184,16 @@ def composite(
     out = source.copy()
     view = out[..., None] if source.ndim == 2 else out
     for window in _tiles(weight, (width, height)):
-        t, b, l, r = window
+        top_row, bottom, left, right = window
         share = _tile_weight(weight, window, (width, height), hard)[..., None].numpy()
         if not share.any():
             continue
         fresh = resample(planes, window, (w / width, h / height)).clamp_(0, 1).permute(1, 2, 0).numpy() * top
-        old = view[t:b, l:r, :colours]
+        old = view[top_row:bottom, left:right, :colours]
         mixed = np.where(share == 1, fresh, share * fresh + (1 - share) * old)
         if source.dtype != np.float32:
             mixed = np.rint(mixed)
-        view[t:b, l:r, :colours] = np.where(share == 0, old, mixed.astype(source.dtype))
+        view[top_row:bottom, left:right, :colours] = np.where(share == 0, old, mixed.astype(source.dtype))
     return out
 
 

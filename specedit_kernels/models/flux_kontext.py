@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxKontextPipeline
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -30,14 +31,15 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformer2DModel,
     FluxTransformerBlock,
 )
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from torch import Tensor
 
 from .. import ops
+from ..engine import fp8
 from ..engine._diffusers import unwrapped
 from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
 from ..engine.autoencoder import KLCodec, in_channels_last
+from ..engine.fp8 import Rows
 from ..engine.fused import (
     FusedLayout,
     FusedModel,
@@ -58,8 +60,6 @@ from ..engine.fused import (
     separate_,
     watched_mass,
 )
-from ..engine import fp8
-from ..engine.fp8 import Rows
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
@@ -124,7 +124,8 @@ def _projections(attn: FluxAttention, text: bool = False) -> tuple[torch.nn.Modu
 
 def join_projections_(transformer: FluxTransformer2DModel) -> bool:
     """`fused.join_` the layers of each q, k and v. Returns whether any weight was moved."""
-    return any([join_(layers) for layers in _joinable(transformer)])
+    moved = [join_(layers) for layers in _joinable(transformer)]  # all of them, before any is asked
+    return any(moved)
 
 
 def separate_projections_(transformer: FluxTransformer2DModel) -> None:
@@ -173,8 +174,9 @@ def _buffers(
 
 
 def double_block(
-    block: FluxTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
-) -> Tensor | None:
+    block: FluxTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor,
+    text_mod: Tensor,
+) -> Tensor | None:  # fmt: skip
     """FluxTransformerBlock on text and image tokens x [B, N, C], in place. Returns what `watched_mass` does.
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].

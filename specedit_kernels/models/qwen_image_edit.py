@@ -31,18 +31,19 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     QwenImageTransformer2DModel,
     QwenImageTransformerBlock,
 )
-from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
 from .. import ops
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine import fp8
 from ..engine._diffusers import foreign_forward, mirrored, through
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
     FusedLayout,
@@ -59,7 +60,6 @@ from ..engine.fused import (
     renew,
     replaced_of_feed_forward,
 )
-from ..engine import fp8
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin
@@ -594,7 +594,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels, guidance 4 against a blank text where not told else."""
+    """Options of the command's calls: a folder's area in pixels, guidance 4 against a blank text unless told else."""
     options: dict[str, Any] = {"true_cfg_scale": 4.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options["max_area"] = settings["resolution"] ** 2

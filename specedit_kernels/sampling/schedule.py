@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def stage_levels(levels: Sequence[float], coarse: int, mixed: int, full: int) ->
         raise ValueError(f"stages: expected three counts >= 0 with a sum >= 1, got {(coarse, mixed, full)}")
     if len(levels) != n + 1:
         raise ValueError(f"levels: expected {n + 1} levels for {n} steps, got {len(levels)}")
-    if any(a <= b for a, b in zip(levels, levels[1:])) or levels[0] > 1 or levels[-1] < 0:
+    if any(a <= b for a, b in itertools.pairwise(levels)) or levels[0] > 1 or levels[-1] < 0:
         raise ValueError(f"levels: expected strictly decreasing levels within [0, 1], got {list(levels)}")
     plain_mixed = levels[coarse : coarse + mixed + 1]
     start, end = plain_mixed[0], plain_mixed[-1]

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NAME OF THE MODEL: all that the engine cannot know of it, and its registration.
+
+A copy of this file under a name in lower case is a model; this one is not imported. docs/add_a_model.md says what each
+part is asked for, under the same numbers. As it stands it fits a transformer of double-stream blocks with an
+AutoencoderKL. Replace the Stock* names by diffusers', and take out what your model does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StockPipeline
+from diffusers.models.transformers.transformer_stock import StockAttnProcessor
+from torch import Tensor
+
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine.autoencoder import KLCodec
+from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
+from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
+from ..engine.registry import Model, register
+from ..engine.runner import StepRunner
+from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
+from ..sampling.layout import SequenceLayout, table_positions
+
+# 1. The attention processor
+
+
+class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
+    """For StockAttnProcessor."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.layout is None:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        heads = (-1, attn.head_dim)  # -1: tensor parallelism shards them
+        q, k, v = (f(hidden_states).unflatten(-1, heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, text = attn.norm_q(q), attn.norm_k(k), None
+        if encoder_hidden_states is not None:
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            tq, tk, tv = (f(encoder_hidden_states).unflatten(-1, heads) for f in projections)
+            text = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
+        # not rotated: joint_attention does that
+        out = joint_attention(self, text, (q, k, v), self.layout)
+        if encoder_hidden_states is None:
+            return out
+        length = encoder_hidden_states.shape[1]
+        return attn.to_out[1](attn.to_out[0](out[:, length:])), attn.to_add_out(out[:, :length])
+
+
+# 2. Text
+
+
+@dataclass
+class StockText(Text):
+    """embeds [B, T, E], ids [T, 3]."""
+
+    ids: Tensor
+
+
+# 3. Position ids
+
+
+def image_ids(table: Tensor, text: int) -> Tensor:
+    """The model's ids of rows of (picture, row, column), fp32 [n, 3], fractions of rows and columns included."""
+    return table
+
+
+@dataclass(frozen=True)
+class StockLayout:
+    """ids: [S, 3], shared by the batch. attention: the mixed sequence's, None for whole pictures."""
+
+    ids: Tensor
+    attention: AttentionLayout | None = None
+
+
+class StockEditModel(EditModel):
+    """StockTransformer2DModel with AutoencoderKL."""
+
+    def embedder(self) -> torch.nn.Module:
+        return self.transformer.x_embedder
+
+    def dense_layout(self, text: StockText, pictures: Pictures, grids: Sequence[Grid]) -> StockLayout:
+        device = text.embeds.device
+        rows = [F.pad(token_positions(grid, device), (1, 0), value=float(i)) for i, grid in enumerate(grids)]
+        return StockLayout(image_ids(torch.cat(rows), text.embeds.shape[1]))
+
+    def watched_layout(
+        self, text: StockText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> StockLayout:
+        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
+        table = self.transformer.pos_embed(torch.cat([text.ids, layout.ids]))
+        cos, sin = (x.expand(batch, *x.shape) for x in table)
+        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
+
+    def mixed_layout(
+        self, text: StockText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> StockLayout:
+        device, (batch, length) = layout.index.device, text.embeds.shape[:2]
+        table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
+        of_text = self.transformer.pos_embed(text.ids)
+        of_image = self.transformer.pos_embed(image_ids(table, length))
+        both = zip(of_text, of_image)
+        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in both)
+        attention = AttentionLayout(
+            cos,
+            sin,
+            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
+            lengths=layout.lengths + length if padded else None,
+            cache=self.new_cache() if cached else None,
+            fresh=layout.fine_lengths + length if cached else None,
+        )
+        # of the right length; the processors have each sample's own
+        return StockLayout(torch.zeros(layout.capacity, 3, device=device), attention)
+
+    def first_layout(
+        self, text: StockText, layout: StockLayout, first: int | None, lock_text: bool = False
+    ) -> StockLayout:
+        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        return StockLayout(layout.ids[:first], made)
+
+    # 4. One call of the transformer
+
+    def velocity(self, text: StockText, tokens: Tensor, moment: Tensor, layout: StockLayout) -> Tensor:
+        start = 0 if layout.attention is None else layout.attention.start
+        with lent(self.transformer, layout.attention, whole=True):
+            return self.transformer(
+                hidden_states=tokens,
+                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                guidance=self.guidance,
+                encoder_hidden_states=text.embeds[:, start:],
+                txt_ids=text.ids[start:],
+                img_ids=layout.ids,
+                return_dict=False,
+            )[0]
+
+    # 5. Guidance
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+
+# 6. The pipeline
+
+
+class SpecEditStockPipeline(SpecEditMixin, StockPipeline):
+    """StockPipeline with SpecEdit. What is different in the call goes here: users see this text."""
+
+    RUNNERS = ("eager",)
+    TEXT = ("prompt", "prompt_embeds")
+    TRUE_CFG = "true_cfg_scale"
+
+    def _size(self, call: Call) -> tuple[int, int]:
+        height, width = picture_size(call.image)
+        multiple = self.vae_scale_factor * PATCH * BLOCK
+        return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple
+
+    def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> StockText:
+        embeds, ids = self.encode_prompt(
+            **fields, device=device, num_images_per_prompt=call.num_images_per_prompt
+        )  # fmt: skip
+        return StockText(embeds, ids)
+
+    def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        pixels = preprocess(self.image_processor, call.image, call.height, call.width, device)
+        return pixels, [pixels]
+
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> StockEditModel:
+        return StockEditModel(self.transformer, self.vae, guidance, attention_kwargs)
+
+
+# 7. The command line
+
+
+def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
+    """Options of the command's calls."""
+    return {} if true_cfg_scale is None else {"true_cfg_scale": true_cfg_scale}
+
+
+register(
+    Model(
+        name="stock",  # this file's name
+        pipelines={StockPipeline: SpecEditStockPipeline},
+        processors={StockAttnProcessor: SpecEditStockAttnProcessor},
+        codecs={AutoencoderKL: KLCodec},
+        command=_command,
+    )
+)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity that every registered model gets for a line in tiny_models.TINY."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of
+from tiny_models import TINY, paper
+
+from specedit_kernels import disable_specedit, enable_specedit, supported_models
+from specedit_kernels.engine import registry
+from specedit_kernels.engine.model import EditModel
+from specedit_kernels.engine.pipeline import SpecEditMixin
+from specedit_kernels.sampling.grid import pack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = [name for names in supported_models().values() for name in names]
+SIDE = 128
+
+
+def test_each_registered_pipeline_has_a_tiny_one():
+    assert set(NAMES) <= TINY.keys(), "give a tiny instance of each pipeline class in tiny_models.TINY"
+
+
+@pytest.fixture(scope="module", params=[name for name in NAMES if name in TINY])
+def tiny(request):
+    """(a stock pipeline with random weights, a function that gives the arguments of a call: guided=False, **more)."""
+    with pytest.MonkeyPatch.context() as patch:
+        pipe, call = TINY[request.param](patch)
+        assert type(pipe).__name__ == request.param
+        yield pipe, call
+
+
+@pytest.fixture
+def edit(tiny):
+    """A function that calls the pipeline with SpecEdit; its `pipe` and `call` are those of `tiny`."""
+    pipe, call = tiny
+
+    def run(config, guided=False, **more):
+        return pipe(**arguments(call, guided, specedit=config, **more))
+
+    enable_specedit(pipe)
+    run.pipe, run.call = pipe, call
+    yield run
+    disable_specedit(pipe)
+
+
+def arguments(call, guided=False, **more):
+    return dict(output_type="latent", generator=seeded()) | call(guided=guided) | more
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def half():
+    array = np.zeros((SIDE, SIDE), np.uint8)
+    array[:, : SIDE // 2] = 255
+    return PIL.Image.fromarray(array)
+
+
+def is_guided(edit):
+    """Whether the pipeline has true guidance, which gives a run a second branch."""
+    return run_of(edit.pipe, **arguments(edit.call, True, specedit=paper(), mask_image=half())).negative is not None
+
+
+# edits
+
+
+def test_enabled_and_disabled_the_very_objects_come_back(tiny):
+    pipe, _ = tiny
+    kind, before = type(pipe), dict(pipe.transformer.attn_processors)
+    handle = enable_specedit(pipe)
+    assert type(pipe) is not kind and isinstance(pipe, kind)
+    handle.disable()
+    assert type(pipe) is kind
+    after = pipe.transformer.attn_processors
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
+def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(edit, guided):
+    config = paper(stages=(0, 2, 2), draft="quarter", draft_steps=1, threshold=-1.0)
+    found = edit(config, guided)
+    assert found.stats.fallback == "dense" and found.mask.all()
+    expected = edit(False, guided, num_inference_steps=4).images
+    assert torch.equal(found.images, expected) and expected.std() > 0.01
+
+
+@pytest.mark.parametrize("draft", ["coarse", "quarter", "full_step"])
+def test_nothing_selected_is_the_source(edit, draft):
+    config = paper(draft=draft, draft_steps=2, threshold=4.0)
+    found = edit(config, output_type="pt")
+    run = run_of(edit.pipe, **arguments(edit.call, specedit=config))
+    # 8-bit levels in both
+    source = ((run.pixels / 2 + 0.5) * 255).round() / 255
+    assert found.stats.fallback == "source" and torch.allclose(found.images, source, atol=1e-6)
+    assert torch.equal(edit(config).images, pack(run.source))
+
+
+STEPS = {
+    "full": dict(stages=(1, 3, 2), finish="full", kv_refresh=1),
+    "full, cached": dict(stages=(1, 3, 2), finish="full", kv_refresh=3),
+    "expanded": dict(stages=(1, 3, 2), finish="full", unselected="coarse"),
+    "locked": dict(stages=(1, 4, 0), finish="locked", kv_refresh=1),
+    "locked text": dict(stages=(1, 4, 0), finish="locked", kv_refresh=3, lock_text=True),
+    "bracket": dict(stages=(1, 4, 0), finish="locked", kv_refresh="bracket"),
+    "fp8": dict(stages=(1, 4, 0), finish="locked", kv_refresh=3, kv_cache_dtype="fp8"),
+    "dense": dict(stages=(0, 0, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_images_of_one_prompt_are_their_singles(edit, steps, guided):
+    config = paper(**steps)
+    both = edit(config, guided, num_images_per_prompt=2, generator=[seeded(5), seeded(6)], mask_image=half()).images
+    for i in range(2):
+        one = edit(config, guided, generator=seeded(5 + i), mask_image=half()).images
+        assert torch.allclose(both[i], one[0], atol=1e-5) and one.std() > 0.01
+    assert not torch.allclose(both[0], both[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_fused_edits_are_the_eager_ones(edit, steps, guided):
+    if "fused" not in edit.pipe.RUNNERS:
+        pytest.skip("the model has no fused forward")
+    eager, fused = (edit(paper(**steps, runner=name), guided, mask_image=half()) for name in ("eager", "fused"))
+    assert fused.stats.runner == "fused" and eager.stats.runner == "eager"
+    assert torch.allclose(fused.images, eager.images, atol=1e-4) and eager.images.std() > 0.01
+    assert [step.flops for step in fused.stats.steps] == [step.flops for step in eager.stats.steps]
+
+
+def test_locked_latents_outside_the_edit_are_the_sources(edit):
+    config = paper(**STEPS["bracket"])
+    found, run = edit(config, mask_image=half()), run_of(edit.pipe, **arguments(edit.call, specedit=config))
+    outside = ~found.mask.flatten(1)
+    assert outside.any() and torch.equal(found.images[outside], pack(run.source)[outside])
+
+
+# steps
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
+def test_a_mixed_step_of_all_blocks_is_a_dense_step(edit, guided):
+    call = arguments(edit.call, guided, specedit=paper(), mask_image=half())
+    check_mixed_step_of_all_blocks(run_of(edit.pipe, **call))
+
+
+@pytest.mark.parametrize("lock_text", [False, True], ids=["", "locked text"])
+@pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
+def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(edit, guided, lock_text):
+    config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
+    call = arguments(edit.call, guided, specedit=config, mask_image=half())
+    check_cached_step_while_nothing_moves(run_of(edit.pipe, **call))
+
+
+def test_guidance_reaches_the_mixed_steps(edit):
+    if not is_guided(edit):
+        pytest.skip("the model has no true guidance")
+    config = paper(**STEPS["locked"])
+    one, two = (edit(config, guided, mask_image=half()) for guided in (False, True))
+    assert not torch.allclose(one.images, two.images, atol=1e-3)
+    assert two.stats.flops > one.stats.flops
+
+
+# adapters
+
+
+def lora_of(transformer, rank=2):
+    """Weights of an adapter on each q projection, as a LoRA file has them."""
+    random, found = torch.Generator().manual_seed(7), {}
+    for name, layer in transformer.named_modules():
+        if name.endswith(("to_q", "to_qkv")) and isinstance(layer, torch.nn.Linear):
+            found[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=random)
+            found[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=random)
+    assert found, "expected layers named to_q or to_qkv"
+    return found
+
+
+@pytest.mark.parametrize("runner", ["eager", "fused"])
+def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(edit, runner):
+    pytest.importorskip("peft")
+    pipe = edit.pipe
+    if runner not in pipe.RUNNERS:
+        pytest.skip(f"the model has no runner {runner!r}")
+    config = paper(**STEPS["locked text"], runner=runner)
+
+    def run():
+        return edit(config, mask_image=half()).images
+
+    before = run()
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(lora_of(pipe.transformer), adapter_name="test")
+    else:
+        pipe.transformer.load_lora_adapter(lora_of(pipe.transformer), adapter_name="test", prefix="transformer")
+    try:
+        changed = run()
+        assert changed.isfinite().all() and not torch.allclose(changed, before, atol=1e-3)
+        other = edit(paper(**STEPS["locked text"], runner="eager"), mask_image=half()).images
+        assert torch.allclose(changed, other, atol=1e-3)
+    finally:
+        pipe.transformer.delete_adapters("test")
+    assert torch.allclose(run(), before, atol=1e-6)
+
+
+# the page and the template
+
+
+def test_the_page_and_the_template_name_every_hook():
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "add_a_model.md").read_text()
+    template = (root / "specedit_kernels" / "models" / "TEMPLATE.py").read_text()
+    compile(template, "TEMPLATE.py", "exec")
+    hooks = [name for name, x in vars(SpecEditMixin).items() if "raise NotImplementedError" in source_of(x)]
+    assert {"_size", "_encode_text", "_pictures", "_model"} <= set(hooks)
+    asked = EditModel.__abstractmethods__ | set(hooks)
+    assert [name for name in sorted(asked) if f"`{name}(" not in page] == []
+    assert [name for name in sorted(asked) if f"def {name}(" not in template] == []
+    named = {field.name for field in dataclasses.fields(registry.Model)} - {"name"}
+    named |= {name for name in SpecEditMixin.__annotations__ if name.isupper()} | {"PIXELS", "TEXT_TO_IMAGE"}
+    named -= {"STEPS_OF_PLAIN", "CONFIG"}  # found out; of FlashEdit
+    assert [name for name in sorted(named) if name not in page] == []
+
+
+def source_of(x):
+    return inspect.getsource(x) if inspect.isfunction(x) else ""
