@@ -16,7 +16,6 @@ import comfy.patcher_extension
 import comfy.samplers
 import comfy.utils
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specedit_kernels.engine import stages
@@ -25,6 +24,7 @@ from specedit_kernels.engine.model import Text
 from specedit_kernels.engine.output import SpecEditStats, StageClock, group_steps
 from specedit_kernels.engine.run import run_stages
 from specedit_kernels.engine.stages import Reference, Run
+from specedit_kernels.images.masks import token_mask
 from specedit_kernels.sampling.grid import BLOCK, PATCH, Grid
 
 from .codec import HostCodec
@@ -156,15 +156,11 @@ class SpecEditSampler(comfy.samplers.Sampler):
         return (image * 2 - 1).to(device, torch.float32)
 
     def _user_mask(self, grid: Grid, batch: int, denoise_mask: Tensor | None) -> Tensor | None:
-        """A given mask, bool [B, N]: a token with a pixel over one half is edited."""
-        if self.mask is not None:
-            mask = self.mask.float().reshape(-1, 1, *self.mask.shape[-2:])
-        elif denoise_mask is not None:
-            mask = denoise_mask.float().amax(dim=1).reshape(-1, 1, *denoise_mask.shape[-2:])
-        else:
-            return None
-        tokens = F.adaptive_max_pool2d(mask, grid) > 0.5
-        return _for_batch(tokens.reshape(-1, math.prod(grid)), batch, "mask")
+        """A given mask as tokens, bool [B, N]. denoise_mask: the host's, [B, C, h, w] or [B, C, 1, h, w]."""
+        mask, name = self.mask, "mask"
+        if mask is None and denoise_mask is not None:
+            mask, name = denoise_mask.amax(dim=1).flatten(0, -3), "noise_mask"
+        return None if mask is None else _for_batch(token_mask(mask, grid, name), batch, name)
 
 
 def _levels(sigmas: Tensor) -> list[float]:
