@@ -99,8 +99,8 @@ class Server:
 
 
 def prompt_of(
-    image: str = "first.png", text: int = 0, seed: int = 1, weight_dtype: str = "default", loras: tuple[float, ...] = (),
-    sampler: dict[str, Any] | None = None, masked: bool = False, stock: bool = False,
+    image: str = "first.png", text: int = 0, seed: int = 1, weight_dtype: str = "default",
+    loras: tuple[float, ...] = (), sampler: dict[str, Any] | None = None, masked: bool = False, stock: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The shipped workflow with the tiny model in it, and its latents saved."""
     prompt = copy.deepcopy(json.loads((REPOSITORY / "integrations/comfyui/workflow.json").read_text()))
@@ -129,7 +129,8 @@ def prompt_of(
         prompt["16"]["class_type"] = "SamplerCustomAdvanced"
         for name in ("18", "19"):
             del prompt[name]
-    prompt["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": ["16", 0], "filename_prefix": uuid.uuid4().hex}}
+    inputs = {"samples": ["16", 0], "filename_prefix": uuid.uuid4().hex}
+    prompt["latent"] = {"class_type": "SaveLatent", "inputs": inputs}
     return prompt
 
 
@@ -144,6 +145,7 @@ class Check:
     def __init__(self, server: Server, pipe: FluxKontextPipeline):
         self.server = server
         self.pipe = Pipeline.from_pipe(pipe)
+        self.pipe.set_progress_bar_config(disable=True)
         self.plain = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
         self.lora = load_file(server.base / "models/loras/tiny_kontext_lora.safetensors")
         self.failed: list[str] = []
@@ -153,7 +155,8 @@ class Check:
         ended = self.server.end(self.server.start(prompt))
         if ended["status"]["status_str"] != "success":
             said = ended["status"]["messages"][-1][1]
-            raise RuntimeError(f"{said.get('node_type')}: {said.get('exception_message')}{''.join(said.get('traceback', []))}")
+            where = "".join(said.get("traceback", []))
+            raise RuntimeError(f"{said.get('node_type')}: {said.get('exception_message')}{where}")
         [saved] = self.server.base.glob(f"output/{prompt['latent']['inputs']['filename_prefix']}*")
         latents = load_file(saved)["latent_tensor"]
         return (latents - convert.HOST_SHIFT) * convert.HOST_SCALE
@@ -189,7 +192,8 @@ class Check:
         off = float((found - expected).abs().max())
         spread = float(expected.std())
         good = off <= limit
-        print(f"{'ok  ' if good else 'FAIL'} {name}: largest difference {off:.2e} (limit {limit:.0e}, std {spread:.2f})")
+        said = "ok  " if good else "FAIL"
+        print(f"{said} {name}: largest difference {off:.2e} (limit {limit:.0e}, std {spread:.2f})")
         if not good:
             self.failed.append(name)
 
@@ -209,6 +213,7 @@ class Check:
         self.say("another picture and prompt next", self.host(image="second.png", text=1), self.ours("second.png", 1))
         masked = self.host(masked=True, sampler=dict(finish="locked"))
         self.say("mask, locked finish", masked, self.ours(masked=True, finish="locked"))
+        self.composited()
         masked = self.host(masked=True, sampler=dict(finish="locked", kv_refresh=2))
         self.say("mask, locked finish, kv_refresh 2", masked, self.ours(masked=True, finish="locked", kv_refresh=2))
         self.say("metric latent", self.host(sampler=dict(metric="latent")), self.ours(metric="latent"))
@@ -225,6 +230,21 @@ class Check:
         self.cancel()
         self.say("the same as at first, after all of that", self.host(image="first.png", seed=1), first, 0.0)
         self.say("stock Euler sampler, before and after", self.host(stock=True, seed=1), euler, 0.0)
+
+    def composited(self) -> None:
+        """The picture that the workflow saved last: its source but for the mask and the seam."""
+        newest = max(self.server.base.glob("output/specedit*.png"), key=lambda path: path.stat().st_mtime_ns)
+        saved, source = (np.asarray(PIL.Image.open(x).convert("RGB")).astype(int)
+                         for x in (newest, self.server.base / "input/first.png"))  # fmt: skip
+        left, top, right, bottom = MASK_BOX
+        inside = np.zeros(saved.shape[:2], bool)
+        inside[top - 8 : bottom + 8, max(left - 8, 0) : right + 8] = True
+        changed = (saved != source).any(axis=2)
+        good = not changed[~inside].any() and changed[top:bottom, left:right].mean() > 0.5
+        print(f"{'ok  ' if good else 'FAIL'} composite: {changed[~inside].sum()} pixels changed outside the mask and its"
+              f" seam, {changed[top:bottom, left:right].mean():.0%} inside")  # fmt: skip
+        if not good:
+            self.failed.append("composite")
 
     def cancel(self) -> None:
         prompt = prompt_of(seed=77, sampler=dict(preset="30"))
@@ -272,7 +292,6 @@ def main() -> None:
     arguments = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="comfyui-check-"))
     pipe = FluxKontextPipeline.from_pretrained(convert.SHIPPED, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
     lay_out(base, pipe)
     server = Server(arguments.comfyui.resolve(), arguments.python.absolute(), base, arguments.port)
     try:

@@ -24,11 +24,15 @@ from specedit_kernels.engine.config import SpecEditConfig  # noqa: E402
 from specedit_kernels.hosts.comfyui import model  # noqa: E402
 from specedit_kernels.hosts.comfyui.sampler import SpecEditSampler  # noqa: E402
 
-FLUX = dict(image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=24, context_in_dim=40,
-            hidden_size=64, mlp_ratio=2.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=10000,
-            qkv_bias=True, guidance_embed=True)  # fmt: skip
-QWEN = dict(image_model="qwen_image", num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=40,
-            in_channels=64, out_channels=16, axes_dims_rope=[8, 12, 12])  # fmt: skip
+FLUX = dict(
+    image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=24, context_in_dim=40, hidden_size=64,
+    mlp_ratio=2.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=10000, qkv_bias=True,
+    guidance_embed=True,
+)  # fmt: skip
+QWEN = dict(
+    image_model="qwen_image", num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=40,
+    in_channels=64, out_channels=16, axes_dims_rope=[8, 12, 12],
+)  # fmt: skip
 LEVELS = torch.tensor([1.0, 0.8, 0.5, 0.0])
 TOLERANCE = 1e-4
 
@@ -101,8 +105,10 @@ def check(name, patcher, frames, method, sizes, cfg, lengths, blind=False):
     with unittest.mock.patch.object(model, "reference_places", misplaced):
         wrong = float((guider.sample(noise, empty, ours, LEVELS, disable_pbar=True, seed=5)[0] - plain[0]).abs().max())
     good = off < TOLERANCE and moved > 100 * TOLERANCE and wrong > 10 * TOLERANCE
-    print(f"{'ok  ' if good else 'FAIL'} {name}, {method or 'no method'}, references {sizes}, cfg {cfg}, text {lengths}{', negative without references' if blind else ''}:"
-          f" {off:.1e} off Euler (edited in part: {moved:.1e}, misplaced references: {wrong:.1e})")  # fmt: skip
+    kind = f"{name}, {method or 'no method'}, references {sizes}, cfg {cfg}, text {lengths}"
+    kind += ", negative without references" if blind else ""
+    print(f"{'ok  ' if good else 'FAIL'} {kind}: {off:.1e} off Euler (edited in part: {moved:.1e}, misplaced"
+          f" references: {wrong:.1e})")  # fmt: skip
     return good
 
 

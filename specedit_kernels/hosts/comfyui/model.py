@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from specedit_kernels import ops
 from specedit_kernels.engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from specedit_kernels.sampling.flops import transformer_flops
-from specedit_kernels.sampling.grid import PATCH, Grid, pack, unpack
+from specedit_kernels.sampling.grid import Grid, pack, unpack
 from specedit_kernels.sampling.layout import SequenceLayout, table_positions
 
 METHODS = ("index", "offset")
@@ -140,8 +140,8 @@ class _Step:
 class HostModel(EditModel):
     """A transformer of ComfyUI's under the guider of the graph.
 
-    predict: clean latents for noisy ones, in the host's shape, at a level [B], with `wrapper` in place. method: how the host
-    places several references. fine: what a step's clean estimate was at last, for a preview.
+    predict: clean latents for noisy ones, in the host's shape, at a level [B], with `wrapper` in place. method: how the
+    host places several references. fine: what a step's clean estimate was at last, for a preview.
     """
 
     DEFAULT_METHOD: str
@@ -162,6 +162,11 @@ class HostModel(EditModel):
             raise ValueError(f"reference_latents_method: expected one of {list(METHODS)}, got {self.method!r}")
 
     # what a model's class gives
+
+    @classmethod
+    def calibrated(cls) -> Mapping[tuple[str, str, str], tuple[float, float]]:
+        """EditModel.thresholds of this model."""
+        return {}
 
     @property
     def width(self) -> int:
@@ -347,6 +352,12 @@ class HostQwen(HostModel):
     """comfy.ldm.qwen_image.model.QwenImageTransformer2DModel: Qwen-Image-Edit and -Edit-2509."""
 
     DEFAULT_METHOD = "index"
+
+    @classmethod
+    def calibrated(cls) -> Mapping[tuple[str, str, str], tuple[float, float]]:
+        from specedit_kernels.models.qwen_image_edit import THRESHOLDS
+
+        return THRESHOLDS
 
     @property
     def blocks(self) -> int:

@@ -83,22 +83,25 @@ class SpecEditSampler(comfy.samplers.Sampler):
 
         def predict(x: Tensor, level: Tensor) -> Tensor:
             if codec.used:  # the VAE may have taken the transformer's place in the device's memory
-                comfy.model_management.load_models_gpu([model_wrap.model_patcher, *model_wrap.loaded_models])
+                models = [model_wrap.model_patcher, *model_wrap.loaded_models]
+                comfy.model_management.load_models_gpu(models, memory_required=memory)
                 codec.used = False
             return model_wrap(x, level, model_options=options, seed=seed)
 
-        method = conds["model_conds"].get("ref_latents_method")
+        seen, method = (conds["model_conds"].get(name) for name in ("ref_latents", "ref_latents_method"))
+        seen = seen.cond
+        shapes = {name: [shape] for name, shape in base.extra_conds_shapes(reference_latents=seen).items()}
+        memory = base.memory_required([2 * len(noise), *noise.shape[1:]], cond_shapes=shapes)
         model = kind(base.diffusion_model, codec, predict, None if method is None else method.cond)
         model.thresholds = _thresholds(kind, model_wrap)
-        comfy.patcher_extension.add_wrapper_with_key(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "specedit", model.wrapper, options, is_model_options=True
-        )
+        at = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        comfy.patcher_extension.add_wrapper_with_key(at, "specedit", model.wrapper, options, is_model_options=True)
 
         def encode(pixels: Tensor) -> Tensor:
             return _for_batch(codec.encode(pixels), batch, "image")
 
         pixels = self._pixels((grid[0] * codec.token, grid[1] * codec.token), device)
-        latents = [_for_batch(_picture(x, device), batch, "ref_latents") for x in conds["model_conds"]["ref_latents"].cond]
+        latents = [_for_batch(_picture(x, device), batch, "ref_latents") for x in seen]
         aligned = latents[0].shape == white.shape
         source = latents[0] if aligned else encode(pixels)
         clock = StageClock(device)
@@ -218,7 +221,7 @@ def _for_batch(x: Tensor, batch: int, name: str) -> Tensor:
 def _thresholds(kind: type[HostModel], guider: Any) -> Mapping[tuple[str, str, str], tuple[float, float]]:
     """The model's own thresholds, of the kind of guidance that the guider gives its drafts."""
     guided = "negative" in guider.conds and not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
-    return MappingProxyType({key: (pair[guided],) * 2 for key, pair in kind.thresholds.items()})
+    return MappingProxyType({key: (pair[guided],) * 2 for key, pair in kind.calibrated().items()})
 
 
 def summary(stats: SpecEditStats) -> str:
@@ -227,4 +230,5 @@ def summary(stats: SpecEditStats) -> str:
     edited = ", ".join(f"{share:.1%}" for share in stats.edited)
     times = stats.plain_flops / stats.flops if stats.flops else math.inf
     fallback = f", {stats.fallback}" if stats.fallback else ""
-    return f"SpecEdit: edited {edited}{fallback}; steps: {steps}; {times:.2f} x fewer FLOPs than {stats.nfe} plain steps"
+    cost = f"{times:.2f} x fewer FLOPs than {stats.nfe} plain steps"
+    return f"SpecEdit: edited {edited}{fallback}; steps: {steps}; {cost}"
