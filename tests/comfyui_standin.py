@@ -13,7 +13,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from specedit_kernels.sampling.grid import pack, unpack
 
-
 NONE = MappingProxyType({})  # where the host has an empty dict for a default
 
 

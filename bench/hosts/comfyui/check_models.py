@@ -14,14 +14,18 @@ sys.argv = [sys.argv[0], "--cpu", "--force-fp32"]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import comfy.latent_formats  # noqa: E402
+import comfy.ldm.wan.vae  # noqa: E402
 import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 
 from specedit_kernels.engine.config import SpecEditConfig  # noqa: E402
 from specedit_kernels.hosts.comfyui import model  # noqa: E402
+from specedit_kernels.hosts.comfyui.codec import HostCodec  # noqa: E402
 from specedit_kernels.hosts.comfyui.sampler import SpecEditSampler  # noqa: E402
 
 FLUX = dict(
@@ -112,9 +116,33 @@ def check(name, patcher, frames, method, sizes, cfg, lengths, blind=False):
     return good
 
 
+def check_video_vae():
+    """The features of Qwen-Image's VAE: the rest of its decoder makes the picture of them."""
+    torch.manual_seed(2)
+    config = dict(dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+                  temperal_downsample=[False, True, True], dropout=0.0)  # fmt: skip
+    weights = comfy.ldm.wan.vae.WanVAE(**config).state_dict()
+    for name, weight in weights.items():  # which the host leaves uninitialised
+        wide = weight.ndim > 1 and "gamma" not in name
+        weight.copy_(torch.randn_like(weight) * weight[0].numel() ** -0.5 if wide else "gamma" in name)
+    vae = comfy.sd.VAE(weights, dtype=torch.float32)
+    space = comfy.latent_formats.Wan21()
+    codec = HostCodec(vae, torch.device("cpu"), space.process_in, space.process_out)
+    pixels = torch.rand(2, 3, 64, 32) * 2 - 1
+    latents = codec.encode(pixels)
+    features = codec.features(latents)
+    decoder, x = vae.first_stage_model.decoder, features[-1][:, :, None]
+    for layer in [*decoder.upsamples[4:], *decoder.head]:
+        x = layer(x)
+    off = float((x[:, :, 0].clamp(-1, 1) - codec.decode(latents)).abs().max())
+    good = off < TOLERANCE and latents.shape == (2, 16, 8, 4) and features[-1].shape[-2:] == (16, 8)
+    print(f"{'ok  ' if good else 'FAIL'} Qwen-Image's VAE: decoded from its features {off:.1e} off")
+    return good
+
+
 @torch.inference_mode()
 def main():
-    good = True
+    good = check_video_vae()
     for name, kind, unet_config, frames in (
         ("FLUX", comfy.supported_models.Flux, FLUX, False),
         ("Qwen-Image", comfy.supported_models.QwenImage, QWEN, True),
