@@ -457,3 +457,14 @@ def test_composite_keeps_the_source(comfy):
 def test_scale(comfy, size, expected):
     [found] = nodes_of(comfy)["SpecEditScale"].execute(torch.rand(1, *size, 3), 1.0).args
     assert found.shape[1:3] == (expected or size)
+
+
+def test_stages_say_what_they_lack(comfy):
+    edit = Edit(comfy)
+    for config, message in (
+        (SpecEditConfig(stages=(0, 4, 2)), "counts: expected a coarse step"),
+        (SpecEditConfig(stages=COUNTS, draft="quarter"), "draft_levels: expected those"),
+    ):
+        sampler = comfy.sampler.SpecEditSampler(config, edit.vae, edit.image)
+        with pytest.raises(ValueError, match=message):
+            edit.guider().sample(sampler, edit.noise, torch.tensor(LEVELS))

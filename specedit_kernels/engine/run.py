@@ -26,6 +26,8 @@ def run_stages(
 
     counts: (coarse, mixed, full) steps. levels: noise levels of the plain full-resolution run, with the final 0.
     user_mask: bool [B, N] on the fine grid, in place of a draft. draft_levels: those of a "quarter" draft.
+
+    ValueError where there is neither a mask nor what the draft needs.
     """
     config, clock = run.config, run.clock
     coarse_steps, mixed_steps, full_steps = counts
@@ -46,6 +48,8 @@ def run_stages(
     if user_mask is not None:
         selection = stages.select(run, user_mask.to(run.device).float(), 0.5, 0)
     elif config.draft == "quarter":
+        if draft_levels is None:
+            raise ValueError("draft_levels: expected those of draft='quarter', got None")
         scores, selection = _verify_select(run, stages.draft(run, draft_levels), "draft")
     if selection is not None and not any(selection.changed):
         return run.source, selection, scores
@@ -67,6 +71,8 @@ def run_stages(
             scores, selection = _verify_select(run, found, "coarse")
         else:
             clock.mark("coarse")
+    if selection is None:
+        raise ValueError(f"counts: expected a coarse step for draft='coarse' without a mask, got {counts}")
     if not any(selection.changed):
         return run.source, selection, scores
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -25,7 +26,7 @@ class HostCodec:
     """
 
     def __init__(
-        self, vae, device: torch.device, process_in: Callable[[Tensor], Tensor] = _same,
+        self, vae: Any, device: torch.device, process_in: Callable[[Tensor], Tensor] = _same,
         process_out: Callable[[Tensor], Tensor] = _same,
     ):  # fmt: skip
         self.vae = vae
@@ -87,7 +88,7 @@ class HostCodec:
         return found
 
 
-def _first_layers(decoder: torch.nn.Module | None) -> list[list[Callable[[Tensor], Tensor]]] | None:
+def _first_layers(decoder: Any) -> list[list[Callable[[Tensor], Tensor]]] | None:
     """The decoder's first three parts, each its layers in order; None where it is laid out otherwise."""
     if hasattr(decoder, "conv_in") and hasattr(decoder, "mid") and hasattr(decoder, "up"):
         mid, first = decoder.mid, decoder.up[-1]  # the last is the first to run
