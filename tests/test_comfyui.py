@@ -29,6 +29,7 @@ LEVELS = [1.0, 0.9, 0.8, 0.65, 0.5, 0.25, 0.0]
 COUNTS = (2, 2, 2)
 SIZE, GRID, TEXT = (96, 64), (6, 4), 5
 FURTHER_NOISE = 0x5EED
+PAPER = dict(quality="paper")
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ class Edit:
         return host.Guider(self.base, conds)
 
     def sampler(self, mask=None, preserve=False, **options):
-        config = SpecEditConfig(stages=COUNTS, **options)
+        config = SpecEditConfig(stages=COUNTS, **(PAPER | options))
         return self.comfy.sampler.SpecEditSampler(config, self.vae, self.image, mask, preserve)
 
     def found(self, callback=None, seed=7, **options):
@@ -92,7 +93,7 @@ class Edit:
             image=self.image.movedim(-1, 1), prompt_embeds=self.embeds, pooled_prompt_embeds=self.pooled,
             height=SIZE[0], width=SIZE[1], max_area=math.prod(SIZE), guidance_scale=3.5, latents=pack(self.noise),
             generator=torch.Generator().manual_seed(seed + FURTHER_NOISE), mask_image=mask,
-            specedit=SpecEditConfig(stages=COUNTS, **options), output_type="latent",
+            specedit=SpecEditConfig(stages=COUNTS, runner="eager", **(PAPER | options)), output_type="latent",
         )  # fmt: skip
         return unpack(output.images, GRID), output
 
@@ -111,6 +112,7 @@ CASES = {
     "mask": dict(mask=half_mask()),
     "mask, locked": dict(mask=half_mask(), finish="locked"),
     "cached keys and values": dict(mask=half_mask(), finish="locked", kv_refresh=2),
+    "bracketed keys and values": dict(mask=half_mask(), finish="locked", kv_refresh="bracket"),
     "no key bias": dict(mask=half_mask(), key_bias=False),
 }
 
@@ -410,8 +412,10 @@ def test_integration_folder(comfy):
 
 def test_sample_gives_the_mask(comfy):
     edit, nodes = Edit(comfy), nodes_of(comfy)
-    [sampler] = nodes["SpecEditSampler"].execute(edit.vae, edit.image, "9", "locked", False, half_mask()).args
-    assert sampler.config == SpecEditConfig(preset=9, finish="locked")
+    [sampler] = nodes["SpecEditSampler"].execute(
+        edit.vae, edit.image, "paper", False, half_mask(), finish="locked", kv_refresh="2"
+    ).args
+    assert sampler.config == SpecEditConfig(quality="paper", finish="locked", kv_refresh=2)
     sigmas = torch.tensor(LEVELS)
     latent, mask, stats = nodes["SpecEditSample"].execute(edit.noise, edit.guider(), sampler, sigmas,
                                                           {"samples": edit.noise}).args  # fmt: skip
@@ -462,8 +466,8 @@ def test_scale(comfy, size, expected):
 def test_stages_say_what_they_lack(comfy):
     edit = Edit(comfy)
     for config, message in (
-        (SpecEditConfig(stages=(0, 4, 2)), "counts: expected a coarse step"),
-        (SpecEditConfig(stages=COUNTS, draft="quarter"), "draft_levels: expected those"),
+        (SpecEditConfig(stages=(0, 4, 2), **PAPER), "counts: expected a coarse step"),
+        (SpecEditConfig(stages=COUNTS, draft="quarter", **PAPER), "draft_levels: expected those"),
     ):
         sampler = comfy.sampler.SpecEditSampler(config, edit.vae, edit.image)
         with pytest.raises(ValueError, match=message):

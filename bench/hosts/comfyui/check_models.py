@@ -100,7 +100,7 @@ def check(name, patcher, frames, method, sizes, cfg, lengths, blind=False):
     noise, empty = torch.randn(shape), torch.zeros(shape)
     mask = torch.zeros(2, 96, 64)
     mask[0], mask[1, :32, :32] = 1, 1
-    config = SpecEditConfig(stages=(0, len(LEVELS) - 1, 0), finish="locked", max_active=1.0)
+    config = SpecEditConfig(stages=(0, len(LEVELS) - 1, 0), finish="locked", kv_refresh=1, max_active=1.0)
     ours = SpecEditSampler(config, PooledPictures(frames), torch.rand(1, 96, 64, 3), mask)
     euler = comfy.samplers.sampler_object("euler")
     plain, found = (guider.sample(noise, empty, s, LEVELS, disable_pbar=True, seed=5) for s in (euler, ours))

@@ -225,6 +225,14 @@ class HostModel(EditModel):
             raise ValueError("lock_text: expected False, since ComfyUI's models compute the text in each call")
         return replace(layout, ids=layout.ids[:, :first], first=first)
 
+    def another_cache(self, layout: MixedLayout) -> MixedLayout:
+        return replace(layout, cache={})
+
+    def blend(self, layout: MixedLayout, near: MixedLayout, far: MixedLayout, weight: Tensor) -> None:
+        for name, pair in near.cache.items():
+            pairs = zip(pair, far.cache[name])
+            layout.cache[name] = tuple(torch.lerp(a, b, weight.to(a.dtype)) for a, b in pairs)
+
     def kv_bytes(self, layouts: Sequence[MixedLayout]) -> int:
         kept = (x for layout in layouts for pair in layout.cache.values() for x in pair)
         return sum(x.numel() * x.element_size() for x in kept)

@@ -13,10 +13,11 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 
 from specedit_kernels import ops
-from specedit_kernels.engine.config import FINISHES, PRESETS, THRESHOLDS, SpecEditConfig
+from specedit_kernels.engine.config import BRACKET, FINISHES, PRESETS, QUALITIES, THRESHOLDS, SpecEditConfig
 
 CATEGORY = "sampling/specedit"
 METRICS = ("decoder", "latent")
+LEFT = "by quality"
 MULTIPLE = 32  # pixels: a block of tokens
 
 
@@ -60,13 +61,9 @@ class SamplerNode(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture to edit: that of the first reference latent."),
                 io.Mask.Input("mask", optional=True, tooltip="Where the edit is, in place of looking for it."),
                 io.Combo.Input(
-                    "preset", options=[str(n) for n in PRESETS], default="9",
-                    tooltip="How its steps are shared out among the stages; the sigmas say how many there are.",
-                ),
-                io.Combo.Input(
-                    "finish", options=list(FINISHES), default="full",
-                    tooltip="full: the last steps compute all of the picture. locked: they stay at the edit, and the"
-                    " latents outside are the source's.",
+                    "quality", options=list(QUALITIES), default="balanced",
+                    tooltip="Sets preset, finish and kv_refresh where they are left to it. paper: SpecEdit as its paper"
+                    " has it.",
                 ),
                 io.Boolean.Input(
                     "preserve", default=False, tooltip="Put the source's latents back outside the edit at the end."
@@ -77,8 +74,20 @@ class SamplerNode(io.ComfyNode):
                 ),
                 io.Int.Input("dilation", default=1, min=0, max=16, optional=True,
                              tooltip="Tokens of 16 pixels by which the found region grows."),
-                io.Int.Input("kv_refresh", default=1, min=1, max=16, optional=True,
-                             tooltip="Every k-th mixed step computes its whole sequence, the others the edit alone."),
+                io.Combo.Input(
+                    "preset", options=[LEFT, *(str(n) for n in PRESETS)], default=LEFT, optional=True,
+                    tooltip="How its steps are shared out among the stages; the sigmas say how many there are.",
+                ),
+                io.Combo.Input(
+                    "finish", options=[LEFT, *FINISHES], default=LEFT, optional=True,
+                    tooltip="full: the last steps compute all of the picture. locked: they stay at the edit, and the"
+                    " latents outside are the source's.",
+                ),
+                io.Combo.Input(
+                    "kv_refresh", options=[LEFT, BRACKET, *map(str, range(1, 10))], default=LEFT, optional=True,
+                    tooltip="Every k-th mixed step computes its whole sequence, the others the edit alone; bracket: the"
+                    " first one does, and what lies outside goes from there to the last one's.",
+                ),
                 io.Combo.Input("metric", options=list(METRICS), default="decoder", optional=True),
             ],
             outputs=[io.Sampler.Output()],
@@ -86,14 +95,20 @@ class SamplerNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae, image, preset, finish, preserve, mask=None, threshold=0.0, dilation=1, kv_refresh=1, metric="decoder"
-    ) -> io.NodeOutput:
+        cls, vae, image, quality, preserve, mask=None, threshold=0.0, dilation=1, preset=LEFT, finish=LEFT,
+        kv_refresh=LEFT, metric="decoder",
+    ) -> io.NodeOutput:  # fmt: skip
         from .sampler import SpecEditSampler
 
         config = SpecEditConfig(
-            preset=int(preset), finish=finish, metric=metric, dilation=dilation, kv_refresh=kv_refresh,
+            quality=quality,
+            preset=None if preset == LEFT else int(preset),
+            finish=None if finish == LEFT else finish,
+            kv_refresh=None if kv_refresh == LEFT else kv_refresh if kv_refresh == BRACKET else int(kv_refresh),
+            metric=metric,
+            dilation=dilation,
             threshold=threshold or None,
-        )  # fmt: skip
+        )
         return io.NodeOutput(SpecEditSampler(config, vae, image, mask, preserve))
 
 
