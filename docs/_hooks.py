@@ -15,6 +15,7 @@ BESIDE = (
     "bench/results/README.md",
     "bench/results/latest/*/*.*",
     "examples/*.py",
+    "integrations/*/*.json",
 )
 
 

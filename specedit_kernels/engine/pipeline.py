@@ -24,11 +24,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import ops
 from ..images.masks import token_mask
-from ..sampling import noise as algebra
-from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
-from ..sampling.schedule import stage_levels
+from ..sampling.grid import PATCH, Grid, draft_grid, pack, unpack
 from . import fp8, stages
 from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
 from .attention import wrap_processors
@@ -36,9 +33,10 @@ from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
+from .run import run_stages
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
-from .stages import Draft, Reference, Run, Selection
+from .stages import Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -526,88 +524,11 @@ class SpecEditMixin:
     def _run(
         self, run: Run, counts: tuple[int, int, int], levels: list[float], user_mask: Tensor | None
     ) -> tuple[Tensor, Selection, Tensor | None]:
-        """The stages in order. Returns (clean latents [B, C, H, W], selection, scores [B, N] or None)."""
-        config, clock = run.config, run.clock
-        coarse_steps, mixed_steps, full_steps = counts
-        first_full = user_mask is None and config.draft == "full_step"
-        if first_full:
-            # one full-resolution step takes the place of the coarse ones
-            if coarse_steps + mixed_steps == 0:
-                coarse_steps, full_steps = 1, full_steps - 1
-            coarse_steps, mixed_steps = 1, coarse_steps + mixed_steps - 1
-        if config.finish == "locked":
-            mixed_steps, full_steps = mixed_steps + full_steps, 0
-        plan = stage_levels(levels, coarse_steps, mixed_steps, full_steps)
-        run.timesteps = [1000 * s for part in (plan.coarse, plan.mixed, plan.full) for s in part[:-1]]
-        start = run.noise.to(run.source.dtype)
-        full = [r.latents for r in run.references]
-
-        scores = selection = None
-        if user_mask is not None:
-            selection = stages.select(run, user_mask.to(run.device).float(), 0.5, 0)
-        elif config.draft == "quarter":
-            draft_levels = self._plain_levels(config.draft_steps, math.prod(draft_grid(run.grid)), None)
-            scores, selection = self._verify_select(run, stages.draft(run, draft_levels), "draft")
-        if selection is not None and not any(selection.changed):
-            return run.source, selection, scores
-
-        # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
-        if first_full:
-            guided = config.draft_guidance
-            fine, (estimate, _) = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
-            scores, selection = self._verify_select(run, Draft(estimate, run.source), "draft_step")
-        elif coarse_steps:
-            small = stages.source_at(run, coarse_grid(run.grid))
-            coarse = algebra.pool_noise(run.noise).to(start.dtype)
-            behind = stages.references_at(run, 2, small)
-            coarse, (first, last) = stages.dense_steps(
-                run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance
-            )
-            if selection is None:
-                found = Draft(last, small, first if coarse_steps > 1 else None)
-                scores, selection = self._verify_select(run, found, "coarse")
-            else:
-                clock.mark("coarse")
-        if not any(selection.changed):
-            return run.source, selection, scores
-
-        level = levels[coarse_steps]
-        if first_full:
-            pooled = algebra.pool_state(fine.float(), level)
-        elif coarse_steps:
-            pooled = coarse.float()
-            fine = algebra.expand_state(pooled, plan.coarse[-1], run.noise).to(start.dtype)
-        else:
-            fine, pooled = start, algebra.pool_noise(run.noise)
-        if all(selection.dense) or not mixed_steps:
-            run.timesteps[coarse_steps:] = [1000 * s for s in levels[coarse_steps:-1]]
-            clean, _ = stages.dense_steps(run, fine, levels[coarse_steps:], full, "full")
-            clock.mark("full")
-        else:
-            run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
-            at = algebra.pooled_level(level)
-            topped = algebra.top_up(pooled, at, level, run.fresh_noise(pooled.shape)).to(start.dtype)
-            state = stages.expand(run, fine, topped, level, selection)
-            clock.mark("expand")
-            stages.mixed_steps(run, state, plan.mixed)
-            clock.mark("mixed")
-            if config.finish == "locked":
-                clean = stages.finish_locked(run, state, selection)
-            else:
-                clean = stages.finish_full(run, state, plan.mixed[-1], plan.full, selection)
-            clock.mark("finish")
-        return stages.keep_unchanged(run, clean, selection), selection, scores
-
-    def _verify_select(self, run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
-        run.clock.mark(stage)
-        scores = stages.verify(run, draft)
-        run.clock.mark("verify")
-        guided = run.negative is not None and run.config.draft_guidance
-        run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)
-        relative = run.config.resolved_relative()
-        # one threshold for the batch
-        scaled = scores / stages.threshold_scale(scores, relative) if relative else scores
-        return scores, stages.select(run, scaled, run.stats.threshold, run.config.dilation)
+        """`run_stages` for this pipeline's schedule; a method with another order of stages has its own."""
+        draft_levels = None
+        if user_mask is None and run.config.draft == "quarter":
+            draft_levels = self._plain_levels(run.config.draft_steps, math.prod(draft_grid(run.grid)), None)
+        return run_stages(run, counts, levels, user_mask, draft_levels)
 
     def _start_noise(self, latents, shape, grid: Grid, generator, device, dtype) -> Tensor:
         """White fine noise [B, C, H, W] in fp32: drawn as the plain pipeline draws it, or unpacked from `latents`."""
