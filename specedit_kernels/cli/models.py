@@ -44,6 +44,8 @@ def model_class(folder: Path) -> str:
         if not index.is_file():
             raise UserError(f"{name}: unsupported model folder: it has no model_index.json")
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"].removeprefix("SpecEdit")
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise UserError(f"{name}: unsupported model folder: model_index.json cannot be read") from None
     quiet()
