@@ -19,12 +19,14 @@ __version__ = "0.1.0"
 _NAMES = {
     "FlashEditConfig": "flash_edit",
     "LIGHTNING_SCHEDULE": "engine.config",
+    "EditResult": "editing",
     "PRESETS": "engine.config",
     "SpecEditConfig": "engine.config",
     "SpecEditHandle": "engine.enable",
     "SpecEditPipelineOutput": "engine.output",
     "SpecEditStats": "engine.output",
     "disable_specedit": "engine.enable",
+    "edit_image": "editing",
     "enable_specedit": "engine.enable",
     "supported_models": "engine.registry",
 }

@@ -12,8 +12,8 @@ MODES = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "one channel": (1,)}
 
 def a_source(shape, dtype, seed=0):
     rng = np.random.default_rng(seed)
-    if dtype == np.float32:
-        return rng.random(shape, np.float32) * 1.2 - 0.1  # beyond [0, 1] is allowed, and kept
+    if np.dtype(dtype).kind == "f":
+        return (rng.random(shape, np.float32) * 1.2 - 0.1).astype(dtype)  # beyond [0, 1] is allowed, and kept
     return rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
 
 
@@ -37,7 +37,7 @@ def touched(region, size, working, feather):
 
 
 @pytest.mark.parametrize("feather", [0, 1, 2, 8])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("mode", MODES)
 def test_outside_are_the_sources_bits_and_inside_the_edit(mode, dtype, feather):
     source, edited = a_source((90, 131, *MODES[mode]), dtype), an_edit(48, 64)
@@ -151,7 +151,7 @@ def test_a_large_picture_stays_within_its_memory():
     "change, error, text",
     [
         (dict(source=[[0]]), TypeError, "source: expected a numpy array, got list"),
-        (dict(source=np.zeros((4, 4), np.int32)), TypeError, "source: expected uint8, uint16 or float32, got int32"),
+        (dict(source=np.zeros((4, 4), np.int32)), TypeError, "source: expected uint8, uint16 or floats in .0, 1., got int32"),
         (dict(source=np.zeros((4, 4, 5), np.uint8)), ValueError, r"source: expected .* got \[4, 4, 5\]"),
         (dict(source=np.zeros((0, 4, 3), np.uint8)), ValueError, "source: expected one pixel or more"),
         (dict(edited=np.zeros((4, 4, 3), np.uint8)), TypeError, "edited: expected floats"),

@@ -43,6 +43,8 @@ def is_many(path: str) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     """All pictures in order. Returns 0 where every one is edited or was before, else 2."""
+    if arguments.preview:
+        raise UserError("--preview: expected one picture, got many")
     if arguments.mask_output is not None:
         raise UserError("--mask-output: expected none with many pictures; the masks lie beside the results")
     if arguments.output is None:
@@ -85,7 +87,8 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
     path = check_output(out / job.output, [job.image])
     mask_path = check_output(path.with_name(f"{path.name}.mask.png"), [job.image])
     photo = Photo.open(job.image)
-    mask = edit.where(photo, job.mask, editor.arguments.box)
+    edit.check_boxes(photo, editor.arguments.box)
+    mask = None if job.mask is None else Photo.open(job.mask).array
     edited = editor.edit(photo, job.instruction, job.seed, mask)
     notes = keep({path: edited.photo, mask_path: edited.overlay})[path]
     stats = edited.stats
@@ -94,6 +97,7 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
         "edited_share": stats.edited[0],
         "threshold": edited.threshold,
         "fallback": stats.fallback,
+        "drift": edit.drift_of(stats),
         "steps": stats.nfe,
         "flops": stats.flops,
         "plain_flops": stats.plain_flops,
@@ -108,6 +112,7 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
     names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold")
+    names += ("mask_mode", "runner")
     found = {name: getattr(arguments, name) for name in (*names, "true_cfg_scale", "reference")}
     found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..images.boxes import Box
 from ..images.files import Photo, reason, shown
-from ..images.masks import pixel_mask
+from ..sampling.grid import PATCH
 from . import models
-from .box import Box
 from .output import check_output, keep
 from .text import UserError, one_line, say
 
@@ -29,8 +28,9 @@ CUT = re.compile(r"truncated because `max_sequence_length` is set to\s+(\d+)")
 class Edited:
     """One finished edit.
 
-    mask: bool [rows, columns] of tokens. threshold: of the scores, or None. working: (width, height) at which the model
-    ran. notes: what was converted, and warnings, a line each.
+    overlay: the region over the picture, at the picture's size. mask: bool [rows, columns] of tokens. threshold: of the
+    scores, or None. working: (width, height) at which the model ran. notes: what was converted, and warnings, a line
+    each.
     """
 
     photo: Photo
@@ -47,6 +47,10 @@ class Editor:
 
     def __init__(self, arguments: argparse.Namespace):
         """UserError where the options, the folder or the device cannot be."""
+        if arguments.preserve == "none" and arguments.output_size == "source":
+            raise UserError("--preserve none: expected with --output-size working; at the source's size its pixels stay")
+        if arguments.mask_mode != "replace" and not arguments.box and arguments.mask is None:
+            raise UserError(f"--mask-mode {arguments.mask_mode}: expected with --mask or --box")
         self.arguments = arguments
         self.references = [Photo.open(path).rgb for path in arguments.reference]
         folder = models.model_folder(arguments.model)
@@ -68,36 +72,36 @@ class Editor:
         self.pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())
 
     def edit(self, photo: Photo, instruction: str, seed: int, mask: Any = None) -> Edited:
-        """Edit one picture; mask: its array, or None. UserError where the run fails."""
-        import PIL.Image
+        """Edit one picture, or look for its region alone with --preview; mask: its array, or None.
+
+        UserError where the run fails.
+        """
         import torch
 
         from ..engine.stages import threshold_scale
 
-        image, settings = photo.rgb, dict(self.settings)
-        # at the source's size its pixels are put back there, not at the working size
-        whole = self.arguments.output_size == "source"
-        config = replace(self.config, preserve=None) if whole else self.config
+        image, settings, arguments = photo.rgb, dict(self.settings), self.arguments
         if self.references:
             # the picture that is edited sets the size, not the last one
             settings["height"], settings["width"] = self.pipe.size_of(image, settings.get("max_area"))
         with failing(self.arguments, self.pipe.device), _run_notes() as notes:
             result = self.pipe(
-                image=[image, *self.references] if self.references else image,
+                image=[photo, *self.references] if self.references else photo,
                 prompt=instruction,
                 mask_image=mask,
+                region=arguments.box or None,
+                mask_mode=arguments.mask_mode,
+                output_size=arguments.output_size,
+                preview=arguments.preview,
                 num_inference_steps=self.arguments.steps,
                 generator=torch.Generator().manual_seed(seed),
-                specedit=config,
-                output_type="np" if whole else "pil",
+                specedit=self.config,
                 **settings,
             )
         edited, region = result.images[0], result.mask[0].cpu().numpy()
-        if whole:
-            done, working = self._at_source_size(photo, edited, region), (edited.shape[1], edited.shape[0])
-        else:
-            done, working = photo.with_picture(edited), edited.size
-            image = image.resize(working, PIL.Image.LANCZOS)
+        done = edited if isinstance(edited, Photo) else photo.with_picture(edited)
+        token = self.pipe.vae_scale_factor * PATCH
+        working = (region.shape[1] * token, region.shape[0] * token)
         overlay = region_overlay(image, region)
         threshold = result.stats.threshold
         if threshold is not None and not self.flash:
@@ -105,14 +109,6 @@ class Editor:
             threshold *= float(scale[0])
         found = (*photo.notes, *notes)
         return Edited(done, Photo.of(overlay), region, result.stats, threshold, working, found)
-
-    def _at_source_size(self, photo: Photo, edited: Any, region: Any) -> Photo:
-        """The edit in its region, the source's own bits elsewhere; without --preserve, the edit everywhere."""
-        from ..images.composite import composite
-
-        if self.config.preserve is None:
-            region = region | True
-        return photo.with_array(composite(photo.array, photo.unit(edited), region, self.config.feather))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -124,27 +120,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{shown(out)}: the edited picture and the mask overlay have one name; give --mask-output")
     check_instruction(arguments.instruction)
     photo = Photo.open(arguments.image)
-    mask = where(photo, arguments.mask, arguments.box)
+    check_boxes(photo, arguments.box)
+    mask = None if arguments.mask is None else Photo.open(arguments.mask).array
     editor = Editor(arguments)
     edited = editor.edit(photo, arguments.instruction, arguments.seed, mask)
-    kept = keep({out: edited.photo, mask_out: edited.overlay})
-    say(edit_summary(arguments, editor, edited, out, mask_out, kept[out]))
+    kept = keep({mask_out: edited.overlay} if arguments.preview else {out: edited.photo, mask_out: edited.overlay})
+    say(edit_summary(arguments, editor, edited, out, mask_out, kept.get(out, ())))
     return 0
 
 
-def where(photo: Photo, path: str | os.PathLike | None, boxes: Sequence[Box]) -> Any:
-    """The pixels that --mask and --box select together, as an array; None where neither is given."""
-    mask = None if path is None else Photo.open(path).array
-    if not boxes:
-        return mask
-    import numpy as np
-
-    width, height = photo.size
-    found = np.zeros((height, width), bool) if mask is None else pixel_mask(mask, photo.size, "--mask")
+def check_boxes(photo: Photo, boxes: Sequence[Box]) -> None:
+    """UserError for one that selects nothing of a picture."""
     for box in boxes:
-        left, top, right, bottom = box.pixels(photo.size)
-        found[top:bottom, left:right] = True
-    return found
+        try:
+            box.pixels(photo.size)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
+
+def drift_of(stats: Any) -> str | None:
+    """What was found of the run's drift against its source, in words; None where it was not looked for."""
+    found = stats.drift[0] if stats.drift else None
+    return None if found is None else f"{found}{'; undone' * (found.moved or found.recoloured)}"
 
 
 def check_instruction(text: str | None) -> None:
@@ -164,7 +161,9 @@ def _config(arguments: argparse.Namespace) -> Any:
     from ..engine.config import SpecEditConfig
     from ..flash_edit import FlashEditConfig
 
-    options: dict[str, Any] = dict(preserve=None if arguments.preserve == "none" else arguments.preserve)
+    options: dict[str, Any] = dict(
+        preserve=None if arguments.preserve == "none" else arguments.preserve, runner=arguments.runner
+    )
     try:
         if arguments.method == "flash":
             if arguments.threshold is not None:
@@ -292,7 +291,7 @@ def edit_summary(
     plain_step = stats.plain_step_flops
     lines = [
         f'"{one_line(arguments.instruction)}"  {size[0]} x {size[1]}{at}, seed {arguments.seed}, {device}',
-        f"edited      {shown(out)}",
+        "edited      nothing: a preview of the region" if arguments.preview else f"edited      {shown(out)}",
         f"mask        {shown(mask_out)}: {inside}",
     ]
     if threshold is not None:
@@ -306,10 +305,14 @@ def edit_summary(
             noise += ": the model folder has no one-step weights (cosi/)"
         words = "" if stats.key_tokens is None else f"; {int(stats.key_tokens[0].sum())} key text tokens"
         lines.append(f"noise       {noise}{words}")
+    drift = drift_of(stats)
+    if drift is not None:
+        lines.append(f"drift       {drift}")
     if stats.fallback == "dense":
         lines.append("note        nearly everything changes: all tokens were computed at full resolution")
     if stats.fallback == "source":
-        lines.append("note        nothing changes: the source is returned")
+        ends = "" if arguments.preview else ": the source is returned"
+        lines.append(f"note        nothing changes{ends}")
     lines += [f"note        {note}" for note in (*edited.notes, *notes)]
     apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
     same = share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"

@@ -11,8 +11,8 @@ import math
 import sys
 
 from .._command import INTERRUPTED, unwatch
+from ..images.boxes import Box
 from ..images.files import ImageFileError, reason, shown
-from .box import Box
 from .text import UserError, one_line, say
 
 PRESETS = (30, 18, 11, 9, 8, 4)
@@ -100,6 +100,16 @@ def _parser() -> argparse.ArgumentParser:
         "--mask",
     )
     p.add_argument(
+        "--mask-mode",
+        choices=("replace", "limit", "add"),
+        default="replace",
+        help="--mask and --box in place of the draft's region; or the draft looks too, and they limit its region or are "
+        "added to it",
+    )
+    p.add_argument(
+        "--preview", action="store_true", help="look for the region alone, and write --mask-output; nothing is edited"
+    )
+    p.add_argument(
         "--model",
         default=None,
         help="a FLUX.1-Kontext or Qwen-Image-Edit folder, or a shipped one's name: tiny_kontext (the default), "
@@ -142,7 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--finish", choices=("full", "locked"), default=None, help="tokens of the last steps (default: the quality's)"
     )
-    p.add_argument("--preserve", choices=("none", "pixels"), default="pixels", help="what is kept outside the edit")
+    p.add_argument(
+        "--preserve",
+        choices=("none", "pixels"),
+        default="pixels",
+        help="what is kept outside the edit; none, the model's own there, has --output-size working",
+    )
+    p.add_argument(
+        "--runner",
+        choices=("auto", "eager", "fused", "graph", "compile"),
+        default="auto",
+        help="how the transformer's steps run",
+    )
     p.add_argument(
         "--output-size",
         choices=("source", "working"),
@@ -159,12 +180,18 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("mask", help="show which tokens differ between two pictures", formatter_class=defaults)
     p.add_argument("source", metavar="SOURCE", help="the source picture")
-    p.add_argument("edited", metavar="EDITED", help="the edited picture; resized to the source's size")
+    p.add_argument("edited", metavar="EDITED", help="the edited picture, of any size: it is brought onto the source")
     p.add_argument("-o", "--output", default="heat.png", help="the heat map over the source")
     p.add_argument(
         "--vae", default=None, help="a VAE folder, a pipeline folder or a shipped model's name (default: tiny_kontext)"
     )
     p.add_argument("--metric", choices=("decoder", "latent"), default="decoder", help="what is compared")
+    p.add_argument(
+        "--no-align",
+        dest="align",
+        action="store_false",
+        help="resize the edited picture to the source's size, and leave a shift, a zoom and a colour cast in it",
+    )
     p.add_argument("--threshold", type=_number, default=None, help="score over which a token is changed")
     p.add_argument("--device", default=None, help=DEVICE)
     p.add_argument("--traceback", action="store_true", help="where an error of the run came from, not one line")

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..images.files import Photo, shown
 from . import models
 from .edit import failing, share
 from .output import check_output, keep
-from .text import UserError, say
+from .text import say
 
 MAX_SCORED_AREA = 1024**2
 
@@ -20,48 +21,76 @@ def run(arguments: argparse.Namespace) -> int:
     source = Photo.open(arguments.source).rgb
     edited = Photo.open(arguments.edited).rgb
     folder = models.model_folder(arguments.vae, "--vae")
-    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
-    if subfolder is None and not (folder / "config.json").is_file():
-        raise UserError(f"{shown(folder)}: expected a folder with a VAE's config.json, or a pipeline folder with vae/")
     device, dtype = models.device_of(arguments.device)
     models.quiet()
     import numpy as np
-    import PIL.Image
     import torch
 
     from .. import ops
     from ..engine.config import THRESHOLDS
     from ..engine.stages import discrepancy
+    from ..images.align import Drift, align, estimate_drift
 
-    codec = models.load_codec(folder, subfolder, device, dtype)
+    codec = models.load_codec(folder, device, dtype)
     token = codec.token
     width, height = _scored_size(source.size, token)
-    pair = [p.resize((width, height), PIL.Image.LANCZOS) for p in (source, edited)]
     grid = (height // token, width // token)
     threshold = arguments.threshold
     if threshold is None:
-        threshold = THRESHOLDS[arguments.metric, "matched", "full_step"]
+        own = getattr(codec, "THRESHOLDS", {})
+        threshold = own.get(arguments.metric, THRESHOLDS[arguments.metric, "matched", "full_step"])
     with failing(arguments, device), torch.no_grad():
+        first, second = np.asarray(source), np.asarray(edited)
+        plain = Drift(source.size, edited.size)
+        drift = estimate_drift(first, second) if arguments.align else plain
+        small, _ = align(first, Drift(source.size, source.size), (width, height))
+        brought, seen = align(second, drift, (width, height))
+        brought = np.where(seen[..., None], brought, small)
         latents = []
-        for picture in pair:
-            pixels = torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        for picture in (small, brought):
+            pixels = torch.from_numpy(np.rint(picture * 255) / np.float32(127.5) - 1).permute(2, 0, 1)[None]
             latents.append(codec.encode(pixels.to(device, dtype)))
         scores = discrepancy(codec, None, arguments.metric, latents[1], latents[0], grid)
+        # tokens of which the edited picture shows less than half
+        cells = torch.from_numpy(seen).reshape(grid[0], token, grid[1], token)
+        absent = (cells.float().mean(dim=(1, 3)) < 0.5).flatten()
+        scores[:, absent.to(scores.device)] = 0
         _, _, count = ops.select_tokens(scores, grid, threshold, 0, 0)
         _, _, grown = ops.select_tokens(scores, grid, threshold, 1, 0)
     scores = scores[0].float().cpu().reshape(grid)
-    keep({out: Photo.of(heat_map(pair[0], scores, threshold))})
+    keep({out: Photo.of(heat_map(first, scores, threshold))})
     total = scores.numel()
-    note = "" if source.size == edited.size else f"; {shown(arguments.edited)} was {edited.width} x {edited.height}"
-    say(
-        f"compared    {width} x {height} pixels, {grid[0]} x {grid[1]} tokens of {token} pixels{note}\n"
+    lines = [f"compared    {width} x {height} pixels, {grid[0]} x {grid[1]} tokens of {token} pixels"]
+    how = placed(drift, arguments.align)
+    if how:
+        lines.append(f"placed      {how}")
+    if not seen.all():
+        lines.append(f"left out    {share(1 - seen.mean())} of the picture, which {shown(arguments.edited)} does not show")
+    lines += [
         f"score       {arguments.metric}, 0 to 4: mean {scores.mean():.4f}, median {scores.median():.4f}, "
-        f"largest {scores.max():.4f}\n"
+        f"largest {scores.max():.4f}",
         f"changed     {int(count)} of {total} tokens over {threshold:g}: {share(int(count) / total)}; "
-        f"grown by one token {share(int(grown) / total)}\n"
-        f"heat map    {shown(out)}"
-    )
+        f"grown by one token {share(int(grown) / total)}",
+        f"heat map    {shown(out)}",
+    ]
+    say("\n".join(lines))
     return 0
+
+
+def placed(drift: Any, aligned: bool) -> str:
+    """How the edited picture was brought onto the source, in one line; "" where it was only there.
+
+    drift: an images.align.Drift. aligned: whether it was looked for.
+    """
+    if not aligned:
+        (ws, hs), (we, he) = drift.source_size, drift.edited_size
+        if (ws, hs) == (we, he):
+            return ""
+        stretched = "" if drift.same_aspect else f", of another aspect ({100 * abs(we * hs / (he * ws) - 1):.1f} %)"
+        return f"{we} x {he} for {ws} x {hs}{stretched}: stretched, as --no-align asks"
+    if not drift.found:
+        return f"{drift}: perhaps the whole scene changed; compared as it lies"
+    return f"{drift}{'; undone' * (drift.moved or drift.recoloured)}"
 
 
 def _scored_size(size: tuple[int, int], token: int) -> tuple[int, int]:
@@ -71,19 +100,25 @@ def _scored_size(size: tuple[int, int], token: int) -> tuple[int, int]:
     return width, height
 
 
-def heat_map(source, scores, threshold: float):
-    """Scores, fp32 [rows, columns], over the greyed source: a tint below the threshold, red to yellow above it."""
-    import numpy as np
-    import PIL.Image
+def heat_map(source: Any, scores: Any, threshold: float) -> Any:
+    """Scores over the greyed source, at its size: a tint below the threshold, red to yellow above it.
 
-    base = np.asarray(source.convert("L").convert("RGB"), np.float32)
-    height, width = source.height // scores.shape[0], source.width // scores.shape[1]
-    level = scores.numpy().repeat(height, 0).repeat(width, 1)[..., None]
+    source: uint8 [h, w, 3]. scores: fp32 [rows, columns]. Returns uint8 [h, w, 3].
+    """
+    import numpy as np
+
+    height, width = source.shape[:2]
     # log scale between a tenth of the threshold and the largest score: scores span decades
     low, high = threshold / 10, max(float(scores.max()), threshold * 2)
+    level = scores.numpy()
     heat = np.clip(np.log(np.maximum(level, 1e-9) / low) / np.log(high / low), 0, 1) if low > 0 else level / high
-    colour = np.concatenate(
-        [255 * np.minimum(2 * heat, 1), 255 * np.maximum(2 * heat - 1, 0), 60 * (1 - heat)], axis=-1
-    )
-    weight = np.where(level > threshold, 0.65, 0.35 * heat)
-    return PIL.Image.fromarray(((1 - weight) * base + weight * colour).round().astype(np.uint8))
+    colour = np.stack([255 * np.minimum(2 * heat, 1), 255 * np.maximum(2 * heat - 1, 0), 60 * (1 - heat)], axis=-1)
+    weight = np.where(level > threshold, 0.65, 0.35 * heat)[..., None]
+    columns = np.arange(width) * level.shape[1] // width
+    out = np.empty_like(source)
+    for row in range(level.shape[0]):
+        top, bottom = (-(-i * height // level.shape[0]) for i in (row, row + 1))
+        grey = source[top:bottom] @ np.array((0.299, 0.587, 0.114), np.float32)
+        share_of, tint = weight[row][columns], colour[row][columns]
+        out[top:bottom] = ((1 - share_of) * grey[..., None] + share_of * tint).round()
+    return out

@@ -44,6 +44,8 @@ def model_class(folder: Path) -> str:
         if not index.is_file():
             raise UserError(f"{name}: unsupported model folder: it has no model_index.json")
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"].removeprefix("SpecEdit")
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise UserError(f"{name}: unsupported model folder: model_index.json cannot be read") from None
     quiet()
@@ -158,12 +160,23 @@ def load_pipeline(kind: type, folder: Path, device: Any, dtype: Any) -> Any:
         return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
 
 
-def load_codec(folder: Path, subfolder: str | None, device: Any, dtype: Any) -> Any:
-    """The codec of a VAE's folder; UserError where it is of no known kind, absent or damaged."""
+def load_codec(folder: Path, device: Any, dtype: Any) -> Any:
+    """The codec of a pipeline's folder, a VAE's, or one with a tiny autoencoder's two files of weights.
+
+    UserError where it is of no known kind, absent or damaged.
+    """
     from ..engine import registry
     from ..engine.checkpoint import check_module
+    from ..engine.tiny_autoencoder import TinyCodec
 
+    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     with loading("the VAE", folder):
+        if subfolder is None and not (folder / "config.json").is_file():
+            paths = TinyCodec.files(folder)
+            if paths is None:
+                expected = "a folder with a VAE's config.json, a pipeline folder with vae/, or one with NAME_encoder.pth"
+                raise UserError(f"{shown(folder)}: expected {expected} and NAME_decoder.pth")
+            return TinyCodec.load(paths, device, dtype)
         codecs = registry.codecs()
         kinds: dict[str, Any] = {kind.__name__: kind for kind in codecs}
         place = folder / (subfolder or "")

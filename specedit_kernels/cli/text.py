@@ -8,7 +8,7 @@ import sys
 from typing import TextIO
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's; its text is the one line that is shown."""
 
 

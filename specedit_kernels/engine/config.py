@@ -173,6 +173,11 @@ class EditConfig:
         """Steps of a draft that is no part of the main trajectory."""
         return 0
 
+    @property
+    def may_drift(self) -> bool:
+        """Whether the model computes what it is not to edit too, and may move or recolour it."""
+        return True
+
 
 @dataclass(frozen=True)
 class SpecEditConfig(EditConfig):
@@ -287,6 +292,10 @@ class SpecEditConfig(EditConfig):
     @property
     def separate_steps(self) -> int:
         return self.draft_steps if self.draft == "quarter" else 0
+
+    @property
+    def may_drift(self) -> bool:
+        return self.finish == "full"
 
     def resolved_threshold(
         self, own: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({}), guided: bool = False

@@ -13,6 +13,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from ..images.align import Drift
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -43,6 +45,8 @@ class SpecEditStats:
     fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
     is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
     threshold: of the scores, before it is scaled to a picture (SpecEditConfig.relative).
+    drift: with output_size="source", of each picture: how the run lay on its source outside the edit, which was undone; or
+        None where nothing was to be compared (nothing edited, or all, or a method that leaves the rest alone).
     key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None. inverted: whether the
     noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
     of the source's latents (BG-Shield), or None.
@@ -63,6 +67,7 @@ class SpecEditStats:
     edited: list[float] = field(default_factory=list)
     fallbacks: list[str | None] = field(default_factory=list)
     threshold: float | None = None
+    drift: list[Drift | None] = field(default_factory=list)
     key_tokens: Tensor | None = None
     inverted: bool = False
     source_error: Tensor | None = None
@@ -109,7 +114,8 @@ def group_steps(stats: SpecEditStats) -> list[tuple[str, float, int]]:
 class SpecEditPipelineOutput(BaseOutput):
     """Output of a SpecEdit pipeline.
 
-    images: as the diffusers pipeline gives them for the `output_type`.
+    images: as the diffusers pipeline gives them for the `output_type`; with output_size="source" a list, each picture as
+        its source was given.
     mask: bool [B, rows, columns], the edit region on the fine token grid (16 pixels a side).
     scores: fp32 [B, rows, columns], the discrepancy on the same grid; None where a mask was given.
     stats: SpecEditStats.

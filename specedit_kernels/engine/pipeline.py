@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Call  # the arguments of one call by name
 from typing import Any
@@ -24,6 +25,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..images.boxes import box_tokens, boxes_of
+from ..images.files import Photo
 from ..images.masks import token_mask
 from ..sampling.grid import PATCH, Grid, draft_grid, pack, unpack
 from . import fp8, stages
@@ -36,6 +39,7 @@ from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
 from .run import run_stages
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
+from .source_size import as_given, photos_of, put_back
 from .stages import Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
@@ -46,6 +50,8 @@ ABSENT: dict[str, Any] = {
     "generator": None, "latents": None, "guidance_scale": None, "output_type": "pil", "return_dict": True,
     "callback_on_step_end": None, "callback_on_step_end_tensor_inputs": (),
 }  # fmt: skip
+MASK_MODES = ("replace", "limit", "add")
+OUTPUT_SIZES = ("working", "source")
 
 
 def stock_class(kind: type) -> type:
@@ -91,7 +97,20 @@ def _calls(kind: type) -> Callable[..., Any]:
 class SpecEditMixin:
     """The part of a SpecEdit pipeline that knows no model; a class has it before its diffusers pipeline.
 
-    A call takes the stock pipeline's arguments and those of ARGUMENTS. What a model's class says:
+    A call takes the stock pipeline's arguments and those of ARGUMENTS:
+
+    specedit: the config, None for the pipeline's default, False for the stock call.
+    mask_image: a picture, white where to edit. region: a box (x0, y0, x1, y1) in pixels of the source, or in per cent
+        as "10%,0,50%,100%", or a list of boxes; joins mask_image.
+    mask_mode: what these do: "replace" the draft's region; or the draft looks for one, which they "limit" (what lies in
+        both is edited) or to which they "add".
+    output_size: "working": results as the model gives them. "source": each picture at its own size, as it was given (a
+        PIL picture of its mode, an array of its type, a Photo), equal to its source bit for bit outside the feathered
+        region, whatever `preserve` is; images are a list then, of arrays with output_type="np". Modes without
+        channels of 8 or 16 bits (palette, CMYK) become RGB, which is said.
+    preview: look for the region alone; the images are the sources.
+
+    What a model's class says:
 
     STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the
     class of a call's options. ARGUMENTS: {name: default} of further
@@ -100,14 +119,18 @@ class SpecEditMixin:
     is none. NEGATIVE: the negative prompt that the stock call has where none is given; None: it has no guidance then.
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
     the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
-    whether the stock call runs without a picture.
+    whether the stock call runs without a picture. EDITED: how many of a call's pictures are edited, the first ones;
+    None: all.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
     STEPS_OF_PLAIN: int
     RUNNERS: tuple[str, ...] = RUNNERS
     CONFIG: type[EditConfig] = SpecEditConfig
-    ARGUMENTS: Mapping[str, Any] = {"specedit": None, "mask_image": None}
+    ARGUMENTS: Mapping[str, Any] = {
+        "specedit": None, "mask_image": None, "region": None, "mask_mode": "replace", "output_size": "working",
+        "preview": False,
+    }  # fmt: skip
     TEXT: tuple[str, ...]
     TRUE_CFG: str = "true_cfg_scale"
     NEGATIVE: str | None = None
@@ -115,6 +138,7 @@ class SpecEditMixin:
     UNSUPPORTED: tuple[str, ...] = ()
     PIXELS = True
     TEXT_TO_IMAGE = False
+    EDITED: int | None = None
 
     _specedit_default: EditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
@@ -213,8 +237,7 @@ class SpecEditMixin:
         call = Call(**ABSENT | bound.arguments)
         call.true_cfg_scale = bound.arguments.get(self.TRUE_CFG, 1.0)
         config, counts = self._resolve(call)
-        check_pictures(call.image, self.PIXELS)
-        call.image = in_fp32(call.image)
+        self._take_pictures(call)
         call.height, call.width = self._size(call)
         self._check_stock_inputs(call)
         attention_kwargs: dict[str, Any] = {}
@@ -244,7 +267,7 @@ class SpecEditMixin:
         for name in sorted(self._own_arguments() - {"specedit"}):
             value, default = arguments.get(name, defaults[name]), defaults[name]
             if value is not default and not (isinstance(value, str) and value == default):
-                raise ValueError(f"{name}: expected None where SpecEdit is off or no image is given")
+                raise ValueError(f"{name}: expected {default!r} where SpecEdit is off or no image is given")
 
     def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:
         """The config of a call and its (coarse, mixed, full) steps, checked against each other and the pipeline."""
@@ -258,6 +281,16 @@ class SpecEditMixin:
             raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
         if config.preserve == "pixels" and call.output_type == "latent":
             raise ValueError("output_type: expected pixels with preserve='pixels', got 'latent'")
+        for name, allowed in (("output_size", OUTPUT_SIZES), ("mask_mode", MASK_MODES), ("preview", (False, True))):
+            if getattr(call, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(call, name)!r}")
+        if call.output_size == "source" and call.output_type not in ("pil", "np"):
+            raise ValueError(f"output_type: expected 'pil' or 'np' with output_size='source', got {call.output_type!r}")
+        call.boxes = [] if call.region is None else boxes_of(call.region)
+        masked = call.mask_image is not None or bool(call.boxes)
+        if call.mask_mode != "replace" and not masked:
+            raise ValueError(f"mask_mode: expected 'replace' without mask_image and region, got {call.mask_mode!r}")
+        call.needs_draft = not masked or call.mask_mode != "replace"
         check_supported(self, self.UNSUPPORTED)
         steps = call.num_inference_steps
         if call.sigmas is not None:
@@ -273,9 +306,37 @@ class SpecEditMixin:
         if sum(counts) != sum(usual):
             given = "sigmas" if call.sigmas is not None else "num_inference_steps"
             self._say_once(f"{given}: the config's {sum(usual)} steps are scaled to {steps}, which was given")
-        if call.mask_image is None and config.needs_coarse_steps and counts[0] == 0:
+        if call.needs_draft and config.needs_coarse_steps and counts[0] == 0:
             raise ValueError(f"draft: 'coarse' needs at least one coarse step, or a mask_image; got stages {counts}")
         return config, counts
+
+    def _take_pictures(self, call: Call) -> None:
+        """What the model sees in place of what was given, which `call` keeps with the pictures' sizes: `given`,
+        `photos`, of the edited ones, and `sizes`."""
+        call.given = call.photos = None
+        if call.output_size == "source":
+            several = isinstance(call.image, list) or getattr(call.image, "ndim", 0) == 4
+            call.given, call.photos = photos_of(call.image)
+            for given, photo in zip(call.given, call.photos):
+                for note in () if isinstance(given, Photo) else photo.notes:
+                    self._say_once(f"image: {note}")
+            call.image = [photo.rgb for photo in call.photos]
+            call.image = call.image if several else call.image[0]
+        else:
+            call.image = seen(call.image)
+        check_pictures(call.image, self.PIXELS)
+        call.image = in_fp32(call.image)
+        call.sizes = picture_sizes(call.image)[: self.EDITED]
+
+    def _user_mask(self, call: Call, grid: Grid, batch: int) -> Tensor | None:
+        """The tokens that mask_image and region select together, bool [B, N]; None where neither is given."""
+        found = []
+        if call.mask_image is not None:
+            found.append(per_image(token_mask(call.mask_image, grid), "mask_image", batch))
+        if call.boxes:
+            tokens = torch.stack([box_tokens(call.boxes, size, grid) for size in call.sizes])
+            found.append(per_image(tokens, "region", batch))
+        return found[0] | found[-1] if found else None
 
     def _check_stock_inputs(self, call: Call) -> None:
         """The stock pipeline's own checks, of the arguments that both have."""
@@ -438,7 +499,6 @@ class SpecEditMixin:
         device, generator, callback = pixels.device, call.generator, call.callback_on_step_end
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator: expected {batch} generators, one for each image, got {len(generator)}")
-        needs_draft = call.mask_image is None
 
         def encode(at: Tensor) -> Tensor:
             # one by one where each has a generator of its own, as the stock pipelines do
@@ -455,7 +515,7 @@ class SpecEditMixin:
         levels = self._plain_levels(sum(counts), math.prod(grid), call.sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
-        bar = self.progress_bar(total=nfe + (config.separate_steps if needs_draft else 0))
+        bar = self.progress_bar(total=nfe + (config.separate_steps if call.needs_draft else 0))
 
         def on_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor:
             self._current_timestep = timestep
@@ -489,7 +549,9 @@ class SpecEditMixin:
         )
         run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
         run.stats.plain_tokens = run.plain_tokens
-        user_mask = None if needs_draft else per_image(token_mask(call.mask_image, grid), "mask_image", batch)
+        user_mask, run.preview = self._user_mask(call, grid, batch), call.preview
+        if call.needs_draft and user_mask is not None:
+            run.joined, user_mask = (call.mask_mode, user_mask.to(device)), None
 
         wrap_processors(self.transformer)
         linears = self._fp8(config, runner)
@@ -502,10 +564,13 @@ class SpecEditMixin:
         run.stats.nfe = run.step
         self._current_timestep = None
 
+        shown = replace(selection, changed=(False,) * batch) if call.preview else selection
         if call.output_type == "latent":
             images: Any = self._latents(model, clean)
+        elif call.photos is not None:
+            images = self._at_source_size(run, clean, shown, call)
         else:
-            images = self._decode(run, clean, selection, call.output_type)
+            images = self._decode(run, clean, shown, call.output_type)
             clock.mark("decode")
         if runner is None:  # which leaves modules with hooks alone
             self.maybe_free_model_hooks()
@@ -590,6 +655,29 @@ class SpecEditMixin:
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
 
 
+    def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call) -> list[Any]:
+        """Each picture at its source's size, as it was given; what was found of its drift goes into the stats."""
+        config, changed = run.config, selection.changed
+        decoded = run.model.decode(clean) if any(changed) else per_image(run.pixels, "image", run.batch)
+        source = per_image(run.pixels, "image", run.batch)
+        source, decoded = (
+            (x.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for x in (source, decoded)
+        )
+        regions = selection.edited.reshape(run.batch, *run.grid).cpu().numpy()
+        run.clock.mark("decode")
+        images, times = [], run.batch // len(call.photos[: self.EDITED])
+        for i in range(run.batch):
+            given, photo = call.given[i // times], call.photos[i // times]
+            array, drift = photo.array.copy(), None
+            if changed[i]:
+                parts = source[i], decoded[i], regions[i]
+                array, drift = put_back(photo, *parts, config.feather, config.may_drift)
+            run.stats.drift.append(drift)
+            images.append(as_given(given, photo, array, call.output_type))
+        run.clock.mark("composite")
+        return images
+
+
 def _refuse(folder: Path, problems: Sequence[str]) -> None:
     """ValueError for the first of a folder's problems; a warning for those that are harmless."""
     harmful = [text for text in problems if not text.endswith(HARMLESS)]
@@ -599,6 +687,13 @@ def _refuse(folder: Path, problems: Sequence[str]) -> None:
     if harmful:
         more = f" (and {len(harmful) - 1} more)" if len(harmful) > 1 else ""
         raise ValueError(f"{harmful[0]}{more}")
+
+
+def seen(image: Any) -> Any:
+    """Pictures for a model in place of Photos; what else there is stays as it is."""
+    if isinstance(image, list):
+        return [seen(picture) for picture in image]
+    return image.rgb if isinstance(image, Photo) else image
 
 
 def check_pictures(image: Any, arrays: bool) -> None:
@@ -638,6 +733,15 @@ def picture_size(image: PipelineImageInput) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"image: expected at least one pixel, got {tuple(first.shape)}")
     return height, width
+
+
+def picture_sizes(image: PipelineImageInput) -> list[tuple[int, int]]:
+    """(width, height) of every picture of a call; arrays and tensors may hold several."""
+    found = []
+    for picture in image if isinstance(image, list) else [image]:
+        height, width = picture_size(picture)
+        found += [(width, height)] * (picture.shape[0] if getattr(picture, "ndim", 0) == 4 else 1)
+    return found
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:

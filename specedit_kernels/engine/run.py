@@ -51,7 +51,7 @@ def run_stages(
         if draft_levels is None:
             raise ValueError("draft_levels: expected those of draft='quarter', got None")
         scores, selection = _verify_select(run, stages.draft(run, draft_levels), "draft")
-    if selection is not None and not any(selection.changed):
+    if selection is not None and run.ends(selection):
         return run.source, selection, scores
 
     # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
@@ -73,7 +73,7 @@ def run_stages(
             clock.mark("coarse")
     if selection is None:
         raise ValueError(f"counts: expected a coarse step for draft='coarse' without a mask, got {counts}")
-    if not any(selection.changed):
+    if run.ends(selection):
         return run.source, selection, scores
 
     level = levels[coarse_steps]

@@ -66,6 +66,8 @@ class Run:
     references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
+    joined: how the user's mask joins the draft's region, "limit" or "add", and its tokens, bool [B, N]; or None.
+    preview: the run ends when its region is known.
     on_start: called before each step of the main trajectory with its timestep; on_step: after it, with (index,
     timestep, tokens); gives the next tokens. timesteps: of all steps of the main trajectory, as far as known.
     """
@@ -88,6 +90,8 @@ class Run:
     interrupted: Callable[[], bool]
     clock: StageClock
     source_text: Text | None = None
+    joined: tuple[str, Tensor] | None = None
+    preview: bool = False
     stats: SpecEditStats = field(default_factory=SpecEditStats)
     timesteps: list[float] = field(default_factory=list)
     step: int = 0
@@ -118,6 +122,17 @@ class Run:
     def plain_tokens(self) -> int:
         """Image tokens of a plain step, of one sample."""
         return sum(math.prod(grid) for grid in (self.grid, *(r.grid for r in self.references)))
+
+    def ends(self, selection: Selection) -> bool:
+        """Whether nothing is left to compute: nothing changes, or the region is all that is asked for."""
+        return self.preview or not any(selection.changed)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """Tokens of the draft's, bool [B, N], with the user's mask."""
+        if self.joined is None:
+            return tokens
+        mode, mask = self.joined
+        return tokens & mask if mode == "limit" else tokens | mask
 
     def fresh_noise(self, shape: Sequence[int]) -> Tensor:
         """White fp32 noise from the call's generators."""
@@ -395,15 +410,16 @@ def _say_fallbacks(run: Run) -> None:
 def select(run: Run, scores: Tensor, threshold: float, dilation: int) -> Selection:
     """Eq. 7, 9 and 10: tokens over the threshold, grown, rounded up to 2x2 blocks, and the uniform coverage.
 
+    A mask of the user's that joins the draft's region does so once that is grown.
     The one place where the host waits for the device: it reads how many blocks each sample has.
     """
     config, grid = run.config, run.grid
     blocks_grid = coarse_grid(grid)
     total = math.prod(blocks_grid)
     mask, _, _ = ops.select_tokens(scores, grid, threshold, dilation, 0)
-    over = (~(scores <= threshold)).sum(dim=1)  # a NaN is selected, so it counts
+    over = run.join(~(scores <= threshold)).sum(dim=1)  # a NaN is selected, so it counts
     changed = over >= max(config.min_active, 1)
-    blocks = to_blocks(mask, grid)
+    blocks = to_blocks(run.join(mask), grid)
     if config.selection != "score":
         blocks = _control(run, blocks)
     dense = changed & (blocks.sum(dim=1) > config.max_active * total)

@@ -79,6 +79,10 @@ class FlashEditConfig(EditConfig):
         if self.method == "inversion" and self.preserve is not None:
             raise ValueError(f"preserve: expected None with method='inversion' (no mask), got {self.preserve!r}")
 
+    @property
+    def may_drift(self) -> bool:
+        return not self.bg_shield
+
     def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
         """(coarse, mixed, full) steps of the edit."""
         if self.method == "inversion":
@@ -182,6 +186,8 @@ class FlashEditMixin(SpecEditMixin):
     ) -> tuple[Tensor, Selection, Tensor | None]:
         run.timesteps = [1000 * level for level in levels[:-1]]
         if run.config.method == "inversion":
+            if run.preview or run.joined is not None:
+                raise ValueError("method: 'inversion' looks for no region to show or to join with a mask")
             clean = flash_stages.multi_step_edit(run, run.source_text, levels)
             run.clock.mark("inversion")
             return clean, stages.everything(run), None
@@ -205,9 +211,9 @@ class FlashEditMixin(SpecEditMixin):
             scores, run.stats.threshold = draft.change, config.mask_ratio
             selection = stages.select(run, scores, config.mask_ratio, config.dilation)
             # without the growth; a picture that is edited whole has no other part
-            reach = scores > config.mask_ratio
+            reach = run.join(scores > config.mask_ratio)
             reach = from_blocks(to_blocks(reach, run.grid), run.grid) | selection.edited.all(dim=1, keepdim=True)
-        if not any(selection.changed):
+        if run.ends(selection):
             return run.source, selection, scores
 
         noise, words, whole = run.noise, None, all(selection.dense)

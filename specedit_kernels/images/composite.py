@@ -110,14 +110,14 @@ def _brought_down(source: np.ndarray, colours: int, window: tuple, scale: tuple[
         margin = 3 * max(scale[1], 1) + 1
         low, high = max(int(r * scale[1] - margin), 0), min(int(until * scale[1] + margin) + 1, height)
         lines = view[low:high, :, :colours].astype(np.float32) / np.float32(_top(source.dtype))
-        lines = torch.from_numpy(lines).permute(2, 0, 1).contiguous()
+        lines = torch.from_numpy(np.nan_to_num(lines)).permute(2, 0, 1).contiguous()
         shift = (0.0, r * scale[1] - low)
         parts.append(resample(lines, (0, until - r, window[2], window[3]), scale, shift))
     return torch.cat(parts, dim=1)
 
 
 def _top(dtype: np.dtype) -> float:
-    return 1.0 if dtype == np.float32 else float(np.iinfo(dtype).max)
+    return float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
 
 
 def _check(source: np.ndarray, edited: np.ndarray, region: np.ndarray, feather: int) -> None:
@@ -126,8 +126,8 @@ def _check(source: np.ndarray, edited: np.ndarray, region: np.ndarray, feather: 
             raise TypeError(f"{name}: expected a numpy array, got {type(array).__name__}")
         if 0 in array.shape:
             raise ValueError(f"{name}: expected one pixel or more, got {list(array.shape)}")
-    if source.dtype not in (np.uint8, np.uint16, np.float32):
-        raise TypeError(f"source: expected uint8, uint16 or float32, got {source.dtype}")
+    if source.dtype not in (np.uint8, np.uint16, np.float16, np.float32, np.float64):
+        raise TypeError(f"source: expected uint8, uint16 or floats in [0, 1], got {source.dtype}")
     if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 2, 3, 4)):
         raise ValueError(f"source: expected [height, width], or 1 to 4 channels behind, got {list(source.shape)}")
     if edited.ndim != 3 or edited.shape[2] != 3:
@@ -153,8 +153,8 @@ def composite(
 ) -> np.ndarray:
     """The source with the edit in its region: a new array of the source's shape and dtype.
 
-    source: uint8, uint16 or float32; [H, W] or [H, W, 1] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB, [H, W, 4] RGB
-    and alpha (not premultiplied; kept). edited: floats in [0, 1], [h, w, 3], the whole picture at the working size.
+    source: uint8, uint16 or floats in [0, 1]; [H, W] or [H, W, 1] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB, [H, W, 4]
+    RGB and alpha (not premultiplied; kept). edited: floats in [0, 1], [h, w, 3], the whole picture at the working size.
     region: bool [rows, columns], a token grid, or floats in [0, 1], any size; over the whole picture. feather: width of
     the seam in pixels of the working size, outside the region. match: add to the edit what it lacks in brightness and
     colour against the source around the region, smoothly.
@@ -191,7 +191,7 @@ def composite(
         fresh = resample(planes, window, (w / width, h / height)).clamp_(0, 1).permute(1, 2, 0).numpy() * top
         old = view[top_row:bottom, left:right, :colours]
         mixed = np.where(share == 1, fresh, share * fresh + (1 - share) * old)
-        if source.dtype != np.float32:
+        if source.dtype.kind == "u":
             mixed = np.rint(mixed)
         view[top_row:bottom, left:right, :colours] = np.where(share == 0, old, mixed.astype(source.dtype))
     return out

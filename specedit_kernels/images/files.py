@@ -127,9 +127,10 @@ def _opened(path: Path) -> Iterator[Any]:
 class Photo:
     """A picture as its file has it, upright.
 
-    array: uint8 or uint16; [H, W] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB, [H, W, 4] RGB and alpha (not
-    premultiplied); colours as the profile has them. profile: the ICC profile's bytes or None. exif, xmp: bytes or None,
-    orientation reset. dpi: (x, y) or None. notes: what was converted on reading, a line each.
+    array: uint8, uint16 or, from an array, floats in [0, 1]; [H, W] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB,
+    [H, W, 4] RGB and alpha (not premultiplied); colours as the profile has them. profile: the ICC profile's bytes or
+    None. exif, xmp: bytes or None, orientation reset. dpi: (x, y) or None. notes: what was converted on reading, a line
+    each.
     """
 
     array: np.ndarray
@@ -151,20 +152,39 @@ class Photo:
             turned = image.format == "TIFF" and _orientation(image) != 1  # by Pillow, as it decodes
             array, profile = _pixels(path, image, notes)
             turn = _orientation(image)  # after the pixels: a PNG is decoded to its end for its EXIF
-            if turned or turn != 1:
-                notes.append("turned upright by its EXIF orientation")
-            array = np.ascontiguousarray(_upright(array, turn))
-            exif = _exif(image, array.shape, notes)
-            xmp = _xmp(image)
-            dpi = _dpi(image)
-        if profile is not None and _Colours(profile, array).broken:
-            notes.append("its colour profile does not fit its pixels: kept, not applied")
-        return Photo(array, profile, exif, xmp, dpi, tuple(notes))
+            return Photo._whole(image, array, profile, turn, turned or turn != 1, notes)
 
     @staticmethod
-    def of(picture: Any) -> Photo:
-        """A PIL picture of mode L, LA, RGB or RGBA, with no file behind it."""
-        return Photo(np.array(picture))
+    def of(picture: Any, upright: bool = True) -> Photo:
+        """A PIL picture of any mode, or an array, with no file behind it.
+
+        An array: uint8, uint16 or floats in [0, 1]; [H, W], or [H, W, 1 to 4]; not copied. upright: turned by the EXIF
+        orientation that a PIL picture has. TypeError or ValueError for others.
+        """
+        if isinstance(picture, np.ndarray):
+            if picture.dtype not in (np.uint8, np.uint16) and picture.dtype.kind != "f":
+                raise TypeError(f"picture: expected uint8, uint16 or floats in [0, 1], got {picture.dtype}")
+            if picture.ndim not in (2, 3) or 0 in picture.shape or picture.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
+                raise ValueError(f"picture: expected [H, W] or [H, W, 1 to 4], got {list(picture.shape)}")
+            return Photo(picture)
+        notes: list[str] = []
+        image = picture.copy()  # without its file
+        array, profile = _pixels(Path("picture"), image, notes)
+        turn = _orientation(image) if upright else 1
+        return Photo._whole(image, array, profile, turn, turn != 1, notes)
+
+    @staticmethod
+    def _whole(
+        image: Any, array: np.ndarray, profile: bytes | None, turn: int, turned: bool, notes: list[str]
+    ) -> Photo:
+        """Of a PIL picture's pixels, with what else it has. turn: what is to be done; turned: whether to say so."""
+        if turned:
+            notes.append("turned upright by its EXIF orientation")
+        array = np.ascontiguousarray(_upright(array, turn))
+        exif = _exif(image, array.shape, notes)
+        if profile is not None and _Colours(profile, array).broken:
+            notes.append("its colour profile does not fit its pixels: kept, not applied")
+        return Photo(array, profile, exif, _xmp(image), _dpi(image), tuple(notes))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -206,8 +226,19 @@ class Photo:
         """Floats in [0, 1], sRGB, [h, w, 3] -> the same in this picture's own colours, greys as equal channels."""
         if _Colours(self.profile, self.array).back is None:
             return rgb
-        own = self.from_rgb(rgb).astype(np.float32) / np.iinfo(self.array.dtype).max
+        own = self.from_rgb(rgb).astype(np.float32) / _top(self.array.dtype)
         return own if own.ndim == 3 else np.repeat(own[..., None], 3, axis=-1)
+
+    def pil(self) -> Any:
+        """The pixels as they are, as a PIL picture with the colour profile; the array where PIL has no such mode."""
+        import PIL.Image
+
+        if self.array.dtype.kind == "f" or (self.array.dtype == np.uint16 and self.array.ndim == 3):
+            return self.array
+        picture = PIL.Image.fromarray(self.array[..., 0] if self.array.shape[2:] == (1,) else self.array)
+        if self.profile is not None:
+            picture.info["icc_profile"] = self.profile
+        return picture
 
     def with_array(self, array: np.ndarray) -> Photo:
         """This picture with other pixels of the same type and channels, of any size."""
@@ -225,8 +256,7 @@ class Photo:
         array = self.from_rgb(np.asarray(picture))
         if self.alpha is not None:
             alpha = PIL.Image.fromarray(self.alpha.astype(np.float32)).resize(picture.size, PIL.Image.LANCZOS)
-            top = np.iinfo(self.array.dtype).max
-            alpha = np.rint(np.asarray(alpha)).clip(0, top).astype(self.array.dtype)
+            alpha = _of_kind(np.asarray(alpha) / _top(self.array.dtype), self.array.dtype)
             array = np.dstack([array, alpha])
         return replace(self, array=array)
 
@@ -332,7 +362,7 @@ def _sixteen_bits(path: Path, image: Any) -> np.ndarray | None:
 
     Pillow keeps one byte of each number, but which one is the raw mode's choice: decoded twice, both are had.
     """
-    tiles = image.tile
+    tiles = getattr(image, "tile", None)  # which pictures in memory have not
     raw = _raw_mode(tiles[0]) if tiles else ""
     if raw == "LA;16B":  # four bytes a pixel, as RGBA has
         _set_raw_mode(image, "RGBA")
@@ -423,7 +453,20 @@ def _colour_part(array: np.ndarray) -> np.ndarray:
     return array[..., 0] if array.shape[2] < 3 else array[..., :3]
 
 
+def _top(kind: np.dtype) -> int:
+    """The value of white."""
+    return 1 if kind.kind == "f" else int(np.iinfo(kind).max)
+
+
+def _of_kind(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Floats in [0, 1], those beyond cut off, as numbers of a kind."""
+    values = np.nan_to_num(values).clip(0, 1) * _top(kind)
+    return (values if kind.kind == "f" else np.rint(values)).astype(kind)
+
+
 def _eight(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "f":
+        return _of_kind(array, np.dtype(np.uint8))
     return array if array.dtype == np.uint8 else ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
@@ -464,7 +507,6 @@ class _Colours:
 
     def from_srgb(self, rgb: np.ndarray, kind: np.dtype, grey: bool) -> np.ndarray:
         """uint8 or floats [h, w, 3] -> [h, w] or [h, w, 3] of a kind."""
-        top = np.iinfo(kind).max
         if self.back is not None:
             if rgb.dtype != np.uint8:
                 rgb = np.rint(rgb.clip(0, 1) * 255).astype(np.uint8)
@@ -474,7 +516,7 @@ class _Colours:
         values = rgb.astype(np.float64) / 255 if rgb.dtype == np.uint8 else rgb.clip(0, 1)
         if grey and values.ndim == 3:
             values = values @ np.array((0.299, 0.587, 0.114))
-        return np.rint(values * top).astype(kind)
+        return _of_kind(values, kind)
 
     @staticmethod
     def _three(colours: np.ndarray) -> np.ndarray:
@@ -569,6 +611,9 @@ def _encoder(photo: Photo, kind: str, notes: list[str]) -> Callable[[BinaryIO], 
     import PIL.Image
 
     array = photo.array
+    if array.dtype.kind == "f":
+        notes.append("brought to 16 bits a channel from floating-point numbers")
+        array = _of_kind(array, np.dtype(np.uint16))
     if array.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
         notes.append(f"{kind} holds 8 bits a channel: brought down from 16")
         array = _eight(array)

@@ -44,15 +44,6 @@ def token_mask(mask: Any, grid: tuple[int, int], name: str = "mask_image") -> Te
     return torch.cat(found)
 
 
-def pixel_mask(mask: Any, size: tuple[int, int], name: str = "mask_image") -> np.ndarray:
-    """One mask, in any form that token_mask takes, as the pixels of a picture of (width, height): bool [H, W]."""
-    found = _selections(mask, name)
-    if len(found) != 1 or len(found[0]) != 1:
-        raise ValueError(f"{name}: expected one mask, got {sum(map(len, found))}")
-    pixels = torch.from_numpy(found[0]).float()[None]
-    return F.interpolate(pixels, size=size[::-1], mode="nearest-exact")[0, 0].bool().numpy()
-
-
 def _selections(mask: Any, name: str) -> list[np.ndarray]:
     """Selected pixels, bool [n, H, W], of each array that a mask has."""
     if isinstance(mask, (list, tuple)):

@@ -661,6 +661,8 @@ class _SpecEditQwenMixin(SpecEditMixin):
         """By the diffusers pipeline's rules, in whole blocks."""
         self._check_batch(self._prompts(call) if call.prompt is not None or call.prompt_embeds is not None else 1)
         call.shown, call.references, default = self._seen(call.image, call.max_area)
+        if call.output_size == "source" and self.EDITED:
+            default = call.references[0][1]  # the edited picture's, for it comes back at its own ratio
         wanted = (call.height or default[0], call.width or default[1])
         multiple = self.vae_scale_factor * PATCH * BLOCK
         fitted = tuple(max(side // multiple, 1) * multiple for side in wanted)
@@ -683,7 +685,10 @@ class SpecEditQwenImageEditPipeline(_SpecEditQwenMixin, QwenImageEditPipeline):
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs QwenImageEditPipeline's own call,
         untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
-        any white pixel is edited.
+        any white pixel is edited. region: the same as boxes (x0, y0, x1, y1). mask_mode="limit" or "add": the draft runs
+        too, and what it finds is limited to the mask, or the mask added to it.
+    output_size: "source": pictures come back at their own size and mode, equal to the source outside the edit region.
+    preview: True: the region alone is looked for.
     num_inference_steps: None takes the steps of the config; a number scales its stages to that many.
     max_area: pixels of the source and of the output where height and width are left out, 1024 * 1024 if None.
     height, width: as in QwenImageEditPipeline, rounded down to multiples of 32 pixels (whole 2x2 blocks of tokens; it
@@ -717,6 +722,8 @@ class SpecEditQwenImageEditPlusPipeline(_SpecEditQwenMixin, QwenImageEditPlusPip
         stays fine in mixed steps, because its tokens lie on another grid than the output's.
     prompt: one; `num_images_per_prompt` gives several images.
     """
+
+    EDITED = 1
 
     def _seen(self, image, max_area):
         images, module = image if isinstance(image, list) else [image], pipeline_qwenimage_edit_plus

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results at the source's own size: its bits outside the feathered edit region, the edit inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ..images.align import Drift, align, estimate_drift
+from ..images.composite import composite, edit_weight
+from ..images.files import Photo
+
+
+def photos_of(image: Any) -> tuple[list[Any], list[Photo]]:
+    """(the pictures of a call, one by one as they were given; each as a Photo, not turned).
+
+    TypeError for what is no PIL picture, array or Photo; an array [B, H, W, C] is B pictures.
+    """
+    given: list[Any] = []
+    for picture in image if isinstance(image, list) else [image]:
+        batch = isinstance(picture, np.ndarray) and picture.ndim == 4
+        given += list(picture) if batch else [picture]
+    photos = []
+    for i, picture in enumerate(given):
+        if not isinstance(picture, (Photo, PIL.Image.Image, np.ndarray)):
+            raise TypeError(
+                "image: expected PIL pictures or arrays with output_size='source', got "
+                f"{type(picture).__name__}{f' at {i}' if isinstance(image, list) else ''}"
+            )
+        try:
+            photos.append(picture if isinstance(picture, Photo) else Photo.of(picture, upright=False))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"image: {str(error).removeprefix('picture: ')}") from None
+    return given, photos
+
+
+def put_back(
+    photo: Photo, source: np.ndarray, decoded: np.ndarray, region: np.ndarray, feather: int, drifts: bool
+) -> tuple[np.ndarray, Drift | None]:
+    """(the photo's array with the edit in its region, the drift that was found where one was looked for).
+
+    source, decoded: floats in [0, 1], [h, w, 3], sRGB, at the working size. region: bool [rows, columns]. drifts:
+    whether the model may have moved or recoloured what it was not to edit: then the run is brought back onto the source
+    first, by what lies outside the region, and what it does not show stays the source's.
+    """
+    drift = None
+    if drifts and not region.all():
+        height, width = decoded.shape[:2]
+        weight = edit_weight(region, (width, height), feather)
+        drift = estimate_drift(source, decoded, (weight > 0).numpy())
+        if drift.moved or drift.recoloured:
+            decoded, seen = align(decoded, drift, (width, height))
+            if not seen.all():
+                region = (edit_weight(region, (width, height), 0) > 0).numpy() & seen
+    return composite(photo.array, photo.unit(decoded), region, feather), drift
+
+
+def as_given(given: Any, photo: Photo, array: np.ndarray, output_type: str) -> Any:
+    """A result's array as what its source was given as: a Photo, a PIL picture, an array; an array for "np"."""
+    if output_type == "np":
+        return array
+    if isinstance(given, Photo):
+        return photo.with_array(array)
+    if isinstance(given, np.ndarray):
+        return array
+    picture = photo.with_array(array).pil()
+    # what Pillow writes into a file again
+    kept = {k: v for k, v in given.info.items() if k not in ("transparency", "icc_profile")}
+    picture.info.update(kept)
+    return picture
