@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from . import kv_cache
-from ._diffusers import scaled_adapters, unwrapped
+from ._diffusers import cast_by_call, foreign_forward, hooked, low_rank_parts, scaled_adapters, unwrapped
 from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .kv_cache import PackedKV
-from .low_rank import active_serial, changed
+from .low_rank import OWN_HOOKS, active_serial, changed
 from .model import Text
 from .runner import BESIDE, StepRunner
 
@@ -81,12 +80,15 @@ def renew(kept: Kept | None, sequence: MixedSequence) -> None:
 
 
 def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
-    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight.
+    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight, no hook but our own.
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
     """
     plain = type(layer) is torch.nn.Linear and layer.bias is not None
-    if not plain or is_traceable_wrapper_subclass(layer.weight):
+    if not plain or type(layer.weight) not in (torch.nn.Parameter, Tensor):
+        return False
+    # a runner that compiles has looked for them
+    if not torch.compiler.is_compiling() and (hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer)):
         return False
     if x is None:
         return True
@@ -118,7 +120,7 @@ def join_(layers: Iterable[torch.nn.Module]) -> bool:
     They stay the layers' own parameters, and keep their values; their memory alone is another. Nothing is done where a
     layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any was moved.
     """
-    layers, moved = list(layers), False
+    layers, moved = [low_rank_parts(layer)[0] for layer in layers], False
     if not all(map(is_plain, layers)):
         return False
     for name in ("weight", "bias"):
@@ -147,14 +149,26 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in layers]: views of one product where `join_` has joined them."""
+    """[layer(x) for layer in layers]: views of one product where `join_` has joined them, with what adapters of low rank
+    add to each."""
     layers, joined = list(layers), ()
-    if not torch.compiler.is_compiling() and all(is_plain(layer, x) for layer in layers):
-        joined = [_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")]
+    if torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    bases, added = zip(*map(low_rank_parts, layers))
+    if all(is_plain(base, x) for base in bases):
+        joined = [_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias")]
     if not joined or any(part is None for part in joined):
         return [layer(x) for layer in layers]
-    parts = F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
-    return [changed(layer, x, part) for layer, part in zip(layers, parts)]
+    parts = F.linear(x, *joined).split([base.out_features for base in bases], dim=-1)
+    return [_with_added(x, changed(base, x, part), of) for base, part, of in zip(bases, parts, added)]
+
+
+def _with_added(x: Tensor, y: Tensor, added: list[Any]) -> Tensor:
+    """y and what adapters add to it, as PEFT's layer does."""
+    found = y
+    for down, up, scale in added:
+        found = found + up(down(x.to(down.weight.dtype))) * scale
+    return found.to(y.dtype)
 
 
 def gelu(layer: torch.nn.Module, x: Tensor) -> Tensor:
@@ -231,9 +245,15 @@ class FusedModel:
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
         attention_kwargs: dict[str, Any], runner: StepRunner,
     ):  # fmt: skip
-        super().__init__(unwrapped(transformer), vae, guidance, attention_kwargs)
+        self._own = unwrapped(transformer)
+        super().__init__(cast_by_call(self._own, OWN_HOOKS), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
+
+    def using(self, transformer: torch.nn.Module) -> FusedModel:
+        other = super().using(cast_by_call(transformer, OWN_HOOKS))
+        other._own = transformer
+        return other
 
     @functools.cached_property
     def fused_codec(self) -> Any:

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ._diffusers import mirrors
+
 _ACTIVE: ContextVar[LowRankChange | None] = ContextVar("specedit_low_rank", default=None)
 _HOOKED: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 _SERIAL = itertools.count(1)
@@ -66,7 +68,7 @@ class LowRankChange:
 
     def of(self, layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """(down, up) of a layer, in the dtype and on the device of `like`; None where it is not changed."""
-        name = self._names.get(layer)
+        name = self._names.get(mirrors(layer))
         if name is None:
             return None
         key = (name, like.device, like.dtype)
@@ -90,6 +92,10 @@ def _layer(transformer: torch.nn.Module, name: str) -> torch.nn.Module | None:
 def add_change(layer: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Forward hook of changed layers."""
     return changed(layer, args[0], output)
+
+
+# Hooks of layers whose work the fused forwards know of.
+OWN_HOOKS = frozenset({add_change})
 
 
 def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
 import math
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace as Call  # the arguments of one call by name
 from typing import Any
@@ -27,7 +28,15 @@ from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, Grid, coarse_grid, draft_grid, pack, unpack
 from ..sampling.schedule import stage_levels
 from . import stages
-from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
+from ._diffusers import (
+    cache_hooks,
+    calculate_shift,
+    execution_device,
+    moved_to,
+    on_context_parallel,
+    retrieve_timesteps,
+    unwrapped,
+)
 from .attention import wrap_processors
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
@@ -37,6 +46,17 @@ from .runner import inspect as inspect_weights
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
+
+
+_CALLS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LISTING = threading.Lock()
+
+
+def _one_call(transformer: torch.nn.Module) -> threading.RLock:
+    """Held for a whole call: steps share the graphs and buffers of a runner, and what a pipeline knows of its call;
+    pipelines that share a transformer (`from_pipe`) share the scales of its adapters, and where its weights lie."""
+    with _LISTING:
+        return _CALLS.setdefault(transformer, threading.RLock())
 
 
 def stock_class(kind: type) -> type:
@@ -177,7 +197,11 @@ class SpecEditMixin:
                 del stock["num_inference_steps"]
             return super().__call__(*args, **stock)
         bound.apply_defaults()
-        call = Call(**bound.arguments)
+        with _one_call(unwrapped(self.transformer)):
+            return self._specedit(Call(**bound.arguments))
+
+    def _specedit(self, call: Call) -> Any:
+        """A call with SpecEdit, its arguments complete."""
         config, counts = self._resolve(call)
         check_pictures(call.image, self.PIXELS)
         call.image = in_fp32(call.image)
@@ -195,8 +219,7 @@ class SpecEditMixin:
         pixels, references = self._pictures(call, device)
         guidance = self._guidance(call, device, texts["positive"].embeds.shape[0])
         model = self._model(runner, guidance, attention_kwargs)
-        with contextlib.nullcontext() if runner is None else runner.lock:
-            return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
+        return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
 
     @classmethod
     def _own_arguments(cls) -> set[str]:
@@ -267,7 +290,7 @@ class SpecEditMixin:
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
-            arranged = kept is not None and kept.watches(signature)
+            arranged = self._moving() or kept is not None and kept.watches(signature)
             undo = None if reason or arranged else self._arrange()
             if undo:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)
@@ -277,16 +300,22 @@ class SpecEditMixin:
             return None
         if self._specedit_runner is None:
             self._specedit_runner = StepRunner(name)
-        self._specedit_runner.watch(signature)
+        self._specedit_runner.moving = self._moving()
+        if not self._specedit_runner.moving:  # else it watches what it brings in
+            self._specedit_runner.watch(signature)
         if undo:
             self._specedit_runner.undoes(undo)
         return self._specedit_runner
+
+    def _moving(self) -> bool:
+        """Whether a hook brings the transformer or the autoencoder in as a whole (model offloading)."""
+        return any(moved_to(unwrapped(part)) is not None for part in (self.transformer, self.vae))
 
     def _fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
         if "graph" not in self.RUNNERS:
             return "eager", f"{type(self).__name__} has no other"
-        if self.transformer.device.type != "cuda":
+        if execution_device(self).type != "cuda":
             return "eager", "graphs need a CUDA device"
         reason, _ = inspect_weights("graph", self.transformer, self.vae)
         if not reason:
@@ -302,9 +331,10 @@ class SpecEditMixin:
         return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
-        """Where a call computes. A runner's modules have no hooks, which the pipeline's own answer looks for in every
-        module: that takes longer than a launch of any stage."""
-        return execution_device(self) if runner is None else next(self.transformer.parameters()).device
+        """Where a call computes. Without offloading the transformer's place says it; the pipeline's own answer looks for
+        hooks in every module, which takes longer than a launch of any stage."""
+        known = runner is not None and not runner.moving
+        return next(self.transformer.parameters()).device if known else execution_device(self)
 
     def _release(self) -> None:
         """Give up all that calls keep, and undo what they did to the modules: `disable_specedit`."""
@@ -451,7 +481,7 @@ class SpecEditMixin:
         else:
             images = self._decode(run, clean, selection, call.output_type)
             clock.mark("decode")
-        if runner is None:  # which leaves modules with hooks alone
+        if runner is None or runner.moving:  # no other one runs modules that are offloaded
             self.maybe_free_model_hooks()
         run.stats.seconds = clock.seconds()
         run.stats.runner_reason = self._runner_reason
