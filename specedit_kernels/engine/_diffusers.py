@@ -14,14 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 
 __all__ = [
+    "attention_backend",
     "bring_in",
     "cache_hooks",
     "calculate_shift",
     "cast_by_call",
+    "dispatch_attention",
     "execution_device",
     "foreign_forward",
     "global_hooks",
@@ -60,6 +63,20 @@ def on_context_parallel(transformer: torch.nn.Module) -> bool:
     """Whether its sequence is."""
     config = getattr(transformer, "_parallel_config", None)
     return config is not None and getattr(config, "context_parallel_config", None) is not None
+
+
+def attention_backend(transformer: torch.nn.Module) -> str | None:
+    """The attention that the user asked diffusers for (`set_attention_backend`, its context manager or its environment
+    variable), None: torch's own. The first processor speaks for all."""
+    held = (vars(module).get("processor") for module in transformer.modules())
+    own = next((getattr(p, "_attention_backend", None) for p in held if p is not None), None)
+    name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if own is None else own)
+    return None if name is AttentionBackendName.NATIVE else name.value
+
+
+def dispatch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
+    """Attention [B, S, H, D] by one of diffusers' backends."""
+    return dispatch_attention_fn(q, k, v, backend=AttentionBackendName(backend))
 
 
 def _hooks(module: torch.nn.Module) -> list[Any]:

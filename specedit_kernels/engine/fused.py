@@ -18,7 +18,16 @@ from torch import Tensor
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from . import kv_cache
-from ._diffusers import cast_by_call, foreign_forward, hooked, low_rank_parts, scaled_adapters, unwrapped
+from ._diffusers import (
+    attention_backend,
+    cast_by_call,
+    dispatch_attention,
+    foreign_forward,
+    hooked,
+    low_rank_parts,
+    scaled_adapters,
+    unwrapped,
+)
 from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
@@ -38,7 +47,7 @@ class MixedSequence:
     sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps
     compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate: int32 [B,
     image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures; None: all
-    have one.
+    have one. backend: diffusers' name of the attention that the user asked for, for steps without lengths and bias.
     """
 
     text: int
@@ -55,6 +64,7 @@ class MixedSequence:
     watched: bool = False
     passing: bool = False
     modulate: Tensor | None = None
+    backend: str | None = None
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
@@ -200,6 +210,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
         out = attend_by_region(
             q, k, v, sequence.region, sequence.text_mask, text_at=sequence.text_at, queries=sequence.queries
         )  # fmt: skip
+    elif sequence.key_bias is None and sequence.keys is None and sequence.backend is not None:
+        out = dispatch_attention(q, k, v, sequence.backend)
     elif sequence.key_bias is None and sequence.keys is None:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     else:
@@ -259,6 +271,10 @@ class FusedModel:
     def fused_codec(self) -> Any:
         """The codec over an autoencoder with the model's own stand-ins: made once, used by all stages of a call."""
         return self.codec.fused()
+
+    @functools.cached_property
+    def _backend(self) -> str | None:
+        return attention_backend(self._own)
 
     def slots(self, count: int) -> int:
         step = min(max((1 << (count - 1).bit_length()) // 16, FEWEST_SLOTS), MOST_SLOTS)

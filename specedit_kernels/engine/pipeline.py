@@ -720,11 +720,18 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
     return x.repeat_interleave(batch // x.shape[0], dim=0)
 
 
+# Of a cache of steps.
+_INSTEAD = "to save steps take a smaller preset and kv_refresh of SpecEditConfig"
+
+
 def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
     """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, that have to be off."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise TypeError(f"scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")
+        raise TypeError(
+            "scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, whose step is one evaluation and depends on no"
+            f" earlier one (the sequence changes between steps), got {type(scheduler).__name__}"
+        )
     for flag in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(flag, False):
             raise ValueError(f"scheduler: expected {flag}=False, got True")
@@ -734,11 +741,13 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
             raise ValueError(f"transformer: expected {flag}=False, got True")
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
-            "transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change"
+            f"transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change; {_INSTEAD}"
         )
     caches = cache_hooks(transformer)
     if caches:
         names = ", ".join(caches)
-        raise ValueError(f"transformer: expected no cache (its tensors keep one length, ours change), got {names}")
+        raise ValueError(
+            f"transformer: expected no cache (its tensors keep one length, ours change), got {names}; {_INSTEAD}"
+        )
     if on_context_parallel(transformer):
         raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")

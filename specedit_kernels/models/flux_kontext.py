@@ -402,7 +402,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         ids = super().dense_layout(text, pictures, grids).ids
         cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
-        return FusedLayout(MixedSequence(len(text.text_ids), *(x[None, :, ::2].contiguous() for x in (cos, sin))))
+        tables = (x[None, :, ::2].contiguous() for x in (cos, sin))
+        return FusedLayout(MixedSequence(len(text.text_ids), *tables, backend=self._backend))
 
     def watched_layout(
         self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
@@ -485,7 +486,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         self.runner.bring(self._own)
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
-               watched)  # fmt: skip
+               watched, sequence.backend)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:
             [layout.watch.mass] = seen

@@ -529,7 +529,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             behind = torch.arange(sum(counts), device=device) >= counts[0]
             modulate = behind.int().expand(batch, -1).contiguous()
         cos, sin = turn.real.contiguous(), turn.imag.contiguous()
-        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate))
+        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
 
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
@@ -573,7 +573,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         rows = None if cache is None else cache[0][0].shape[1]
         self.runner.bring(self._own)
         tag = ("step", id(self._own), sequence.text, sequence.passing,
-               self.attention_kwargs.get("scale"), rows)  # fmt: skip
+               self.attention_kwargs.get("scale"), rows, sequence.backend)  # fmt: skip
         return self.runner(tag, step, inputs, layout.buffers)
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
