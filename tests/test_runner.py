@@ -21,7 +21,7 @@ class Replayed:
 
     pool_bytes, input_bytes = 100, 10
 
-    def __init__(self, function, inputs, pool):
+    def __init__(self, function, inputs, pool, called=False):
         self.function, self.inputs = function, dict(inputs)
 
     def __call__(self, inputs):

@@ -7,28 +7,40 @@ The rest of the package asks here; tests/test_diffusers_api.py holds each of the
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 
 __all__ = [
+    "attention_backend",
+    "bring_in",
     "cache_hooks",
     "calculate_shift",
+    "cast_by_call",
+    "dispatch_attention",
     "execution_device",
     "foreign_forward",
     "global_hooks",
     "hooked",
+    "is_cast",
+    "low_rank_parts",
     "mirrored",
+    "mirrors",
+    "moved_to",
     "on_context_parallel",
     "on_parallel",
     "retrieve_timesteps",
     "scaled_adapters",
     "through",
     "unwrapped",
+    "waits_for_host",
 ]
 
 
@@ -53,6 +65,20 @@ def on_context_parallel(transformer: torch.nn.Module) -> bool:
     return config is not None and getattr(config, "context_parallel_config", None) is not None
 
 
+def attention_backend(transformer: torch.nn.Module) -> str | None:
+    """The attention that the user asked diffusers for (`set_attention_backend`, its context manager or its environment
+    variable), None: torch's own. The first processor speaks for all."""
+    held = (vars(module).get("processor") for module in transformer.modules())
+    own = next((getattr(p, "_attention_backend", None) for p in held if p is not None), None)
+    name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if own is None else own)
+    return None if name is AttentionBackendName.NATIVE else name.value
+
+
+def dispatch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
+    """Attention [B, S, H, D] by one of diffusers' backends."""
+    return dispatch_attention_fn(q, k, v, backend=AttentionBackendName(backend))
+
+
 def _hooks(module: torch.nn.Module) -> list[Any]:
     """Hooks of diffusers and accelerate about a module's forward, the outermost first."""
     own = vars(module)
@@ -66,10 +92,80 @@ def _hooks(module: torch.nn.Module) -> list[Any]:
 
 def hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
     """Whether a module, `own` its vars, has hooks about its forward: a library's, or torch's that are not `known`."""
-    registry = own.get("_diffusers_hook")
-    by_library = own.get("_hf_hook") is not None or bool(registry and registry.hooks)
+    if own.get("_hf_hook") is not None or ("_diffusers_hook" in own and own["_diffusers_hook"].hooks):
+        return True
     of_torch = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
-    return by_library or any(hook not in known for hook in of_torch)
+    return any(hook not in known for hook in of_torch)
+
+
+def moved_to(module: torch.nn.Module) -> torch.device | None:
+    """Where a hook of accelerate brings the whole module when it is called (`enable_model_cpu_offload`); None: none does."""
+    hook = vars(module).get("_hf_hook")
+    if hook is None or all(kind.__name__ != "CpuOffload" for kind in type(hook).__mro__):
+        return None
+    return torch.device(hook.execution_device)
+
+
+def bring_in(module: torch.nn.Module) -> None:
+    """Have a module that is `moved_to` a device lie there. Cheap where it does already."""
+    if moved_to(module) is not None:
+        vars(module)["_hf_hook"].pre_forward(module)
+
+
+def _by_library(own: dict[str, Any]) -> list[str]:
+    """Names of the classes of a library's hooks about a module's forward, `own` its vars."""
+    found, registry = [own["_hf_hook"]] if own.get("_hf_hook") is not None else [], own.get("_diffusers_hook")
+    return [type(hook).__name__ for hook in (*found, *(registry.hooks.values() if registry else ()))]
+
+
+def is_cast(module: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> bool:
+    """Whether a linear layer keeps its weights in a smaller dtype between its calls (`enable_layerwise_casting`), and
+    nothing else is about its forward but hooks of torch that are `known`."""
+    own = vars(module)
+    of_torch = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+    return (
+        type(module) is torch.nn.Linear
+        and _by_library(own) == ["LayerwiseCastingHook"]
+        and all(hook in known for hook in of_torch)
+    )
+
+
+def _cast_linear(layer: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(x, layer.weight.to(dtype), bias)
+
+
+def cast_by_call(transformer: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> torch.nn.Module:
+    """The same transformer, in whose `is_cast` layers each call makes the weights that it computes with. The transformer
+    itself where it has no such layer.
+
+    The hook moves a layer's own weights to and fro, so two threads may not call it at once, and no graph finds the
+    weights again. The numbers are the hook's.
+    """
+    if not any(is_cast(module, known) for module in transformer.modules()):
+        return transformer
+    twin = mirrored(transformer)
+    for layer in twin.modules():
+        if is_cast(layer, known):
+            [hook] = vars(layer).pop("_diffusers_hook").hooks.values()
+            layer.forward = functools.partial(_cast_linear, layer, hook.compute_dtype)
+    return twin
+
+
+# Types of GGUF that diffusers unpacks by operations on the device alone; for others it brings numbers from the host.
+_GGUF_ON_DEVICE = ("Q8_0", "BF16")
+
+
+def waits_for_host(module: torch.nn.Module) -> str:
+    """Why the call of a quantised layer cannot be captured, "" where it can: what a library is known to ask the host
+    for within it."""
+    weight = vars(module)["_parameters"].get("weight")
+    kind = getattr(getattr(weight, "quant_type", None), "name", "")
+    if type(weight).__name__ == "GGUFParameter" and kind not in _GGUF_ON_DEVICE:
+        return f"a weight is GGUF's {kind}, which is unpacked with numbers from the host"
+    if type(module).__name__ == "Linear8bitLt" and module.state.threshold > 0:
+        return "an int8 layer of bitsandbytes looks for outliers, whose number the host waits for (llm_int8_threshold=0)"
+    return ""
 
 
 def cache_hooks(transformer: torch.nn.Module) -> list[str]:
@@ -119,6 +215,11 @@ def through(module: torch.nn.Module, function: Callable[..., Any], *args: Any) -
     return output
 
 
+def mirrors(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that one of a `mirrored` tree stands for, or the module itself."""
+    return vars(module).get("_specedit_mirrors", module)
+
+
 def mirrored(module: torch.nn.Module) -> torch.nn.Module:
     """A tree of new modules of the same classes over the very parameters and buffers of `module`.
 
@@ -134,6 +235,7 @@ def mirrored(module: torch.nn.Module) -> torch.nn.Module:
             if not foreign_forward(module):
                 vars(made).pop("forward", None)
             vars(made)["_compiled_call_impl"] = None  # of the other one
+            vars(made)["_specedit_mirrors"] = mirrors(module)
             twins[module] = made
             children = vars(module)["_modules"].items()
             vars(made)["_modules"] = {name: None if child is None else twin(child) for name, child in children}
@@ -144,14 +246,53 @@ def mirrored(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Within it adapters (PEFT) are scaled, as the transformer's own forward has them; then as they were before."""
+    """Within it adapters (PEFT) are scaled, as the transformer's own forward has them; then their scales are as before.
+
+    A scale that is a tensor (`enable_lora_hotswap`) stays the same tensor: it is scaled where it lies.
+    """
     if not USE_PEFT_BACKEND or scale == 1.0:
         yield
         return
-    before = [(m.scaling, dict(m.scaling)) for m in transformer.modules() if isinstance(vars(m).get("scaling"), dict)]
+    before = []
+    for module in transformer.modules():
+        scaling = vars(module).get("scaling")
+        if isinstance(scaling, dict):
+            kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in scaling.items()}
+            before.append((scaling, dict(scaling), kept))
     try:
         scale_lora_layers(transformer, scale)
         yield
     finally:
-        for scaling, values in before:
-            scaling.update(values)
+        for scaling, values, kept in before:
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    value.copy_(kept[name])
+                scaling[name] = value
+
+
+# (down, up, scale) of what an adapter adds, up(down(x)) * scale; the layer that it adds to; all of them.
+Addition = tuple[torch.nn.Module, torch.nn.Module, Any]
+
+
+def low_rank_parts(layer: torch.nn.Module) -> tuple[torch.nn.Module, list[Addition]]:
+    """(the layer below adapters, what they add in order) of one whose call is no more than that sum: (`layer` itself,
+    []) for any other. PEFT's LoRA without dropout, DoRA and the like."""
+    own = vars(layer)
+    if "scaling" not in own or "base_layer" not in own["_modules"]:
+        return layer, []
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear or hooked(own, frozenset()) or foreign_forward(layer):
+        return layer, []
+    if layer.merged or layer.disable_adapters:
+        return (layer, []) if layer.merged and layer.disable_adapters else (layer.base_layer, [])
+    added = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        idle = isinstance(dropout, torch.nn.Identity) or not dropout.training
+        if name in layer.lora_variant or not idle or hooked(vars(dropout), frozenset()):
+            return layer, []
+        added.append((down, up, layer.scaling[name]))
+    return layer.base_layer, added

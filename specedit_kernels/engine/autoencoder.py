@@ -90,13 +90,13 @@ class KLCodec:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, h, w] -> latents, the mode of the posterior."""
-        latents = self.vae.encode(pixels).latent_dist.mode()
+        latents = through(self.vae, lambda x: self.vae.encode(x).latent_dist.mode(), pixels)
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels in [-1, 1], [B, 3, h, w]."""
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return through(self.vae, lambda x: self.vae.decode(x, return_dict=False)[0], latents.to(self.vae.dtype))
 
     def features(self, latents: Tensor) -> list[Tensor]:
         """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block."""

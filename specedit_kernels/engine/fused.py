@@ -14,16 +14,24 @@ import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from . import fp8, kv_cache
-from ._diffusers import scaled_adapters, unwrapped
+from ._diffusers import (
+    attention_backend,
+    cast_by_call,
+    dispatch_attention,
+    foreign_forward,
+    hooked,
+    low_rank_parts,
+    scaled_adapters,
+    unwrapped,
+)
 from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .fp8 import Rows
 from .kv_cache import PackedKV
-from .low_rank import active_serial, changed
+from .low_rank import OWN_HOOKS, active_serial, changed
 from .model import Text
 from .runner import BESIDE, StepRunner
 
@@ -40,7 +48,8 @@ class MixedSequence:
     sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps
     compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate:
     int32 [B, image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures;
-    None: all have one.
+    None: all have one. backend: diffusers' name of the attention that the user asked for, for steps without lengths
+    and bias.
     """
 
     text: int
@@ -57,6 +66,7 @@ class MixedSequence:
     watched: bool = False
     passing: bool = False
     modulate: Tensor | None = None
+    backend: str | None = None
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
@@ -82,12 +92,15 @@ def renew(kept: Kept | None, sequence: MixedSequence) -> None:
 
 
 def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
-    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight.
+    """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight, no hook but our own.
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
     """
     plain = type(layer) is torch.nn.Linear and layer.bias is not None
-    if not plain or is_traceable_wrapper_subclass(layer.weight):
+    if not plain or type(layer.weight) not in (torch.nn.Parameter, Tensor):
+        return False
+    # a runner that compiles has looked for them
+    if not torch.compiler.is_compiling() and (hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer)):
         return False
     if x is None:
         return True
@@ -119,7 +132,7 @@ def join_(layers: Iterable[torch.nn.Module]) -> bool:
     They stay the layers' own parameters, and keep their values; their memory alone is another. Nothing is done where a
     layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any was moved.
     """
-    layers, moved = list(layers), False
+    layers, moved = [low_rank_parts(layer)[0] for layer in layers], False
     if not all(map(is_plain, layers)):
         return False
     for name in ("weight", "bias"):
@@ -148,18 +161,30 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor | Rows) -> list[Tensor]:
-    """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8."""
+    """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8,
+    with what adapters of low rank add to each."""
     layers, joined = list(layers), ()
     y = fp8.product(layers, x)
     if y is not None:
         parts = y.split([layer.out_features for layer in layers], dim=-1)
         return [changed(layer, x, part) for layer, part in zip(layers, parts)]
-    if not torch.compiler.is_compiling() and all(is_plain(layer, x) for layer in layers):
-        joined = [_as_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")]
+    if torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    bases, added = zip(*map(low_rank_parts, layers))
+    if all(is_plain(base, x) for base in bases):
+        joined = [_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias")]
     if not joined or any(part is None for part in joined):
         return [layer(x) for layer in layers]
-    parts = F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
-    return [changed(layer, x, part) for layer, part in zip(layers, parts)]
+    parts = F.linear(x, *joined).split([base.out_features for base in bases], dim=-1)
+    return [_with_added(x, changed(base, x, part), of) for base, part, of in zip(bases, parts, added)]
+
+
+def _with_added(x: Tensor, y: Tensor, added: list[Any]) -> Tensor:
+    """y and what adapters add to it, as PEFT's layer does."""
+    found = y
+    for down, up, scale in added:
+        found = found + up(down(x.to(down.weight.dtype))) * scale
+    return found.to(y.dtype)
 
 
 def linear(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
@@ -231,6 +256,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
         out = attend_by_region(
             q, k, v, sequence.region, sequence.text_mask, text_at=sequence.text_at, queries=sequence.queries
         )  # fmt: skip
+    elif sequence.key_bias is None and sequence.keys is None and sequence.backend is not None:
+        out = dispatch_attention(q, k, v, sequence.backend)
     elif sequence.key_bias is None and sequence.keys is None:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     else:
@@ -276,14 +303,24 @@ class FusedModel:
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
         attention_kwargs: dict[str, Any], runner: StepRunner,
     ):  # fmt: skip
-        super().__init__(unwrapped(transformer), vae, guidance, attention_kwargs)
+        self._own = unwrapped(transformer)
+        super().__init__(cast_by_call(self._own, OWN_HOOKS), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
+
+    def using(self, transformer: torch.nn.Module) -> FusedModel:
+        other = super().using(cast_by_call(transformer, OWN_HOOKS))
+        other._own = transformer
+        return other
 
     @functools.cached_property
     def fused_codec(self) -> Any:
         """The codec over an autoencoder with the model's own stand-ins: made once, used by all stages of a call."""
         return self.codec.fused()
+
+    @functools.cached_property
+    def _backend(self) -> str | None:
+        return attention_backend(self._own)
 
     def slots(self, count: int) -> int:
         step = min(max((1 << (count - 1).bit_length()) // 16, FEWEST_SLOTS), MOST_SLOTS)

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ._diffusers import mirrors
+
 _ACTIVE: ContextVar[LowRankChange | None] = ContextVar("specedit_low_rank", default=None)
 _HOOKED: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 _SERIAL = itertools.count(1)
@@ -68,7 +70,7 @@ class LowRankChange:
 
     def of(self, layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """(down, up) of a layer, in the dtype and on the device of `like`; None where it is not changed."""
-        name = self._names.get(layer)
+        name = self._names.get(mirrors(layer))
         if name is None:
             return None
         key = (name, like.device, like.dtype)
@@ -97,6 +99,10 @@ def add_change(layer: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
 def _now() -> LowRankChange | None:
     """The active change. torch.compile cannot trace the question; what is compiled runs without a change."""
     return None if torch.compiler.is_compiling() else _ACTIVE.get()
+
+
+# Hooks of layers whose work the fused forwards know of.
+OWN_HOOKS = frozenset({add_change})
 
 
 def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:

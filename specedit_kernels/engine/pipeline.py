@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import json
 import logging
 import math
 import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,15 @@ from ..images.files import Photo
 from ..images.masks import token_mask
 from ..sampling.grid import PATCH, Grid, draft_grid, pack, unpack
 from . import fp8, stages
-from ._diffusers import cache_hooks, calculate_shift, execution_device, on_context_parallel, retrieve_timesteps
+from ._diffusers import (
+    cache_hooks,
+    calculate_shift,
+    execution_device,
+    moved_to,
+    on_context_parallel,
+    retrieve_timesteps,
+    unwrapped,
+)
 from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
 from .config import RUNNERS, EditConfig, SpecEditConfig
@@ -52,6 +61,17 @@ ABSENT: dict[str, Any] = {
 }  # fmt: skip
 MASK_MODES = ("replace", "limit", "add")
 OUTPUT_SIZES = ("working", "source")
+
+
+_CALLS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LISTING = threading.Lock()
+
+
+def _one_call(transformer: torch.nn.Module) -> threading.RLock:
+    """Held for a whole call: steps share the graphs and buffers of a runner, and what a pipeline knows of its call;
+    pipelines that share a transformer (`from_pipe`) share the scales of its adapters, and where its weights lie."""
+    with _LISTING:
+        return _CALLS.setdefault(transformer, threading.RLock())
 
 
 def stock_class(kind: type) -> type:
@@ -236,6 +256,11 @@ class SpecEditMixin:
         bound.apply_defaults()
         call = Call(**ABSENT | bound.arguments)
         call.true_cfg_scale = bound.arguments.get(self.TRUE_CFG, 1.0)
+        with _one_call(unwrapped(self.transformer)):
+            return self._specedit(call)
+
+    def _specedit(self, call: Call) -> Any:
+        """A call with SpecEdit, its arguments complete."""
         config, counts = self._resolve(call)
         self._take_pictures(call)
         call.height, call.width = self._size(call)
@@ -254,8 +279,7 @@ class SpecEditMixin:
         pixels, references = self._pictures(call, device)
         guidance = self._guidance(call, device, texts["positive"].embeds.shape[0])
         model = self._model(runner, guidance, attention_kwargs)
-        with contextlib.nullcontext() if runner is None else runner.lock:
-            return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
+        return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
 
     @classmethod
     def _own_arguments(cls) -> set[str]:
@@ -364,7 +388,7 @@ class SpecEditMixin:
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
-            arranged = kept is not None and kept.watches(signature)
+            arranged = self._moving() or kept is not None and kept.watches(signature)
             undo = None if reason or arranged else self._arrange()
             if undo:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)
@@ -374,7 +398,9 @@ class SpecEditMixin:
             return None
         if self._specedit_runner is None:
             self._specedit_runner = StepRunner(name)
-        self._specedit_runner.watch(signature)
+        self._specedit_runner.moving = self._moving()
+        if not self._specedit_runner.moving:  # else it watches what it brings in
+            self._specedit_runner.watch(signature)
         if undo:
             self._specedit_runner.undoes(undo)
         return self._specedit_runner
@@ -391,11 +417,15 @@ class SpecEditMixin:
             return None
         return runner.linears
 
+    def _moving(self) -> bool:
+        """Whether a hook brings the transformer or the autoencoder in as a whole (model offloading)."""
+        return any(moved_to(unwrapped(part)) is not None for part in (self.transformer, self.vae))
+
     def _fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
         if "graph" not in self.RUNNERS:
             return "eager", f"{type(self).__name__} has no other"
-        if self.transformer.device.type != "cuda":
+        if execution_device(self).type != "cuda":
             return "eager", "graphs need a CUDA device"
         reason, _ = inspect_weights("graph", self.transformer, self.vae)
         if not reason:
@@ -411,9 +441,10 @@ class SpecEditMixin:
         return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
-        """Where a call computes. A runner's modules have no hooks, which the pipeline's own answer looks for in every
-        module: that takes longer than a launch of any stage."""
-        return execution_device(self) if runner is None else next(self.transformer.parameters()).device
+        """Where a call computes. Without offloading the transformer's place says it; the pipeline's own answer looks for
+        hooks in every module, which takes longer than a launch of any stage."""
+        known = runner is not None and not runner.moving
+        return next(self.transformer.parameters()).device if known else execution_device(self)
 
     def _release(self) -> None:
         """Give up all that calls keep, and undo what they did to the modules: `disable_specedit`."""
@@ -572,7 +603,7 @@ class SpecEditMixin:
         else:
             images = self._decode(run, clean, shown, call.output_type)
             clock.mark("decode")
-        if runner is None:  # which leaves modules with hooks alone
+        if runner is None or runner.moving:  # no other one runs modules that are offloaded
             self.maybe_free_model_hooks()
         run.stats.seconds = clock.seconds()
         run.stats.runner_reason = self._runner_reason
@@ -784,11 +815,18 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
     return x.repeat_interleave(batch // x.shape[0], dim=0)
 
 
+# Of a cache of steps.
+_INSTEAD = "to save steps take a smaller preset and kv_refresh of SpecEditConfig"
+
+
 def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
     """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, to be off."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise TypeError(f"scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")
+        raise TypeError(
+            "scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, whose step is one evaluation and depends on no"
+            f" earlier one (the sequence changes between steps), got {type(scheduler).__name__}"
+        )
     for flag in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(flag, False):
             raise ValueError(f"scheduler: expected {flag}=False, got True")
@@ -798,11 +836,13 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
             raise ValueError(f"transformer: expected {flag}=False, got True")
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
-            "transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change"
+            f"transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change; {_INSTEAD}"
         )
     caches = cache_hooks(transformer)
     if caches:
         names = ", ".join(caches)
-        raise ValueError(f"transformer: expected no cache (its tensors keep one length, ours change), got {names}")
+        raise ValueError(
+            f"transformer: expected no cache (its tensors keep one length, ours change), got {names}; {_INSTEAD}"
+        )
     if on_context_parallel(transformer):
         raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from . import fp8, low_rank, registry
-from ._diffusers import foreign_forward, global_hooks, hooked, on_parallel, unwrapped
+from ._diffusers import (
+    bring_in,
+    foreign_forward,
+    global_hooks,
+    hooked,
+    is_cast,
+    moved_to,
+    on_parallel,
+    unwrapped,
+    waits_for_host,
+)
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -36,44 +46,117 @@ BUFFER_ROWS = 512
 _PLAIN = (torch.nn.Parameter, Tensor)
 
 
-def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
-    """(why the runner of that name cannot run these, or "", what its graphs take for granted).
+class _Memory:
+    """Where the memory of weights lies: what graphs take for granted of them."""
 
-    The latter: where weights lie, and the numbers that adapters (PEFT) multiply by. One pass, since a run waits for it.
+    def __init__(self) -> None:
+        self.found: list[Hashable] = []
+        self.devices: set[torch.device] = set()
+        self._seen: set[int] = set()
+
+    def add(self, x: Tensor) -> None:
+        """A weight: its own memory, that of the tensors a wrapper holds, and of what a quantised one has beside it."""
+        if type(x) in _PLAIN:
+            self.devices.add(x.device)
+            self.found.append((x.data_ptr(), x.dtype))
+            return
+        self.found.append(type(x))
+        if is_traceable_wrapper_subclass(x):
+            for name in x.__tensor_flatten__()[0]:
+                self.add(getattr(x, name))
+            return
+        self.devices.add(x.device)
+        self.found.append((x.data_ptr(), x.dtype))
+        self.add_held(vars(x))
+
+    def add_held(self, value: Any) -> None:
+        """Tensors anywhere in an object: a library's state of a quantised weight. Modules are looked at by themselves."""
+        if isinstance(value, Tensor):
+            self.add(value)
+        elif isinstance(value, dict):
+            for each in value.values():
+                self.add_held(each)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                self.add_held(each)
+        elif hasattr(value, "__dict__") and not isinstance(value, (torch.nn.Module, type)) and not callable(value):
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self.add_held(vars(value))
+
+    def add_scaling(self, scaling: Any) -> None:
+        """The numbers that an adapter multiplies by; a graph reads those on the device where they lie."""
+        for name, value in scaling.items() if isinstance(scaling, dict) else [("", scaling)]:
+            if isinstance(value, Tensor):
+                value = value.data_ptr() if value.is_cuda else value.tolist()
+            self.found.append((name, repr(value)))
+
+    def add_module(self, module: torch.nn.Module) -> None:
+        """All of one module, without its children."""
+        own = vars(module)
+        self.found.append(type(module))
+        quantised = False
+        for x in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if x is not None:
+                self.add(x)
+                quantised = quantised or type(x) not in _PLAIN
+        if quantised:
+            self.add_held({k: v for k, v in own.items() if not k.startswith("_")})
+        if "scaling" in own:
+            self.add_scaling(own["scaling"])
+            active = (getattr(module, n, None) for n in ("active_adapters", "disable_adapters", "merged"))
+            self.found.append(repr(tuple(active)))
+
+
+def lies(*modules: torch.nn.Module) -> list[Hashable]:
+    """Where the weights of these modules lie, and the numbers that adapters (PEFT) multiply by: a graph's premises."""
+    memory = _Memory()
+    for module in modules:
+        for each in module.modules():
+            memory.add_module(each)
+    return memory.found
+
+
+def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
+    """(why the runner of that name cannot run these, or "", what its graphs take for granted: `lies`).
+
+    One pass, since a run waits for it. Modules that the fused forward calls are called with their hooks and with a
+    forward of their own; only a replay would leave these out. Of what is `moved_to` a device the place is known once it
+    was brought in.
     """
     transformer, vae = unwrapped(transformer), unwrapped(vae)
     if on_parallel(transformer):
         return "the transformer is parallelised", []
     if global_hooks():
         return "torch has hooks for all modules, which it would leave out", []
+    passed = set()
     for module, kind in registry.replaced_by(transformer):
-        if foreign_forward(module, kind):
+        passed.add(module)
+        if foreign_forward(module, kind) and not (module is transformer and moved_to(module)):
             return f"a {type(module).__name__} has a forward that is not its model's, which it would leave out", []
-    found: list[Hashable] = []
-    devices, known = set(), registry.own_pre_hooks() | {low_rank.add_change}
-    for module in (*transformer.modules(), *vae.modules()):
-        own = vars(module)  # a module looks for what it does not have for long
-        if hooked(own, known):
-            return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
-        if "forward" in own and foreign_forward(module):
-            return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
-        if name == "fused":
-            continue
-        found.append(type(module))
-        for x in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if x is None:
-                continue
-            if type(x) not in _PLAIN and is_traceable_wrapper_subclass(x):
-                return f"a weight is a {type(x).__name__}, whose memory cannot be watched", []
-            devices.add(x.device)
-            found.append((x.data_ptr(), x.dtype))
-        if "scaling" in own:
-            active = tuple(getattr(module, n, None) for n in ("active_adapters", "disable_adapters", "merged"))
-            found.append(repr((module.scaling, active)))
+    memory, known, graphs = _Memory(), registry.own_pre_hooks() | low_rank.OWN_HOOKS, name != "fused"
+    for part in (transformer, vae):
+        device = moved_to(part)
+        if device is not None:
+            memory.devices.add(device)
+        for module in part.modules():
+            own = vars(module)  # a module looks for what it does not have for long
+            called = part is transformer and module not in passed
+            if (graphs or not called) and not (module is part and device) and not (called and is_cast(module, low_rank.OWN_HOOKS)):
+                if hooked(own, known):
+                    return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
+                if "forward" in own and foreign_forward(module):
+                    return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
+            if graphs:
+                reason = waits_for_host(module)
+                if reason:
+                    return reason, []
+                if device is None:
+                    memory.add_module(module)
     reason = ""
-    if name != "fused" and ({d.type for d in devices} != {"cuda"} or len(devices) > 1):
-        reason = f"it needs one CUDA device, the weights are on {', '.join(sorted(map(str, devices)))}"
-    return reason, found
+    if graphs and ({d.type for d in memory.devices} != {"cuda"} or len(memory.devices) > 1):
+        reason = f"it needs one CUDA device, the weights are on {', '.join(sorted(map(str, memory.devices)))}"
+    return reason, memory.found
 
 
 @functools.cache
@@ -88,10 +171,34 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-class CapturedStep:
-    """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes."""
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """On the stream of captures, between what was given to the current one before and what it is given after."""
+    with torch.cuda.device(device):
+        aside, current = _stream(device), torch.cuda.current_stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            yield aside
+        current.wait_stream(aside)
 
-    def __init__(self, function: Callable[..., Any], inputs: Inputs, pool: Any):
+
+def _first_call(function: Callable[..., Any], inputs: Inputs) -> Any:
+    """function(**inputs) as it has to be called once before it is captured: kernels are compiled and libraries make
+    their plans on their first call, some of them a stream's own."""
+    device = next(x.device for x in inputs.values() if x is not None)
+    with _aside(device):
+        output = function(**inputs)
+    tree_map(lambda x: x.record_stream(torch.cuda.current_stream(device)), output)
+    return output
+
+
+class CapturedStep:
+    """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes.
+
+    called: whether `_first_call` was made with inputs of these shapes.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Inputs, pool: Any, called: bool = False):
         device = next(x.device for x in inputs.values() if x is not None)
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False):
@@ -102,15 +209,11 @@ class CapturedStep:
                 for name, x in inputs.items()
             }
         self._fill(inputs)
+        if not called:
+            _first_call(function, self.inputs)
         with torch.cuda.device(device):
-            # once without: kernels are compiled and libraries make their plans on their first call
-            aside, current = _stream(device), torch.cuda.current_stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                function(**self.inputs)
-            current.wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
                 before = torch.cuda.memory_reserved()
                 self.output = function(**self.inputs)
                 self.pool_bytes = torch.cuda.memory_reserved() - before
@@ -134,6 +237,8 @@ class StepRunner:
     name: "fused" calls them; "graph" and "compile" capture each call as a CUDA graph when its tag and shapes are new,
     and replay it from then on. At most `graphs` are kept, the one longest unused goes first; all share one pool of
     memory. A capture that fails ends capturing for good, with a warning: calls go on uncaptured.
+    moving: a hook brings the transformer or the autoencoder in as a whole, and another one sends it away: a graph then
+    lives for a part of a run, and a call is captured at its second time.
     """
 
     def __init__(self, name: str, graphs: int = GRAPHS):
@@ -146,8 +251,8 @@ class StepRunner:
         self._pool_bytes = 0
         self._buffers: dict[str, list[Tensor]] = {}
         self._signature: list[Hashable] | None = None
-        # held for a whole call: its steps share buffers and graphs
-        self.lock = threading.RLock()
+        self.moving = False
+        self._called: set[Hashable] = set()
         self._undo: weakref.finalize | None = None
         self.linears = fp8.Fp8Linears()
 
@@ -176,6 +281,18 @@ class StepRunner:
             self.clear()
         self._signature = signature
 
+    def bring(self, transformer: torch.nn.Module) -> None:
+        """Have a transformer that is moved lie where it computes. Graphs over where it lay before are forgotten; not the
+        buffers, which the run at hand uses."""
+        if not self.moving:
+            return
+        bring_in(transformer)
+        signature = lies(transformer)
+        if signature != self._signature:
+            self._drop(list(self._graphs))
+            self._called.clear()
+        self._signature = signature
+
     def undoes(self, undo: Callable[[], None]) -> None:
         """What puts weights back that were moved for this runner: called by `close`, or when the runner is freed."""
         if self._undo is not None:
@@ -192,6 +309,7 @@ class StepRunner:
     def clear(self) -> None:
         """Free the graphs and their pool, the buffers, and weights in fp8."""
         self._drop(list(self._graphs))
+        self._called.clear()
         self._buffers.clear()
         self.linears.clear()
 
@@ -241,9 +359,12 @@ class StepRunner:
         step = self._graphs.get(key)
         if step is None:
             try:
+                if self.moving and key not in self._called:
+                    self._called.add(key)
+                    return _first_call(function, inputs)
                 if self._pool is None:
                     self._pool = torch.cuda.graph_pool_handle()
-                step = CapturedStep(function, inputs, self._pool)
+                step = CapturedStep(function, inputs, self._pool, self.moving)
             except RuntimeError as error:
                 logger.warning("runner=%r: capturing failed, steps go on uncaptured: %s", self.name, error)
                 self._capturing = False

@@ -428,7 +428,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
     def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
         ids = super().dense_layout(text, pictures, grids).ids
         cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
-        return FusedLayout(MixedSequence(len(text.text_ids), *(x[None, :, ::2].contiguous() for x in (cos, sin))))
+        tables = (x[None, :, ::2].contiguous() for x in (cos, sin))
+        return FusedLayout(MixedSequence(len(text.text_ids), *tables, backend=self._backend))
 
     def watched_layout(
         self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
@@ -479,6 +480,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 
     def moments(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
+        self.runner.bring(self._own)
         steps, batch = len(timesteps), text.pooled.shape[0]
         guidance = None if self.guidance is None else self.guidance.repeat(steps)
         with self._scaled():
@@ -507,9 +509,10 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
                 return (found, *seen)
 
         rows = None if cache is None else cache[0][0].shape[1]
-        scale, transformer = self.attention_kwargs.get("scale"), id(self.transformer)
+        self.runner.bring(self._own)
+        scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
-               watched)  # fmt: skip
+               watched, sequence.backend)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:
             [layout.watch.mass] = seen
@@ -524,10 +527,10 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._with_vae("encode", pixels)
+        return super().encode(pixels) if self.runner.moving else self._with_vae("encode", pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._with_vae("decode", latents)
+        return super().decode(latents) if self.runner.moving else self._with_vae("decode", latents)
 
 
 class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):

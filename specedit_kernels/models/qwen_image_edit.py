@@ -116,7 +116,7 @@ class QwenCodec:
 
     def mode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, h, w] -> the posterior's mode, as the model has it: [B, C, 1, H, W]."""
-        return self.vae.encode(pixels[:, :, None]).latent_dist.mode()
+        return through(self.vae, lambda x: self.vae.encode(x).latent_dist.mode(), pixels[:, :, None])
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, h, w] -> latents, the mode of the posterior."""
@@ -140,7 +140,7 @@ class QwenCodec:
 
     def pixels(self, latents: Tensor) -> Tensor:
         """The model's own latents [B, C, 1, H, W] -> pixels in [-1, 1], [B, 3, h, w]."""
-        return self.vae.decode(latents, return_dict=False)[0][:, :, 0]
+        return through(self.vae, lambda x: self.vae.decode(x, return_dict=False)[0][:, :, 0], latents)
 
     def features(self, latents: Tensor) -> list[Tensor]:
         """Feature maps [B, c, h, w] of the decoder's conv_in, mid_block and first up block.
@@ -531,7 +531,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             behind = torch.arange(sum(counts), device=device) >= counts[0]
             modulate = behind.int().expand(batch, -1).contiguous()
         cos, sin = turn.real.contiguous(), turn.imag.contiguous()
-        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate))
+        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
 
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
@@ -550,6 +550,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
     def moments(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
+        self.runner.bring(self._own)
         if self._moments[0] is not timesteps:
             with self._scaled():
                 found = modulation(self.transformer, timesteps, text.embeds)
@@ -572,8 +573,9 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
                 )
 
         rows = None if cache is None else cache[0][0].shape[1]
-        tag = ("step", id(self.transformer), sequence.text, sequence.passing,
-               self.attention_kwargs.get("scale"), rows)  # fmt: skip
+        self.runner.bring(self._own)
+        tag = ("step", id(self._own), sequence.text, sequence.passing,
+               self.attention_kwargs.get("scale"), rows, sequence.backend)  # fmt: skip
         return self.runner(tag, step, inputs, layout.buffers)
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
@@ -587,9 +589,13 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
+        if self.runner.moving:
+            return super().encode(pixels)
         return self.codec.scaled(self._with_vae("mode", pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
+        if self.runner.moving:
+            return super().decode(latents)
         return self._with_vae("pixels", self.codec.unscaled(latents))
 
 
