@@ -807,7 +807,7 @@ def test_no_host_synchronisation_between_steps():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9, 8, 4\], got 10"),
+        (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9, 8, 6, 4\], got 10"),
         (dict(draft="half"), ValueError, "draft: expected one of"),
         (dict(finish="none"), ValueError, "finish: expected one of"),
         (dict(unselected="fine"), ValueError, r"unselected: expected one of \['source', 'coarse'\], got 'fine'"),

@@ -15,7 +15,7 @@ from ..images.boxes import Box
 from ..images.files import ImageFileError, reason, shown
 from .text import UserError, one_line, say
 
-PRESETS = (30, 18, 11, 9, 8, 4)
+PRESETS = (30, 18, 11, 9, 8, 6, 4)
 QUALITIES = ("fast", "balanced", "best", "paper")
 DEVICE = "a torch device (default: cuda where there is one, else cpu)"
 

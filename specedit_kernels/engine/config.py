@@ -14,7 +14,7 @@ from ..sampling.schedule import split_steps
 # Steps of the main trajectory by preset (number of function evaluations): all coarse, mixed resolution, all fine.
 # 8 and 4 are the step counts of step-distilled weights (Lightning); 30 to 9 are the paper's.
 PRESETS: dict[int, tuple[int, int, int]] = {
-    30: (7, 13, 10), 18: (4, 8, 6), 11: (2, 5, 4), 9: (2, 4, 3), 8: (3, 3, 2), 4: (1, 2, 1)
+    30: (7, 13, 10), 18: (4, 8, 6), 11: (2, 5, 4), 9: (2, 4, 3), 8: (3, 3, 2), 6: (2, 3, 1), 4: (1, 2, 1)
 }  # fmt: skip
 
 # The schedule that Qwen-Image-Lightning weights were distilled for, as changes to a scheduler's config. Weights, their
@@ -31,7 +31,7 @@ LIGHTNING_SCHEDULE = {
 # What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": dict(preset=9, finish="locked", kv_refresh=9),
+    "fast": dict(preset=6, finish="locked", kv_refresh="bracket"),
     "balanced": dict(preset=9, finish="locked", kv_refresh="bracket"),
     "best": dict(preset=18, finish="locked", kv_refresh="bracket"),
     "paper": dict(preset=9, finish="full", kv_refresh=1),
@@ -185,7 +185,7 @@ class SpecEditConfig(EditConfig):
 
     quality: sets preset, finish and kv_refresh where they are None: "fast", "balanced", "best", or "paper", SpecEdit as
         its paper has it. QUALITIES has the values, docs/choose.md what each costs.
-    preset: number of function evaluations of the main trajectory: 30, 18, 11 or 9, and 8 or 4 for step-distilled
+    preset: number of function evaluations of the main trajectory: 30, 18, 11, 9 or 6, and 8 or 4 for step-distilled
         weights. A separate draft is counted apart.
     stages: (coarse, mixed, full) step counts in place of the preset's.
     draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's and
