@@ -148,7 +148,7 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor | Rows) -> list[Tensor]:
-    """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8."""
+    """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or they compute in fp8."""
     layers, joined = list(layers), ()
     y = fp8.product(layers, x)
     if y is not None:

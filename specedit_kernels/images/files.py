@@ -224,7 +224,8 @@ class Photo:
 
         array = self.from_rgb(np.asarray(picture))
         if self.alpha is not None:
-            alpha = PIL.Image.fromarray(self.alpha.astype(np.float32)).resize(picture.size, PIL.Image.LANCZOS)
+            lanczos = PIL.Image.Resampling.LANCZOS
+            alpha = PIL.Image.fromarray(self.alpha.astype(np.float32)).resize(picture.size, lanczos)
             top = np.iinfo(self.array.dtype).max
             alpha = np.rint(np.asarray(alpha)).clip(0, top).astype(self.array.dtype)
             array = np.dstack([array, alpha])
@@ -656,7 +657,7 @@ def _deflated(rows: np.ndarray, filtered: bool) -> bytes:
             lines = np.full((len(part), rows.shape[1] + 1), 2, np.uint8)
             lines[:, 1:] = part - np.concatenate([above, part[:-1]])
             above, part = part[-1:], lines
-        parts.append(packer.compress(np.ascontiguousarray(part)))
+        parts.append(packer.compress(np.ascontiguousarray(part).data))
     return b"".join([*parts, packer.flush()])
 
 
