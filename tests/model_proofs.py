@@ -118,7 +118,8 @@ def mixed_is_dense(ours, text, grid, others=(), fused=True, guidance=None):
         for cached in (False, True):
             made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
             got = model.velocity(text, tokens, moment, made)
-            assert torch.allclose(got[:, :count], expected[:, layout.index[0, :count].long()], atol=1e-4), (runner, cached)
+            in_order = expected[:, layout.index[0, :count].long()]
+            assert torch.allclose(got[:, :count], in_order, atol=1e-4), (runner, cached)
 
 
 def lora(transformer, names=("attn.to_q", "attn.to_out.0"), rank=2, seed=7, scale=0.5):
@@ -127,14 +128,16 @@ def lora(transformer, names=("attn.to_q", "attn.to_out.0"), rank=2, seed=7, scal
     for name, layer in transformer.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.endswith(tuple(names)):
             state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
-            state[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(layer.out_features, rank, generator=generator)
+            up = torch.randn(layer.out_features, rank, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = scale * up
     assert state
     return state
 
 
 def lora_is_applied(plain, ours, load, unload, fused=True, steps=4, **options):
     """load(pipeline), unload(pipeline): by the pipeline's own loader. Both pipelines have one transformer."""
-    config, runners = paper(stages=(1, 2, 1), finish="locked", kv_refresh=9), ("eager", "fused") if fused else ("eager",)
+    config = paper(stages=(1, 2, 1), finish="locked", kv_refresh=9)
+    runners = ("eager", "fused") if fused else ("eager",)
     call = lambda **more: ours(generator=seeded(), **more, **options).images  # noqa: E731
     runs = lambda: [call(specedit=paper(stages=(1, 2, 1), finish="locked", kv_refresh=9, runner=r), mask_image=mask(3))  # noqa: E731
                     for r in runners]  # fmt: skip

@@ -324,7 +324,7 @@ def test_attention_of_two_branches(comfy):
         scores = q @ k.transpose(-1, -2) / 4 + bias[:, None, None]
         plain = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         used = torch.nn.functional.pad(slot < order.lengths[:, None], (text, 0), value=True).repeat(2, 1)
-        call = lambda: comfy.model.MixedAttention(layout, ["a", "b"], seen)  # noqa: E731, B023
+        call = lambda: comfy.model.MixedAttention(layout, ["a", "b"], seen)  # noqa: E731
         out = call()(None, q, k, v, 2, skip_reshape=True)
         torch.testing.assert_close(out[used], plain[used], rtol=0, atol=1e-5)
         flat = (x.transpose(1, 2).flatten(2) for x in (q, k, v))

@@ -83,7 +83,7 @@ def round_blocks(*lists):
 
 
 def assert_close(got, expected, plain):
-    """Equal but for numbers that lie between two of e4m3's and fall to either side; far nearer than to the plain ones."""
+    """Equal but for numbers that lie between two of e4m3's and fall to either side; far nearer than to plain ones."""
     error, distance = (got - expected).norm(), (got - plain).norm()
     assert error < 0.2 * distance and distance < 0.2 * plain.norm()
 
@@ -144,7 +144,9 @@ def test_a_qwen_step_rounds_every_layer_of_its_blocks(zero):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("names", [["attn.to_k"], ["ff.net.2", "ff_context.net.0.proj"], ["proj_mlp"], ["proj_out"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["attn.to_k"], ["ff.net.2", "ff_context.net.0.proj"], ["proj_mlp"], ["proj_out"]], ids=str
+)
 def test_layers_that_are_more_than_a_weight_compute_as_they_are(names):
     transformer = tiny_transformer()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
@@ -210,9 +212,9 @@ def test_low_rank_changes_act_on_layers_in_fp8(random):
     names = ["single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.1.proj_out",
              "transformer_blocks.0.ff.net.2", "transformer_blocks.1.attn.to_k"]  # fmt: skip
     layers = {n: transformer.get_submodule(n) for n in names}
-    change = LowRankChange({n: (torch.randn(4, l.in_features, generator=generator) * 0.3,
-                                torch.randn(l.out_features, 4, generator=generator) * 0.3)
-                            for n, l in layers.items()})  # fmt: skip
+    change = LowRankChange({n: (torch.randn(4, layer.in_features, generator=generator) * 0.3,
+                                torch.randn(layer.out_features, 4, generator=generator) * 0.3)
+                            for n, layer in layers.items()})  # fmt: skip
     tokens, embeds, pooled = torch.randn(1, IMAGE, 64), torch.randn(1, TEXT, 32), torch.randn(1, 16)
     angle = torch.randn(1, TEXT + IMAGE, 8)
     sequence = flux_kontext.MixedSequence(TEXT, angle.cos(), angle.sin())
@@ -290,7 +292,8 @@ def test_layers_that_stay_are_said_once(edit, warnings):  # noqa: F811
     for _ in range(2):
         got = run(precision="fp8")
     assert got.stats.precision == "fp8"
-    assert warnings.messages == ["precision='fp8': 3 layers compute as they are: a Adapted is more than a weight and a bias"]
+    reason = "a Adapted is more than a weight and a bias"
+    assert warnings.messages == [f"precision='fp8': 3 layers compute as they are: {reason}"]
 
 
 def test_graphs_of_one_precision_serve_no_other(stubbed):  # noqa: F811

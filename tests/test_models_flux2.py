@@ -12,19 +12,19 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from model_proofs import seeded  # noqa: E402
-from tiny_models import paper, tiny_image  # noqa: E402
+from model_proofs import seeded
+from tiny_models import paper, tiny_image
 
-from specedit_kernels import SpecEditConfig, disable_specedit, enable_specedit  # noqa: E402
-from specedit_kernels.models.flux2 import Flux2Codec, Flux2Text  # noqa: E402
-from specedit_kernels.sampling.grid import pack  # noqa: E402
+from specedit_kernels import SpecEditConfig, disable_specedit, enable_specedit
+from specedit_kernels.models.flux2 import Flux2Codec, Flux2Text
+from specedit_kernels.sampling.grid import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,18 +10,18 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     LongCatImageEditPipeline,
     LongCatImageTransformer2DModel,
 )
-from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as stock  # noqa: E402
-from model_proofs import seeded  # noqa: E402
-from tiny_models import paper, tiny_image  # noqa: E402
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as stock
+from model_proofs import seeded
+from tiny_models import paper, tiny_image
 
-from specedit_kernels import enable_specedit  # noqa: E402
-from specedit_kernels.models.longcat import LongCatText  # noqa: E402
+from specedit_kernels import enable_specedit
+from specedit_kernels.models.longcat import LongCatText
 
 TEXT = 24
 

@@ -6,16 +6,15 @@ import json
 
 import model_proofs as proofs
 import pytest
-import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import QwenImageEditPlusPipeline  # noqa: E402
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock  # noqa: E402
-from tiny_models import qwen_text, tiny_image, tiny_qwen  # noqa: E402
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+from tiny_models import qwen_text, tiny_image, tiny_qwen
 
-from specedit_kernels.engine import registry  # noqa: E402
+from specedit_kernels.engine import registry
 
 # What differs in the published transformer/config.json: 2511 modulates the references by timestep 0. FireRed 1.0 was
 # trained from 2509's weights and 1.1 from those; both say QwenImageEditPlusPipeline.
@@ -47,7 +46,8 @@ def pair(name, folder):
     for part, changes in (("transformer", KEYS | VARIANTS[name]), ("scheduler", SCHEDULER)):
         [path] = (folder / part).glob("*config.json")
         config = json.loads(path.read_text())
-        small = {k: v for k, v in config.items() if k not in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")}
+        variants = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+        small = {k: v for k, v in config.items() if k not in variants}
         path.write_text(json.dumps((small if part == "transformer" else config) | changes))
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "QwenImageEditPlusPipeline"
     plain = QwenImageEditPlusPipeline.from_pretrained(folder)

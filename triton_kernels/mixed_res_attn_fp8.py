@@ -40,8 +40,8 @@ def _load_of(pointers, valid):
 
 @triton.jit
 def _attend(
-    q, unit, k_base, v_base, k_scale, v_scale, bias, rows, valid, stride_kn, stride_vn, stride_vd, stride_ksn, stride_vsn,
-    d, acc, total, top, largest,
+    q, unit, k_base, v_base, k_scale, v_scale, bias, rows, valid, stride_kn, stride_vn, stride_vd, stride_ksn,
+    stride_vsn, d, acc, total, top, largest,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, K_ROWS: tl.constexpr, V_ROWS: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -199,8 +199,8 @@ def _attn_fp8_kernel(
 
 @triton.jit(do_not_specialize=["heads", "num_tiles", "num_rows", "stride_lb", "stride_lh", "stride_ls"])
 def _join_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, stride_pb, stride_pn, stride_ph, stride_ps, stride_lb, stride_lh, stride_ls,
-    heads, num_tiles, num_rows,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, stride_pb, stride_pn, stride_ph, stride_ps, stride_lb, stride_lh,
+    stride_ls, heads, num_tiles, num_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of BLOCK_R rows of one head; out and lse lie as a part of theirs."""
@@ -261,7 +261,8 @@ def launch(
     k_rows, v_rows = k_scale.shape[1] != 1, v_scale.shape[1] != 1
     with _on_device(q.device):
         _attn_fp8_kernel[(num_tiles * splits * heads * batch,)](
-            q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, part, part_lse, abs(scale),
+            q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, part, part_lse,
+            abs(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride(), *_by_row(q_scale), *_by_row(k_scale), *_by_row(v_scale),
             0 if key_bias is None else key_bias.stride(0), 0 if q_index is None else q_index.stride(0),
             0 if kv_index is None else kv_index.stride(0),

@@ -98,7 +98,8 @@ def _quantize_fp8_kernel(
         before_top = tl.zeros([SLOTS, BEFORE_BLOCK], dtype=tl.int32)
         for i in tl.static_range(BEFORE_CHUNKS):
             mask = exists[:, None] & (i * BEFORE_BLOCK + before_c < BEFORE)
-            befores = befores + (tl.load(before_row + i * BEFORE_BLOCK + before_c, mask=mask, other=0.0).to(tl.float32),)
+            before_x = tl.load(before_row + i * BEFORE_BLOCK + before_c, mask=mask, other=0.0)
+            befores = befores + (before_x.to(tl.float32),)
             before_top = _magnitude(before_top, befores[i])
         top = tl.maximum(top, tl.max(before_top, axis=1))
     row_scale = top.to(tl.float32, bitcast=True) / 448.0

@@ -4,10 +4,10 @@
     python bench/kernels/fp8.py --out runs/fp8                     # all parts; compute capability 8.9 or later
     python bench/kernels/fp8.py --out runs/fp8 --parts linears attention
 
-Each part is a list of cases; in a case rows are timed in turn (CUDA graphs, µs of the device) after each was held against
-float64. A row or a case that fails is written down as failed, and the rest goes on. OUT/fp8.json is whole after every
-case. An error is ||result - exact|| / ||exact|| on sampled rows; "exact" are bf16 inputs in float64, "of its factors" the
-rounded ones, which leaves the error of the product alone.
+Each part is a list of cases; in a case rows are timed in turn (CUDA graphs, µs of the device) after each was held
+against float64. A row or a case that fails is written down as failed, and the rest goes on. OUT/fp8.json is whole after
+every case. An error is ||result - exact|| / ||exact|| on sampled rows; "exact" are bf16 inputs in float64, "of its
+factors" the rounded ones, which leaves the error of the product alone.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def quantise(kind, rows):
     if "before" in doubles:
         doubles["before"] = doubles["before"][:, places]
     names = ("scale", "shift", "modulation_index", "before", "gelu")
-    exact = before_rounding(x[:, places].double(), *(doubles.get(n, False if n == "gelu" else None) for n in names), 1e-6)
+    given = [doubles.get(n, False if n == "gelu" else None) for n in names]
+    exact = before_rounding(x[:, places].double(), *given, 1e-6)
 
     def check(result):
         values, scale = result
@@ -188,7 +189,9 @@ def attention(num_q, num_k, dim):
     own("fp8 by head", "head", True, None)
     order = torch.randperm(num_k, device="cuda").int()[None]
     q8, k8, v8, *scales = factors["row"]
-    fns["fp8 by row + bias, by index"] = lambda: ops.mixed_res_attn_fp8(q8, k8, v8, *scales, key_bias=bias, kv_index=order)
+    fns["fp8 by row + bias, by index"] = partial(
+        ops.mixed_res_attn_fp8, q8, k8, v8, *scales, key_bias=bias, kv_index=order
+    )
     checks["fp8 by row + bias, by index"] = CheckFp8(q, k, v, bias, factors["row"])
     fns["turning v"] = lambda: turned(v8)
     flash = fa3()
@@ -234,7 +237,8 @@ def steps():
 
     def bench():
         if not made:
-            names = ("out", "rows", "areas", "runners", "side", "text_length", "repeat", "patience", "tiny", "device", "compiled")
+            names = ("out", "rows", "areas", "runners", "side", "text_length", "repeat", "patience", "tiny", "device",
+                     "compiled")  # fmt: skip
             values = (None, ["*"], [0.1], ["graph"], 1024, 512, 5, 8.0, False, "cuda", False)
             made.append(flux_kontext.Bench(argparse.Namespace(**dict(zip(names, values)))))
         return made[0]
@@ -264,7 +268,7 @@ def cases():
         "linears": {f"{m} x {k} x {n}": partial(linear, m, k, n) for k, n in LAYERS for m in ROWS},
         "attention": {f"{q} x {k}, D {d}": partial(attention, q, k, d) for q, k, d in ATTENTION},
         "steps": steps(),
-        "configs": {f"{q} x {k}, D {d}": partial(configs, q, k, d) for q, k, d in ((8704, 8704, 128), (922, 8704, 128))},
+        "configs": {f"{q} x 8704, D 128": partial(configs, q, 8704, 128) for q in (8704, 922)},
     }
 
 
@@ -285,7 +289,8 @@ def main(argv=None):
             try:
                 figures = run()
             except Exception as problem:
-                figures = {"failed": f"{type(problem).__name__}: {problem}"[:500], "where": traceback.format_exc()[-1500:]}
+                text = f"{type(problem).__name__}: {problem}"
+                figures = {"failed": text[:500], "where": traceback.format_exc()[-1500:]}
             torch.cuda.empty_cache()
             found["parts"][part][case] = figures
             print(part, case, json.dumps(figures), flush=True)

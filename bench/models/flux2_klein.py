@@ -111,7 +111,8 @@ class KleinBench(Bench):
         for runner in self.args.runners:
             for n in STEPS:
                 for kind, options in KINDS.items():
-                    config = SpecEditConfig(**{"quality": "paper", "preset": n, "max_active": 0.95, "runner": runner} | options)
+                    base = {"quality": "paper", "preset": n, "max_active": 0.95, "runner": runner}
+                    config = SpecEditConfig(**base | options)
                     for share in self.args.areas:
                         facts = {"kind": f"specedit-{n}-{kind} {runner}", "area": share}
                         rows[f"{facts['kind']}, {share:.0%}"] = lambda c=config, s=share, f=facts: Row(
@@ -155,7 +156,7 @@ def main(argv=None):
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["eager", "graph"])
     parser.add_argument("--size", choices=tuple(SIZES), default="4B")
     parser.add_argument("--references", type=int, default=1, help="pictures that the model sees, the edited one too")
-    parser.add_argument("--side", type=int, help="of the pictures in pixels, a multiple of 64 (default 1024; tiny: 128)")
+    parser.add_argument("--side", type=int, help="of the pictures in pixels, a multiple of 64 (1024; tiny: 128)")
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=5, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")

@@ -3,8 +3,8 @@
 
     python bench/quality/fp8.py --limit 8                # a CPU does: the same rounding, multiplied in fp32
 
-Each edit is run with its true mask and the same noise in fp32, bf16 and fp8 (over fp32). Printed as JSON: dB against the
-target inside the edit, of edits with one right answer, and against the fp32 picture.
+Each edit is run with its true mask and the same noise in fp32, bf16 and fp8 (over fp32). Printed as JSON: dB against
+the target inside the edit, of edits with one right answer, and against the fp32 picture.
 """
 
 import argparse
@@ -39,7 +39,8 @@ def main(argv=None):
     edits.reference = edits.tokens
     runners = {name: Runner(load_pipeline(args.model, args.device, dtype))
                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}  # fmt: skip
-    settings = {"fp32": ("fp32", "auto"), "bf16": ("bf16", "auto"), "fp8": ("fp32" if args.device == "cpu" else "bf16", "fp8")}
+    base = "fp32" if args.device == "cpu" else "bf16"
+    settings = {"fp32": ("fp32", "auto"), "bf16": ("bf16", "auto"), "fp8": (base, "fp8")}
     if args.without_bf16:
         del settings["bf16"]
     for kind, options in CONFIGS.items():
@@ -53,7 +54,8 @@ def main(argv=None):
         known = edits.edits.unique().to(images["fp32"].device)
         found = {"setting": kind, "edits": len(edits), "with one answer": int(known.sum())}
         for name, of in images.items():
-            found[f"{name}: dB inside, against the target"] = decibels(masked_psnr(of, edits.pictures()[1], edits.mask)[known])
+            psnr = masked_psnr(of, edits.pictures()[1], edits.mask)
+            found[f"{name}: dB inside, against the target"] = decibels(psnr[known])
             if name != "fp32":
                 found[f"{name}: dB inside, against fp32"] = decibels(masked_psnr(of, images["fp32"], edits.mask))
         print(json.dumps(found), flush=True)

@@ -282,6 +282,7 @@ class SpecEditConfig(EditConfig):
 
     def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
         """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total."""
+        assert self.preset is not None  # __post_init__ has set it
         counts = self.stages or PRESETS[self.preset]
         return counts if steps is None else split_steps(counts, steps)
 

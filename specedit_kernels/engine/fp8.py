@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers in fp8: e4m3 weights with a scale for each output, activations with a scale for each row.
 
-`precision="fp8"` makes this hold within a run of a fused forward, for the layers that it asks for (`modulated`, `linear`
-and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use, a copy beside the one that
-the model keeps, so that LoRA files, disable_specedit() and runs in the model's own dtype find what they expect. On a CPU
-the same numbers are multiplied in fp32: slow, for tests and for measuring quality.
+`precision="fp8"` makes this hold within a run of a fused forward, for the layers that it asks for (`modulated`,
+`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use, a copy beside
+the one that the model keeps, so that LoRA files, disable_specedit() and runs in the model's own dtype find what they
+expect. On a CPU the same numbers are multiplied in fp32: slow, for tests and for measuring quality.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 
-# torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them to
-# fp32 now and then. Beside what rounding to e4m3 takes (2^-4 of each factor) that is little; bench/kernels/fp8.py has
-# both.
+# torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them
+# to fp32 now and then. Beside what rounding to e4m3 takes (2^-4 of each factor) that is little; bench/kernels/fp8.py
+# has both.
 FAST_ACCUMULATION = True
 MULTIPLE = 16  # of both sides of a weight: what torch._scaled_mm takes
 _SAMPLED = 64  # elements of a weight that tell whether it was written in place
@@ -92,9 +92,8 @@ class Fp8Linears:
     @property
     def bytes(self) -> int:
         """Memory of the copies."""
-        return sum(
-            x.numel() * x.element_size() for p in self._packed.values() for x in (p.weight, p.scale, p.bias) if x is not None
-        )
+        copies = (x for p in self._packed.values() for x in (p.weight, p.scale, p.bias) if x is not None)
+        return sum(x.numel() * x.element_size() for x in copies)
 
     def of(self, layers: tuple[torch.nn.Module, ...]) -> _Packed | None:
         """The copy of layers that take the same rows, made where there is none; None where one of them is refused."""
@@ -173,7 +172,10 @@ def reason_against(device: torch.device) -> str:
 def serves(*groups: Sequence[torch.nn.Module]) -> bool:
     """Whether all these layers compute in fp8; a group's layers take the same rows in one product."""
     linears = _now()
-    return linears is not None and all([linears.of(tuple(group)) is not None for group in groups])
+    if linears is None:
+        return False
+    found = [linears.of(tuple(group)) for group in groups]  # all are asked, to say of each why it is refused
+    return all(x is not None for x in found)
 
 
 def product(layers: Sequence[torch.nn.Module], x: Tensor | Rows) -> Tensor | None:

@@ -80,7 +80,7 @@ class KVCache:
         PackedKV(kept, (k, v)).store()
         return tuple(kept)
 
-    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `pack` gave as keys and values: the very tensors, or, of packed ones, copies in `dtype`."""
         if not self.packed:
             return kept

@@ -80,10 +80,10 @@ class LowRankChange:
         return self._brought[key]
 
 
-def _layer(transformer: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    """The linear layer of a name, below any adapter that wraps it."""
+def _layer(transformer: torch.nn.Module, name: str) -> Any:
+    """The linear layer of a name, below any adapter that wraps it, or None: anything with in_ and out_features."""
     try:
-        layer = transformer.get_submodule(name)
+        layer: Any = transformer.get_submodule(name)
     except AttributeError:
         return None
     while hasattr(layer, "base_layer"):

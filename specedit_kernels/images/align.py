@@ -72,7 +72,7 @@ class Drift:
         """Whether the two sizes have one aspect within .2 %, or within the rounding to whole pixels."""
         return _same_aspect(self.source_size, self.edited_size)
 
-    def placement(self) -> tuple[tuple[float, float], tuple[float, float]]:
+    def placement(self) -> tuple[Sequence[float], Sequence[float]]:
         """(scale, shift), (x, y) each: the point p of the source lies at p * scale + shift of the edited picture."""
         pairs = list(zip(self.source_size, self.edited_size, self.scale, self.shift))
         scale = tuple(e / s * k for s, e, k, _ in pairs)
@@ -176,8 +176,8 @@ class _Pyramid:
 # Of one axis each: source point p lies at p * scale + shift of the edited picture; (x, y).
 @dataclass(frozen=True)
 class _Map:
-    scale: tuple[float, float]
-    shift: tuple[float, float]
+    scale: Sequence[float]
+    shift: Sequence[float]
 
     def then(self, first: Sequence[float], slope: Sequence[float]) -> _Map:
         """The map of points that go to p + first + slope * p before."""
@@ -453,13 +453,14 @@ def _estimate(source: _Pyramid, edited: _Pyramid, exclude: np.ndarray | None, no
     usable = [_usable(exclude, *p.shape[-2:]) for p in source.planes]
     last = len(source) - 1
     plain = _placements(size, edited.size)
-    best = None
+    best: tuple[int, _Map] | None = None
     for to in _coarse(details[last], usable[last], edited, source.factors[last], plain)[:4]:
         blocks = _blocks(details[last], usable[last], edited, to, source.factors[last])
         inside, first, slope = _consensus(blocks, size, 1.5)
         score = int(inside.sum())
         if best is None or score > best[0]:
             best = score, to.then(first, slope)
+    assert best is not None  # there is always a placement
     to = best[1]
     middle = max(last - 1, 0)
     blocks = _blocks(details[middle], usable[middle], edited, to, source.factors[middle])
@@ -583,6 +584,6 @@ def align(edited: np.ndarray, drift: Drift, size: tuple[int, int]) -> tuple[np.n
         # the border pixel's own half was seen
         seen = ((y >= 0) & (y <= edited.shape[0]))[:, None] & ((x >= 0) & (x <= edited.shape[1]))
     if drift.recoloured:
-        values = (values - np.float32(drift.offset)) / np.float32(drift.gain)
+        values = (values - np.asarray(drift.offset, np.float32)) / np.asarray(drift.gain, np.float32)
         values = values.clip(0, 1).astype(np.float32)
     return values, seen

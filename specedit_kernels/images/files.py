@@ -701,7 +701,7 @@ def _deflated(rows: np.ndarray, filtered: bool) -> bytes:
             lines = np.full((len(part), rows.shape[1] + 1), 2, np.uint8)
             lines[:, 1:] = part - np.concatenate([above, part[:-1]])
             above, part = part[-1:], lines
-        parts.append(packer.compress(np.ascontiguousarray(part)))
+        parts.append(packer.compress(np.ascontiguousarray(part).data))
     return b"".join([*parts, packer.flush()])
 
 

@@ -6,6 +6,8 @@ Coordinates are those of areas: pixel i covers i to i + 1, its centre is i + 0.5
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ def _weights(start: int, stop: int, scale: float, shift: float, size: int) -> tu
 def resample(
     planes: Tensor,
     window: tuple[int, int, int, int],
-    scale: tuple[float, float],
-    shift: tuple[float, float] = (0.0, 0.0),
+    scale: Sequence[float],
+    shift: Sequence[float] = (0.0, 0.0),
 ) -> Tensor:
     """Lanczos resampling (three lobes, widened where it makes smaller): fp32 [C, h, w] -> [C, rows, columns].
 

@@ -67,7 +67,8 @@ def modulation(
     # the roundings of the pipeline and of the model's forward
     at = (timestep.to(dtype) / 1000) * 1000
     temb = transformer.time_guidance_embed(at, None if guidance is None else guidance.to(dtype) * 1000)
-    return torch.cat([*(each(temb) for each in _modulations(transformer)), transformer.norm_out.linear(F.silu(temb))], -1)
+    last = transformer.norm_out.linear(F.silu(temb))
+    return torch.cat([*(each(temb) for each in _modulations(transformer)), last], dim=-1)
 
 
 def _modulations(transformer: Flux2Transformer2DModel) -> tuple[Flux2Modulation, ...]:
@@ -147,8 +148,9 @@ def _project_single(attn: Flux2ParallelSelfAttention, x: Tensor) -> tuple[list[T
 
 
 def double_block(
-    block: Flux2TransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor, text_mod: Tensor
-) -> Tensor | None:
+    block: Flux2TransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor,
+    text_mod: Tensor,
+) -> Tensor | None:  # fmt: skip
     """Flux2TransformerBlock on text and image tokens x [B, N, C], in place. Returns what `watched_mass` does.
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
@@ -421,7 +423,9 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
             raise ValueError(f"latents: expected {expected}, got {tuple(latents.shape)}")
         return F.pixel_shuffle(latents.to(device=device, dtype=dtype).float(), PATCH)
 
-    def _model(self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]) -> Flux2Model:
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> Flux2Model:
         parts = (self.transformer, self.vae, guidance, attention_kwargs)
         return Flux2Model(*parts) if runner is None else FusedFlux2Model(*parts, runner)
 
@@ -494,7 +498,7 @@ class SpecEditFlux2Pipeline(_SpecEditFlux2Mixin, Flux2Pipeline):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels; the guidance that is asked for, else the pipeline's."""
+    """Options of the command's calls: a folder's area in pixels; the guidance asked for, else the pipeline's."""
     options: dict[str, Any] = {} if true_cfg_scale is None else {"guidance_scale": true_cfg_scale}
     if "resolution" in settings:
         options["max_area"] = settings["resolution"] ** 2

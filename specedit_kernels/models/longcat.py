@@ -215,7 +215,7 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels; the guidance that is asked for, else the pipeline's."""
+    """Options of the command's calls: a folder's area in pixels; the guidance asked for, else the pipeline's."""
     options: dict[str, Any] = {} if true_cfg_scale is None else {"guidance_scale": true_cfg_scale}
     if "resolution" in settings:
         options["max_area"] = settings["resolution"] ** 2

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class _Op:
     capability: tuple[int, int]
 
 
-_OPS = {}
+_OPS: dict[str, Any] = {}
 _PACKAGE = __package__.rpartition(".")[0]
 _IMPORTING = threading.RLock()
 

@@ -110,8 +110,9 @@ def mixed_res_attn_fp8(
         q: e4m3 (torch.float8_e4m3fn) [B, Sq, H, D], last dimension contiguous; D a multiple of 16, 16 to 256.
         k, v: e4m3 [B, Sk, Hk, D]; Hk divides H. Of v either the last dimension is contiguous or the rows are: a
             view of memory in the order [B, Hk, D, Sk], which sm_90's products read without a transposition.
-        q_scale, k_scale, v_scale: fp32, >= 0: a scale a row and head, [B, Sq, H] or [B, Sk, Hk] (as `quantize_fp8` gives
-            of rows of D, without its last dimension), or one a head, [B, 1, H] or [B, 1, Hk], which is faster for k and v.
+        q_scale, k_scale, v_scale: fp32, >= 0: a scale a row and head, [B, Sq, H] or [B, Sk, Hk] (as `quantize_fp8`
+            gives of rows of D, without its last dimension), or one a head, [B, 1, H] or [B, 1, Hk], which is faster for
+            k and v.
         key_bias, q_index, kv_index, q_lens, kv_lens, scale: as `mixed_res_attn`.
 
     Returns:

@@ -46,8 +46,10 @@ class Loop:
     @property
     def fraction(self) -> float:
         """Share of the budget that is spent, 0 to 1."""
-        done = self.step / self.steps if self.steps is not None else self.elapsed / self.seconds
-        return min(done, 1.0)
+        if self.steps is not None:
+            return min(self.step / self.steps, 1.0)
+        assert self.seconds is not None  # one of the two is given
+        return min(self.elapsed / self.seconds, 1.0)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -76,7 +78,7 @@ class Loop:
     def run(self) -> None:
         """Train until the budget is spent, then save."""
         begun, saved = time.perf_counter() - self.elapsed, time.perf_counter()
-        writer, sums = _board(self.folder / self.name), {}
+        writer, sums = _board(self.folder / self.name), dict[str, Tensor]()
         bar = tqdm(
             total=100, initial=int(100 * self.fraction), desc=self.name, unit="%", mininterval=2,
             disable=not self.progress,
@@ -95,7 +97,7 @@ class Loop:
                     self.optimizer.step()
                 self.step, self.elapsed = self.step + 1, time.perf_counter() - begun
                 for key, value in terms.items():
-                    sums[key] = sums.get(key, 0.0) + value.detach()
+                    sums[key] = value.detach() + sums.get(key, 0.0)
                 bar.update(int(100 * self.fraction) - bar.n)
                 if self.step % self.log_every == 0:
                     means = {key: float(value) / self.log_every for key, value in sums.items()}
