@@ -613,7 +613,7 @@ class SpecEditMixin:
         run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)
         relative = run.config.resolved_relative()
         # one threshold for the batch
-        scaled = scores / stages.threshold_scale(scores, relative) if relative else scores
+        scaled = scores / stages.threshold_scale(scores, relative, run.stats.threshold) if relative else scores
         return scores, stages.select(run, scaled, run.stats.threshold, run.config.dilation)
 
     def _start_noise(self, latents, shape, grid: Grid, generator, device, dtype) -> Tensor:
