@@ -166,7 +166,7 @@ def test_edit_at_the_working_size(capsys, tmp_path, model, source):
     options = ("--model", model, "--device", "cpu", "--mask", half(tmp_path), "--output-size", "working")
     code, text, _ = run(capsys, "edit", source, "add a hat", "-o", out, *options)
     edited, overlay = PIL.Image.open(out), PIL.Image.open(out.with_name("mask.png"))
-    assert code == 0 and edited.size == overlay.size == (128, 96) and "run at" not in text
+    assert code == 0 and edited.size == (128, 96) and overlay.size == (160, 128) and "run at" not in text
     expected = np.array(PIL.Image.open(source).resize((128, 96), PIL.Image.LANCZOS))
     assert (np.array(edited)[:, 64 + 8 :] == expected[:, 64 + 8 :]).all()
     assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
@@ -203,7 +203,8 @@ def test_mask_finds_what_changed(capsys, tmp_path, model, source):
     out = tmp_path / "heat.png"
     options = ("--vae", model, "--device", "cpu", "--metric", "latent", "--threshold", 0.02)
     code, text, _ = run(capsys, "mask", source, edited, "-o", out, *options)
-    assert code == 0 and "10 x 8" not in text and "8 x 10 tokens of 16 pixels" in text and "was 320 x 256" in text
+    assert code == 0 and "10 x 8" not in text and "8 x 10 tokens of 16 pixels" in text
+    assert "320 x 256 for 160 x 128; no drift" in text
     assert PIL.Image.open(out).size == (160, 128)
     code, text, _ = run(capsys, "mask", source, source, "-o", out, *options)
     assert code == 0 and "changed     0 of 80 tokens" in text
@@ -219,12 +220,15 @@ def test_mask_takes_a_vae_folder(capsys, tmp_path, model, qwen, source):
 def test_heat_map_marks_the_scores():
     import torch
 
-    picture = PIL.Image.new("RGB", (64, 64), (128, 128, 128))
     scores = torch.zeros(4, 4)
     scores[1, 2] = 2.0
-    array = np.array(mask.heat_map(picture, scores, 0.1)).astype(int)
-    assert (array[16:32, 32:48, 0] > 190).all()
-    assert (array[:16] == array[0, 0]).all() and abs(array[0, 0] - 128).max() <= 1
+    for height, width in ((64, 64), (101, 203)):  # a source of another size than what is scored
+        array = mask.heat_map(np.full((height, width, 3), 128, np.uint8), scores, 0.1).astype(int)
+        assert array.shape == (height, width, 3)
+        top, bottom, left, right = (-(-n * side // 4) for n, side in ((1, height), (2, height), (2, width), (3, width)))
+        assert (array[top:bottom, left:right, 0] > 190).all()
+        array[top:bottom, left:right] = array[0, 0]
+        assert (array == array[0, 0]).all() and abs(array[0, 0] - 128).max() <= 1
 
 
 def test_inputs_are_not_written_over(capsys, tmp_path, model, source):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specedit_kernels.images.files import Photo
-from specedit_kernels.images.masks import pixel_mask, token_mask
+from specedit_kernels.images.masks import token_mask
 
 GRID = (3, 4)
 SIDE = 8  # pixels of a token
@@ -132,13 +132,6 @@ def test_the_commands_reading_selects_the_same(tmp_path):
     for name in ("mode 1", "mode L", "mode LA", "mode RGB", "mode RGBA", "mode P", "mode I;16"):
         FORMS[name].save(tmp_path / "mask.png")
         assert torch.equal(token_mask(Photo.open(tmp_path / "mask.png").array, GRID), wanted()), name
-
-
-def test_pixels_of_a_picture():
-    assert np.array_equal(pixel_mask(BYTES, (W, H)), HARD)
-    assert np.array_equal(pixel_mask(PIL.Image.fromarray(WORDS), (2 * W, H)), np.repeat(HARD, 2, axis=1))
-    with pytest.raises(ValueError, match=r"^mask_image: expected one mask, got 2"):
-        pixel_mask([BYTES, BYTES], (W, H))
 
 
 @pytest.mark.parametrize("mask, error, words", [

@@ -118,7 +118,7 @@ def joined(scores, high, ratio):
     return seeds
 
 
-IN_USE = "in use: larger of both steps over (the largest, at least 0.1, / 2) ^ 0.5"
+IN_USE = "in use: larger of both steps over (the largest, at least 0.1, / 2) ^ 0.5, at least 0.06"
 
 
 def rules(maps, threshold):
@@ -131,10 +131,10 @@ def rules(maps, threshold):
     now, before, detail = decoder("2 of 9"), decoder("1 of 9"), sum(maps[f"2 of 9 detail{i}"] for i in range(3)) / 3
     larger = torch.maximum(now, before)
 
-    def followed(scores, power):
-        return scores / stages.threshold_scale(scores.flatten(1), power)[..., None]
+    def followed(scores, power, least=None):
+        return scores / stages.threshold_scale(scores.flatten(1), power, least)[..., None]
 
-    found = {IN_USE: followed(larger, 0.5), "2 of 9": now, "1 of 9": before, "mean of both steps": (now + before) / 2,
+    found = {IN_USE: followed(larger, 0.5, threshold), "without a least threshold": followed(larger, 0.5), "2 of 9": now, "1 of 9": before, "mean of both steps": (now + before) / 2,
              "larger of both steps": larger, "geometric mean of both": (now * before).sqrt(),
              "4 of 18": decoder("4 of 18")}
     found |= {f"{name} over (the largest, at least 0.1, / 2) ^ {p:g}": followed(x, p) for p in (0.25, 0.5, 0.75, 1)

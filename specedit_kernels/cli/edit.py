@@ -105,7 +105,8 @@ class Editor:
         overlay = region_overlay(image, region)
         threshold = result.stats.threshold
         if threshold is not None and not self.flash:
-            scale = threshold_scale(result.scores.flatten(1), self.config.resolved_relative())
+            relative = self.config.resolved_relative()
+            scale = threshold_scale(result.scores.flatten(1), relative, threshold)
             threshold *= float(scale[0])
         found = (*photo.notes, *notes)
         return Edited(done, Photo.of(overlay), region, result.stats, threshold, working, found)

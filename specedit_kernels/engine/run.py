@@ -112,5 +112,5 @@ def _verify_select(run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selectio
     run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)
     relative = run.config.resolved_relative()
     # one threshold for the batch
-    scaled = scores / stages.threshold_scale(scores, relative) if relative else scores
+    scaled = scores / stages.threshold_scale(scores, relative, run.stats.threshold) if relative else scores
     return scores, stages.select(run, scaled, run.stats.threshold, run.config.dilation)

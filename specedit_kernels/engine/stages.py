@@ -353,15 +353,20 @@ def verify(run: Run, draft: Draft) -> Tensor:
 
 UNRELATED_SCORE = 2.0  # of orthogonal features: cosine 0
 WEAKEST_SCORE = 0.1  # a largest score under it is taken for it
+LEAST_THRESHOLD = 0.06  # what a picture that was only saved again, or went through the autoencoder, does not reach
 
 
-def threshold_scale(scores: Tensor, relative: float) -> Tensor:
+def threshold_scale(scores: Tensor, relative: float, threshold: float | None = None) -> Tensor:
     """What a threshold is multiplied by for each picture, fp32 [B, 1]: (largest score / 2) ** relative.
 
     scores: fp32 [B, N], where a NaN does not count. A strong draft's scores all lie higher, those around its edit too.
+    threshold: what is multiplied; one over LEAST_THRESHOLD does not fall under it.
     """
     largest = scores.nan_to_num(nan=0.0).amax(dim=1, keepdim=True)
-    return (largest.clamp(min=WEAKEST_SCORE) / UNRELATED_SCORE) ** relative
+    scale = (largest.clamp(min=WEAKEST_SCORE) / UNRELATED_SCORE) ** relative
+    if threshold is None or threshold <= LEAST_THRESHOLD:
+        return scale
+    return scale.clamp(min=LEAST_THRESHOLD / threshold)
 
 
 @dataclass(frozen=True)

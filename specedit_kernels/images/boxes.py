@@ -59,7 +59,7 @@ def boxes_of(region: Any, name: str = "region") -> list[Box]:
         if isinstance(region, str):
             return [Box.parse(region)]
         sides = list(region)
-        if len(sides) == 4 and all(_is_side(side) for side in sides):
+        if sides and all(_is_side(side) for side in sides):
             return [Box.of(sides)]
         found = [box for part in sides for box in boxes_of(part, name)]
     except TypeError:

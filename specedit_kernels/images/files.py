@@ -435,6 +435,8 @@ def _xmp(image: Any) -> bytes | None:
 
 
 def _dpi(image: Any) -> tuple[float, float] | None:
+    if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:
+        return None  # where Pillow says 1
     found = image.info.get("dpi")
     try:
         x, y = (float(value) for value in found)
