@@ -41,7 +41,8 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
-    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket", "best",
+    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket", "fast",
+             "balanced", "best", "balanced-fp8",
              "locked-cached-fp8")  # fmt: skip
     edits = []
     for runner in ("eager", "fused"):

@@ -266,7 +266,8 @@ class Bench:
                  "locked-kv2": dict(finish="locked", kv_refresh=2), "locked-kv3": dict(finish="locked", kv_refresh=3),
                  "locked-cached": dict(finish="locked", kv_refresh=9),
                  "locked-bracket": dict(finish="locked", kv_refresh="bracket"),
-                 "best": dict(quality="best"),
+                 "fast": dict(quality="fast"), "balanced": dict(quality="balanced"), "best": dict(quality="best"),
+                 "balanced-fp8": dict(quality="balanced", precision="fp8"),
                  "locked-cached-fp8": dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         for runner in self.args.runners:

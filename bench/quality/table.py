@@ -82,6 +82,7 @@ def all_rows():
                 ("cached-text-unguided-draft", replace(locked, draft_guidance=False)))]
     for quality in ("fast", "balanced", "best"):
         rows.append(Row(quality, config=SpecEditConfig(quality=quality)))
+        rows.append(Row(f"{quality}-fp8", config=SpecEditConfig(quality=quality, precision="fp8")))
     # how few steps bracketed keys and values bear
     for stages in ((1, 4, 0), (1, 6, 0), (2, 4, 0), (2, 5, 0), (2, 10, 0), (2, 16, 0), (3, 15, 0)):
         config = SpecEditConfig(stages=stages, finish="locked", kv_refresh="bracket")
