@@ -254,6 +254,12 @@ def lent(transformer: torch.nn.Module, layout: AttentionLayout | None, whole: bo
                 processor.kept = processor.watch = processor.layout = None
 
 
+def _named_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """`attention_modules` by the names of their processors, as `attn_processors` has them where a transformer does."""
+    found = unwrapped(transformer).named_modules()
+    return {f"{name}.processor": module for name, module in found if hasattr(type(module), "get_processor")}
+
+
 def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEditAttnProcessor:
     if isinstance(processor, SpecEditAttnProcessor):
         return processor
@@ -271,26 +277,24 @@ def wrap_processors(transformer: torch.nn.Module) -> None:
     """Wrap every attention processor of a transformer; those wrapped already stay. TypeError for a foreign one."""
     if all(isinstance(module.processor, SpecEditAttnProcessor) for module in attention_modules(transformer)):
         return
-    before = transformer.attn_processors
-    wrapped = {}
+    modules = _named_attentions(transformer)
+    wrapped: dict[str, SpecEditAttnProcessor] = {}
     try:
-        for name, processor in before.items():
-            wrapped[name] = _wrapped(transformer, name, processor)
+        for name, module in modules.items():
+            wrapped[name] = _wrapped(transformer, name, module.processor)
     except TypeError:
         for name, processor in wrapped.items():
-            if processor is not before[name]:
+            if processor is not modules[name].processor:
                 processor.remove()
         raise
-    transformer.set_attn_processor(wrapped)
+    for name, processor in wrapped.items():
+        modules[name].set_processor(processor)
 
 
 def unwrap_processors(transformer: torch.nn.Module) -> None:
     """Put the wrapped processors back, the very objects."""
-    wrapped = transformer.attn_processors
-    if any(isinstance(p, SpecEditAttnProcessor) for p in wrapped.values()):
-        for processor in wrapped.values():
-            if isinstance(processor, SpecEditAttnProcessor):
-                processor.remove()
-        transformer.set_attn_processor(
-            {name: p.inner if isinstance(p, SpecEditAttnProcessor) else p for name, p in wrapped.items()}
-        )
+    for module in attention_modules(transformer):
+        processor = module.processor
+        if isinstance(processor, SpecEditAttnProcessor):
+            processor.remove()
+            module.set_processor(processor.inner)

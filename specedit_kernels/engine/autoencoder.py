@@ -81,8 +81,10 @@ def decoder_features(decoder: torch.nn.Module, x: Tensor) -> list[Tensor]:
 class KLCodec:
     """AutoencoderKL, as FLUX has it: latents have one scale and one shift.
 
-    Latents are clean, scaled ones, [B, C, H, W]. token: pixels a side of one fine token.
+    Latents are clean, scaled ones, [B, C, H, W]. token: pixels a side of one fine token; patch: latent pixels.
     """
+
+    patch = PATCH
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae

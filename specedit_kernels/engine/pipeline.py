@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..images.boxes import box_tokens, boxes_of
 from ..images.files import Photo
 from ..images.masks import token_mask
-from ..sampling.grid import PATCH, Grid, draft_grid, pack, unpack
+from ..sampling.grid import Grid, draft_grid, pack, unpack
 from . import fp8, stages
 from ._diffusers import (
     cache_hooks,
@@ -205,7 +205,7 @@ class SpecEditMixin:
 
     def _latents(self, model: EditModel, clean: Tensor) -> Tensor:
         """What output_type="latent" gives of clean latents [B, C, H, W]: packed tokens [B, N, 4C]."""
-        return pack(clean)
+        return pack(clean, model.codec.patch)
 
     # loading and saving
 
@@ -537,7 +537,7 @@ class SpecEditMixin:
             return per_image(torch.cat([model.encode(part) for part in parts]), "image", batch)
 
         source = encode(pixels)
-        seen = tuple(Reference(p, source if p is pixels else encode(p)) for p in references)
+        seen = tuple(Reference(p, source if p is pixels else encode(p), model.codec.patch) for p in references)
         grid = tuple(side // model.codec.token for side in pixels.shape[-2:])
         noise = self._start_noise(call.latents, source.shape, grid, generator, device, dtype)
         clock.mark("encode")
@@ -630,10 +630,11 @@ class SpecEditMixin:
         """White fine noise [B, C, H, W] in fp32: drawn as the plain pipeline draws it, or unpacked from `latents`."""
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype).float()
-        expected = (shape[0], math.prod(grid), shape[1] * PATCH * PATCH)
+        patch = shape[-2] // grid[0]
+        expected = (shape[0], math.prod(grid), shape[1] * patch * patch)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected {expected}, got {tuple(latents.shape)}")
-        return unpack(latents.to(device=device, dtype=dtype), grid).float()
+        return unpack(latents.to(device=device, dtype=dtype), grid, patch).float()
 
     def _plain_levels(self, steps: int, tokens: int, sigmas: list[float] | None) -> list[float]:
         """Noise levels of the plain pipeline for that many steps and target tokens, with the final 0."""

@@ -46,22 +46,23 @@ logger = logging.getLogger("specedit_kernels")
 class Reference:
     """A picture that the model sees as clean condition tokens.
 
-    pixels: in [-1, 1], [n, 3, h, w], n divides the batch; latents: its clean ones, [B, C, 2*rows, 2*columns].
+    pixels: in [-1, 1], [n, 3, h, w], n divides the batch; latents: its clean ones, [B, C, patch*rows, patch*columns].
     """
 
     pixels: Tensor
     latents: Tensor
+    patch: int = PATCH
 
     @property
     def grid(self) -> Grid:
-        return self.latents.shape[-2] // PATCH, self.latents.shape[-1] // PATCH
+        return self.latents.shape[-2] // self.patch, self.latents.shape[-1] // self.patch
 
 
 @dataclass
 class Run:
     """All that the stages of one call share.
 
-    source: clean latents of the edited picture on the fine grid, [B, C, 2*rows, 2*columns]; pixels: its pictures in
+    source: clean latents of the edited picture on the fine grid, [B, C, patch*rows, patch*columns]; pixels: its pictures in
     [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
     references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
@@ -103,6 +104,11 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.source.device
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels a side of one token."""
+        return self.model.codec.patch
 
     @property
     def pictures(self) -> Pictures:
@@ -212,8 +218,9 @@ def dense_steps(
     Returns (the state at the last level, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
     """
-    grids = [(x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in (state, *condition)]
-    tokens, behind = pack(state), [pack(x) for x in condition]
+    patch = run.patch
+    grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
+    tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.texts if guided else (run.positive,)
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_levels(levels, run.device)
@@ -236,7 +243,8 @@ def dense_steps(
             run.step += 1
         else:
             run.on_draft_step()
-    return unpack(tokens, grids[0]), (unpack(first, grids[0]), unpack(estimate, grids[0]))
+    state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
+    return state, (first, estimate)
 
 
 @dataclass(frozen=True)
@@ -283,7 +291,7 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
     """
     grid = draft_grid(run.grid)
     coarse = algebra.pool_noise(run.noise)
-    needed = (grid[0] * PATCH * 2, grid[1] * PATCH * 2)
+    needed = (grid[0] * run.patch * 2, grid[1] * run.patch * 2)
     if coarse.shape[-2:] != needed:
         # the fine grid is no multiple of 4: the draft's last row or column stands for less, and gets noise of its own
         padded = run.fresh_noise((*coarse.shape[:2], *needed))
@@ -303,7 +311,7 @@ def feature_maps(
     """What one named metric compares, of scaled clean latents on the fine grid; embed as in `discrepancy`."""
     if metric == "decoder":
         return codec.features(latents)
-    tokens = pack(latents)
+    tokens = pack(latents, codec.patch)
     return [embed(tokens) if metric == "projected" else tokens]
 
 
@@ -478,7 +486,7 @@ class MixedState:
 def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Selection) -> MixedState:
     """Lay out the mixed sequence: active blocks from `fine`, the rest from `coarse`, both at noise `level`.
 
-    fine: [B, C, 2*rows, 2*columns], the expanded state (eq. 8, `expand_state`). coarse: [B, C, rows, columns].
+    fine: [B, C, H, W], the expanded state (eq. 8, `expand_state`). coarse: [B, C, H / 2, W / 2].
     Unless unselected="coarse" leaves them to the model (with the full finish), the coarse tokens are the source's,
     noised to the level, and follow it from here on.
     """
@@ -492,7 +500,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
     if pictures.coarse_others:
         others = [pool(x) for x in others]
-    table = torch.cat([pack(x) for x in (fine, coarse, run.source, source_coarse, *others)], dim=1)
+    table = torch.cat([pack(x, run.patch) for x in (fine, coarse, run.source, source_coarse, *others)], dim=1)
     parts = dict(
         coarse_condition=config.coarse_condition,
         condition=pictures.aligned,
@@ -507,7 +515,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     else:
         rows = torch.zeros_like(table)
         n = math.prod(run.grid)
-        rows[:, n : n + n // 4] = pack(drift.to(table.dtype))
+        rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     padded = min(lengths) < capacity
     fine = tuple(CHILDREN * count for count in selection.counts)
@@ -583,7 +591,7 @@ def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:
     ops.scatter_tokens_(state.table, state.tokens, state.layout.index)
     n = math.prod(run.grid)
     fine, coarse = state.table[:, :n], state.table[:, n : n + n // 4]
-    return unpack(fine, run.grid), unpack(coarse, coarse_grid(run.grid))
+    return unpack(fine, run.grid, run.patch), unpack(coarse, coarse_grid(run.grid), run.patch)
 
 
 def on_pixels(mask: Tensor, grid: Grid, times: int) -> Tensor:
@@ -606,7 +614,7 @@ def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[floa
     else:
         rest = algebra.expand_state(coarse.float(), level, run.noise)
     topped = algebra.top_up(fine.float(), level, to, run.fresh_noise(fine.shape))
-    mask = on_pixels(selection.active, run.grid, PATCH)
+    mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
     return dense_steps(run, joined, levels, [r.latents for r in run.references], "full")[0]
 
@@ -614,7 +622,7 @@ def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[floa
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
     """The locked finish: clean latents of the edit region from the sequence, the source's everywhere else."""
     fine, _ = _scatter_back(run, state)
-    return torch.where(on_pixels(selection.edited, run.grid, PATCH), fine, run.source)
+    return torch.where(on_pixels(selection.edited, run.grid, run.patch), fine, run.source)
 
 
 def everything(run: Run) -> Selection:

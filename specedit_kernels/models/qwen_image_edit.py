@@ -102,6 +102,8 @@ class QwenCodec:
     Latents are clean, normalised ones, [B, C, H, W]; the axis of frames is added and taken away here.
     """
 
+    patch = PATCH
+
     def __init__(self, vae: AutoencoderKLQwenImage):
         self.vae = vae
         self.token = PATCH * 2 ** len(vae.temperal_downsample)

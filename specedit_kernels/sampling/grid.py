@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent images, packed tokens and the blocks between the fine and the coarse grid.
 
-A packed token holds C channels of a 2x2 patch of latent pixels (FLUX packing, channel-major). Fine grid: (rows,
-columns) of tokens; its latent image has twice as many pixels a side. The coarse grid has half as many tokens a side: a
+A packed token holds C channels of a 2x2 patch of latent pixels (FLUX packing, channel-major); models whose tokens are
+single latent pixels have a patch of 1. Fine grid: (rows, columns) of tokens; its latent image has `patch` times as many
+pixels a side. The coarse grid has half as many tokens a side: a
 coarse token is the packing of the 2x2-averaged latent image, so it covers a 2x2 block of fine tokens.
 """
 
@@ -31,22 +32,22 @@ def draft_grid(grid: Grid) -> Grid:
     return -(-grid[0] // 4), -(-grid[1] // 4)
 
 
-def pack(latent: Tensor) -> Tensor:
-    """Latent image [B, C, 2*rows, 2*columns] -> tokens [B, rows*columns, 4*C], raster order."""
+def pack(latent: Tensor, patch: int = PATCH) -> Tensor:
+    """Latent image [B, C, patch*rows, patch*columns] -> tokens [B, rows*columns, patch^2*C], raster order."""
     b, c, height, width = latent.shape
-    x = latent.reshape(b, c, height // PATCH, PATCH, width // PATCH, PATCH)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // PATCH) * (width // PATCH), c * PATCH * PATCH)
+    x = latent.reshape(b, c, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // patch) * (width // patch), c * patch * patch)
 
 
-def unpack(tokens: Tensor, grid: Grid) -> Tensor:
-    """Tokens [B, rows*columns, 4*C] -> latent image [B, C, 2*rows, 2*columns]; the inverse of `pack`."""
+def unpack(tokens: Tensor, grid: Grid, patch: int = PATCH) -> Tensor:
+    """Tokens [B, rows*columns, patch^2*C] -> latent image [B, C, patch*rows, patch*columns]; the inverse of `pack`."""
     b, n, channels = tokens.shape
     rows, columns = grid
     if n != rows * columns:
         raise ValueError(f"tokens: expected {rows * columns} tokens for grid {grid}, got {n}")
-    c = channels // (PATCH * PATCH)
-    x = tokens.reshape(b, rows, columns, c, PATCH, PATCH)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, rows * PATCH, columns * PATCH)
+    c = channels // (patch * patch)
+    x = tokens.reshape(b, rows, columns, c, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, rows * patch, columns * patch)
 
 
 def pool(latent: Tensor) -> Tensor:
