@@ -44,7 +44,19 @@ from .. import ops
 from ..engine._diffusers import through
 from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, lent
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
-from ..engine.fused import Kept, MixedSequence, attend, places, renew, watched_mass
+from ..engine import fp8
+from ..engine.fused import (
+    Kept,
+    MixedSequence,
+    attend,
+    linear,
+    linear_of_each,
+    modulated,
+    places,
+    renew,
+    watched_mass,
+)
+from ..engine.fp8 import Rows
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
@@ -107,17 +119,16 @@ def _swiglu(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(value)
 
 
-def _feed_forward(ff: Flux2FeedForward, x: Tensor) -> Tensor:
-    return ff.linear_out(_swiglu(ff.linear_in(x)))
+def _feed_forward(ff: Flux2FeedForward, x: Tensor | Rows) -> Tensor:
+    return linear(ff.linear_out, _swiglu(linear(ff.linear_in, x)))
 
 
 def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a mere weight without the copy of both."""
-    plain = type(layer) is torch.nn.Linear and layer.bias is None and not active_serial()
-    if not plain or is_traceable_wrapper_subclass(layer.weight) or a.dtype != layer.weight.dtype:
-        return layer(torch.cat([a, b], dim=-1))
-    if torch.is_autocast_enabled(a.device.type):
-        return layer(torch.cat([a, b], dim=-1))
+    plain = type(layer) is torch.nn.Linear and layer.bias is None and not active_serial() and not fp8.serves([layer])
+    plain = plain and not is_traceable_wrapper_subclass(layer.weight) and a.dtype == layer.weight.dtype
+    if not plain or torch.is_autocast_enabled(a.device.type):
+        return linear(layer, torch.cat([a, b], dim=-1))
     at = a.shape[-1]
     y = F.linear(a, layer.weight[:, :at])
     y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
@@ -129,20 +140,22 @@ def _heads(x: Tensor, attn: torch.nn.Module) -> Tensor:
     return x.unflatten(-1, (-1, attn.head_dim))
 
 
-def _project(attn: Flux2Attention, x: Tensor, text: bool) -> list[Tensor]:
-    """q, k and v [B, N, H, D] of image tokens or of text in a double block."""
+def _inputs(attn: Flux2Attention, text: bool) -> tuple[torch.nn.Module, ...]:
+    """The layers of q, k and v of image tokens or of text in a double block: one where they are joined."""
     if attn.fused_projections:
-        parts = (attn.to_added_qkv if text else attn.to_qkv)(x).chunk(3, dim=-1)
-    else:
-        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
-        parts = [layer(x) for layer in layers]
-    return [_heads(part, attn) for part in parts]
+        return (attn.to_added_qkv if text else attn.to_qkv,)
+    return (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if text else (attn.to_q, attn.to_k, attn.to_v)
 
 
-def _project_single(attn: Flux2ParallelSelfAttention, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """(q, k and v [B, N, H, D], what the MLP's activation takes) of a single block."""
+def _project(attn: Flux2Attention, x: Tensor | Rows, text: bool) -> list[Tensor]:
+    """q, k and v [B, N, H, D] of what `_inputs` take."""
+    parts = linear_of_each(_inputs(attn, text), x)
+    return [_heads(part, attn) for part in (parts[0].chunk(3, dim=-1) if attn.fused_projections else parts)]
+
+
+def _parted(attn: Flux2ParallelSelfAttention, y: Tensor) -> tuple[list[Tensor], Tensor]:
+    """(q, k and v [B, N, H, D], what the MLP's activation takes) of a single block's one product."""
     qkv, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
-    y = attn.to_qkv_mlp_proj(x)
     at = y.shape[-1] * qkv // (qkv + mlp)  # a shard has its share of both
     return [_heads(part, attn) for part in y[..., :at].chunk(3, dim=-1)], y[..., at:]
 
@@ -171,18 +184,18 @@ def double_block(
         )  # fmt: skip
 
     if n:  # else its keys and values are kept ones
-        words = ops.adaln_modulate(text, t_scale, t_shift, eps=block.norm1_context.eps)
+        words = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
         place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    spots = ops.adaln_modulate(image, i_scale, i_shift, eps=block.norm1.eps)
+    spots = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
     place(_project(attn, spots, text=False), slice(n, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
-        ops.gated_residual_add_(text, attn.to_add_out(out[:, :n]), t_gate)
-        words = ops.adaln_modulate(text, t_scale2, t_shift2, eps=block.norm2_context.eps)
+        ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
+        words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
         ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
-    ops.gated_residual_add_(image, attn.to_out[1](attn.to_out[0](out[:, n:])), i_gate)
-    spots = ops.adaln_modulate(image, i_scale2, i_shift2, eps=block.norm2.eps)
+    ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
+    spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
     ops.gated_residual_add_(image, _feed_forward(block.ff, spots), i_gate2)
     return watched_mass(q, k, v, sequence)
 
@@ -193,7 +206,8 @@ def single_block(
     """Flux2SingleTransformerBlock on text and image tokens x [B, N, C], in place; kept as above, mod: [B, 3 C]."""
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
-    parts, hidden = _project_single(attn, ops.adaln_modulate(x, scale, shift, eps=block.norm.eps))
+    y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
+    parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
     q = x.new_empty(parts[0].shape)
     k, v = places(q, kept, sequence)
     ops.qk_norm_rope_scatter_(
@@ -261,7 +275,7 @@ class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):
     ) -> Tensor:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, attention_mask, image_rotary_emb)
-        (q, k, v), hidden = _project_single(attn, hidden_states)
+        (q, k, v), hidden = _parted(attn, attn.to_qkv_mlp_proj(hidden_states))
         attended = joint_attention(self, None, (attn.norm_q(q), attn.norm_k(k), v), specedit_layout)
         return attn.to_out(torch.cat([attended, attn.mlp_act_fn(hidden)], dim=-1))
 
@@ -350,8 +364,9 @@ class FusedFlux2Model(FusedFluxModel, Flux2Model):
 
     @property
     def _blocks(self) -> Blocks:
-        # a compiled block does not know of changed weights
-        return compiled_blocks() if self.runner.name == "compile" and not active_serial() else BLOCKS
+        # a compiled block does not know of changed weights, nor of those in fp8
+        compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
+        return compiled_blocks() if compiled else BLOCKS
 
     def moments(self, text: Flux2Text, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep: it depends on nothing but the step and guidance."""
@@ -461,6 +476,9 @@ class SpecEditFlux2KleinPipeline(_SpecEditFlux2Mixin, Flux2KleinPipeline):
     With no image given, or `specedit=False`, the stock call runs.
     """
 
+    TRUE_CFG = "guidance_scale"
+    NEGATIVE = ""
+
     def _latents(self, model: EditModel, clean: Tensor) -> Tensor:
         """The autoencoder's own latents [B, C, H, W], as the stock pipeline gives them."""
         return model.codec.unscaled(clean)
@@ -469,12 +487,9 @@ class SpecEditFlux2KleinPipeline(_SpecEditFlux2Mixin, Flux2KleinPipeline):
         return None
 
     def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
-        positive, negative = self._encode_text(call, device, prompt=call.prompt, prompt_embeds=call.prompt_embeds), None
-        call.true_cfg_scale = call.guidance_scale if self.do_classifier_free_guidance else 1.0
-        if self.do_classifier_free_guidance:
-            empty = [""] * len(call.prompt) if isinstance(call.prompt, list) else ""
-            negative = self._encode_text(call, device, prompt=empty, prompt_embeds=call.negative_prompt_embeds)
-        return {"positive": positive, "negative": negative}
+        if not self.do_classifier_free_guidance:
+            call.true_cfg_scale = 1.0
+        return super()._texts(call, device)
 
 
 class SpecEditFlux2Pipeline(_SpecEditFlux2Mixin, Flux2Pipeline):
@@ -486,15 +501,15 @@ class SpecEditFlux2Pipeline(_SpecEditFlux2Mixin, Flux2Pipeline):
     caption_upsample_temperature: the text encoder writes a longer prompt first, as in the stock pipeline.
     """
 
+    TRUE_CFG = ""
+
     def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
-        call.true_cfg_scale = 1.0
         if call.caption_upsample_temperature:
             pictures = call.image if isinstance(call.image, list) else [call.image]
             call.prompt = self.upsample_prompt(
                 call.prompt, images=pictures, temperature=call.caption_upsample_temperature, device=device
             )
-        positive = self._encode_text(call, device, prompt=call.prompt, prompt_embeds=call.prompt_embeds)
-        return {"positive": positive, "negative": None}
+        return super()._texts(call, device)
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:

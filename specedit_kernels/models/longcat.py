@@ -3,8 +3,7 @@
 
 Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; a step is told to it by the timestep alone.
 Position ids: the picture's kind (0 text, 1 target, 2 reference), then row and column behind the text's tokens.
-True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout reaches the attention
-processors through the thread's context.
+True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout is lent to the processors.
 
 Thresholds are not calibrated for it: drafts are judged by the decoder's features with those of the tiny FLUX editor.
 """
@@ -12,7 +11,6 @@ Thresholds are not calibrated for it: drafts are judged by the decoder's feature
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +28,7 @@ from diffusers.models.transformers.transformer_longcat_image import (
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as stock
 from torch import Tensor
 
-from ..engine.attention import AttentionLayout, lent
+from ..engine.attention import lent
 from ..engine.fused import replaced_of_feed_forward
 from ..engine.model import Text
 from ..engine.pipeline import Call, SpecEditMixin, preprocess
@@ -47,8 +45,6 @@ from .flux_kontext import (
 )
 
 MAX_AREA = 1024 * 1024  # pixels of the picture and of the output
-
-_LAYOUT: ContextVar[AttentionLayout | None] = ContextVar("specedit_longcat_layout", default=None)
 
 
 def modulation(transformer: LongCatImageTransformer2DModel, timestep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,7 +80,7 @@ def replaced(transformer: LongCatImageTransformer2DModel) -> Iterable[tuple[torc
 
 
 class SpecEditLongCatAttnProcessor(SpecEditFluxAttnProcessor):
-    """For LongCatImageAttnProcessor: FLUX.1's, with the layout of the call that runs in this thread."""
+    """For LongCatImageAttnProcessor: FLUX.1's, with the layout that the call has lent."""
 
     def __call__(
         self,
@@ -95,7 +91,7 @@ class SpecEditLongCatAttnProcessor(SpecEditFluxAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, _LAYOUT.get()
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, self.layout
         )
 
 
@@ -116,20 +112,16 @@ class LongCatModel(FluxKontextModel):
 
     def velocity(self, text: LongCatText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
         start = 0 if layout.attention is None else layout.attention.start
-        given = _LAYOUT.set(layout.attention)
-        try:
-            with lent(self.transformer, layout.attention):
-                return self.transformer(
-                    hidden_states=tokens,
-                    timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
-                    guidance=None,
-                    encoder_hidden_states=text.embeds[:, start:],
-                    txt_ids=text.text_ids[start:],
-                    img_ids=layout.ids,
-                    return_dict=False,
-                )[0]
-        finally:
-            _LAYOUT.reset(given)
+        with lent(self.transformer, layout.attention, whole=True):
+            return self.transformer(
+                hidden_states=tokens,
+                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                guidance=None,
+                encoder_hidden_states=text.embeds[:, start:],
+                txt_ids=text.text_ids[start:],
+                img_ids=layout.ids,
+                return_dict=False,
+            )[0]
 
 
 class FusedLongCatModel(FusedFluxModel, LongCatModel):
@@ -163,7 +155,8 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
 
     ARGUMENTS = {"max_area": None}
     TEXT = ("prompt", "prompt_embeds")
-    KWARGS = "joint_attention_kwargs"
+    TRUE_CFG = "guidance_scale"
+    NEGATIVE = ""
     PIXELS = False
 
     def _size(self, call: Call) -> tuple[int, int]:
@@ -172,7 +165,6 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
             if len(call.image) != 1:
                 raise ValueError(f"image: LongCatImageEditPipeline takes one picture a call, got {len(call.image)}")
             [call.image] = call.image
-        call.callback_on_step_end, call.callback_on_step_end_tensor_inputs = None, []
         area = MAX_AREA if call.max_area is None else call.max_area
         width, height = stock.calculate_dimensions(area, call.image.width / call.image.height)
         # the picture that the stock pipeline works on, and the half of it that its text encoder sees
@@ -182,13 +174,10 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
         return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple
 
     def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
-        positive, negative = self._encode_text(call, device, prompt=call.prompt, prompt_embeds=call.prompt_embeds), None
-        call.true_cfg_scale = call.guidance_scale if self.do_classifier_free_guidance else 1.0
-        if self.do_classifier_free_guidance:
-            fields = dict(prompt=call.negative_prompt or "", prompt_embeds=call.negative_prompt_embeds)
-            negative = self._encode_text(call, device, **fields)
-            negative.start = positive.start
-        return {"positive": positive, "negative": negative}
+        texts = super()._texts(call, device)
+        if texts["negative"] is not None:
+            texts["negative"].start = texts["positive"].start
+        return texts
 
     def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> LongCatText:
         # the stock method counts prompts, of which there is one
@@ -201,9 +190,6 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
         if pixels.shape[1] != 3:
             raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
         return pixels, [pixels]
-
-    def _guidance(self, call: Call, device: torch.device, batch: int) -> None:
-        return None
 
     def _model(
         self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
