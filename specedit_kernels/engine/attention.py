@@ -121,6 +121,21 @@ def joint_attention(
     """
     q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
     q, k = (apply_rotary(x, layout.cos, layout.sin, v.dtype) for x in (q, k))
+    k, v, queries = kept_keys(processor, k, v, layout)
+    if layout.region is not None:
+        return attend_by_region(
+            q, k, v, layout.region, layout.text_mask, key_bias=layout.key_bias, queries=queries, keys=layout.lengths
+        ).flatten(2)  # fmt: skip
+    out, lse = ops.mixed_res_attn(q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths)
+    if processor.watch is not None:
+        processor.watch.see(q, k, lse)
+    return out.flatten(2)
+
+
+def kept_keys(
+    processor: SpecEditAttnProcessor, k: Tensor, v: Tensor, layout: AttentionLayout
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(keys, values, used queries) of a call that brings k and v, with those that the block keeps, as the layout has it."""
     queries = layout.lengths
     if layout.first is not None:
         cached = layout.cache.unpack(processor.kept, v.dtype)
@@ -138,14 +153,7 @@ def joint_attention(
         queries = None if queries is None else queries.clamp(max=layout.first) - layout.start
     elif layout.cache is not None:
         processor.kept = layout.cache.pack(k, v)
-    if layout.region is not None:
-        return attend_by_region(
-            q, k, v, layout.region, layout.text_mask, key_bias=layout.key_bias, queries=queries, keys=layout.lengths
-        ).flatten(2)  # fmt: skip
-    out, lse = ops.mixed_res_attn(q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths)
-    if processor.watch is not None:
-        processor.watch.see(q, k, lse)
-    return out.flatten(2)
+    return k, v, queries
 
 
 def over_another_text(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> Tensor:

@@ -65,6 +65,8 @@ class EditModel(ABC):
     guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
     """
 
+    # References are seen through keys and values that no step changes, which the model keeps: tokens are the target's.
+    keeps_references = False
     # Keys and values that outlive a step are kept in fp8.
     fp8_cache = False
     # What the model has in place of the calibrated thresholds of another: SpecEditConfig.resolved_threshold's `own`.

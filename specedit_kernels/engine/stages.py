@@ -127,7 +127,8 @@ class Run:
     @property
     def plain_tokens(self) -> int:
         """Image tokens of a plain step, of one sample."""
-        return sum(math.prod(grid) for grid in (self.grid, *(r.grid for r in self.references)))
+        seen = () if self.model.keeps_references else self.references
+        return sum(math.prod(grid) for grid in (self.grid, *(r.grid for r in seen)))
 
     def ends(self, selection: Selection) -> bool:
         """Whether nothing is left to compute: nothing changes, or the region is all that is asked for."""
@@ -218,7 +219,7 @@ def dense_steps(
     Returns (the state at the last level, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
     """
-    patch = run.patch
+    patch, condition = run.patch, [] if run.model.keeps_references else condition
     grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.texts if guided else (run.positive,)
@@ -277,6 +278,8 @@ def references_at(run: Run, times: int, source: Tensor) -> list[Tensor]:
 
     source: the edited picture's at that resolution of the target, the first of them where the two grids are one.
     """
+    if run.model.keeps_references:
+        return []
     found = [source] if run.pictures.aligned else []
     for reference in run.references[len(found) :]:
         rows, columns = reference.grid
@@ -497,14 +500,15 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         noise = algebra.pool_noise(run.noise)
         coarse = algebra.noised(source_coarse, level, noise).to(run.source.dtype)
         drift = noise - source_coarse
-    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
+    shown = not run.model.keeps_references
+    others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]] if shown else []
     if pictures.coarse_others:
         others = [pool(x) for x in others]
     table = torch.cat([pack(x, run.patch) for x in (fine, coarse, run.source, source_coarse, *others)], dim=1)
     parts = dict(
         coarse_condition=config.coarse_condition,
-        condition=pictures.aligned,
-        others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others),
+        condition=pictures.aligned and shown,
+        others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others) if shown else 0,
     )
     lengths = tuple(sequence_length(c, run.grid, **parts)[1] for c in selection.counts)
     layout = build_layout(selection.order, selection.count, run.grid, run.model.slots(max(lengths)), **parts)
