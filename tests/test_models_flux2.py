@@ -122,6 +122,19 @@ def test_the_fused_forward_is_the_eager_one(kind):
     proofs.fused_is_eager(pair(kind)[1], **options(kind, 2))
 
 
+def test_fp8():
+    """In emulation: all layers of the blocks, and near what the layers give as they are."""
+    _, ours = pair("klein")
+    found = {}
+    for precision in ("auto", "fp8"):
+        config = paper(stages=(1, 2, 1), runner="fused", precision=precision, finish="locked", kv_refresh=9)
+        out = ours(generator=seeded(), specedit=config, mask_image=proofs.mask(3), **options("klein", 2))
+        assert (out.stats.precision, out.stats.fp8_bytes > 0) == (precision, precision == "fp8")
+        found[precision] = out.images
+    error = (found["auto"] - found["fp8"]).norm() / found["auto"].norm()
+    assert 0 < error < 0.05
+
+
 @pytest.mark.parametrize("others", [(), ((6, 10),)])
 def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others):
     ids = torch.zeros(12, 4)

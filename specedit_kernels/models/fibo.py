@@ -19,7 +19,6 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKLWan, BriaFiboEditPipeline
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualUpBlock
 from diffusers.models.transformers.transformer_bria import BriaAttnProcessor
 from diffusers.models.transformers.transformer_bria_fibo import BriaFiboAttnProcessor
 from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
@@ -75,10 +74,9 @@ class WanCodec(QwenCodec):
 
         def decoded(x: Tensor) -> list[Tensor]:
             first = decoder.conv_in(x)
-            middle, up = decoder.mid_block(first), decoder.up_blocks[0]
+            middle = decoder.mid_block(first)
             # the first frame of a video is not doubled
-            more = {"first_chunk": True} if isinstance(up, WanResidualUpBlock) else {}
-            return [f[:, :, 0] for f in (first, middle, up(middle, **more))]
+            return [f[:, :, 0] for f in (first, middle, decoder.up_blocks[0](middle, first_chunk=True))]
 
         def run(x: Tensor) -> list[Tensor]:
             return through(decoder, decoded, self.vae.post_quant_conv(x))

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen-Image-2.1 (QwenImage21Pipeline with pictures): all that the engine cannot know of it.
+
+One stream with block-causal attention: text and reference pictures never see the target, and are modulated by timestep
+0, so their keys and values are the same in every step. The stock pipeline keeps them; so does this, for every stage, and
+a sequence here holds the target's tokens alone. A coarse target sees the references fine. Whole pictures at full
+resolution run through the stock forward; all else through the transformer's own modules, block by block. A token is one
+latent pixel of a 16x autoencoder with four channels (RGBA). Eager runner alone.
+
+Thresholds are not calibrated for it: drafts are judged by the decoder's features with those of the tiny FLUX editor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
+from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21Attention,
+    QwenImage21AttnProcessor,
+    QwenImage21KVCache,
+    QwenImage21KVLayerCache,
+)
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as stock
+from torch import Tensor
+
+from .. import ops
+from ..engine._diffusers import scaled_adapters, through
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, apply_rotary, kept_keys, lent
+from ..engine.config import EditConfig, SpecEditConfig
+from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
+from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.registry import Model, register
+from ..engine.runner import StepRunner
+from ..engine.stages import Run
+from ..sampling.flops import transformer_flops
+from ..sampling.grid import Grid, pack, token_positions
+from ..sampling.layout import SequenceLayout, table_positions
+from .fibo import WanCodec
+from .qwen_image_edit import centred, rotary_table
+
+SLOT = 4  # latent tokens of a reference for each of its vision tokens
+
+
+class SpecEditQwen21AttnProcessor(SpecEditAttnProcessor):
+    """For QwenImage21AttnProcessor; a mixed sequence's layout is lent to it."""
+
+    def __call__(
+        self,
+        attn: QwenImage21Attention,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Tensor | None = None,
+        layer_cache: QwenImage21KVLayerCache | None = None,
+        kv_cache_mode: str | None = None,
+        cache_write_slice: slice | None = None,
+        segments: list[tuple[int, int, bool]] | None = None,
+        key_valid: Tensor | None = None,
+    ) -> Tensor:
+        layout = self.layout
+        if layout is None:
+            return self.inner(attn, hidden_states, attention_mask, rotary_emb, layer_cache, kv_cache_mode,
+                              cache_write_slice, segments, key_valid)  # fmt: skip
+        dim = attn.inner_dim // attn.heads
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (layer(hidden_states).unflatten(-1, (-1, dim)) for layer in layers)
+        q, k = (apply_rotary(x, layout.cos, layout.sin, v.dtype) for x in (attn.norm_q(q), attn.norm_k(k)))
+        k, v, queries = kept_keys(self, k, v, layout)
+        before = layer_cache.get()  # text and references: of all steps
+        k, v = (torch.cat(pair, dim=1) for pair in zip(before, (k, v)))
+        lengths = None if layout.lengths is None else layout.lengths + before[0].shape[1]
+        out = ops.mixed_res_attn(q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=lengths)[0]
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class Qwen21Codec(WanCodec):
+    """AutoencoderKLQwenImage21: pixels have four channels."""
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        x = latents[:, :, None].to(self.vae.dtype)
+        return x * self._channels("latents_std", x) + self._channels("latents_mean", x)
+
+
+@dataclass
+class Qwen21Text(Text):
+    """embeds [B, T, E], with a place for each vision token. mask [B, T], 0: padding, or None where every token counts.
+    slots: bool [1, T], the places of vision tokens, of all samples."""
+
+    mask: Tensor | None
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Qwen21Layout:
+    """grid: of a whole target; attention: the mixed sequence's, None for whole pictures."""
+
+    grid: Grid | None
+    attention: AttentionLayout | None
+
+
+class Qwen21Model(EditModel):
+    """QwenImage21Transformer2DModel with AutoencoderKLQwenImage21."""
+
+    keeps_references = True
+
+    def begin(self, run: Run) -> None:
+        """Take a run's references. Called before its first stage."""
+        self.grid = run.grid
+        self.grids = tuple(reference.grid for reference in run.references)
+        self.seen = torch.cat([pack(reference.latents, run.patch) for reference in run.references], dim=1)
+        self._kept: dict[int, tuple[Qwen21Text, QwenImage21KVCache]] = {}
+
+    def embedder(self) -> torch.nn.Module:
+        return self.transformer.img_in
+
+    def _whole(self, text: Qwen21Text, tokens: Tensor, timestep: Tensor, grid: Grid) -> Tensor:
+        """The stock forward on references and a target of that grid, the keys and values of text and references kept
+        from the first call on."""
+        _, cache = self._kept.get(id(text), (None, None))
+        mode = "extract" if cache is None else "cached"
+        if cache is None:
+            # the text is kept too, so that no other one gets its id
+            _, cache = self._kept[id(text)] = text, QwenImage21KVCache(len(self.transformer.transformer_blocks))
+        slots = text.slots.new_ones(1, tokens.shape[1] // SLOT)
+        return self.transformer(
+            hidden_states=torch.cat([self.seen.to(tokens.dtype), tokens], dim=1),
+            timestep=timestep,
+            encoder_hidden_states=text.embeds,
+            encoder_hidden_states_mask=text.mask,
+            img_shapes=[[(1, *g) for g in (*self.grids, grid)]] * tokens.shape[0],
+            img_mask=torch.cat([text.slots, slots], dim=1),
+            attention_kwargs=dict(self.attention_kwargs),
+            kv_cache=cache,
+            kv_cache_mode=mode,
+            return_dict=False,
+        )[0][:, -tokens.shape[1] :]
+
+    def _cache(self, text: Qwen21Text, tokens: Tensor) -> QwenImage21KVCache:
+        """Keys and values of text and references. They see no target, so any one serves to compute them."""
+        if id(text) not in self._kept:
+            blank = tokens.new_zeros(tokens.shape[0], SLOT, tokens.shape[2])
+            self._whole(text, blank, tokens.new_zeros(tokens.shape[0]), (2, 2))
+        return self._kept[id(text)][1]
+
+    def _valid(self, text: Qwen21Text) -> Tensor | None:
+        """Which keys of text and references are no padding, bool [B, keys], or None where all are."""
+        if text.mask is None:
+            return None
+        return text.mask.bool().repeat_interleave(torch.where(text.slots[0], SLOT, 1), dim=1)
+
+    def _table(self, text: Qwen21Text, positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Rotary table (cos, sin) fp32 [n, D] of a target's tokens at fp32 [n, 3], (0, row, column) in a grid's units."""
+        embedding = self.transformer.pos_embed
+        start = int((~text.slots).sum()) + sum(max(g) for g in self.grids)
+        placed = centred(positions, (grid,))
+        return rotary_table(torch.cat([placed[:, :1] + start, placed[:, 1:]], dim=1), embedding.axes_dim, embedding.theta)
+
+    def dense_layout(self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid]) -> Qwen21Layout:
+        if grids[0] == self.grid:
+            return Qwen21Layout(self.grid, None)
+        place = token_positions(grids[0], text.embeds.device)
+        cos, sin = self._table(text, F.pad(place, (1, 0)), grids[0])
+        return Qwen21Layout(None, self._attention(text, *(x.expand(len(text.embeds), *x.shape) for x in (cos, sin))))
+
+    def _attention(
+        self, text: Qwen21Text, cos: Tensor, sin: Tensor, bias: Tensor | None = None, **more: Any
+    ) -> AttentionLayout:
+        """bias: of the target's keys."""
+        valid, prefix = self._valid(text), text.slots.shape[1] + (SLOT - 1) * int(text.slots.sum())
+        if bias is not None or valid is not None:
+            bias = cos.new_zeros(cos.shape[:2]) if bias is None else bias
+            bias = F.pad(bias, (prefix, 0))
+            if valid is not None:
+                bias[:, :prefix].masked_fill_(~valid, float("-inf"))
+        return AttentionLayout(cos, sin, bias, **{"lengths": None} | more)
+
+    def watched_layout(
+        self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
+    ) -> Qwen21Layout:
+        raise NotImplementedError("the target's attention to the text is not recorded (FlashEdit)")
+
+    def mixed_layout(
+        self, text: Qwen21Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+    ) -> Qwen21Layout:
+        rows = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
+        # of the target's rows alone: the others have another picture's number
+        places = torch.cat([torch.zeros_like(rows[:, :1]), rows[:, 1:]], dim=1)
+        cos, sin = (in_order(x, layout) for x in self._table(text, places, pictures.target))
+        bias = key_bias_in_order(pictures, layout) if key_bias else None
+        lengths = layout.lengths if padded else None
+        made = self._attention(text, cos, sin, bias, lengths=lengths)
+        if cached:
+            made = replace(made, cache=self.new_cache(), fresh=layout.fine_lengths)
+        return Qwen21Layout(None, made)
+
+    def first_layout(
+        self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
+    ) -> Qwen21Layout:
+        return replace(layout, attention=layout.attention.of_first(0, first))
+
+    def velocity(self, text: Qwen21Text, tokens: Tensor, moment: Tensor, layout: Qwen21Layout) -> Tensor:
+        timestep = moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000
+        if layout.attention is None:
+            return self._whole(text, tokens, timestep, layout.grid)
+        cache, transformer = self._cache(text, tokens), self.transformer
+
+        def run(tokens: Tensor, timestep: Tensor) -> Tensor:
+            x = transformer.img_in(tokens)
+            temb = transformer.time_text_embed(torch.cat([timestep, timestep.new_zeros(1)]), x)
+            modulation = transformer.modulation(temb)
+            target = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+            for i, block in enumerate(transformer.transformer_blocks):
+                x = block(hidden_states=x, modulation=modulation, target_token_mask=target,
+                          layer_cache=cache.get_layer(i), kv_cache_mode="cached")  # fmt: skip
+            return transformer.proj_out(transformer.norm_out(x, temb, target))
+
+        with lent(transformer, layout.attention, whole=True), self._scaled():
+            return through(transformer, run, tokens, timestep)
+
+    def _scaled(self):
+        return scaled_adapters(self.transformer, self.attention_kwargs.get("scale", 1.0))
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+    def flops(self, text: Qwen21Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
+        """Of the target's tokens alone, with the gated MLP's 18 d^2 for each, in place of 16 d^2."""
+        heads, dim = self.heads
+        prefix = text.slots.shape[1] + (SLOT - 1) * int(text.slots.sum())
+        keys = prefix + (tokens if keys is None else keys)
+        more = (6 * self.transformer.config.mlp_ratio - 16) * (heads * dim) ** 2 * tokens * self.blocks
+        return transformer_flops(tokens, keys, heads * dim, self.blocks) + more
+
+
+class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
+    """QwenImage21Pipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
+
+    Made by `from_pretrained` or `from_pipe` like any pipeline; weights are never touched. Differences in the call:
+
+    specedit: a SpecEditConfig; None takes the pipeline's default; False runs the stock pipeline's own call, untouched.
+    mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
+        any white pixel is edited.
+    num_inference_steps: None takes the steps of the config; a number scales its stages to that many. Without effect, as
+        in the stock pipeline, where the folder has `sample_sigmas`.
+    image: a PIL picture or a list of them, seen by every prompt. The first is the one that is edited: the draft is
+        compared with it, and what does not change is taken from it. All are seen fine in every stage, through keys and
+        values that are computed once; `coarse_condition` and `coarse_references` are without effect. Pictures have an
+        alpha channel here, results too.
+    height, width: as in the stock pipeline: multiples of 32 pixels, the ratio of the *last* picture where left out.
+    latents: packed white noise on the fine grid, [B, N, C].
+    true_cfg_scale: both branches share one draft, one mask and one layout.
+    use_kv_cache: without effect: keys and values are always kept.
+
+    With no image given, or `specedit=False`, the stock call runs.
+    """
+
+    RUNNERS = ("eager",)
+    TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
+    KWARGS = "attention_kwargs"
+    PIXELS = False
+    TEXT_TO_IMAGE = True
+
+    def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:
+        if not issubclass(self.CONFIG, SpecEditConfig):
+            raise ValueError("pipe: FlashEdit does not support models whose text does not see the target")
+        if not self.transformer.config.causal_condition:
+            raise ValueError("transformer: expected causal_condition=True, got False")
+        if call.sigmas is None and self.config.sample_sigmas is not None:
+            call.sigmas = list(self.config.sample_sigmas)
+        return super()._resolve(call)
+
+    def _size(self, call: Call) -> tuple[int, int]:
+        """By the stock pipeline's rules. Keeps `call.seen`, [(picture, its (height, width))], and `call.shown`."""
+        pictures = call.image if isinstance(call.image, list) else [call.image]
+        area = call.output_resolution**2
+        call.seen, call.shown = [], []
+        for picture in pictures:
+            picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+            width, height = stock.calculate_dimensions(area, picture.width / picture.height)[:2]
+            call.seen.append((picture, (height, width)))
+            call.shown.append(self.image_processor.resize(picture, width=width, height=height))
+        multiple, own = 2 * self.vae_scale_factor, call.seen[-1][1]
+        return tuple((asked or side) // multiple * multiple for asked, side in zip((call.height, call.width), own))
+
+    def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        def pixels_of(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
+            return self.image_processor.preprocess(picture, *size).to(device)
+
+        size = (call.height, call.width)
+        seen = [pixels_of(*each) for each in call.seen]
+        return seen[0] if call.seen[0][1] == size else pixels_of(call.seen[0][0], size), seen
+
+    def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> Qwen21Text:
+        embeds, mask, slots = self.encode_prompt(
+            **fields, image=call.shown, device=device, num_images_per_prompt=call.num_images_per_prompt
+        )
+        return Qwen21Text(embeds, mask, slots[:1])
+
+    def _run(self, run: Run, *stages: Any) -> Any:
+        run.model.begin(run)
+        return super()._run(run, *stages)
+
+    def _model(self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]) -> Qwen21Model:
+        return Qwen21Model(self.transformer, self.vae, None, attention_kwargs)
+
+
+def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
+    """Options of the command's calls: a folder's side in pixels; no guidance where not told."""
+    options: dict[str, Any] = {"true_cfg_scale": 1.0 if true_cfg_scale is None else true_cfg_scale}
+    if "resolution" in settings:
+        options["output_resolution"] = settings["resolution"]
+    if options["true_cfg_scale"] > 1:
+        options["negative_prompt"] = " "
+    return options
+
+
+register(
+    Model(
+        name="qwen_image_21",
+        pipelines={QwenImage21Pipeline: SpecEditQwenImage21Pipeline},
+        processors={QwenImage21AttnProcessor: SpecEditQwen21AttnProcessor},
+        codecs={AutoencoderKLQwenImage21: Qwen21Codec},
+        command=_command,
+        several_pictures=("QwenImage21Pipeline",),
+    )
+)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen-Image-2.1's edits on a tiny model of the published structure with random weights."""
+
+import functools
+from types import SimpleNamespace as Namespace
+
+import model_proofs as proofs
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import (  # noqa: E402
+    AutoencoderKLQwenImage21,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
+)
+from model_proofs import seeded  # noqa: E402
+from tiny_models import paper, tiny_image  # noqa: E402
+
+from specedit_kernels import enable_specedit  # noqa: E402
+from specedit_kernels.engine.attention import wrap_processors  # noqa: E402
+from specedit_kernels.engine.model import Pictures  # noqa: E402
+from specedit_kernels.engine.stages import Reference  # noqa: E402
+from specedit_kernels.models.qwen_image_21 import Qwen21Codec, Qwen21Text  # noqa: E402
+from specedit_kernels.sampling.layout import build_layout  # noqa: E402
+
+TEXT = 24
+
+
+class TinyProcessor:
+    """What the pipeline's __init__ asks of a Qwen3VLProcessor."""
+
+    class tokenizer:
+        @staticmethod
+        def encode(text):
+            return [60]
+
+    def apply_chat_template(self, *args, **kwargs):
+        return [[1, 2]]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, one_thread):
+    """In place of the vision encoder: a text that depends on the prompt, words about each picture's vision tokens, one
+    for 32 x 32 pixels, and padding behind the shorter prompt of a batch."""
+
+    def encode(self, prompt=None, image=None, device=None):
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        slots = [False] * 3
+        for picture in image or []:
+            slots += [True] * (picture.width // 32 * (picture.height // 32)) + [False] * 2
+        lengths = [len(slots) + len(words) // 2 for words in prompt]
+        embeds, mask = torch.zeros(len(prompt), max(lengths), TEXT), torch.zeros(len(prompt), max(lengths), dtype=torch.long)
+        for i, (words, length) in enumerate(zip(prompt, lengths)):
+            embeds[i, :length] = torch.randn(length, TEXT, generator=seeded(sum(map(ord, words))))
+            mask[i, :length] = 1
+        pad = torch.tensor(slots + [False] * (max(lengths) - len(slots)))
+        return embeds, mask, pad.expand(len(prompt), -1)
+
+    monkeypatch.setattr(QwenImage21Pipeline, "_get_qwen_prompt_embeds", encode)
+
+
+def tiny_qwen21(seed=0):
+    """Two blocks of head dim 16, a residual autoencoder of 16x with four channels."""
+    torch.manual_seed(seed)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        context_in_dim=TEXT, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    statistics = torch.rand(2, 16, generator=seeded(8)).add(0.5).tolist()
+    vae = AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2, 2], num_res_blocks=1,
+        latents_mean=statistics[0], latents_std=statistics[1],
+    )  # fmt: skip
+    pipe = QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9),
+        vae=vae.eval(), text_encoder=None, processor=TinyProcessor(), transformer=transformer.eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def pair():
+    plain = tiny_qwen21()
+    return plain, proofs.enabled(plain)
+
+
+def options(guided=False, pictures=1, **changes):
+    image = [tiny_image().convert("RGBA"), tiny_image(96, 192, seed=1).convert("RGBA")][:pictures]
+    found = dict(image=image, prompt="make the cat blue", output_resolution=128, height=128, width=128,
+                 output_type="latent", **changes)  # fmt: skip
+    return found | dict(negative_prompt="red", true_cfg_scale=3.0) if guided else found
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("guided", [False, True])
+def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided, pictures):
+    proofs.everything_is_the_plain_pipeline(*pair(), **options(guided, pictures))
+
+
+def test_the_plain_pixels_and_a_padded_batch():
+    plain, ours = pair()
+    call = options(pictures=2) | dict(output_type="np", prompt=["make the cat blue", "a red hat"], height=None, width=None)
+    expected = plain(num_inference_steps=4, generator=seeded(), **call).images
+    got = ours(generator=seeded(), specedit=paper(**proofs.EVERYTHING), **call).images
+    assert got.shape == expected.shape and got.shape[-1] == 4 and (got == expected).all()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_nothing_selected_returns_the_source(guided):
+    proofs.nothing_is_the_source(pair()[1], **options(guided, 2))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_batches_are_their_singles(guided):
+    # of one length: the stock pipeline places the target behind the padding of a shorter text, and so does this
+    words = ["make the cat blue", "remove a red hat"]
+    together = options(guided, 2) | dict(prompt=words)
+    if guided:
+        together["negative_prompt"] = ["red"] * 2
+    singles = [options(guided, 2) | dict(prompt=[w]) | ({"negative_prompt": ["red"]} if guided else {}) for w in words]
+    proofs.batches_are_their_singles(pair()[1], together, singles, [proofs.mask(3), proofs.mask(5, 4)])
+
+
+@pytest.mark.parametrize("padded", [0, 2])
+@torch.no_grad()
+def test_a_mixed_sequence_of_fine_tokens_is_the_whole_picture(padded):
+    """And the references' keys and values are the same from whichever call they come."""
+    _, ours = pair()
+    grid, others = (8, 8), ((8, 8), (6, 12))
+    slots = torch.tensor([False] * 3 + [True] * 16 + [False] * 2 + [True] * 18 + [False] * 5)[None]
+    mask = torch.ones(1, slots.shape[1], dtype=torch.long)
+    mask[:, slots.shape[1] - padded :] = 0
+    text = Qwen21Text(torch.randn(1, slots.shape[1], TEXT, generator=seeded(3)), mask if padded else None, slots)
+    latents = [torch.randn(1, 16, *g, generator=seeded(i)) for i, g in enumerate(others)]
+    wrap_processors(ours.transformer)
+    target = torch.randn(1, 64, 16, generator=seeded(5))
+    order = torch.randperm(16, generator=seeded(6))[None].int()
+    layout = build_layout(order, torch.tensor([16]), grid, 64, condition=False)
+    found = []
+    for whole_first in (True, False):
+        model = ours._model(None, None, {})
+        model.begin(Namespace(grid=grid, patch=1, references=[Reference(None, x, 1) for x in latents]))
+        [moment] = model.moments(text, torch.tensor([600.0]))
+        pictures = Pictures(grid, others)
+        whole = lambda: model.velocity(text, target, moment, model.dense_layout(text, pictures, (grid,)))  # noqa: E731
+        expected = whole() if whole_first else None
+        for cached in (False, True):
+            made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
+            found.append(model.velocity(text, target[:, layout.index[0].long()], moment, made))
+        expected = whole() if expected is None else expected
+        for got in found:
+            assert torch.allclose(got, expected[:, layout.index[0].long()], atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_coarse_target_is_the_stock_forward_on_that_size():
+    """A target at half its side before the references as they are; also of a size that the stock forward refuses."""
+    _, ours = pair()
+    wrap_processors(ours.transformer)
+    grid, other = (8, 8), (6, 12)
+    slots = torch.tensor([False] * 3 + [True] * 18 + [False] * 5)[None]
+    text = Qwen21Text(torch.randn(1, slots.shape[1], TEXT, generator=seeded(3)), None, slots)
+    model = ours._model(None, None, {})
+    model.begin(Namespace(grid=grid, patch=1, references=[Reference(None, torch.randn(1, 16, *other), 1)]))
+    for small in ((4, 4), (2, 6), (3, 5)):
+        tokens = torch.randn(1, small[0] * small[1], 16, generator=seeded(5))
+        [moment] = model.moments(text, torch.tensor([600.0]))
+        got = model.velocity(text, tokens, moment, model.dense_layout(text, Pictures(grid, (other,)), (small,)))
+        if small == (3, 5):
+            assert got.shape == tokens.shape and got.isfinite().all()
+        else:
+            expected = model._whole(text, tokens, moment.expand(1) / 1000, small)
+            assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_lora_of_the_pipelines_own_loader():
+    pytest.importorskip("peft")
+    plain = tiny_qwen21()
+    ours = proofs.enabled(plain)
+    state = proofs.lora(plain.transformer, ("attn.to_q", "img_mlp.proj"))
+    proofs.lora_is_applied(
+        plain, ours, lambda pipe: pipe.load_lora_weights(dict(state)), lambda pipe: pipe.unload_lora_weights(),
+        fused=False, **options(),
+    )  # fmt: skip
+
+
+def test_only_the_targets_tokens_are_computed():
+    _, ours = pair()
+    counts = [ours(generator=seeded(), mask_image=proofs.mask(4, 2), specedit=paper(stages=(1, 2, 1)), **options(pictures=n))
+              .stats for n in (1, 2)]  # fmt: skip
+    for stats in counts:
+        assert stats.plain_tokens == 64 and [s.tokens[0] for s in stats.steps] == [16, 22, 22, 64]
+    assert counts[1].flops > counts[0].flops  # more keys
+
+
+def test_enable_and_disable():
+    pipe = tiny_qwen21()
+    before = dict(pipe.transformer.attn_processors)
+    expected = pipe(num_inference_steps=2, generator=seeded(), **options()).images
+    handle = enable_specedit(pipe, paper(stages=(1, 2, 1), runner="auto"))
+    out = pipe(generator=seeded(), mask_image=proofs.mask(), **options())
+    assert out.stats.nfe == 4 and out.stats.runner == "eager"
+    handle.disable()
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in before.items())
+    assert torch.equal(pipe(num_inference_steps=2, generator=seeded(), **options()).images, expected)
+
+
+@torch.no_grad()
+def test_the_codec_is_the_plain_pipelines():
+    plain, _ = pair()
+    codec = Qwen21Codec(plain.vae)
+    pixels = plain.image_processor.preprocess(tiny_image(64, 96).convert("RGBA"))
+    latents = codec.encode(pixels)
+    assert torch.equal(latents, plain._encode_vae_image(pixels[:, :, None], None)[:, :, 0])
+    assert [x.shape[-2:] for x in codec.features(latents)] == [(4, 6), (4, 6), (8, 12)]
+    assert codec.decode(latents).shape == (1, 4, 64, 96)
