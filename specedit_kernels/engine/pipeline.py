@@ -378,7 +378,7 @@ class SpecEditMixin:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
         name, why = config.runner, ""
         if name == "auto":
-            name, why = self._fastest_runner()
+            name, why = self.fastest_runner()
         self._runner_reason = why
         if name == "eager":
             return None
@@ -421,7 +421,7 @@ class SpecEditMixin:
         """Whether a hook brings the transformer or the autoencoder in as a whole (model offloading)."""
         return any(moved_to(unwrapped(part)) is not None for part in (self.transformer, self.vae))
 
-    def _fastest_runner(self) -> tuple[str, str]:
+    def fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
         if "graph" not in self.RUNNERS:
             return "eager", f"{type(self).__name__} has no other"
