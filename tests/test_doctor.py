@@ -92,3 +92,17 @@ def test_the_plan_of_a_call(monkeypatch):
     planner = types.SimpleNamespace(describe=lambda text: f"plan of {text}")
     monkeypatch.setitem(sys.modules, "specedit_kernels._attention_plan", planner)
     assert doctor.plan("922x8704") == "plan of 922x8704"
+
+
+def test_the_runner_of_a_model_and_why_no_faster_one(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    from tiny_models import tiny_pipeline
+
+    from specedit_kernels.cli import main
+
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--model", str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out == "runner  eager (no faster one: graphs need a CUDA device)\n"
+    with pytest.raises(UserError, match="no such model folder"):
+        doctor.runner(tmp_path / "nothing")

@@ -53,6 +53,7 @@ def lora_state(transformer, rank=16, seed=0, size=1.0):
     """
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, layer in linear_layers(transformer):
+        name = name.removesuffix(".base_layer")  # an adapter is there already
         if name.endswith(LAYERS):
             down = torch.randn(rank, layer.in_features, generator=generator)
             up = torch.randn(layer.out_features, rank, generator=generator)

@@ -12,7 +12,7 @@ import platform
 import torch
 
 from .. import __version__, _extension, ops
-from .models import quiet
+from .models import device_of, load_pipeline, model_class, model_folder, quiet
 from .text import UserError, say
 
 _PACKAGES = ("triton", "diffusers", "transformers")
@@ -106,7 +106,24 @@ def plan(text):
         raise UserError(f"--plan: {error}") from None
 
 
+def runner(text):
+    """Which runner the edits of a model folder take here, and why no faster one, as text. UserError where the folder's
+    pipeline cannot be loaded: it is loaded whole, since its weights decide."""
+    folder = model_folder(text)
+    name = model_class(folder)
+    from ..engine import registry
+
+    kind = next(ours for plain, ours in registry.pipelines().items() if plain.__name__ == name)
+    name, why = load_pipeline(kind, folder, *device_of(None)).fastest_runner()
+    return f"runner  {name}" + (f" (no faster one: {why})" if why else "")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """`specedit doctor`. Returns the exit code."""
-    say(report() if arguments.plan is None else plan(arguments.plan))
+    if arguments.plan is not None:
+        say(plan(arguments.plan))
+    elif arguments.model is not None:
+        say(runner(arguments.model))
+    else:
+        say(report())
     return 0

@@ -204,6 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="the work tiles that the CUDA attention makes of Q queries and K keys, such as 922x8704",
     )
+    p.add_argument(
+        "--model",
+        metavar="FOLDER",
+        default=None,
+        help="which runner this model's edits take here, and why no faster one (the model is loaded)",
+    )
     p.set_defaults(run=_doctor)
     return parser
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
+from ._diffusers import foreign_forward, hooked
+from .low_rank import OWN_HOOKS
 
 # torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them
 # to fp32 now and then. Beside what rounding to e4m3 takes (2^-4 of each factor) that is little; bench/kernels/fp8.py
@@ -97,10 +99,12 @@ class Fp8Linears:
 
     def of(self, layers: tuple[torch.nn.Module, ...]) -> _Packed | None:
         """The copy of layers that take the same rows, made where there is none; None where one of them is refused."""
-        found = self._packed.get(layers)
-        if found is not None and found.places == _places(layers):
+        found, reason = self._packed.get(layers), ""
+        if any(hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer) for layer in layers):
+            reason = "a layer has hooks or a forward of its own"
+        elif found is not None and found.places == _places(layers):
             return found
-        reason = _refuses(layers)
+        reason = reason or _refuses(layers)
         if reason:
             self.refused.setdefault(reason, set()).update(layers)
             return None

@@ -24,7 +24,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..images.boxes import box_tokens, boxes_of
 from ..images.files import Photo
@@ -378,7 +377,7 @@ class SpecEditMixin:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
         name, why = config.runner, ""
         if name == "auto":
-            name, why = self._fastest_runner()
+            name, why = self.fastest_runner()
         self._runner_reason = why
         if name == "eager":
             return None
@@ -399,7 +398,9 @@ class SpecEditMixin:
         if self._specedit_runner is None:
             self._specedit_runner = StepRunner(name)
         self._specedit_runner.moving = self._moving()
-        if not self._specedit_runner.moving:  # else it watches what it brings in
+        if self._specedit_runner.moving:
+            self._specedit_runner.begin_moving()  # it watches what it brings in
+        else:
             self._specedit_runner.watch(signature)
         if undo:
             self._specedit_runner.undoes(undo)
@@ -411,7 +412,7 @@ class SpecEditMixin:
             return None
         reason = "the transformer's own forward is called (runner='eager')"
         if runner is not None:
-            reason = fp8.reason_against(next(self.transformer.parameters()).device)
+            reason = fp8.reason_against(self._device_of(runner))
         if reason:
             self._say_once(f"precision='fp8': layers compute as they are: {reason}")
             return None
@@ -421,7 +422,7 @@ class SpecEditMixin:
         """Whether a hook brings the transformer or the autoencoder in as a whole (model offloading)."""
         return any(moved_to(unwrapped(part)) is not None for part in (self.transformer, self.vae))
 
-    def _fastest_runner(self) -> tuple[str, str]:
+    def fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
         if "graph" not in self.RUNNERS:
             return "eager", f"{type(self).__name__} has no other"
@@ -431,7 +432,7 @@ class SpecEditMixin:
         if not reason:
             return "graph", ""
         # without graphs the host's launches bound a step, and only products of quantised weights gain by fewer of them
-        quantised = any(is_traceable_wrapper_subclass(x) for x in self.transformer.parameters())
+        quantised = any(type(x) is not torch.nn.Parameter for x in self.transformer.parameters())
         if quantised and not inspect_weights("fused", self.transformer, self.vae)[0]:
             return "fused", reason
         return "eager", reason

@@ -289,9 +289,18 @@ class StepRunner:
         bring_in(transformer)
         signature = lies(transformer)
         if signature != self._signature:
-            self._drop(list(self._graphs))
-            self._called.clear()
+            self._forget_graphs()
         self._signature = signature
+
+    def begin_moving(self) -> None:
+        """A run of weights that are moved begins: what the last one made of them is forgotten, since they may have been
+        written to where they lay meanwhile."""
+        self._forget_graphs()
+        self.linears.clear()
+
+    def _forget_graphs(self) -> None:
+        self._drop(list(self._graphs))
+        self._called.clear()
 
     def undoes(self, undo: Callable[[], None]) -> None:
         """What puts weights back that were moved for this runner: called by `close`, or when the runner is freed."""
@@ -308,8 +317,7 @@ class StepRunner:
 
     def clear(self) -> None:
         """Free the graphs and their pool, the buffers, and weights in fp8."""
-        self._drop(list(self._graphs))
-        self._called.clear()
+        self._forget_graphs()
         self._buffers.clear()
         self.linears.clear()
 
