@@ -197,7 +197,7 @@ def test_bad_input(change, error, words):
         op(**call)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+@pytest.mark.gpu  # launches are a matter of GPUs
 def test_one_launch(random, integers, device):
     x = random(1, 70, 3072, dtype=torch.bfloat16, device=device)
     rows = random(1, 2, 3072, dtype=torch.bfloat16, device=device)

@@ -684,6 +684,7 @@ def test_words_that_the_screen_has_not(encoding):
     assert stream.buffer.getvalue().startswith(b"hat ") and stream.buffer.getvalue().endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_words_to_a_closed_stream(tmp_path):
     import io
 

@@ -487,7 +487,7 @@ def test_fused_batches_and_weights(plain, weights):
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu  # CUDA graphs need a GPU
 def test_graphs_replay_the_fused_steps(weights):
     pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)
     pipe.set_progress_bar_config(disable=True)

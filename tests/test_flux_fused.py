@@ -215,6 +215,7 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
     assert got.dtype == torch.float16 and got.isfinite().all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
     transformer, blocks = tiny_transformer(), tuple(

@@ -311,7 +311,7 @@ def test_the_config_refuses_other_names():
         SpecEditConfig(precision="int8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+@pytest.mark.gpu  # graphs need a GPU
 def test_a_graph_of_an_fp8_edit_replays_what_fused_steps_do():
     if not serves_here(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 8.9")

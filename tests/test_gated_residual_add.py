@@ -174,7 +174,7 @@ def test_bad_input_leaves_the_residual(change, error, words):
     assert not call["residual"].any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+@pytest.mark.gpu  # launches are a matter of GPUs
 def test_one_launch(random, integers, device):
     residual, x = (random(1, 70, 3072, dtype=torch.bfloat16, device=device) for _ in range(2))
     gate = random(1, 2, 3072, dtype=torch.bfloat16, device=device)

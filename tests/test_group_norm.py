@@ -135,7 +135,7 @@ def test_bad_input(change, error, words):
         op(**call)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+@pytest.mark.gpu  # launches are a matter of GPUs
 def test_three_launches(random, parameters, device):
     x = random(1, 128, 64, 64, dtype=torch.bfloat16, device=device)
     weight, bias = parameters(128)

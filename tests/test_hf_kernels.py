@@ -108,7 +108,7 @@ def test_it_overwrites_no_other_folder(layout, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available() or not shutil.which("nvcc"), reason="needs a GPU and nvcc")
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_cuda_variant(layout, tmp_path, random):
     """The extension of the layout's namespace, built and loaded beside the installed one."""
     if torch.cuda.get_device_capability() != (9, 0):

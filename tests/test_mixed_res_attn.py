@@ -466,7 +466,7 @@ def test_deterministic(backend, random, device):
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="calls overlap on a GPU alone")
+@pytest.mark.gpu  # calls overlap on a GPU alone
 @pytest.mark.parametrize("queries, heads", [(300, 24), (128, 132)])
 def test_a_call_waits_for_the_one_before(backend, random, device, queries, heads):
     """A kernel may start under the one before: here each reads what that one writes. Cut into parts, and not."""
@@ -490,14 +490,15 @@ def test_a_call_waits_for_the_one_before(backend, random, device, queries, heads
         assert torch.equal(chain(lambda: None), want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="full sizes need a GPU")
+@pytest.mark.gpu  # full sizes need a GPU
 @pytest.mark.parametrize("queries, keys", [(8704, 8704), (922, 8704), (512, 5120)])
 @pytest.mark.parametrize("dim, dtype", [(128, torch.bfloat16), (64, torch.float16)], ids=str)
 def test_full_size(backend, poison, random, device, queries, keys, dim, dtype):
     check(*qkv(random, device, 1, queries, keys, 2, dim, dtype=dtype), key_bias=multiplicities(1, keys, device))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes that are cut into parts need a GPU")
+@pytest.mark.slow
+@pytest.mark.gpu  # sizes that are cut into parts need a GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_feature_at_sizes_that_are_cut_into_parts(backend, poison, random, integers, device, dim, dtype):
@@ -525,7 +526,7 @@ def test_every_feature_at_sizes_that_are_cut_into_parts(backend, poison, random,
         assert torch.equal(out.nan_to_num(7777), expected.nan_to_num(7777))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+@pytest.mark.gpu  # graphs need a GPU
 def test_one_graph_serves_many_lengths(backend, random, device):
     """Captured once, replayed with other lengths and biases: nothing of them is in the launch."""
     if backend == "reference":
@@ -577,7 +578,7 @@ def test_what_the_cuda_kernel_leaves_to_triton(change, words):
     assert words in reason and bool(words) == bool(reason)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="more than 2^31 elements need a GPU")
+@pytest.mark.gpu  # more than 2^31 elements need a GPU
 def test_offsets_past_32_bits(backend, device):
     """The last batch element's rows lie more than 2^31 elements from the first."""
     if backend == "reference":

@@ -33,6 +33,7 @@ def qwen_bench():
 TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
 
 
+@pytest.mark.slow
 def test_rows_of_every_kind(bench, tmp_path, one_thread):
     rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", "specedit*")
     options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)

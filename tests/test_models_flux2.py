@@ -13,14 +13,11 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import (
-    AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
 )
 from model_proofs import seeded
-from tiny_models import paper, tiny_image
+from tiny_models import WIDTH as TEXT
+from tiny_models import paper, tiny_flux2, tiny_image
 
 from specedit_kernels import SpecEditConfig, disable_specedit, enable_specedit
 from specedit_kernels.models.flux2 import Flux2Codec, Flux2Text
@@ -28,29 +25,7 @@ from specedit_kernels.sampling.grid import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEXT = 24  # width of the text embeddings
 KINDS = ("klein", "klein-base", "dev")
-
-
-def tiny_flux2(kind, seed=0):
-    """One double and two single blocks of head dim 16, a 32-channel VAE of 8x with a batch norm that has seen data."""
-    torch.manual_seed(seed)
-    transformer = Flux2Transformer2DModel(
-        in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=TEXT, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=kind == "dev",
-    )  # fmt: skip
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2.0)
-    parts = dict(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=vae.eval(),
-        text_encoder=None, tokenizer=None, transformer=transformer.eval(),
-    )  # fmt: skip
-    pipe = Flux2Pipeline(**parts) if kind == "dev" else Flux2KleinPipeline(**parts, is_distilled=kind == "klein")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @functools.cache

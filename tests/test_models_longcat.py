@@ -4,66 +4,26 @@
 import functools
 
 import model_proofs as proofs
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
 from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     LongCatImageEditPipeline,
-    LongCatImageTransformer2DModel,
 )
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as stock
 from model_proofs import seeded
-from tiny_models import paper, tiny_image
+from tiny_models import WIDTH as TEXT
+from tiny_models import paper, small_longcat, tiny_image, tiny_longcat
 
 from specedit_kernels import enable_specedit
 from specedit_kernels.models.longcat import LongCatText
 
-TEXT = 24
-
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, one_thread):
-    """The stock pipeline works on a megapixel; here on 128 x 128 pixels. Its vision encoder is left out: what stands
-    for it depends on the prompt and on the picture that it is given, and pads nothing."""
-    real = stock.calculate_dimensions
-    monkeypatch.setattr(stock, "calculate_dimensions", lambda area, ratio: real(min(area, 128 * 128), ratio))
-
-    def encode(self, prompt, image):
-        generator = seeded(sum(map(ord, prompt[0])))
-        return torch.randn(1, 9 + len(prompt[0]), TEXT, generator=generator) + np.asarray(image).mean() / 255
-
-    monkeypatch.setattr(LongCatImageEditPipeline, "_encode_prompt", encode)
-
-
-class NoProcessor:
-    image_processor = None
-
-
-def tiny_longcat(seed=0):
-    """A double and a single block of head dim 16, FLUX.1's autoencoder."""
-    torch.manual_seed(seed)
-    transformer = LongCatImageTransformer2DModel(
-        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=TEXT, pooled_projection_dim=TEXT, axes_dims_rope=[4, 6, 6],
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
-        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, scaling_factor=0.36,
-        shift_factor=0.12,
-    )  # fmt: skip
-    pipe = LongCatImageEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
-        vae=vae.eval(), text_encoder=None, tokenizer=None,
-        text_processor=NoProcessor(), transformer=transformer.eval(),
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    small_longcat(monkeypatch)
 
 
 @functools.cache

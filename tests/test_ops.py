@@ -163,7 +163,7 @@ def test_no_grad_mode_accepts_parameters():
         assert torch.ops.specedit.token_discrepancy(weight, weight, (2, 2)).shape == (1, 4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu  # CUDA graphs need a GPU
 def test_cuda_graph_replays_with_new_inputs(sample):
     op, args, kwargs = sample
     results(op, args, kwargs)  # the warm-up call that the contract allows
@@ -186,7 +186,7 @@ def test_cuda_graph_replays_with_new_inputs(sample):
     assert_same([*returned, *(x for x in static if isinstance(x, torch.Tensor))], results(op, fresh, kwargs))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a matter of GPUs")
+@pytest.mark.gpu  # synchronisation is a matter of GPUs
 def test_no_host_synchronisation(sample):
     op, args, kwargs = sample
     results(op, args, kwargs)
@@ -199,7 +199,7 @@ def test_no_host_synchronisation(sample):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+@pytest.mark.gpu  # launches are a matter of GPUs
 def test_score_select_gather_is_few_launches(device):
     draft, source = (torch.randn(1, 4096, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
 

@@ -755,6 +755,7 @@ def test_fused_projections_give_the_same_mixed_step():
     assert torch.allclose(pipe(generator=seeded(), **options).images, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_without_a_graph_break():
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=11))
     options = call_options(image=tiny_image(), mask_image=half_mask(3), specedit=paper(stages=(1, 2, 1)))
@@ -783,7 +784,7 @@ def test_from_pretrained_and_return_tuple(tmp_path):
     assert torch.allclose(images, expected, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu  # needs a GPU
 def test_no_host_synchronisation_between_steps():
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline(seed=9)).to("cuda")
     config = paper(stages=(2, 4, 2))

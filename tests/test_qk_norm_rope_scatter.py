@@ -375,7 +375,7 @@ def test_keys_and_values_alone(backend, poison, random, device, kv_heads, dtype)
     check(q, k, v, *tables(random, 1, 7, 16, device), *outs, k_weight=weight, kv_out_index=index)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+@pytest.mark.gpu  # launches are a matter of GPUs
 def test_one_launch(random, device):
     q, k, v = (random(1, 70, 24, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
     outs = [torch.empty_like(q) for _ in range(3)]

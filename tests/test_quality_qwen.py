@@ -179,6 +179,7 @@ def test_without_words_the_source_comes_back(monkeypatch):
     assert loss == same and apart[0] == 0
 
 
+@pytest.mark.slow
 def test_the_training_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_editor, "RUN_DIR", tmp_path)
     monkeypatch.setattr(train_editor, "SIZES", (64, 48, 32))

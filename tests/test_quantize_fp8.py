@@ -203,7 +203,7 @@ def test_an_index_out_of_range_modulates_nothing(device):
     torch.testing.assert_close(values.float() * row_scale, x)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are a matter of GPUs")
+@pytest.mark.gpu  # launches are a matter of GPUs
 @pytest.mark.parametrize("options", ["norm", "gelu", "before"])
 def test_one_launch(random, device, options):
     x = random(1, 70, 3072, dtype=torch.bfloat16, device=device)
@@ -211,7 +211,7 @@ def test_one_launch(random, device, options):
     assert len(launches(lambda: op(x, **given[options]))) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="more memory than the interpreter should be given")
+@pytest.mark.gpu  # more memory than the interpreter should be given
 def test_offsets_beyond_32_bits(device):
     """The last rows of a tensor of more than 2^31 elements."""
     if torch.cuda.mem_get_info()[0] < 16 << 30:

@@ -636,6 +636,7 @@ def test_callback_and_latents(edit):
     assert torch.equal(edit(generator=seeded(), **call).images, edit(generator=seeded(), **call).images)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_without_a_graph_break():
     pipe = enabled(tiny_qwen(zero_cond_t=True))

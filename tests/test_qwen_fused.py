@@ -14,7 +14,7 @@ from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.models import qwen_image_edit as fused
 from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenText, with_lone_frames
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_gpu = pytest.mark.gpu
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT, TARGET, WIDTH = 5, (2, 4), 32
 
@@ -77,6 +77,7 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
     assert got.dtype == torch.float16 and got.isfinite().all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("zero", [False, True], ids=["", "zero_cond_t"])
 def test_a_compiled_block_traces_whole_and_writes_to_kept_keys(zero):
@@ -249,6 +250,7 @@ def test_heads_of_the_published_size(options):
         assert (others[0] - eager).norm() < 0.02 * eager.norm()
 
 
+@pytest.mark.slow
 @needs_gpu
 def test_compiled_steps_are_near_the_eager_ones():
     pipe = pipe_of(True, True, "cuda")

@@ -13,7 +13,7 @@ from specedit_kernels.engine.fused import FusedModel
 from specedit_kernels.engine.runner import StepRunner, inspect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.gpu
 
 
 class Replayed:
@@ -250,6 +250,7 @@ def test_replayed_steps_are_the_steps(cuda_pipe, options):
     assert near(expected[2].images, edit(cuda_pipe, "eager", 2, 2, **options).images)
 
 
+@pytest.mark.slow
 @needs_gpu
 def test_compiled_steps_are_near_the_eager_ones(cuda_pipe):
     out = edit(cuda_pipe, "compile")

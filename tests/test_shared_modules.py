@@ -303,6 +303,7 @@ def test_joined_weights_are_separate_again_when_their_runner_is_closed_or_freed(
 # torch.compile, autocast, quantised weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_blocks_keep_keys_within_the_recompile_limit(family):
     """A block guards on what it keeps itself; and the stock pipeline works on afterwards."""
@@ -333,6 +334,7 @@ def test_modules_under_torch_compile_are_the_modules(family, runner):
     assert out.stats.runner == runner and torch.equal(out.images, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [CACHED, CACHED | dict(lock_text=True, kv_cache_dtype="fp8")], ids=["", "fp8"])
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)

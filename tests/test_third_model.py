@@ -400,10 +400,11 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("strength", GUIDED)
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_all_stages(pipe, draft, end, strength):
+def test_all_stages(pipe, draft, end):
+    strength = 1.0 if draft == "quarter" else 3.0
     config = SpecEditConfig(runner="eager", **DRAFTS[draft] | ENDS[end])
     given = options(config, strength_of_text=strength)
     if draft == "mask":

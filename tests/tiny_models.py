@@ -9,14 +9,21 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    LongCatImageEditPipeline,
+    LongCatImageTransformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -240,6 +247,70 @@ def small_qwen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)
 
 
+WIDTH = 24  # of LongCat's and FLUX.2's text embeddings
+
+
+def small_longcat(patch: pytest.MonkeyPatch) -> None:
+    """The stock pipeline works on a megapixel; now on 128 x 128 pixels. Its vision encoder is left out: what stands
+    for it depends on the prompt and on the picture that it is given, and pads nothing."""
+    real = pipeline_longcat_image_edit.calculate_dimensions
+    smaller = lambda area, ratio: real(min(area, 128 * 128), ratio)  # noqa: E731
+    patch.setattr(pipeline_longcat_image_edit, "calculate_dimensions", smaller)
+
+    def encode(self, prompt, image):
+        generator = torch.Generator().manual_seed(sum(map(ord, prompt[0])))
+        return torch.randn(1, 9 + len(prompt[0]), WIDTH, generator=generator) + np.asarray(image).mean() / 255
+
+    patch.setattr(LongCatImageEditPipeline, "_encode_prompt", encode)
+
+
+class NoProcessor:
+    image_processor = None
+
+
+def tiny_longcat(seed=0):
+    """A double and a single block of head dim 16, FLUX.1's autoencoder."""
+    torch.manual_seed(seed)
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 6, 6],
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, scaling_factor=0.36,
+        shift_factor=0.12,
+    )  # fmt: skip
+    pipe = LongCatImageEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=vae.eval(), text_encoder=None, tokenizer=None,
+        text_processor=NoProcessor(), transformer=transformer.eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_flux2(kind, seed=0):
+    """One double and two single blocks of head dim 16, a 32-channel VAE of 8x with a batch norm that has seen data."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=kind == "dev",
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    parts = dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=vae.eval(),
+        text_encoder=None, tokenizer=None, transformer=transformer.eval(),
+    )  # fmt: skip
+    pipe = Flux2Pipeline(**parts) if kind == "dev" else Flux2KleinPipeline(**parts, is_distilled=kind == "klein")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 # {stock pipeline class: makes (a pipeline with random weights, call)}, for each that is registered: what
 # test_registered_models.py holds every model to. call(guided): the arguments of a call on a picture of 128 x 128
 # pixels, for one prompt; guided: with true guidance, where the model has it. patch: for what the stock call has fixed.
@@ -266,7 +337,32 @@ def _tiny_qwen(patch, plus):
     return tiny_qwen(plus, zero_cond_t=plus), call
 
 
+def _tiny_longcat(patch):
+    small_longcat(patch)
+
+    def call(guided=False):
+        return dict(image=tiny_image(), prompt="make it blue", guidance_scale=3.0 if guided else 1.0)
+
+    return tiny_longcat(), call
+
+
+def _tiny_flux2(patch, kind):
+    def call(guided=False):
+        random = torch.Generator().manual_seed(3)
+        found = dict(image=[tiny_image(), tiny_image(96, 160, seed=1)], height=128, width=128)
+        found["prompt_embeds"] = torch.randn(1, 12, WIDTH, generator=random)
+        if kind == "klein-base":
+            negative = torch.randn(1, 9, WIDTH, generator=random)
+            found.update(negative_prompt_embeds=negative, guidance_scale=3.0 if guided else 1.0)
+        return found
+
+    return tiny_flux2(kind), call
+
+
 TINY = {
+    "Flux2KleinPipeline": functools.partial(_tiny_flux2, kind="klein-base"),
+    "Flux2Pipeline": functools.partial(_tiny_flux2, kind="dev"),
+    "LongCatImageEditPipeline": _tiny_longcat,
     "FluxKontextPipeline": _tiny_flux,
     "QwenImageEditPipeline": functools.partial(_tiny_qwen, plus=False),
     "QwenImageEditPlusPipeline": functools.partial(_tiny_qwen, plus=True),

@@ -107,31 +107,32 @@ def _flag(name: str, value: object) -> None:
 class EditConfig:
     """Options that every method has. Every wrong value raises ValueError or TypeError that names the field.
 
-    preserve: None, or "pixels": pixels outside the feathered edit region are the source's own.
-    feather: width in pixels of the seam, outside the edit region, over which "pixels" blends.
-    dilation: radius, in fine tokens, by which the edited region is grown.
-    uniform_stride: every k-th block a side is recomputed too (SpecEdit has 3); 0 for none.
-    min_active: with fewer edited tokens than this nothing has changed, and the source is returned.
-    max_active: above this share of active blocks all tokens are computed.
-    coarse_references: in mixed steps, tokens of further reference pictures, which no edit mask covers, are all coarse
-        (False: all fine). In coarse and draft steps every picture has the resolution of the step.
-    kv_cache_dtype: how keys and values that outlive a step are kept. "auto": as the model computes. "fp8": e4m3 and a
-        scale for each token and head, half the memory; a step converts those of one layer at a time.
-    selection: "score", or a control at an equal number of blocks: "random" or "uniform".
-    runner: how the transformer's steps run. "auto": "graph" where it is possible, else "fused" for quantised weights on
-        a CUDA device, else "eager"; `stats.runner_reason` says why. "eager": the transformer's own forward; its numbers
-        are the plain pipeline's to the last bit where all is selected, and it holds no memory between calls. "fused":
-        the same modules in about a third of the launches, and the autoencoder's norms by an op (FLUX) or its causal
-        convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches of guidance run as one batch
-        where their texts are nearly of one length. "graph" (on a CUDA device): fused steps, and the autoencoder,
-        captured as CUDA graphs at the first edit of a size and replayed from then on; below about 1,000 tokens a step
-        is bound by its launches without. "compile": the same with the blocks under torch.compile. A pipeline that
-        cannot have the runner asked for takes "eager", and warns why.
-    precision: of the linear layers of the transformer's blocks. "auto": as the model has them. "fp8": e4m3 weights with
-        a scale for each output (a copy, half the model's bytes, beside its own), activations with a scale for each
-        token. With every runner but "eager", on CUDA devices of compute capability 8.9 and up with bf16 weights, and in
-        emulation on a CPU; elsewhere, and in layers with an adapter or a quantised weight, as "auto", with a warning
-        that says why. With runner="compile" blocks are then not compiled.
+    Attributes:
+        preserve: None, or "pixels": pixels outside the feathered edit region are the source's own.
+        feather: width in pixels of the seam, outside the edit region, over which "pixels" blends.
+        dilation: radius, in fine tokens, by which the edited region is grown.
+        uniform_stride: every k-th block a side is recomputed too (SpecEdit has 3); 0 for none.
+        min_active: with fewer edited tokens than this nothing has changed, and the source is returned.
+        max_active: above this share of active blocks all tokens are computed.
+        coarse_references: in mixed steps, tokens of further reference pictures, which no edit mask covers, are all
+            coarse (False: all fine). In coarse and draft steps every picture has the resolution of the step.
+        kv_cache_dtype: how keys and values that outlive a step are kept. "auto": as the model computes. "fp8": e4m3 and
+            a scale for each token and head, half the memory; a step converts those of one layer at a time.
+        selection: "score", or a control at an equal number of blocks: "random" or "uniform".
+        runner: how the transformer's steps run. "auto": "graph" where it is possible, else "fused" for quantised
+            weights on a CUDA device, else "eager"; `stats.runner_reason` says why. "eager": the transformer's own
+            forward; its numbers are the plain pipeline's to the last bit where all is selected, and it holds no memory
+            between calls. "fused": the same modules in about a third of the launches, and the autoencoder's norms by an
+            op (FLUX) or its causal convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches
+            of guidance run as one batch where their texts are nearly of one length. "graph" (on a CUDA device): fused
+            steps, and the autoencoder, captured as CUDA graphs at the first edit of a size and replayed from then on;
+            below about 1,000 tokens a step is bound by its launches without. "compile": the same with the blocks under
+            torch.compile. A pipeline that cannot have the runner asked for takes "eager", and warns why.
+        precision: of the linear layers of the transformer's blocks. "auto": as the model has them. "fp8": e4m3 weights
+            with a scale for each output (a copy, half the model's bytes, beside its own), activations with a scale for
+            each token. With every runner but "eager", on CUDA devices of compute capability 8.9 and up with bf16
+            weights, and in emulation on a CPU; elsewhere, and in layers with an adapter or a quantised weight, as
+            "auto", with a warning that says why. With runner="compile" blocks are then not compiled.
     """
 
     preserve: str | None = None
@@ -183,44 +184,46 @@ class EditConfig:
 class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
-    quality: sets preset, finish and kv_refresh where they are None: "fast", "balanced", "best", or "paper", SpecEdit as
-        its paper has it. QUALITIES has the values, docs/choose.md what each costs.
-    preset: number of function evaluations of the main trajectory: 30, 18, 11, 9 or 6, and 8 or 4 for step-distilled
-        weights. A separate draft is counted apart.
-    stages: (coarse, mixed, full) step counts in place of the preset's.
-    draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's and
-        the last's, no extra step.
-        "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps (the paper's). "full_step": the
-        clean estimate after one full-resolution step, which takes the place of the coarse steps.
-    draft_steps: steps of the "quarter" draft (the paper's N_draft).
-    finish: "full": the last steps run on all tokens at full resolution (the paper's). "locked": they stay mixed, coarse
-        tokens follow the source, and latents that were not selected are the source's.
-    unselected: what target tokens that were not selected are until the full steps of finish="full". "source": in the
-        mixed steps the coarse ones follow the source, and the full steps begin from the fine source at their noise
-        level. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's). Without
-        effect with finish="locked", whose coarse tokens follow the source in any case.
-    metric: "decoder": features of the VAE decoder's first layers (the paper's eq. 6). "latent": packed latent tokens.
-        "projected": the transformer's embedding of them.
-    reference: "matched": the source at the draft's resolution, brought up in the same way. "literal": the
-        full-resolution source (the paper's).
-    threshold: a score above it marks a token as edited, on the [0, 4] scale; None takes the one calibrated for the
-        model.
-    relative: how far the threshold follows the picture: it is multiplied by (its largest score / 2) ** relative, 2
-        being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
-        taken. A largest score under 0.1 counts as 0.1, and a threshold does not fall under 0.06, or noise would be an
-        edit. 0: the threshold as it is; None: 0.5 with the calibrated threshold of the "coarse" draft, else 0.
-    key_bias: weigh a coarse key by the four fine ones it stands for.
-    coarse_condition: condition tokens outside the edit are coarse too.
-    kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
-        between compute the text and the edited tokens alone, over those. 1: every step computes all. "bracket": the
-        first mixed step does so, then the whole sequence is computed once more at the last mixed step's noise level,
-        which it reaches in one step; the tokens that are not recomputed then have keys and values between those two, by
-        the level of each step. All but 1 needs tokens outside the edit that follow the source: not with finish="full"
-        and unselected="coarse", where the default is 1.
-    lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step. The
-        text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
-    draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
-        "full_step"): half their cost.
+    Attributes:
+        quality: sets preset, finish and kv_refresh where they are None: "fast", "balanced", "best", or "paper",
+            SpecEdit as its paper has it. QUALITIES has the values, docs/choose.md what each costs.
+        preset: number of function evaluations of the main trajectory: 30, 18, 11, 9 or 6, and 8 or 4 for
+            step-distilled weights. A separate draft is counted apart.
+        stages: (coarse, mixed, full) step counts in place of the preset's.
+        draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's
+            and the last's, no extra step. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
+            (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
+            coarse steps.
+        draft_steps: steps of the "quarter" draft (the paper's N_draft).
+        finish: "full": the last steps run on all tokens at full resolution (the paper's). "locked": they stay mixed,
+            coarse tokens follow the source, and latents that were not selected are the source's.
+        unselected: what target tokens that were not selected are until the full steps of finish="full". "source": in
+            the mixed steps the coarse ones follow the source, and the full steps begin from the fine source at their
+            noise level. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's).
+            Without effect with finish="locked", whose coarse tokens follow the source in any case.
+        metric: "decoder": features of the VAE decoder's first layers (the paper's eq. 6). "latent": packed latent
+            tokens. "projected": the transformer's embedding of them.
+        reference: "matched": the source at the draft's resolution, brought up in the same way. "literal": the
+            full-resolution source (the paper's).
+        threshold: a score above it marks a token as edited, on the [0, 4] scale; None takes the one calibrated for the
+            model.
+        relative: how far the threshold follows the picture: it is multiplied by (its largest score / 2) ** relative, 2
+            being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
+            taken. A largest score under 0.1 counts as 0.1, and a threshold does not fall under 0.06, or noise would be
+            an edit. 0: the threshold as it is; None: 0.5 with the calibrated threshold of the "coarse" draft, else 0.
+        key_bias: weigh a coarse key by the four fine ones it stands for.
+        coarse_condition: condition tokens outside the edit are coarse too.
+        kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
+            between compute the text and the edited tokens alone, over those. 1: every step computes all. "bracket": the
+            first mixed step does so, then the whole sequence is computed once more at the last mixed step's noise
+            level, which it reaches in one step; the tokens that are not recomputed then have keys and values between
+            those two, by the level of each step. All but 1 needs tokens outside the edit that follow the source: not
+            with finish="full" and unselected="coarse", where the default is 1.
+        lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step.
+            The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+        draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
+            "full_step"): half their cost.
+
     All else: EditConfig.
     """
 

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,11 +51,11 @@ class _Packed:
     dtype: torch.dtype
 
 
-def _parts(layers: Sequence[torch.nn.Module]) -> list[Tensor]:
+def _parts(layers: Sequence[Any]) -> list[Tensor]:
     return [x.detach() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
 
 
-def _places(layers: Sequence[torch.nn.Module]) -> list[int]:
+def _places(layers: Sequence[Any]) -> list[int]:
     return [x.data_ptr() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
 
 
@@ -65,7 +65,7 @@ def _sample(layers: Sequence[torch.nn.Module]) -> Tensor:
     return torch.cat([x[len(x) // 2 : len(x) // 2 + _SAMPLED] for x in flat])
 
 
-def _refuses(layers: Sequence[torch.nn.Module]) -> str:
+def _refuses(layers: Sequence[Any]) -> str:
     """Why these layers cannot compute in fp8, or ""."""
     for layer in layers:
         if type(layer) is not torch.nn.Linear:
@@ -112,7 +112,7 @@ class Fp8Linears:
         return found
 
     @staticmethod
-    def _pack(layers: tuple[torch.nn.Module, ...]) -> _Packed:
+    def _pack(layers: tuple[Any, ...]) -> _Packed:
         with torch.no_grad():
             rows = [Rows(*ops.quantize_fp8(layer.weight.detach())) for layer in layers]
             # as bytes: not every device joins numbers of e4m3

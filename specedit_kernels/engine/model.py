@@ -76,7 +76,8 @@ class EditModel(ABC):
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,
         attention_kwargs: dict[str, Any],
     ):  # fmt: skip
-        self.transformer = transformer
+        # of a class that the engine does not know
+        self.transformer: Any = transformer
         self.codec = codec_of(vae)
         self.guidance = guidance
         self.attention_kwargs = attention_kwargs

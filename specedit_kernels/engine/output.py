@@ -35,27 +35,36 @@ class StepRecord:
 
 @dataclass
 class SpecEditStats:
-    """Figures of one run.
+    """Figures of one run. `flops` and `plain_flops` are sums: of this run, draft included, and of as many plain steps.
 
-    nfe: steps of the main trajectory, draft_nfe: steps of a separate draft; a step with true guidance counts once.
-    flops, plain_flops: useful transformer FLOPs of this run (draft included), and of a plain run with the same nfe at
-    full resolution. The VAE and the text encoders are in neither. plain_step_flops: of one plain step; plain_tokens:
-    its image tokens, of one sample.
-    active: share of the fine tokens that are recomputed in mixed steps, each sample. edited: of these, the edit region.
-    fallback: None, "dense" (an edit of nearly everything: all tokens computed), "source" (nothing changes: the source
-    is returned) or "mixed" (samples of the batch differ); `fallbacks` has it for each sample.
-    threshold: of the scores, before it is scaled to a picture (SpecEditConfig.relative).
-    drift: with output_size="source", of each picture: how the run lay on its source outside the edit, which was undone; or
-        None where nothing was to be compared (nothing edited, or all, or a method that leaves the rest alone).
-    key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None. inverted: whether the
-    noise came from an inversion network. source_error: fp32 [B], mean squared error of the source branch's prediction
-    of the source's latents (BG-Shield), or None.
-    seconds: wall-clock time of each stage. backend: of the attention op in mixed steps, None where there were none.
-    runner: what ran the transformer's steps; runner_reason: why no faster one, "" where there is none. captures:
-    CUDA graphs that this run had to capture. graph_bytes: device memory of all graphs that the pipeline keeps;
-    kv_cache_bytes: of the keys and values that the mixed steps kept.
-    precision: of the linear layers of the transformer's blocks, "auto" or "fp8"; fp8_bytes: memory of the weights'
-    copies.
+    Attributes:
+        steps: each step of the model in order (StepRecord).
+        nfe: steps of the main trajectory; a step with true guidance counts once.
+        draft_nfe: steps of a separate draft.
+        plain_step_flops: useful transformer FLOPs of one plain step at full resolution. The VAE and the text encoders
+            are in no figure.
+        plain_tokens: image tokens of a plain step, of one sample.
+        active: share of the fine tokens that are recomputed in mixed steps, of each sample.
+        edited: share of the fine tokens in the edit region, of each sample.
+        fallbacks: of each sample: None, "dense" (an edit of nearly everything: all tokens are computed) or "source"
+            (nothing changes: the source is returned). `fallback` is the one that all share, or "mixed".
+        threshold: of the scores, before it is scaled to a picture (SpecEditConfig.relative).
+        drift: with output_size="source", of each picture: how the run lay on its source outside the edit, which was
+            undone; None where nothing was to be compared (nothing edited, or all, or a method that leaves the rest
+            alone).
+        key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None.
+        inverted: whether the noise came from an inversion network.
+        source_error: fp32 [B], mean squared error of the source branch's prediction of the source's latents
+            (BG-Shield), or None.
+        seconds: wall-clock time of each stage.
+        backend: of the attention op in mixed steps, None where there were none.
+        runner: what ran the transformer's steps.
+        runner_reason: why no faster one did, "" where there is none.
+        captures: CUDA graphs that this run had to capture.
+        graph_bytes: device memory of all graphs that the pipeline keeps.
+        kv_cache_bytes: of the keys and values that the mixed steps kept.
+        precision: of the linear layers of the transformer's blocks, "auto" or "fp8".
+        fp8_bytes: memory of the weights' copies in fp8.
     """
 
     steps: list[StepRecord] = field(default_factory=list)

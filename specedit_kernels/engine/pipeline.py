@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Call  # the arguments of one call by name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -113,7 +113,13 @@ def _calls(kind: type) -> Callable[..., Any]:
     return __call__
 
 
-class SpecEditMixin:
+if TYPE_CHECKING:
+    Stock: Any = DiffusionPipeline  # whose methods and parts a pipeline's class has behind the mixin
+else:
+    Stock = object
+
+
+class SpecEditMixin(Stock):
     """The part of a SpecEdit pipeline that knows no model; a class has it before its diffusers pipeline.
 
     A call takes the stock pipeline's arguments and those of ARGUMENTS:

@@ -31,24 +31,26 @@ GENERATOR, INVERTER = "generator.safetensors", "inverter.safetensors"
 class FlashEditConfig(EditConfig):
     """Options of a FlashEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
-    method: "flash": one step (FlashEdit, arXiv 2509.22244). "inversion": the multi-step baseline, Euler inversion under
-        the source's text and Euler editing, without any of the options below.
-    steps: of the inversion and of the editing of "inversion", each.
-    guidance: of the editing of "inversion": over 1 it has both branches, with true guidance from the source's text to
-        the edit's.
-    cosi: the noise is the source's, from the inversion network (in the background, see region_noise); False, or
-        without its weights: white noise.
-    region_noise: with cosi, the noise in the edit region: "white", the run's own, or "inverted", the source's there
-        too. That one carries the source along, and one step gives half of the instructions' answers from it
-        (bench/log/flash_edit.md).
-    bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and the
-        edit computes its region alone; False: the whole picture.
-    ssca: text reaches the background without the key semantic tokens of the instruction.
-    mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture.
-    layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; None: the
-        block at 3/8 of the depth, where the tiny editor's words stood out most clearly from the padding.
-    token_ratio: a text token is a key one if the attention that the edit region gives it beyond the background's is
-        over this many times the mean over all text tokens.
+    Attributes:
+        method: "flash": one step (FlashEdit, arXiv 2509.22244). "inversion": the multi-step baseline, Euler inversion
+            under the source's text and Euler editing, without any of the options below.
+        steps: of the inversion and of the editing of "inversion", each.
+        guidance: of the editing of "inversion": over 1 it has both branches, with true guidance from the source's text
+            to the edit's.
+        cosi: the noise is the source's, from the inversion network (in the background, see region_noise); False, or
+            without its weights: white noise.
+        region_noise: with cosi, the noise in the edit region: "white", the run's own, or "inverted", the source's there
+            too. That one carries the source along, and one step gives half of the instructions' answers from it
+            (bench/log/flash_edit.md).
+        bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and
+            the edit computes its region alone; False: the whole picture.
+        ssca: text reaches the background without the key semantic tokens of the instruction.
+        mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture.
+        layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; None:
+            the block at 3/8 of the depth, where the tiny editor's words stood out most clearly from the padding.
+        token_ratio: a text token is a key one if the attention that the edit region gives it beyond the background's is
+            over this many times the mean over all text tokens.
+
     All else: EditConfig. Above max_active the whole picture is edited.
     """
 
