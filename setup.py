@@ -264,7 +264,9 @@ def extensions():
     reason = why_not_cuda()
     if reason is None:
         sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cpp")]
-        sources = sorted(str(path.relative_to(ROOT)) for path in sources if path.parent.name != "planner")
+        # planner is an extension of its own; aten is for programs without Python (examples/aoti)
+        sources = [path for path in sources if path.parent.name not in ("planner", "aten")]
+        sources = sorted(str(path.relative_to(ROOT)) for path in sources)
         found.append(Extension(CUDA, sources, py_limited_api=True, optional=True))
     else:
         print(f"specedit-kernels: building without the CUDA extension: {reason}")
