@@ -43,8 +43,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
     kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket", "fast",
-             "balanced", "best", "balanced-fp8",
-             "locked-cached-fp8")  # fmt: skip
+             "balanced", "best", "balanced-fp8", "locked-cached-fp8", "locked-cached-fp8-products")  # fmt: skip
     edits = []
     for runner in ("eager", "fused"):
         edits += [f"specedit-9-{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]

@@ -132,7 +132,7 @@ def test_lora_of_the_pipelines_own_loader(kind):
 def test_four_and_eight_steps_of_the_distilled_weights():
     _, ours = pair("klein")
     for steps in (4, 8):
-        config = SpecEditConfig(preset=steps, quality="fast", runner="eager")
+        config = SpecEditConfig(preset=steps, finish="locked", kv_refresh=9, runner="eager")
         out = ours(generator=seeded(), specedit=config, mask_image=proofs.mask(2, 2), **options("klein", 2))
         assert out.stats.nfe == steps and out.images.isfinite().all()
         coarse = {4: 1, 8: 3}[steps]

@@ -44,11 +44,11 @@ from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
-from .run import run_stages
+from .run import run_stages, verify_select
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
 from .source_size import as_given, photos_of, put_back
-from .stages import Reference, Run, Selection
+from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -631,7 +631,11 @@ class SpecEditMixin(Stock):
         draft_levels = None
         if user_mask is None and run.config.draft == "quarter":
             draft_levels = self._plain_levels(run.config.draft_steps, math.prod(draft_grid(run.grid)), None)
-        return run_stages(run, counts, levels, user_mask, draft_levels)
+        return run_stages(run, counts, levels, user_mask, draft_levels, self._verify_select)
+
+    def _verify_select(self, run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
+        """Score a draft and select by it; what studies selections has its own."""
+        return verify_select(run, draft, stage)
 
     def _start_noise(self, latents, shape, grid: Grid, generator, device, dtype) -> Tensor:
         """White fine noise [B, C, H, W] in fp32: drawn as the plain pipeline draws it, or unpacked from `latents`."""

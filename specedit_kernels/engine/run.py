@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -21,15 +21,17 @@ def run_stages(
     levels: Sequence[float],
     user_mask: Tensor | None,
     draft_levels: Sequence[float] | None = None,
+    verify: Callable[[Run, Draft, str], tuple[Tensor, Selection]] | None = None,
 ) -> tuple[Tensor, Selection, Tensor | None]:
     """The stages in order. Returns (clean latents [B, C, H, W], selection, scores [B, N] or None).
 
     counts: (coarse, mixed, full) steps. levels: noise levels of the plain full-resolution run, with the final 0.
     user_mask: bool [B, N] on the fine grid, in place of a draft. draft_levels: those of a "quarter" draft.
+    verify: what scores a draft and selects by it, `verify_select` where None.
 
     ValueError where there is neither a mask nor what the draft needs.
     """
-    config, clock = run.config, run.clock
+    config, clock, verify = run.config, run.clock, verify or verify_select
     coarse_steps, mixed_steps, full_steps = counts
     first_full = user_mask is None and config.draft == "full_step"
     if first_full:
@@ -50,7 +52,7 @@ def run_stages(
     elif config.draft == "quarter":
         if draft_levels is None:
             raise ValueError("draft_levels: expected those of draft='quarter', got None")
-        scores, selection = _verify_select(run, stages.draft(run, draft_levels), "draft")
+        scores, selection = verify(run, stages.draft(run, draft_levels), "draft")
     if selection is not None and run.ends(selection):
         return run.source, selection, scores
 
@@ -58,7 +60,7 @@ def run_stages(
     if first_full:
         guided = config.draft_guidance
         fine, (estimate, _) = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
-        scores, selection = _verify_select(run, Draft(estimate, run.source), "draft_step")
+        scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
     elif coarse_steps:
         small = stages.source_at(run, coarse_grid(run.grid))
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
@@ -68,7 +70,7 @@ def run_stages(
         )
         if selection is None:
             found = Draft(last, small, first if coarse_steps > 1 else None)
-            scores, selection = _verify_select(run, found, "coarse")
+            scores, selection = verify(run, found, "coarse")
         else:
             clock.mark("coarse")
     if selection is None:
@@ -104,7 +106,7 @@ def run_stages(
     return stages.keep_unchanged(run, clean, selection), selection, scores
 
 
-def _verify_select(run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
+def verify_select(run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
     run.clock.mark(stage)
     scores = stages.verify(run, draft)
     run.clock.mark("verify")

@@ -121,7 +121,7 @@ class StockEditModel(EditModel):
             fresh=layout.fine_lengths + length if cached else None,
         )
         # of the right length; the processors have each sample's own
-        return StockLayout(torch.zeros(layout.capacity, 3, device=device), attention)
+        return StockLayout(torch.zeros(layout.capacity, 3, device=device, dtype=torch.float32), attention)
 
     def first_layout(
         self, text: StockText, layout: StockLayout, first: int | None, lock_text: bool = False
