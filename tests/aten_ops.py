@@ -12,9 +12,9 @@ import torch
 
 torch.ops.load_library(sys.argv[1])
 
-from specedit_kernels import ops  # noqa: E402
-from specedit_kernels.reference.mixed_res_attn import mixed_res_attn  # noqa: E402
-from specedit_kernels.reference.qk_norm_rope_scatter import qk_norm_rope_scatter_  # noqa: E402
+from specedit_kernels import ops
+from specedit_kernels.reference.mixed_res_attn import mixed_res_attn
+from specedit_kernels.reference.qk_norm_rope_scatter import qk_norm_rope_scatter_
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 

@@ -90,7 +90,7 @@ def edit(pipe, runner="eager", columns=2, options=CACHED, **call):
 
 
 def everything(pipe, runner="eager", **call):
-    return edit(pipe, runner, 8, dict(stages=(0, 0, 2), **{"finish": "full"}), **call)
+    return edit(pipe, runner, 8, dict(stages=(0, 0, 2), finish="full"), **call)
 
 
 def away(a, b):
@@ -566,7 +566,7 @@ def test_each_thread_has_its_own_edit(family, runner, siblings):
         try:
             if not torch.equal(edit(pipes[i], runner, columns[i], **calls[i]).images, expected[i]):
                 wrong.append(i)
-        except Exception as error:  # noqa: BLE001  shown below
+        except Exception as error:
             wrong.append(error)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]

@@ -11,18 +11,18 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKLWan,
     BriaFiboEditPipeline,
     BriaFiboTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
-from model_proofs import seeded  # noqa: E402
-from tiny_models import paper, tiny_image, tiny_tokenizer  # noqa: E402
-from transformers import SmolLM3Config, SmolLM3ForCausalLM  # noqa: E402
+from model_proofs import seeded
+from tiny_models import paper, tiny_image, tiny_tokenizer
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-from specedit_kernels import enable_specedit  # noqa: E402
-from specedit_kernels.models.fibo import FiboText, WanCodec  # noqa: E402
+from specedit_kernels import enable_specedit
+from specedit_kernels.models.fibo import FiboText, WanCodec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,21 +10,21 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
 )
-from model_proofs import seeded  # noqa: E402
-from tiny_models import paper, tiny_image  # noqa: E402
+from model_proofs import seeded
+from tiny_models import paper, tiny_image
 
-from specedit_kernels import enable_specedit  # noqa: E402
-from specedit_kernels.engine.attention import wrap_processors  # noqa: E402
-from specedit_kernels.engine.model import Pictures  # noqa: E402
-from specedit_kernels.engine.stages import Reference  # noqa: E402
-from specedit_kernels.models.qwen_image_21 import Qwen21Codec, Qwen21Text  # noqa: E402
-from specedit_kernels.sampling.layout import build_layout  # noqa: E402
+from specedit_kernels import enable_specedit
+from specedit_kernels.engine.attention import wrap_processors
+from specedit_kernels.engine.model import Pictures
+from specedit_kernels.engine.stages import Reference
+from specedit_kernels.models.qwen_image_21 import Qwen21Codec, Qwen21Text
+from specedit_kernels.sampling.layout import build_layout
 
 TEXT = 24
 

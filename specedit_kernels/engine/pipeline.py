@@ -393,7 +393,7 @@ class SpecEditMixin(Stock):
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
-            arranged = self._moving() or kept is not None and kept.watches(signature)
+            arranged = self._moving() or (kept is not None and kept.watches(signature))
             undo = None if reason or arranged else self._arrange()
             if undo:
                 reason, signature = inspect_weights(name, self.transformer, self.vae)

@@ -24,7 +24,7 @@ from diffusers.models.transformers.transformer_bria_fibo import BriaFiboAttnProc
 from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
 from torch import Tensor
 
-from ..engine._diffusers import through
+from ..engine._diffusers import execution_device, through
 from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, lent
 from ..engine.config import SpecEditConfig
 from ..engine.model import Pictures, Text
@@ -198,7 +198,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
         elif isinstance(call.prompt, list):
             call.prompt = [json.dumps(p) if isinstance(p, dict) else p for p in call.prompt]
         if call.generator is None and call.seed is not None:
-            call.generator = torch.Generator(self._execution_device).manual_seed(call.seed)
+            call.generator = torch.Generator(execution_device(self)).manual_seed(call.seed)
         sizes = [stock._vae_safe_dims(*picture.size) for picture in call.references]
         call.seen = [(picture, (height, width)) for picture, (width, height) in zip(call.references, sizes)]
         width, height = sizes[0]

@@ -41,10 +41,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
+from ..engine import fp8
 from ..engine._diffusers import through
 from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, lent
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
-from ..engine import fp8
+from ..engine.fp8 import Rows
 from ..engine.fused import (
     Kept,
     MixedSequence,
@@ -56,7 +57,6 @@ from ..engine.fused import (
     renew,
     watched_mass,
 )
-from ..engine.fp8 import Rows
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
