@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people load and wrap a model with: each is right, is applied, and is gone with `disable_specedit`.
 
-The conditions are those of bench/models/conditions.py. Where all is selected an eager run is the stock pipeline's to the
-last bit; a fused one is within rounding of the eager one; one that left a condition out would be the run without it.
+The conditions are those of bench/models/conditions.py. Where all is selected an eager run is the stock pipeline's to
+the last bit; a fused one is within rounding of the eager one; one that left a condition out would be the run without
+it.
 """
 
 import importlib.util

@@ -188,8 +188,10 @@ def foreign_forward(module: torch.nn.Module, kind: type | tuple[type, ...] | Non
         return True
     if cls.__call__ is not torch.nn.Module.__call__:
         return True
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return kind is not None and not any(issubclass(cls, k) and cls.forward is k.forward for k in kinds)
+    if kind is None:
+        return False
+    kinds: tuple[Any, ...] = kind if isinstance(kind, tuple) else (kind,)
+    return not any(issubclass(cls, k) and cls.forward is k.forward for k in kinds)
 
 
 def global_hooks() -> bool:

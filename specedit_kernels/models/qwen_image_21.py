@@ -2,8 +2,8 @@
 """Qwen-Image-2.1 (QwenImage21Pipeline with pictures): all that the engine cannot know of it.
 
 One stream with block-causal attention: text and reference pictures never see the target, and are modulated by timestep
-0, so their keys and values are the same in every step. The stock pipeline keeps them; so does this, for every stage, and
-a sequence here holds the target's tokens alone. A coarse target sees the references fine. Whole pictures at full
+0, so their keys and values are the same in every step. The stock pipeline keeps them; so does this, for every stage,
+and a sequence here holds the target's tokens alone. A coarse target sees the references fine. Whole pictures at full
 resolution run through the stock forward; all else through the transformer's own modules, block by block. A token is one
 latent pixel of a 16x autoencoder with four channels (RGBA). Eager runner alone.
 
