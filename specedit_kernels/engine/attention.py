@@ -135,7 +135,7 @@ def joint_attention(
 def kept_keys(
     processor: SpecEditAttnProcessor, k: Tensor, v: Tensor, layout: AttentionLayout
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(keys, values, used queries) of a call that brings k and v, with those that the block keeps, as the layout has it."""
+    """(keys, values, used queries) of a call that brings k and v, with those that the block keeps."""
     queries = layout.lengths
     if layout.first is not None:
         cached = layout.cache.unpack(processor.kept, v.dtype)

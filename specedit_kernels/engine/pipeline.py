@@ -451,8 +451,8 @@ class SpecEditMixin(Stock):
         return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
-        """Where a call computes. Without offloading the transformer's place says it; the pipeline's own answer looks for
-        hooks in every module, which takes longer than a launch of any stage."""
+        """Where a call computes: without offloading where the transformer is. The pipeline's own answer looks for hooks
+        in every module, which takes longer than a launch of any stage."""
         known = runner is not None and not runner.moving
         return next(self.transformer.parameters()).device if known else execution_device(self)
 
@@ -839,8 +839,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(
-            "scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, whose step is one evaluation and depends on no"
-            f" earlier one (the sequence changes between steps), got {type(scheduler).__name__}"
+            "scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, whose step is one evaluation and depends on"
+            f" no earlier one (the sequence changes between steps), got {type(scheduler).__name__}"
         )
     for flag in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(flag, False):
@@ -851,7 +851,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
             raise ValueError(f"transformer: expected {flag}=False, got True")
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
-            f"transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change; {_INSTEAD}"
+            "transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change;"
+            f" {_INSTEAD}"
         )
     caches = cache_hooks(transformer)
     if caches:

@@ -154,11 +154,12 @@ class Qwen21Model(EditModel):
         return text.mask.bool().repeat_interleave(torch.where(text.slots[0], SLOT, 1), dim=1)
 
     def _table(self, text: Qwen21Text, positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Rotary table (cos, sin) fp32 [n, D] of a target's tokens at fp32 [n, 3], (0, row, column) in a grid's units."""
+        """Rotary table (cos, sin) fp32 [n, D] of a target's tokens at fp32 [n, 3], (0, row, column) in grid units."""
         embedding = self.transformer.pos_embed
         start = int((~text.slots).sum()) + sum(max(g) for g in self.grids)
         placed = centred(positions, (grid,))
-        return rotary_table(torch.cat([placed[:, :1] + start, placed[:, 1:]], dim=1), embedding.axes_dim, embedding.theta)
+        placed = torch.cat([placed[:, :1] + start, placed[:, 1:]], dim=1)
+        return rotary_table(placed, embedding.axes_dim, embedding.theta)
 
     def dense_layout(self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid]) -> Qwen21Layout:
         if grids[0] == self.grid:
@@ -305,7 +306,9 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
         run.model.begin(run)
         return super()._run(run, *stages)
 
-    def _model(self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]) -> Qwen21Model:
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> Qwen21Model:
         return Qwen21Model(self.transformer, self.vae, None, attention_kwargs)
 
 
