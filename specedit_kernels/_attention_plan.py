@@ -78,7 +78,7 @@ def describe(text, num_sms=None):
     if plan.split_tiles == 0:
         return "\n".join([*lines, "splits      none: the combine kernel would cost more than they save"])
     blocks = [0] * plan.num_sms  # K tiles of a CTA in the last partial wave
-    splits: dict[int, int] = {}
+    splits: dict[tuple[int, int], int] = {}
     costs = [0] * plan.num_sms
     for work in plan.work:
         costs[work.cta] += work.cost

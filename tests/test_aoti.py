@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/aoti: a block compiled ahead of time and run by a C++ program; the ops that it links, against the reference."""
+"""examples/aoti: a block compiled ahead of time and run by a C++ program; the ops that it links."""
 
 import os
 import shutil

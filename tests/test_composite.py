@@ -151,7 +151,7 @@ def test_a_large_picture_stays_within_its_memory():
     "change, error, text",
     [
         (dict(source=[[0]]), TypeError, "source: expected a numpy array, got list"),
-        (dict(source=np.zeros((4, 4), np.int32)), TypeError, "source: expected uint8, uint16 or floats in .0, 1., got int32"),
+        (dict(source=np.zeros((4, 4), np.int32)), TypeError, "source: expected uint8, uint16 or floats in .0, 1., got"),
         (dict(source=np.zeros((4, 4, 5), np.uint8)), ValueError, r"source: expected .* got \[4, 4, 5\]"),
         (dict(source=np.zeros((0, 4, 3), np.uint8)), ValueError, "source: expected one pixel or more"),
         (dict(edited=np.zeros((4, 4, 3), np.uint8)), TypeError, "edited: expected floats"),

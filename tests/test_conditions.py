@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people load and wrap a model with: each is right, is applied, and is gone with `disable_specedit`.
 
-The conditions are those of bench/models/conditions.py. Where all is selected an eager run is the stock pipeline's to the
-last bit; a fused one is within rounding of the eager one; one that left a condition out would be the run without it.
+The conditions are those of bench/models/conditions.py. Where all is selected an eager run is the stock pipeline's to
+the last bit; a fused one is within rounding of the eager one; one that left a condition out would be the run without
+it.
 """
 
 import importlib.util
@@ -467,7 +468,8 @@ def test_graphs_of_a_moved_model_are_of_where_it_lies(monkeypatch):
 @pytest.mark.parametrize("kind", [FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler, DPMSolverMultistepScheduler])
 def test_other_schedulers_are_refused_by_name(kind):
     pipe = make()
-    pipe.scheduler = kind() if "Heun" in kind.__name__ else kind(use_flow_sigmas=True, prediction_type="flow_prediction")
+    flow = {} if "Heun" in kind.__name__ else dict(use_flow_sigmas=True, prediction_type="flow_prediction")
+    pipe.scheduler = kind(**flow)
     with pytest.raises(TypeError, match=f"scheduler: .*FlowMatchEuler.*one evaluation.*got {kind.__name__}"):
         enable_specedit(pipe)
 
@@ -494,7 +496,9 @@ LIGHTNING = dict(base_image_seq_len=256, base_shift=1.0986, max_image_seq_len=81
 
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 @pytest.mark.parametrize("sigmas", [None, [1.0, 0.7, 0.25]])
-@pytest.mark.parametrize("config", [{}, LIGHTNING, dict(shift=3.0), dict(use_beta_sigmas=False, use_karras_sigmas=True)])
+@pytest.mark.parametrize(
+    "config", [{}, LIGHTNING, dict(shift=3.0), dict(use_beta_sigmas=False, use_karras_sigmas=True)]
+)
 def test_euler_schedules_are_the_stock_pipelines(config, sigmas, runner):
     pipe = make()
     if config:

@@ -141,7 +141,8 @@ def test_rows_of_conditions(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(SCRIPTS))
     conditions = importlib.import_module("conditions")
-    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, layerwise fp8", "four threads", "day")
+    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, layerwise fp8", "four threads",
+            "day")  # fmt: skip
     options = ("--edits", "4", "--rows", *rows, "--out", str(tmp_path))
     assert conditions.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "conditions.json").read_text())["rows"]

@@ -52,7 +52,8 @@ def small(monkeypatch, one_thread):
         for picture in image or []:
             slots += [True] * (picture.width // 32 * (picture.height // 32)) + [False] * 2
         lengths = [len(slots) + len(words) // 2 for words in prompt]
-        embeds, mask = torch.zeros(len(prompt), max(lengths), TEXT), torch.zeros(len(prompt), max(lengths), dtype=torch.long)
+        embeds = torch.zeros(len(prompt), max(lengths), TEXT)
+        mask = torch.zeros(len(prompt), max(lengths), dtype=torch.long)
         for i, (words, length) in enumerate(zip(prompt, lengths)):
             embeds[i, :length] = torch.randn(length, TEXT, generator=seeded(sum(map(ord, words))))
             mask[i, :length] = 1
@@ -103,7 +104,8 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided, 
 
 def test_the_plain_pixels_and_a_padded_batch():
     plain, ours = pair()
-    call = options(pictures=2) | dict(output_type="np", prompt=["make the cat blue", "a red hat"], height=None, width=None)
+    prompts = ["make the cat blue", "a red hat"]
+    call = options(pictures=2) | dict(output_type="np", prompt=prompts, height=None, width=None)
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
     got = ours(generator=seeded(), specedit=paper(**proofs.EVERYTHING), **call).images
     assert got.shape == expected.shape and got.shape[-1] == 4 and (got == expected).all()
@@ -190,8 +192,8 @@ def test_lora_of_the_pipelines_own_loader():
 
 def test_only_the_targets_tokens_are_computed():
     _, ours = pair()
-    counts = [ours(generator=seeded(), mask_image=proofs.mask(4, 2), specedit=paper(stages=(1, 2, 1)), **options(pictures=n))
-              .stats for n in (1, 2)]  # fmt: skip
+    given = dict(mask_image=proofs.mask(4, 2), specedit=paper(stages=(1, 2, 1)))
+    counts = [ours(generator=seeded(), **given, **options(pictures=n)).stats for n in (1, 2)]
     for stats in counts:
         assert stats.plain_tokens == 64 and [s.tokens[0] for s in stats.steps] == [16, 22, 22, 64]
     assert counts[1].flops > counts[0].flops  # more keys

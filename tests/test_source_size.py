@@ -127,7 +127,9 @@ def test_several_pictures_of_several_sizes(pipe):
     check(out.images[1], batch[1], out.mask[1])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (37, 2000), pytest.param((8000, 6000), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 40), (37, 2000), pytest.param((8000, 6000), marks=pytest.mark.slow)], ids=str
+)
 def test_sizes(pipe, size):
     source = noise((size[1], size[0], 3), np.uint8)
     out = run(pipe, source, region="0,0,20%,20%")
@@ -205,7 +207,8 @@ def test_boxes():
     assert [str(b) for b in boxes_of([(0, 1, 2, 3), "5%,0,50%,100%", Box.parse("1,1,2,2")])] == [
         "0,1,2,3", "5%,0,50%,100%", "1,1,2,2"]  # fmt: skip
     assert len(boxes_of((0, "10%", 3.5, 9))) == 1 and len(boxes_of(["0,0,1,1"] * 4)) == 4
-    for box, expected in (((0, 0, 1, 1), [0]), ((15, 0, 17, 1), [0, 1]), ((16, 15.5, 32, 16), [1]), ("50%,50%,100%,100%", [6, 7])):
+    cases = (((0, 0, 1, 1), [0]), ((15, 0, 17, 1), [0, 1]), ((16, 15.5, 32, 16), [1]), ("50%,50%,100%,100%", [6, 7]))
+    for box, expected in cases:
         assert box_tokens(boxes_of(box), (64, 32), (2, 4)).nonzero().flatten().tolist() == expected
     assert box_tokens(boxes_of((0, 0, 1, 1)), (1, 1), (2, 4)).all()
 

@@ -130,7 +130,7 @@ def bnb_int8(pipe, threshold=0.0):
 
 
 def gguf(kind, pipe):
-    """Layers as a GGUF file's are. Of one shape all have the same numbers: packing twelve billion takes the host long."""
+    """Layers as a GGUF file's are. Of one shape all have the same numbers: packing twelve billion takes long."""
     import gguf as library
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
@@ -242,8 +242,9 @@ class Conditions:
             bench.pipe.enable_sequential_cpu_offload(device=self.device)
         else:
             for part in (bench.pipe.transformer, bench.pipe.vae):
-                part.enable_group_offload(onload_device=self.device, offload_device=torch.device("cpu"), offload_type=kind,
-                                          **options)  # fmt: skip
+                part.enable_group_offload(
+                    onload_device=self.device, offload_device=torch.device("cpu"), offload_type=kind, **options
+                )  # fmt: skip
         return self.figures(bench, runner="auto")
 
     def card(self, gib, change):

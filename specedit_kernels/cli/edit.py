@@ -48,7 +48,7 @@ class Editor:
     def __init__(self, arguments: argparse.Namespace):
         """UserError where the options, the folder or the device cannot be."""
         if arguments.preserve == "none" and arguments.output_size == "source":
-            raise UserError("--preserve none: expected with --output-size working; at the source's size its pixels stay")
+            raise UserError("--preserve none: expected with --output-size working; at the source's its pixels stay")
         if arguments.mask_mode != "replace" and not arguments.box and arguments.mask is None:
             raise UserError(f"--mask-mode {arguments.mask_mode}: expected with --mask or --box")
         self.arguments = arguments

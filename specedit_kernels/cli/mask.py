@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if how:
         lines.append(f"placed      {how}")
     if not seen.all():
-        lines.append(f"left out    {share(1 - seen.mean())} of the picture, which {shown(arguments.edited)} does not show")
+        left = share(1 - seen.mean())
+        lines.append(f"left out    {left} of the picture, which {shown(arguments.edited)} does not show")
     lines += [
         f"score       {arguments.metric}, 0 to 4: mean {scores.mean():.4f}, median {scores.median():.4f}, "
         f"largest {scores.max():.4f}",

@@ -174,8 +174,9 @@ def load_codec(folder: Path, device: Any, dtype: Any) -> Any:
         if subfolder is None and not (folder / "config.json").is_file():
             paths = TinyCodec.files(folder)
             if paths is None:
-                expected = "a folder with a VAE's config.json, a pipeline folder with vae/, or one with NAME_encoder.pth"
-                raise UserError(f"{shown(folder)}: expected {expected} and NAME_decoder.pth")
+                expected = "a folder with a VAE's config.json, a pipeline folder with vae/"
+                expected += ", or one with NAME_encoder.pth and NAME_decoder.pth"
+                raise UserError(f"{shown(folder)}: expected {expected}")
             return TinyCodec.load(paths, device, dtype)
         codecs = registry.codecs()
         kinds: dict[str, Any] = {kind.__name__: kind for kind in codecs}

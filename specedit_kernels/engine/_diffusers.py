@@ -99,7 +99,7 @@ def hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:
 
 
 def moved_to(module: torch.nn.Module) -> torch.device | None:
-    """Where a hook of accelerate brings the whole module when it is called (`enable_model_cpu_offload`); None: none does."""
+    """Where a hook of accelerate brings the whole module when it is called (`enable_model_cpu_offload`); None: none."""
     hook = vars(module).get("_hf_hook")
     if hook is None or all(kind.__name__ != "CpuOffload" for kind in type(hook).__mro__):
         return None
@@ -136,8 +136,9 @@ def _cast_linear(layer: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) ->
 
 
 def cast_by_call(transformer: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> torch.nn.Module:
-    """The same transformer, in whose `is_cast` layers each call makes the weights that it computes with. The transformer
-    itself where it has no such layer.
+    """The same transformer, in whose `is_cast` layers each call makes the weights that it computes with.
+
+    The transformer itself where it has no such layer.
 
     The hook moves a layer's own weights to and fro, so two threads may not call it at once, and no graph finds the
     weights again. The numbers are the hook's.
@@ -164,7 +165,9 @@ def waits_for_host(module: torch.nn.Module) -> str:
     if type(weight).__name__ == "GGUFParameter" and kind not in _GGUF_ON_DEVICE:
         return f"a weight is GGUF's {kind}, which is unpacked with numbers from the host"
     if type(module).__name__ == "Linear8bitLt" and module.state.threshold > 0:
-        return "an int8 layer of bitsandbytes looks for outliers, whose number the host waits for (llm_int8_threshold=0)"
+        return (
+            "an int8 layer of bitsandbytes looks for outliers, whose number the host waits for (llm_int8_threshold=0)"
+        )
     return ""
 
 
@@ -188,8 +191,10 @@ def foreign_forward(module: torch.nn.Module, kind: type | tuple[type, ...] | Non
         return True
     if cls.__call__ is not torch.nn.Module.__call__:
         return True
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return kind is not None and not any(issubclass(cls, k) and cls.forward is k.forward for k in kinds)
+    if kind is None:
+        return False
+    kinds: tuple[Any, ...] = kind if isinstance(kind, tuple) else (kind,)
+    return not any(issubclass(cls, k) and cls.forward is k.forward for k in kinds)
 
 
 def global_hooks() -> bool:

@@ -135,7 +135,7 @@ def joint_attention(
 def kept_keys(
     processor: SpecEditAttnProcessor, k: Tensor, v: Tensor, layout: AttentionLayout
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(keys, values, used queries) of a call that brings k and v, with those that the block keeps, as the layout has it."""
+    """(keys, values, used queries) of a call that brings k and v, with those that the block keeps."""
     queries = layout.lengths
     if layout.first is not None:
         cached = layout.cache.unpack(processor.kept, v.dtype)
@@ -228,7 +228,7 @@ _LENDING = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 
 
-def attention_modules(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+def attention_modules(transformer: torch.nn.Module) -> list[Any]:
     """The modules that have an attention processor, in the order of the blocks."""
     return [module for module in unwrapped(transformer).modules() if hasattr(type(module), "get_processor")]
 
@@ -281,7 +281,7 @@ def _wrapped(transformer: torch.nn.Module, name: str, processor: Any) -> SpecEdi
     return wrap(processor, transformer, name)
 
 
-def wrap_processors(transformer: torch.nn.Module) -> None:
+def wrap_processors(transformer: Any) -> None:
     """Wrap every attention processor of a transformer; those wrapped already stay. TypeError for a foreign one."""
     if all(isinstance(module.processor, SpecEditAttnProcessor) for module in attention_modules(transformer)):
         return
@@ -299,7 +299,7 @@ def wrap_processors(transformer: torch.nn.Module) -> None:
         modules[name].set_processor(processor)
 
 
-def unwrap_processors(transformer: torch.nn.Module) -> None:
+def unwrap_processors(transformer: Any) -> None:
     """Put the wrapped processors back, the very objects."""
     for module in attention_modules(transformer):
         processor = module.processor

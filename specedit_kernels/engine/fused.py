@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
-from .model import Text
+from .model import EditModel, Text
 from .runner import BESIDE, StepRunner
 
 
@@ -296,7 +296,13 @@ class FusedLayout:
     watch: TextWatch | None = None
 
 
-class FusedModel:
+if TYPE_CHECKING:
+    _Eager: Any = EditModel  # which a class has behind it
+else:
+    _Eager = object
+
+
+class FusedModel(_Eager):
     """The part of a fused adapter that knows no model; a class has it before its EditModel."""
 
     def __init__(
@@ -330,7 +336,7 @@ class FusedModel:
         """Adapters at the caller's scale, as the transformer's own forward has them."""
         return scaled_adapters(self.transformer, self.attention_kwargs.get("scale", 1.0))
 
-    def _kept(self, name: str, batch: int, rows: int, like: Tensor) -> list[Kept]:
+    def _kept(self, name: str, batch: int, rows: int, like: Any) -> list[Any]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
         heads, dim = self.heads
 

@@ -60,6 +60,7 @@ class Pictures:
 class EditModel(ABC):
     """A transformer and its autoencoder, as the stages see them.
 
+    text: a `Text` of the adapter's own kind.
     A layout is what an adapter makes for one branch's text and one kind of sequence, and what it gets back with the
     tokens of that sequence; the stages do not look into it.
     guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
@@ -106,16 +107,16 @@ class EditModel(ABC):
         return config.num_attention_heads, config.attention_head_dim
 
     @abstractmethod
-    def dense_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid]) -> Any:
+    def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> Any:
         """Layout of whole pictures: the target's grid, then each reference's, all at one reduction of `pictures`."""
 
     @abstractmethod
-    def watched_layout(self, text: Text, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> Any:
+    def watched_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> Any:
         """`dense_layout` with attention of our own, which records what `watch` asks for."""
 
     @abstractmethod
     def mixed_layout(
-        self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
     ) -> Any:
         """Layout of a mixed-resolution sequence.
 
@@ -123,7 +124,7 @@ class EditModel(ABC):
         """
 
     @abstractmethod
-    def first_layout(self, text: Text, layout: Any, first: int | None, lock_text: bool = False) -> Any:
+    def first_layout(self, text: Any, layout: Any, first: int | None, lock_text: bool = False) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all.
 
         first: the slots that hold all fine target tokens; None: the call brings every slot. lock_text: it brings no
@@ -131,7 +132,7 @@ class EditModel(ABC):
         """
 
     def edit_layout(
-        self, text: Text, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:
         """Layout of a sequence without empty slots whose image slots see text by their region: AttentionLayout's."""
         made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
@@ -159,7 +160,7 @@ class EditModel(ABC):
         edit = replace(edit, attention=replace(edit.attention, **changes))
         return branch, self.first_layout(text, edit, first)
 
-    def joined(self, texts: Sequence[Text]) -> Text | None:
+    def joined(self, texts: Sequence[Any]) -> Any:
         """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""
         return None
 
@@ -176,12 +177,12 @@ class EditModel(ABC):
         """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
         return count
 
-    def moments(self, text: Text, timesteps: Tensor) -> Iterable[Any]:
+    def moments(self, text: Any, timesteps: Tensor) -> Iterable[Any]:
         """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""
         return timesteps.unbind()
 
     @abstractmethod
-    def velocity(self, text: Text, tokens: Tensor, moment: Any, layout: Any) -> Tensor:
+    def velocity(self, text: Any, tokens: Tensor, moment: Any, layout: Any) -> Tensor:
         """Velocity for image tokens [B, S, 4C] at one of the `moments`: the shape of tokens."""
 
     def another_cache(self, layout: Any) -> Any:

@@ -123,8 +123,8 @@ def group_steps(stats: SpecEditStats) -> list[tuple[str, float, int]]:
 class SpecEditPipelineOutput(BaseOutput):
     """Output of a SpecEdit pipeline.
 
-    images: as the diffusers pipeline gives them for the `output_type`; with output_size="source" a list, each picture as
-        its source was given.
+    images: as the diffusers pipeline gives them for the `output_type`; with output_size="source" a list, each picture
+        as its source was given.
     mask: bool [B, rows, columns], the edit region on the fine token grid (16 pixels a side).
     scores: fp32 [B, rows, columns], the discrepancy on the same grid; None where a mask was given.
     stats: SpecEditStats.

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace as Call  # the arguments of one call by name
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,8 @@ from .source_size import as_given, photos_of, put_back
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
+
+Call = SimpleNamespace  # the arguments of one call by name
 
 # What an argument is to a stock call that does not have it.
 ABSENT: dict[str, Any] = {
@@ -107,7 +109,7 @@ def _calls(kind: type) -> Callable[..., Any]:
     def __call__(self, *args, **kwargs):
         return self._call(args, kwargs)
 
-    __call__.__signature__ = _signature(kind)
+    vars(__call__)["__signature__"] = _signature(kind)
     __call__.__qualname__ = f"{kind.__qualname__}.__call__"
     __call__.__doc__ = kind.__doc__
     return __call__
@@ -250,7 +252,7 @@ class SpecEditMixin(Stock):
     # one call
 
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        bound = type(self).__call__.__signature__.bind(self, *args, **kwargs)
+        bound = inspect.signature(type(self).__call__).bind(self, *args, **kwargs)
         off = bound.arguments.get("specedit") is False
         if off or (self.TEXT_TO_IMAGE and bound.arguments.get("image") is None):
             self._check_off(bound.arguments)
@@ -389,7 +391,8 @@ class SpecEditMixin(Stock):
             return None
         if self._specedit_runner is not None and self._specedit_runner.name != name:
             self._free_runner()  # before weights are looked at: it brings them back to where they were
-        reason, signature, undo = f"{type(self).__name__} has no other", [], None
+        signature: list[Any] = []
+        reason, undo = f"{type(self).__name__} has no other", None
         if name in self.RUNNERS:
             reason, signature = inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
@@ -448,8 +451,8 @@ class SpecEditMixin(Stock):
         return None
 
     def _device_of(self, runner: StepRunner | None) -> torch.device:
-        """Where a call computes. Without offloading the transformer's place says it; the pipeline's own answer looks for
-        hooks in every module, which takes longer than a launch of any stage."""
+        """Where a call computes: without offloading where the transformer is. The pipeline's own answer looks for hooks
+        in every module, which takes longer than a launch of any stage."""
         known = runner is not None and not runner.moving
         return next(self.transformer.parameters()).device if known else execution_device(self)
 
@@ -468,7 +471,7 @@ class SpecEditMixin(Stock):
             return 1 if isinstance(call.prompt, str) else len(call.prompt)
         return call.prompt_embeds.shape[0]
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         """The texts of a run: `positive`, and `negative` where there is true guidance. Names are Run's fields."""
         positive = self._encode_text(call, device, **self._text_fields(call, ""))
         negative = None
@@ -483,7 +486,7 @@ class SpecEditMixin(Stock):
 
     @classmethod
     def _default_of(cls, name: str) -> Any:
-        return cls.__call__.__signature__.parameters[name].default
+        return inspect.signature(cls.__call__).parameters[name].default
 
     def _text_fields(self, call: Call, prefix: str) -> dict[str, Any]:
         return {name: getattr(call, prefix + name, None) for name in self.TEXT}
@@ -524,7 +527,7 @@ class SpecEditMixin(Stock):
         config: EditConfig,
         counts: tuple[int, int, int],
         model: EditModel,
-        texts: dict[str, Text | None],
+        texts: dict[str, Any],
         pixels: Tensor,
         references: Sequence[Tensor],
         clock: StageClock,
@@ -836,8 +839,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(
-            "scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, whose step is one evaluation and depends on no"
-            f" earlier one (the sequence changes between steps), got {type(scheduler).__name__}"
+            "scheduler: SpecEdit supports FlowMatchEulerDiscreteScheduler, whose step is one evaluation and depends on"
+            f" no earlier one (the sequence changes between steps), got {type(scheduler).__name__}"
         )
     for flag in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(flag, False):
@@ -848,7 +851,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
             raise ValueError(f"transformer: expected {flag}=False, got True")
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
-            f"transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change; {_INSTEAD}"
+            "transformer: expected no cache (call disable_cache()): its tensors keep one length, ours change;"
+            f" {_INSTEAD}"
         )
     caches = cache_hooks(transformer)
     if caches:

@@ -70,7 +70,7 @@ class _Memory:
         self.add_held(vars(x))
 
     def add_held(self, value: Any) -> None:
-        """Tensors anywhere in an object: a library's state of a quantised weight. Modules are looked at by themselves."""
+        """Tensors anywhere in an object: a library's state of a quantised weight. Modules are looked at on their own."""
         if isinstance(value, Tensor):
             self.add(value)
         elif isinstance(value, dict):
@@ -142,7 +142,8 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
         for module in part.modules():
             own = vars(module)  # a module looks for what it does not have for long
             called = part is transformer and module not in passed
-            if (graphs or not called) and not (module is part and device) and not (called and is_cast(module, low_rank.OWN_HOOKS)):
+            cast = called and is_cast(module, low_rank.OWN_HOOKS)
+            if (graphs or not called) and not (module is part and device) and not cast:
                 if hooked(own, known):
                     return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
                 if "forward" in own and foreign_forward(module):
@@ -282,7 +283,7 @@ class StepRunner:
         self._signature = signature
 
     def bring(self, transformer: torch.nn.Module) -> None:
-        """Have a transformer that is moved lie where it computes. Graphs over where it lay before are forgotten; not the
+        """Bring a transformer that is moved to where it computes. Graphs over its former memory are forgotten; not the
         buffers, which the run at hand uses."""
         if not self.moving:
             return

@@ -35,7 +35,7 @@ from ..sampling.grid import (
     unpack,
 )
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length
-from .config import BRACKET, SpecEditConfig
+from .config import BRACKET
 from .model import EditModel, Pictures, Text
 from .output import SpecEditStats, StageClock, StepRecord
 
@@ -62,8 +62,8 @@ class Reference:
 class Run:
     """All that the stages of one call share.
 
-    source: clean latents of the edited picture on the fine grid, [B, C, patch*rows, patch*columns]; pixels: its pictures in
-    [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
+    source: clean latents of the edited picture on the fine grid, [B, C, patch*rows, patch*columns]; pixels: its
+    pictures in [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
     references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
@@ -74,7 +74,7 @@ class Run:
     """
 
     model: EditModel
-    config: SpecEditConfig
+    config: Any  # the method's EditConfig
     grid: Grid
     source: Tensor
     pixels: Tensor
@@ -90,7 +90,7 @@ class Run:
     on_draft_step: Callable[[], None]
     interrupted: Callable[[], bool]
     clock: StageClock
-    source_text: Text | None = None
+    source_text: Any = None
     joined: tuple[str, Tensor] | None = None
     preview: bool = False
     stats: SpecEditStats = field(default_factory=SpecEditStats)
@@ -505,7 +505,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     if pictures.coarse_others:
         others = [pool(x) for x in others]
     table = torch.cat([pack(x, run.patch) for x in (fine, coarse, run.source, source_coarse, *others)], dim=1)
-    parts = dict(
+    parts: dict[str, Any] = dict(
         coarse_condition=config.coarse_condition,
         condition=pictures.aligned and shown,
         others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others) if shown else 0,

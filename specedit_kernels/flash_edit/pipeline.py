@@ -15,7 +15,6 @@ from .. import ops
 from ..engine import registry, stages
 from ..engine.config import EditConfig, _flag, _integer, _number, _one_of
 from ..engine.low_rank import LowRankChange, active, detach
-from ..engine.model import Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.stages import Run, Selection
 from ..sampling.grid import from_blocks, pack, to_blocks, unpack
@@ -160,7 +159,7 @@ class FlashEditMixin(SpecEditMixin):
         super()._release()
         self.unload_cosi()
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         for name in ("negative_prompt", "negative_prompt_2", self.TRUE_CFG):
             if hasattr(call, name) and getattr(call, name) != self._default_of(name):
                 raise ValueError(f"{name}: expected none with FlashEdit, whose second branch is the source's")

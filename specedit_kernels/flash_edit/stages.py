@@ -128,7 +128,7 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
     blocks, fine = math.prod(coarse_grid(run.grid)), math.prod(run.grid)
     others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]]
     behind = sum(math.prod(grid) for _, grid in pictures.others)
-    parts = dict(condition=pictures.aligned, others=behind)
+    parts: dict[str, Any] = dict(condition=pictures.aligned, others=behind)
     _, capacity = sequence_length(blocks, run.grid, **parts)
     layout = build_layout(selection.order, torch.full_like(selection.count, blocks), run.grid, capacity, **parts)
     # a condition row is as far behind its target row as the halves of the table are long
@@ -161,7 +161,7 @@ def one_step_edit(
     model, text, sequence = run.model, run.positive, region_first(run, noise, selection, reach)
     tokens, layout = sequence.rows(), sequence.layout
     capacity = tokens.shape[1]
-    heard = (None, None)
+    heard: tuple[Tensor | None, Tensor | None] = (None, None)
     if words is not None:
         heard = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
     if shield:

@@ -153,8 +153,9 @@ def composite(
 ) -> np.ndarray:
     """The source with the edit in its region: a new array of the source's shape and dtype.
 
-    source: uint8, uint16 or floats in [0, 1]; [H, W] or [H, W, 1] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB, [H, W, 4]
-    RGB and alpha (not premultiplied; kept). edited: floats in [0, 1], [h, w, 3], the whole picture at the working size.
+    source: uint8, uint16 or floats in [0, 1]; [H, W] or [H, W, 1] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB, [H, W,
+    4] RGB and alpha (not premultiplied; kept). edited: floats in [0, 1], [h, w, 3], the whole picture at the working
+    size.
     region: bool [rows, columns], a token grid, or floats in [0, 1], any size; over the whole picture. feather: width of
     the seam in pixels of the working size, outside the region. match: add to the edit what it lacks in brightness and
     colour against the source around the region, smoothly.

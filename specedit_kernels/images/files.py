@@ -164,7 +164,8 @@ class Photo:
         if isinstance(picture, np.ndarray):
             if picture.dtype not in (np.uint8, np.uint16) and picture.dtype.kind != "f":
                 raise TypeError(f"picture: expected uint8, uint16 or floats in [0, 1], got {picture.dtype}")
-            if picture.ndim not in (2, 3) or 0 in picture.shape or picture.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
+            channels = picture.shape[2] if picture.ndim == 3 else 1
+            if picture.ndim not in (2, 3) or 0 in picture.shape or channels > 4:
                 raise ValueError(f"picture: expected [H, W] or [H, W, 1 to 4], got {list(picture.shape)}")
             return Photo(picture)
         notes: list[str] = []

@@ -218,7 +218,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
         seen = [pixels_of(*each) for each in call.seen]
         return seen[0] if call.seen[0][1] == size else pixels_of(call.seen[0][0], size), seen
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         """Both branches, padded to one length by the stock method."""
         positive, negative, ids, mask, negative_mask, layers, negative_layers = self.encode_prompt(
             prompt=call.prompt,

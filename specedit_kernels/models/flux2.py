@@ -486,7 +486,7 @@ class SpecEditFlux2KleinPipeline(_SpecEditFlux2Mixin, Flux2KleinPipeline):
     def _guidance(self, call: Call, device: torch.device, batch: int) -> None:
         return None
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         if not self.do_classifier_free_guidance:
             call.true_cfg_scale = 1.0
         return super()._texts(call, device)
@@ -503,7 +503,7 @@ class SpecEditFlux2Pipeline(_SpecEditFlux2Mixin, Flux2Pipeline):
 
     TRUE_CFG = ""
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         if call.caption_upsample_temperature:
             pictures = call.image if isinstance(call.image, list) else [call.image]
             call.prompt = self.upsample_prompt(

@@ -542,8 +542,8 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs FluxKontextPipeline's own call, untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
-        any white pixel is edited. region: the same as boxes (x0, y0, x1, y1). mask_mode="limit" or "add": the draft runs
-        too, and what it finds is limited to the mask, or the mask added to it.
+        any white pixel is edited. region: the same as boxes (x0, y0, x1, y1). mask_mode="limit" or "add": the draft
+        runs too, and what it finds is limited to the mask, or the mask added to it.
     output_size: "source": pictures come back at their own size and mode, equal to the source outside the edit region.
     preview: True: the region alone is looked for.
     num_inference_steps: None takes the steps of the config; a number scales its stages to that many.

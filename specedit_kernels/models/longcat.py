@@ -173,7 +173,7 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
         multiple = self.vae_scale_factor * PATCH * BLOCK
         return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Text | None]:
+    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         texts = super()._texts(call, device)
         if texts["negative"] is not None:
             texts["negative"].start = texts["positive"].start

@@ -2,8 +2,8 @@
 """Qwen-Image-2.1 (QwenImage21Pipeline with pictures): all that the engine cannot know of it.
 
 One stream with block-causal attention: text and reference pictures never see the target, and are modulated by timestep
-0, so their keys and values are the same in every step. The stock pipeline keeps them; so does this, for every stage, and
-a sequence here holds the target's tokens alone. A coarse target sees the references fine. Whole pictures at full
+0, so their keys and values are the same in every step. The stock pipeline keeps them; so does this, for every stage,
+and a sequence here holds the target's tokens alone. A coarse target sees the references fine. Whole pictures at full
 resolution run through the stock forward; all else through the transformer's own modules, block by block. A token is one
 latent pixel of a 16x autoencoder with four channels (RGBA). Eager runner alone.
 
@@ -154,11 +154,12 @@ class Qwen21Model(EditModel):
         return text.mask.bool().repeat_interleave(torch.where(text.slots[0], SLOT, 1), dim=1)
 
     def _table(self, text: Qwen21Text, positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Rotary table (cos, sin) fp32 [n, D] of a target's tokens at fp32 [n, 3], (0, row, column) in a grid's units."""
+        """Rotary table (cos, sin) fp32 [n, D] of a target's tokens at fp32 [n, 3], (0, row, column) in grid units."""
         embedding = self.transformer.pos_embed
         start = int((~text.slots).sum()) + sum(max(g) for g in self.grids)
         placed = centred(positions, (grid,))
-        return rotary_table(torch.cat([placed[:, :1] + start, placed[:, 1:]], dim=1), embedding.axes_dim, embedding.theta)
+        placed = torch.cat([placed[:, :1] + start, placed[:, 1:]], dim=1)
+        return rotary_table(placed, embedding.axes_dim, embedding.theta)
 
     def dense_layout(self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid]) -> Qwen21Layout:
         if grids[0] == self.grid:
@@ -305,7 +306,9 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
         run.model.begin(run)
         return super()._run(run, *stages)
 
-    def _model(self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]) -> Qwen21Model:
+    def _model(
+        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
+    ) -> Qwen21Model:
         return Qwen21Model(self.transformer, self.vae, None, attention_kwargs)
 
 

@@ -251,7 +251,7 @@ def _csrc_refuses(
 
 
 def _csrc_scatter_refuses(out, q, k, v, out_index, *rest):
-    return _csrc_refuses(q, k, v, *rest, out, out_index)
+    return _csrc_refuses(*(q, k, v, *rest, out, out_index))
 
 
 _SCOPE = "bf16 and fp16, D 64 or 128, rows on a 16-byte grid, scale > 0, B up to 512; other calls: triton"

@@ -97,7 +97,7 @@ class Loop:
                     self.optimizer.step()
                 self.step, self.elapsed = self.step + 1, time.perf_counter() - begun
                 for key, value in terms.items():
-                    sums[key] = value.detach() + sums.get(key, 0.0)
+                    sums[key] = sums[key] + value.detach() if key in sums else value.detach()
                 bar.update(int(100 * self.fraction) - bar.n)
                 if self.step % self.log_every == 0:
                     means = {key: float(value) / self.log_every for key, value in sums.items()}
