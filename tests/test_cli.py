@@ -210,6 +210,107 @@ def test_mask_finds_what_changed(capsys, tmp_path, model, source):
     assert code == 0 and "changed     0 of 80 tokens" in text
 
 
+def marked(text):
+    return int(text.split("changed     ")[1].split(" of")[0])
+
+
+def test_mask_undoes_a_drift(capsys, tmp_path, model):
+    """Shifted, zoomed, cropped, recoloured by a profile: only what was edited is marked."""
+    from test_align import moved, scene
+    from test_files import LINEAR
+
+    size = (320, 288)
+    source = scene(0, size)
+    edited = source.copy()
+    edited[96:144, 128:192] = (255, 0, 0)
+    PIL.Image.fromarray(source).save(tmp_path / "a.png")
+    options = ("-o", tmp_path / "h.png", "--vae", model, "--device", "cpu", "--metric", "latent", "--threshold", 0.1)
+
+    def run_on(picture, *more, **how):
+        (picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture)).save(tmp_path / "b.png", **how)
+        code, text, _ = run(capsys, "mask", tmp_path / "a.png", tmp_path / "b.png", *options, *more)
+        assert code == 0 and PIL.Image.open(tmp_path / "h.png").size == size
+        return text
+
+    own = run_on(edited)
+    assert "no drift" in own and "left out" not in own and marked(own) >= 12
+    text = run_on(moved(edited, 6, -4, 1.01))
+    assert "placed      moved +6." in text and "undone" in text and "left out    " in text
+    assert abs(marked(text) - marked(own)) <= 8
+    text = run_on(moved(edited, 6, -4, 1.01), "--no-align")
+    assert "placed" not in text and marked(text) > 2 * marked(own)
+    # another aspect: a crop is found where it was taken; without alignment it is said to be stretched
+    crop = PIL.Image.fromarray(edited[8:-8])
+    text = run_on(crop)
+    assert "320 x 272 for 320 x 288, of another aspect (5.9 %): cropped" in text
+    assert abs(marked(text) - marked(own)) <= 8
+    assert "of another aspect (5.9 %): stretched, as --no-align asks" in run_on(crop, "--no-align")
+    # another scene
+    text = run_on(scene(1, size))
+    assert "no drift could be told" in text and "perhaps the whole scene changed" in text
+    # the same picture in another colour space
+    linear = Photo(source, LINEAR).with_picture(PIL.Image.fromarray(source)).array
+    assert marked(run_on(linear, "--no-align", icc_profile=LINEAR)) == 0 < marked(run_on(linear, "--no-align"))
+
+
+def test_mask_takes_a_tiny_autoencoders_files(capsys, tmp_path, source):
+    """Weights of random values in the structure of FLUX.2's tiny autoencoder."""
+    import torch
+
+    torch.manual_seed(0)
+
+    def block(i, pooled):
+        found = {f"{i}.conv.{j}.{k}": torch.randn(8, 8, 3, 3) / 8 if k == "weight" else torch.zeros(8)
+                 for j in (0, 2, 4) for k in ("weight", "bias")}  # fmt: skip
+        if pooled:
+            found |= {f"{i}.pool.0.weight": torch.randn(32, 8, 1, 1) / 3, f"{i}.pool.1.weight": torch.ones(32),
+                      f"{i}.pool.1.bias": torch.zeros(32), f"{i}.pool.3.weight": torch.randn(8, 32, 1, 1) / 6}  # fmt: skip
+        return found
+
+    def conv(i, into, out, bias=True):
+        found = {f"{i}.weight": torch.randn(out, into, 3, 3) / (3 * into**0.5)}
+        return found | ({f"{i}.bias": torch.zeros(out)} if bias else {})
+
+    encoder = conv(0, 3, 8) | block(1, False)
+    decoder = conv(1, 4, 8) | block(3, True)
+    for i in (2, 4, 6):
+        encoder |= conv(i, 8, 8, False) | block(i + 1, i == 6)
+        decoder |= conv(i + 3, 8, 8, False) | block(i + 4, False)
+    encoder, decoder = encoder | conv(8, 8, 4), decoder | conv(11, 8, 3)
+    torch.save(encoder, tmp_path / "tiny_encoder.pth")
+    torch.save(decoder, tmp_path / "tiny_decoder.pth")
+    out = tmp_path / "heat.png"
+    code, text, _ = run(capsys, "mask", source, source, "-o", out, "--vae", tmp_path, "--device", "cpu")
+    assert code == 0 and "8 x 10 tokens of 16 pixels" in text and "changed     0 of 80 tokens" in text
+    picture = PIL.Image.open(source)
+    picture.paste((255, 0, 0), (64, 32, 96, 64))
+    picture.save(tmp_path / "b.png")
+    code, text, _ = run(capsys, "mask", source, tmp_path / "b.png", "-o", out, "--vae", tmp_path, "--device", "cpu")
+    assert code == 0 and marked(text) >= 4
+    decoder["3.conv.0.weight"] = torch.full((8, 8, 3, 3), float("nan"))
+    torch.save(decoder, tmp_path / "tiny_decoder.pth")
+    wrong = fails(capsys, "mask", source, source, "-o", out, "--vae", tmp_path, "--device", "cpu")
+    assert "the VAE cannot be loaded: tiny_decoder.pth: not finite" in wrong
+
+
+def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):
+    out = tmp_path / "o.png"
+    options = ("-o", out, "--model", model, "--device", "cpu", "--preview")
+    code, text, _ = run(capsys, "edit", source, "add a hat", *options)
+    assert code == 0 and "edited      nothing: a preview" in text and "steps       2;" in text and not out.exists()
+    assert PIL.Image.open(tmp_path / "mask.png").size == (160, 128)
+    more = ("--box", "0,0,50%,100%", "--mask-mode", "add")
+    code, added, _ = run(capsys, "edit", source, "add a hat", *options, *more)
+    tokens = [int(t.split("mask.png: ")[1].split(" of")[0]) for t in (text, added)]
+    assert code == 0 and tokens[1] >= max(tokens[0], 24)
+    assert "--mask-mode limit: expected with" in fails(
+        capsys, "edit", source, "add a hat", *options, "--mask-mode", "limit"
+    )
+    assert "--preserve none: expected with --output-size working" in fails(
+        capsys, "edit", source, "add a hat", "-o", out, "--model", model, "--preserve", "none"
+    )
+
+
 def test_mask_takes_a_vae_folder(capsys, tmp_path, model, qwen, source):
     out = tmp_path / "heat.png"
     for folder in (model / "vae", qwen / "vae", qwen):
