@@ -345,7 +345,10 @@ def test_a_hot_swapped_lora_is_the_new_one(bench, scale):
     enable_specedit(other)
     other.load_lora_weights(state, adapter_name="one")
     assert away(second, first) > 1e-3 and away(second, edit(other, "fused", **call).images) < 1e-4
-    # numbers on the host are a graph's own
+    # all was written where it lay, but for numbers on the host, which a graph keeps
+    assert lies(pipe.transformer) == premises
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    layer.scaling["one"].fill_(2.0)
     assert lies(pipe.transformer) != premises
 
 
