@@ -30,8 +30,8 @@ def same(found, expected, dtype):
 
 
 def attention():
-    choices = itertools.product(TOLERANCE, (2, 1), (False, True), (False, True), (False, True), (5, 0))
-    for count, (dtype, kv_heads, biased, indexed, limited, keys) in enumerate(choices, 1):
+    choices = list(itertools.product(TOLERANCE, (2, 1), (False, True), (False, True), (False, True), (5, 0)))
+    for dtype, kv_heads, biased, indexed, limited, keys in choices:
         q = torch.randn(2, 6, 32, 2).transpose(2, 3).contiguous().to(dtype)  # [B, S, H, D]
         k, v = torch.randn(2, 2, keys, kv_heads, 32).to(dtype)
         bias = torch.randn(2, keys) if biased else None
@@ -45,12 +45,12 @@ def attention():
         options = dict(key_bias=bias, q_index=q_index, kv_index=kv_index, q_lens=q_lens, kv_lens=kv_lens)
         found = torch.ops.specedit.mixed_res_attn(q, k, v, **options)
         same(found, mixed_res_attn(q, k, v, *options.values(), None, None, None, None, 32**-0.5), dtype)
-    return count
+    return len(choices)
 
 
 def rotation():
-    choices = itertools.product(TOLERANCE, (None, 1, 2), (False, True), (1, 2))
-    for count, (dtype, sets, indexed, tables) in enumerate(choices, 1):
+    choices = list(itertools.product(TOLERANCE, (None, 1, 2), (False, True), (1, 2)))
+    for dtype, sets, indexed, tables in choices:
         projected = torch.randn(2, 5, 4 + 2 * 2, 16).to(dtype)
         q, k, v = projected.split((4, 2, 2), dim=2)  # views of one projection
         cos, sin = torch.randn(2, tables, 5, 8)
@@ -66,7 +66,7 @@ def rotation():
         qk_norm_rope_scatter_(*pair[1], q, k, v, cos, sin, *weights, split or 0, *at, 1e-5)
         same(*pair, dtype)
         assert torch.equal(*(parts[2] for parts in pair))  # v's bits, and rows that no index names
-    return count
+    return len(choices)
 
 
 def errors():

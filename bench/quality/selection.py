@@ -134,7 +134,8 @@ def rules(maps, threshold):
     def followed(scores, power, least=None):
         return scores / stages.threshold_scale(scores.flatten(1), power, least)[..., None]
 
-    found = {IN_USE: followed(larger, 0.5, threshold), "without a least threshold": followed(larger, 0.5), "2 of 9": now, "1 of 9": before, "mean of both steps": (now + before) / 2,
+    found = {IN_USE: followed(larger, 0.5, threshold), "without a least threshold": followed(larger, 0.5),
+             "2 of 9": now, "1 of 9": before, "mean of both steps": (now + before) / 2,
              "larger of both steps": larger, "geometric mean of both": (now * before).sqrt(),
              "4 of 18": decoder("4 of 18")}
     found |= {f"{name} over (the largest, at least 0.1, / 2) ^ {p:g}": followed(x, p) for p in (0.25, 0.5, 0.75, 1)

@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "--mask-mode",
         choices=("replace", "limit", "add"),
         default="replace",
-        help="--mask and --box in place of the draft's region; or the draft looks too, and they limit its region or are "
-        "added to it",
+        help="--mask and --box in place of the draft's region; or the draft looks too, and they limit its region or "
+        "are added to it",
     )
     p.add_argument(
         "--preview", action="store_true", help="look for the region alone, and write --mask-output; nothing is edited"
