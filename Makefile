@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASSETS := specedit_kernels/assets
 
-.PHONY: demo test test-fast lint docs clean
+.PHONY: demo test test-fast ruff lint docs clean
 
 demo: $(VENV)/installed
 	mkdir -p $(OUT)
@@ -25,8 +25,11 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-lint: $(VENV)/installed-lint
+# What .ci/run checks; `make lint` is the whole.
+ruff: $(VENV)/installed-lint
 	$(BIN)/ruff check .
+
+lint: ruff
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

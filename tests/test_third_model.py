@@ -196,7 +196,7 @@ class ToyEditPipeline(DiffusionPipeline):
 
 
 class ToyCodec:
-    token = 8
+    token, patch = 8, 2
 
     def __init__(self, vae):
         self.vae = vae

@@ -146,6 +146,7 @@ def cast_by_call(transformer: torch.nn.Module, known: frozenset[Callable[..., An
     if not any(is_cast(module, known) for module in transformer.modules()):
         return transformer
     twin = mirrored(transformer)
+    layer: Any
     for layer in twin.modules():
         if is_cast(layer, known):
             [hook] = vars(layer).pop("_diffusers_hook").hooks.values()
@@ -157,7 +158,7 @@ def cast_by_call(transformer: torch.nn.Module, known: frozenset[Callable[..., An
 _GGUF_ON_DEVICE = ("Q8_0", "BF16")
 
 
-def waits_for_host(module: torch.nn.Module) -> str:
+def waits_for_host(module: Any) -> str:
     """Why the call of a quantised layer cannot be captured, "" where it can: what a library is known to ask the host
     for within it."""
     weight = vars(module)["_parameters"].get("weight")
@@ -279,7 +280,7 @@ def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None
 Addition = tuple[torch.nn.Module, torch.nn.Module, Any]
 
 
-def low_rank_parts(layer: torch.nn.Module) -> tuple[torch.nn.Module, list[Addition]]:
+def low_rank_parts(layer: Any) -> tuple[Any, list[Addition]]:
     """(the layer below adapters, what they add in order) of one whose call is no more than that sum: (`layer` itself,
     []) for any other. PEFT's LoRA without dropout, DoRA and the like."""
     own = vars(layer)

@@ -138,6 +138,7 @@ def kept_keys(
     """(keys, values, used queries) of a call that brings k and v, with those that the block keeps."""
     queries = layout.lengths
     if layout.first is not None:
+        assert layout.cache is not None and processor.kept is not None
         cached = layout.cache.unpack(processor.kept, v.dtype)
         if layout.cached_text is None:
             for kept, fresh in zip(cached, (k, v)):
@@ -159,6 +160,7 @@ def kept_keys(
 def over_another_text(kept: Tensor, fresh: Tensor, layout: AttentionLayout) -> Tensor:
     """Keys or values of [text | image slots]: `fresh` [B, first, Hk, D], and of the slots that are not its own, the
     cache's, `kept` [B, cached_text + image slots, Hk, D]."""
+    assert layout.own is not None
     image, count = kept[:, layout.cached_text :], layout.own.shape[1]
     text = fresh.shape[1] - count
     own = torch.where(layout.own[..., None, None], fresh[:, text:], image[:, :count])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -27,13 +29,14 @@ class _GroupNorm(torch.nn.Module):
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=self.silu)
 
 
-def _served(module: torch.nn.Module) -> bool:
+def _served(module: Any) -> TypeGuard[torch.nn.GroupNorm]:
     return type(module) is torch.nn.GroupNorm and module.affine and not foreign_forward(module)
 
 
-def _activated(owner: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
+def _activated(owner: Any) -> tuple[str, tuple[str, ...]]:
     """(name of a SiLU, names of the group norms that it follows at once) in a module of diffusers, or ("", ())."""
-    name, norms = "", ()
+    name: str = ""
+    norms: tuple[str, ...] = ()
     if any(not foreign_forward(owner, kind) for kind in (Encoder, Decoder)):
         name, norms = "conv_act", ("conv_norm_out",)
     elif not foreign_forward(owner, ResnetBlock2D):
@@ -65,7 +68,7 @@ def in_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
-def decoder_features(decoder: torch.nn.Module, x: Tensor) -> list[Tensor]:
+def decoder_features(decoder: Any, x: Tensor) -> list[Tensor]:
     """Outputs of the decoder's conv_in, mid_block and first up block."""
 
     def run(x: Tensor) -> list[Tensor]:

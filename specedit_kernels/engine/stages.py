@@ -522,8 +522,8 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     padded = min(lengths) < capacity
-    fine = tuple(CHILDREN * count for count in selection.counts)
-    lock, first = config.lock_text, run.model.slots(max(fine))
+    fine_counts = tuple(CHILDREN * count for count in selection.counts)
+    lock, first = config.lock_text, run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(len(run.branches) // len(texts))
@@ -537,8 +537,8 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     if lock:
         locked_layouts = [run.model.first_layout(text, x, None, lock) for text, x in pairs]
     return MixedState(
-        tokens, table, free[..., None], moves, layout, layouts, lengths, fine, first, first_layouts, locked_layouts,
-        brackets,
+        tokens, table, free[..., None], moves, layout, layouts, lengths, fine_counts, first, first_layouts,
+        locked_layouts, brackets,
     )  # fmt: skip
 
 

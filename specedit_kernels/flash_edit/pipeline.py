@@ -228,6 +228,7 @@ class FlashEditMixin(SpecEditMixin):
             run.stats.inverted = True
             clock.mark("invert")
         if config.ssca and not whole:
+            assert mass is not None  # the draft has watched
             words = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
             run.stats.key_tokens = words
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]

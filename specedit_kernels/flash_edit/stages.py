@@ -58,7 +58,8 @@ def draft(run: Run, moment: Any, watched: torch.nn.Module | None) -> FlashDraft:
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
     change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
-    return FlashDraft(from_blocks(change, run.grid), None if watch is None else watch.mass[:, :count])
+    mass = None if watch is None or watch.mass is None else watch.mass[:, :count]
+    return FlashDraft(from_blocks(change, run.grid), mass)
 
 
 def watched_module(model: EditModel, layer: int | None) -> torch.nn.Module:

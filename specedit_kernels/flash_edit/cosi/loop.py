@@ -108,8 +108,8 @@ class Loop:
                     file.flush()
                     bar.set_postfix(step=self.step, **{k: f"{x:.4f}" for k, x in means.items()})
                     if writer is not None:
-                        for key, value in means.items():
-                            writer.add_scalar(key, value, self.step)
+                        for key, mean in means.items():
+                            writer.add_scalar(key, mean, self.step)
                     sums = {}
                 if time.perf_counter() - saved > self.save_every:
                     self.save()
