@@ -87,9 +87,9 @@ def key_tokens(mass: Tensor, edited: Tensor, ratio: float) -> Tensor:
 
 def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
     """Noise of the source in one step of the inversion network (COSI), fp32 [B, C, H, W]."""
-    told = predict_noise(inverter, text, run.source)
+    predicted_noise = predict_noise(inverter, text, run.source)
     run.record("invert", 0.0, [math.prod(run.grid)] * run.batch)
-    return complete_noise(told, run.noise).float()
+    return complete_noise(predicted_noise, run.noise).float()
 
 
 def white_inside(run: Run, noise: Tensor, selection: Selection) -> Tensor:

@@ -42,9 +42,9 @@ def reconstruction_loss(clean: Tensor, rebuilt: Tensor, weight: Tensor | None = 
     return (error * weight).sum() / (weight.sum() * error.shape[1])
 
 
-def noise_loss(noise: Tensor, told: Tensor) -> Tensor:
+def noise_loss(noise: Tensor, predicted_noise: Tensor) -> Tensor:
     """|e - e_inv|^2 (stage 1, second term): noise that a picture was made from, and what the inversion tells of it."""
-    return (noise.float() - told.float()).square().mean()
+    return (noise.float() - predicted_noise.float()).square().mean()
 
 
 def teacher_noise(state: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
@@ -135,13 +135,13 @@ def inversion_loss(
     with torch.no_grad():
         picture = predict_clean(generator, text, noise, [condition])
     first, second = fresh.chunk(2)
-    told = predict_noise(inverter, source_text, picture)
-    rebuilt = predict_clean(generator, text, complete_noise(told, first), [condition])
+    predicted_noise = predict_noise(inverter, source_text, picture)
+    rebuilt = predict_clean(generator, text, complete_noise(predicted_noise, first), [condition])
     inverted = complete_noise(predict_noise(inverter, source_text, source), second)
     cycled = predict_clean(generator, source_text, inverted, [source])
     terms = {
         "reconstruction": reconstruction_loss(picture, rebuilt),
-        "noise": noise_loss(noise, told),
+        "noise": noise_loss(noise, predicted_noise),
         "cycle": reconstruction_loss(source, cycled),
     }
     if teacher is not None:
