@@ -162,12 +162,12 @@ def one_step_edit(
     model, text, sequence = run.model, run.positive, region_first(run, noise, selection, reach)
     tokens, layout = sequence.rows(), sequence.layout
     capacity = tokens.shape[1]
-    heard: tuple[Tensor | None, Tensor | None] = (None, None)
+    text_visibility: tuple[Tensor | None, Tensor | None] = (None, None)
     if words is not None:
-        heard = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
+        text_visibility = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
     if shield:
         first = min(model.slots(max(sequence.counts)), capacity)
-        branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *heard)
+        branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *text_visibility)
         [source_moment] = model.moments(source_text, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
         rebuilt = tokens - model.velocity(source_text, tokens, source_moment, branch)
         run.record("source", 1.0, [capacity] * run.batch)
@@ -178,7 +178,7 @@ def one_step_edit(
         clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])
         run.record("edit", 1.0, sequence.counts, keys=[capacity] * run.batch)
     else:
-        edit = model.edit_layout(text, run.pictures, layout, *heard)
+        edit = model.edit_layout(text, run.pictures, layout, *text_visibility)
         clean = tokens - model.velocity(text, tokens, moment, edit)
         run.record("edit", 1.0, [capacity] * run.batch)
     ops.scatter_tokens_(sequence.table, clean, layout.index)
