@@ -74,7 +74,7 @@ def check_cached_step_while_nothing_moves(run):
     _, state = state_of(run, 5)
     at = torch.tensor(700.0)
     whole = run.velocity(state.tokens, at, state.layouts)[:, :20]
-    active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)[:, :20]
+    active = run.velocity(state.tokens[:, : state.first], at, state.active_layouts)[:, :20]
     assert torch.allclose(active, whole, atol=1e-5) and whole.std() > 1e-3
     if state.locked_layouts:
         again = run.velocity(state.tokens, at, state.locked_layouts)[:, :20]

@@ -339,7 +339,7 @@ def test_attention_over_cached_keys(comfy):
     order = layout_of(pictures, [1, 2], batch=2)
     model = comfy.model.HostFlux(None, None, None)
     layout = model.mixed_layout(None, pictures, order, True, True, True)
-    first = model.first_layout(None, layout, 8)
+    first = model.active_layout(None, layout, 8)
     q, k, v = attention_inputs(2, 2, text, layout.slots)
     comfy.model.MixedAttention(layout, ["a", "b"], True)(None, q, k, v, 2, skip_reshape=True)
     q2, k2, v2 = (x[:, :, : text + 8] + 1 for x in (q, k, v))

@@ -484,7 +484,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, mas
         assert state.first == 4 * max(selection.counts) < state.tokens.shape[1]
         at = torch.tensor(700.0)
         whole = run.velocity(state.tokens, at, state.layouts)
-        active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
+        active = run.velocity(state.tokens[:, : state.first], at, state.active_layouts)
         used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
         assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
         if lock_text:

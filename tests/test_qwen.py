@@ -293,7 +293,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(plus, zer
         _, state = mixed_state(run, 5)
         at = torch.tensor(700.0)
         whole = run.velocity(state.tokens, at, state.layouts)
-        active = run.velocity(state.tokens[:, : state.first], at, state.first_layouts)
+        active = run.velocity(state.tokens[:, : state.first], at, state.active_layouts)
         assert state.first == 20 and active.shape[1] == 20
         assert torch.allclose(active, whole[:, :20], atol=1e-5)
         assert len(state.locked_layouts) == lock_text * len(run.branches)
@@ -315,7 +315,7 @@ def test_locked_text_keeps_its_keys_while_the_image_moves(plus):
     kept = [x[:, :length].clone() for x in cache.pairs[-1]]
     moved, at = state.tokens + 1, torch.tensor(300.0)
     run.velocity(moved, at, state.locked_layouts)
-    run.velocity(moved[:, : state.first], at, state.first_layouts)
+    run.velocity(moved[:, : state.first], at, state.active_layouts)
     assert all(torch.equal(a, b[:, :length]) for a, b in zip(kept, cache.pairs[-1]))
     run.velocity(moved, at, state.layouts)
     assert not torch.allclose(kept[0], cache.pairs[-1][0][:, :length], atol=1e-3)

@@ -259,7 +259,7 @@ class ToyModel(EditModel):
         )  # fmt: skip
         return ToyLayout(torch.zeros(length + layout.capacity, 3), attention)
 
-    def first_layout(self, text, layout, first, lock_text=False):
+    def active_layout(self, text, layout, first, lock_text=False):
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
         return ToyLayout(layout.ids[: made.cos.shape[1]], made)
 

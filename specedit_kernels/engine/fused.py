@@ -387,7 +387,7 @@ class FusedModel(_Eager):
         names = BESIDE.join(x.buffers for x in (layout, near, far))
         self.runner(("blend", layout.sequence.cos.shape[1]), run, {"weight": weight}, names)
 
-    def first_layout(self, text: Text, layout: FusedLayout, first: int | None, lock_text: bool = False) -> FusedLayout:
+    def active_layout(self, text: Text, layout: FusedLayout, first: int | None, lock_text: bool = False) -> FusedLayout:
         whole, length = layout.sequence, text.embeds.shape[1]
         start = length if lock_text else 0
         # each sample's own fine tokens alone are computed anew

@@ -120,11 +120,11 @@ class EditModel(ABC):
     ) -> Any:
         """Layout of a mixed-resolution sequence.
 
-        padded: some slots are empty. key_bias: weigh coarse keys. cached: keep keys and values, for `first_layout`.
+        padded: some slots are empty. key_bias: weigh coarse keys. cached: keep keys and values, for `active_layout`.
         """
 
     @abstractmethod
-    def first_layout(self, text: Any, layout: Any, first: int | None, lock_text: bool = False) -> Any:
+    def active_layout(self, text: Any, layout: Any, first: int | None, lock_text: bool = False) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all.
 
         first: the slots that hold all fine target tokens; None: the call brings every slot. lock_text: it brings no
@@ -158,7 +158,7 @@ class EditModel(ABC):
             cache=branch.attention.cache, cached_text=source.embeds.shape[1], own=slot < layout.fine_lengths[:, None]
         )
         edit = replace(edit, attention=replace(edit.attention, **changes))
-        return branch, self.first_layout(text, edit, first)
+        return branch, self.active_layout(text, edit, first)
 
     def joined(self, texts: Sequence[Any]) -> Any:
         """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""

@@ -467,7 +467,7 @@ class MixedState:
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
     layouts: the model's, one for each of the run's texts. fine: the fine target tokens of each sample; first: slots,
-    the sequence's first ones, that hold them all. Over cached keys and values, where there are any: first_layouts, the
+    the sequence's first ones, that hold them all. Over cached keys and values, where there are any: active_layouts, the
     model's for these alone; locked_layouts, for all slots without the text. brackets: for each of `layouts`, with
     kv_refresh="bracket", (the layout that keeps those of the far level, the one that keeps what lies between).
     """
@@ -481,7 +481,7 @@ class MixedState:
     lengths: tuple[int, ...]
     fine: tuple[int, ...]
     first: int
-    first_layouts: list[Any]
+    active_layouts: list[Any]
     locked_layouts: list[Any]
     brackets: list[tuple[Any, Any]]
 
@@ -528,16 +528,16 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     texts = run.texts
     shared = layout.repeat(len(run.branches) // len(texts))
     layouts = [run.model.mixed_layout(text, pictures, shared, padded, config.key_bias, cached) for text in texts]
-    pairs, first_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
+    pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
     if config.kv_refresh == BRACKET:
         brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]
-        first_layouts = [run.model.first_layout(text, x, first, lock) for text, (_, x) in zip(texts, brackets)]
+        active_layouts = [run.model.active_layout(text, x, first, lock) for text, (_, x) in zip(texts, brackets)]
     elif config.kv_refresh > 1:
-        first_layouts = [run.model.first_layout(text, x, first, lock) for text, x in pairs]
+        active_layouts = [run.model.active_layout(text, x, first, lock) for text, x in pairs]
     if lock:
-        locked_layouts = [run.model.first_layout(text, x, None, lock) for text, x in pairs]
+        locked_layouts = [run.model.active_layout(text, x, None, lock) for text, x in pairs]
     return MixedState(
-        tokens, table, free[..., None], moves, layout, layouts, lengths, fine_counts, first, first_layouts,
+        tokens, table, free[..., None], moves, layout, layouts, lengths, fine_counts, first, active_layouts,
         locked_layouts, brackets,
     )  # fmt: skip
 
@@ -579,14 +579,14 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
                 for near, (far, between) in zip(state.layouts, state.brackets):
                     run.model.blend(between, near, far, weight)
             n = state.first
-            velocity = run.velocity(state.tokens[:, :n], moments[i], state.first_layouts)
+            velocity = run.velocity(state.tokens[:, :n], moments[i], state.active_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", levels[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
-    if lock or state.first_layouts:
+    if lock or state.active_layouts:
         run.stats.kv_cache_bytes = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
 
 

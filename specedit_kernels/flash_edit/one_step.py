@@ -50,8 +50,8 @@ def predict_noise(model: EditModel, text: Text, clean: Tensor) -> Tensor:
 def complete_noise(predicted_noise: Tensor, noise: Tensor) -> Tensor:
     """Noise of unit variance: what the picture tells of it, and white `noise` for what it cannot tell.
 
-    predicted_noise + sqrt(1 - mean(predicted_noise^2)) noise, for each sample. A network trained by the squared error gives the mean of the
-    noise given the picture. Where an edit model sees its source, that is little, and would be no noise by itself.
+    predicted_noise + sqrt(1 - mean(predicted_noise^2)) noise, for each sample. A network trained by the squared error
+    gives the mean of the noise given the picture. Where an edit model sees its source, that is little, and would be no noise by itself.
     """
     left = (1 - predicted_noise.float().square().mean(dim=(1, 2, 3), keepdim=True)).clamp(min=1e-6).sqrt()
     return (predicted_noise.float() + left * noise.float()).to(predicted_noise.dtype)

@@ -123,7 +123,7 @@ class StockEditModel(EditModel):
         # of the right length; the processors have each sample's own
         return StockLayout(torch.zeros(layout.capacity, 3, device=device, dtype=torch.float32), attention)
 
-    def first_layout(
+    def active_layout(
         self, text: StockText, layout: StockLayout, first: int | None, lock_text: bool = False
     ) -> StockLayout:
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)

@@ -383,7 +383,7 @@ class FluxKontextModel(EditModel):
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(ids.new_zeros(layout.capacity, ids.shape[1]), attention)
 
-    def first_layout(
+    def active_layout(
         self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
     ) -> FluxLayout:
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)

@@ -199,7 +199,7 @@ class Qwen21Model(EditModel):
             made = replace(made, cache=self.new_cache(), fresh=layout.fine_lengths)
         return Qwen21Layout(None, made)
 
-    def first_layout(
+    def active_layout(
         self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
     ) -> Qwen21Layout:
         return replace(layout, attention=layout.attention.of_first(0, first))

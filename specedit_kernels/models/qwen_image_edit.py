@@ -455,7 +455,7 @@ class QwenImageEditModel(EditModel):
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), attention)
 
-    def first_layout(
+    def active_layout(
         self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
     ) -> QwenLayout:
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
@@ -541,10 +541,10 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
         return self._mixed(text, layout, same, cached, modulate=same.modulate)
 
-    def first_layout(
+    def active_layout(
         self, text: QwenText, layout: FusedLayout, first: int | None, lock_text: bool = False
     ) -> FusedLayout:
-        made = super().first_layout(text, layout, first, lock_text)
+        made = super().active_layout(text, layout, first, lock_text)
         modulate = made.sequence.modulate
         if modulate is None or first is None:
             return made

@@ -218,7 +218,7 @@ class HostModel(EditModel):
             cache={} if cached else None,
         )
 
-    def first_layout(
+    def active_layout(
         self, text: Text, layout: MixedLayout, first: int | None, lock_text: bool = False
     ) -> MixedLayout:
         if lock_text or first is None:
