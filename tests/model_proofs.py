@@ -111,13 +111,14 @@ def mixed_is_dense(ours, text, grid, others=(), fused=True, guidance=None):
     expected = None
     for runner in (None, *(["fused"] if fused else [])):
         model = ours._model(None if runner is None else StepRunner(runner), guidance, {})
-        [moment] = model.moments(text, torch.tensor([600.0]))
+        [conditioning] = model.timestep_conditioning(text, torch.tensor([600.0]))
         if expected is None:
             whole = torch.cat([target, condition, *behind], dim=1)
-            expected = model.velocity(text, whole, moment, model.dense_layout(text, pictures, (grid, grid, *others)))
+            dense = model.dense_layout(text, pictures, (grid, grid, *others))
+            expected = model.velocity(text, whole, conditioning, dense)
         for cached in (False, True):
             made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
-            got = model.velocity(text, tokens, moment, made)
+            got = model.velocity(text, tokens, conditioning, made)
             in_order = expected[:, layout.index[0, :count].long()]
             assert torch.allclose(got[:, :count], in_order, atol=1e-4), (runner, cached)
 

@@ -227,7 +227,9 @@ def test_mask_undoes_a_drift(capsys, tmp_path, model):
     options = ("-o", tmp_path / "h.png", "--vae", model, "--device", "cpu", "--metric", "latent", "--threshold", 0.1)
 
     def run_on(picture, *more, **how):
-        (picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture)).save(tmp_path / "b.png", **how)
+        if not isinstance(picture, PIL.Image.Image):
+            picture = PIL.Image.fromarray(picture)
+        picture.save(tmp_path / "b.png", **how)
         code, text, _ = run(capsys, "mask", tmp_path / "a.png", tmp_path / "b.png", *options, *more)
         assert code == 0 and PIL.Image.open(tmp_path / "h.png").size == size
         return text
@@ -264,7 +266,8 @@ def test_mask_takes_a_tiny_autoencoders_files(capsys, tmp_path, source):
                  for j in (0, 2, 4) for k in ("weight", "bias")}  # fmt: skip
         if pooled:
             found |= {f"{i}.pool.0.weight": torch.randn(32, 8, 1, 1) / 3, f"{i}.pool.1.weight": torch.ones(32),
-                      f"{i}.pool.1.bias": torch.zeros(32), f"{i}.pool.3.weight": torch.randn(8, 32, 1, 1) / 6}  # fmt: skip
+                      f"{i}.pool.1.bias": torch.zeros(32),
+                      f"{i}.pool.3.weight": torch.randn(8, 32, 1, 1) / 6}  # fmt: skip
         return found
 
     def conv(i, into, out, bias=True):

@@ -150,8 +150,8 @@ def test_the_watched_mass_is_the_softmax_weight(pipe):
     seen = {}
     draft = flash_stages.draft
 
-    def spy(run, moment, watched):
-        found = draft(run, moment, watched)
+    def spy(run, conditioning, watched):
+        found = draft(run, conditioning, watched)
         seen["mass"] = found.mass
         return found
 

@@ -146,13 +146,13 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_picture(padded):
     for whole_first in (True, False):
         model = ours._model(None, None, {})
         model.begin(Namespace(grid=grid, patch=1, references=[Reference(None, x, 1) for x in latents]))
-        [moment] = model.moments(text, torch.tensor([600.0]))
+        [conditioning] = model.timestep_conditioning(text, torch.tensor([600.0]))
         pictures = Pictures(grid, others)
-        whole = lambda: model.velocity(text, target, moment, model.dense_layout(text, pictures, (grid,)))  # noqa: E731
+        whole = lambda: model.velocity(text, target, conditioning, model.dense_layout(text, pictures, (grid,)))  # noqa: E731
         expected = whole() if whole_first else None
         for cached in (False, True):
             made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
-            found.append(model.velocity(text, target[:, layout.index[0].long()], moment, made))
+            found.append(model.velocity(text, target[:, layout.index[0].long()], conditioning, made))
         expected = whole() if expected is None else expected
         for got in found:
             assert torch.allclose(got, expected[:, layout.index[0].long()], atol=1e-4)
@@ -170,12 +170,12 @@ def test_a_coarse_target_is_the_stock_forward_on_that_size():
     model.begin(Namespace(grid=grid, patch=1, references=[Reference(None, torch.randn(1, 16, *other), 1)]))
     for small in ((4, 4), (2, 6), (3, 5)):
         tokens = torch.randn(1, small[0] * small[1], 16, generator=seeded(5))
-        [moment] = model.moments(text, torch.tensor([600.0]))
-        got = model.velocity(text, tokens, moment, model.dense_layout(text, Pictures(grid, (other,)), (small,)))
+        [conditioning] = model.timestep_conditioning(text, torch.tensor([600.0]))
+        got = model.velocity(text, tokens, conditioning, model.dense_layout(text, Pictures(grid, (other,)), (small,)))
         if small == (3, 5):
             assert got.shape == tokens.shape and got.isfinite().all()
         else:
-            expected = model._whole(text, tokens, moment.expand(1) / 1000, small)
+            expected = model._whole(text, tokens, conditioning.expand(1) / 1000, small)
             assert torch.allclose(got, expected, atol=1e-4)
 
 

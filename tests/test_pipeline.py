@@ -322,8 +322,8 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, moment, found, first=None, guided=True):
-        level = moment[0] / 1000
+    def velocity(run, tokens, conditioning, found, first=None, guided=True):
+        level = conditioning[0] / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
         if found[0].attention is None:
             clean = next(grids.pack(c) for c in clean if 2 * grids.pack(c).shape[1] == tokens.shape[1])

@@ -496,7 +496,7 @@ def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected,
         layouts.append(state.layout)
         return state
 
-    def velocity(run, tokens, moment, found, first=None, guided=True):
+    def velocity(run, tokens, conditioning, found, first=None, guided=True):
         clean = {188: target, 47: grids.pool(target), 14: grids.pool(grids.pool(target))}.get(tokens.shape[1])
         if found[0].attention is None:
             clean = grids.pack(clean)
@@ -504,7 +504,7 @@ def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected,
         else:
             table = torch.cat([grids.pack(target), grids.pack(grids.pool(target)), torch.zeros(1, 140, 64)], dim=1)
             clean = table[:, layouts[-1].index[0].clamp(min=0).long()]
-        return ((tokens - clean) / (moment[0] / 1000))[:, :first]
+        return ((tokens - clean) / (conditioning[0] / 1000))[:, :first]
 
     monkeypatch.setattr(stages, "expand", expand)
     monkeypatch.setattr(stages.Run, "velocity", velocity)

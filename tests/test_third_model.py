@@ -263,10 +263,10 @@ class ToyModel(EditModel):
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
         return ToyLayout(layout.ids[: made.cos.shape[1]], made)
 
-    def velocity(self, text, tokens, moment, layout):
+    def velocity(self, text, tokens, conditioning, layout):
         start = layout.attention.start if layout.attention else 0
         with lent(self.transformer, layout.attention, whole=True):
-            return self.transformer(tokens, text.embeds[:, start:], moment.expand(len(tokens)) / 1000, layout.ids)
+            return self.transformer(tokens, text.embeds[:, start:], conditioning.expand(len(tokens)) / 1000, layout.ids)
 
     def guide(self, positive, negative, scale):
         return positive + (scale - 1) * (positive - negative)

@@ -213,7 +213,7 @@ class Bench:
         )  # fmt: skip
         words = FluxText(self.options["prompt_embeds"], self.options["pooled_prompt_embeds"],
                          torch.zeros(text, 3, device=self.device))  # fmt: skip
-        [moment] = model.moments(words, torch.full([1], 500.0, device=self.device))
+        [conditioning] = model.timestep_conditioning(words, torch.full([1], 500.0, device=self.device))
         tokens = normal(1, slots, config.in_channels)
         layouts = []
 
@@ -225,7 +225,7 @@ class Bench:
                 layouts.append(FusedLayout(sequence, None, list(zip(kept[::2], kept[1::2])), "kept"))
             with fp8.active(model.runner.linears if precision == "fp8" else None):
                 for _ in range(10):
-                    found = model.velocity(words, tokens, moment, layouts[0])
+                    found = model.velocity(words, tokens, conditioning, layouts[0])
             if seen is not None:
                 seen[:] = [found]
 

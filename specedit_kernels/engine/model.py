@@ -177,13 +177,13 @@ class EditModel(ABC):
         """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
         return count
 
-    def moments(self, text: Any, timesteps: Tensor) -> Iterable[Any]:
+    def timestep_conditioning(self, text: Any, timesteps: Tensor) -> Iterable[Any]:
         """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""
         return timesteps.unbind()
 
     @abstractmethod
-    def velocity(self, text: Any, tokens: Tensor, moment: Any, layout: Any) -> Tensor:
-        """Velocity for image tokens [B, S, 4C] at one of the `moments`: the shape of tokens."""
+    def velocity(self, text: Any, tokens: Tensor, conditioning: Any, layout: Any) -> Tensor:
+        """Velocity for image tokens [B, S, 4C] at one `timestep_conditioning`: the shape of tokens."""
 
     def another_cache(self, layout: Any) -> Any:
         """A cached mixed layout whose keys and values are kept in a place of their own."""

@@ -161,28 +161,28 @@ class Run:
         pairs = zip(tokens, tokens if keys is None else keys)
         return sum(self.model.flops(text, n, m, lock_text) for n, m in pairs for text in self.branches[:passes])
 
-    def moments(self, timesteps: Tensor) -> list[tuple[Any, ...]]:
+    def timestep_conditioning(self, timesteps: Tensor) -> list[tuple[Any, ...]]:
         """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `texts`."""
-        return list(zip(*(self.model.moments(text, timesteps) for text in self.texts)))
+        return list(zip(*(self.model.timestep_conditioning(text, timesteps) for text in self.texts)))
 
     def velocity(
-        self, tokens: Tensor, moment: tuple[Any, ...] | Tensor, layouts: Sequence[Any], first: int | None = None,
+        self, tokens: Tensor, conditioning: tuple[Any, ...] | Tensor, layouts: Sequence[Any], first: int | None = None,
         guided: bool = True,
     ) -> Tensor:  # fmt: skip
         """The guided velocity of the first `first` of the image tokens [B, S, 4C], of all where None.
 
-        moment: one of `moments`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for each of `texts`, or
-        of the positive branch alone where not guided.
+        conditioning: one of `timestep_conditioning`, or a timestep in [0, 1000], 0-dim. layouts: the model's, one for
+        each of `texts`, or of the positive branch alone where not guided.
         """
-        if isinstance(moment, Tensor):
-            [moment] = self.moments(moment[None])
+        if isinstance(conditioning, Tensor):
+            [conditioning] = self.timestep_conditioning(conditioning[None])
         texts = self.texts if guided else (self.positive,)
         passes = len(self.branches) if guided else 1
         if len(texts) < passes:  # branches that run as one batch see the same tokens
             tokens = tokens.repeat(passes, 1, 1)
         found = [
             self.model.velocity(text, tokens, at, layout)[:, :first]
-            for text, at, layout in zip(texts, moment, layouts)
+            for text, at, layout in zip(texts, conditioning, layouts)
         ]
         if passes == 1:
             return found[0]
@@ -225,7 +225,7 @@ def dense_steps(
     texts = run.texts if guided else (run.positive,)
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_levels(levels, run.device)
-    moments = run.moments(at[:-1] * 1000)
+    conditionings = run.timestep_conditioning(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
     for i in range(len(levels) - 1):
@@ -234,7 +234,7 @@ def dense_steps(
         timestep = at[i] * 1000
         if main:
             run.on_start(timestep)
-        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), moments[i], layouts, count, guided)
+        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), conditionings[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
@@ -558,7 +558,7 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
     if every == BRACKET:
         every = steps if bracket else 1
     at = _device_levels(levels, run.device)
-    moments = run.moments(at[:-1] * 1000)
+    conditionings = run.timestep_conditioning(at[:-1] * 1000)
     for i in range(steps):
         if run.interrupted():
             continue
@@ -566,12 +566,12 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
         run.on_start(timestep)
         if i % every == 0:
             locked = lock and i > 0
-            velocity = run.velocity(state.tokens, moments[i], state.locked_layouts if locked else state.layouts)
+            velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
             run.record("mixed", levels[i], state.lengths, lock_text=locked)
             if bracket:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
-                run.velocity(ahead, moments[-1], [far for far, _ in state.brackets])
+                run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", levels[-2], state.lengths)
         else:
             if bracket:
@@ -579,7 +579,7 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
                 for near, (far, between) in zip(state.layouts, state.brackets):
                     run.model.blend(between, near, far, weight)
             n = state.first
-            velocity = run.velocity(state.tokens[:, :n], moments[i], state.active_layouts)
+            velocity = run.velocity(state.tokens[:, :n], conditionings[i], state.active_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", levels[i], state.fine, keys=state.lengths, lock_text=lock)

@@ -27,8 +27,8 @@ def velocity_of(
     [B] (the latter through an adapter that calls the transformer's own forward)."""
     grids = [grid_of(x) for x in (state, *references)]
     tokens = torch.cat([pack(x) for x in (state, *references)], dim=1)
-    [moment] = model.moments(text, level[None] * 1000)
-    found = model.velocity(text, tokens, moment, model.dense_layout(text, pictures, grids))
+    [conditioning] = model.timestep_conditioning(text, level[None] * 1000)
+    found = model.velocity(text, tokens, conditioning, model.dense_layout(text, pictures, grids))
     return unpack(found[:, : grids[0][0] * grids[0][1]], grids[0])
 
 
@@ -51,7 +51,8 @@ def complete_noise(predicted_noise: Tensor, noise: Tensor) -> Tensor:
     """Noise of unit variance: what the picture tells of it, and white `noise` for what it cannot tell.
 
     predicted_noise + sqrt(1 - mean(predicted_noise^2)) noise, for each sample. A network trained by the squared error
-    gives the mean of the noise given the picture. Where an edit model sees its source, that is little, and would be no noise by itself.
+    gives the mean of the noise given the picture. Where an edit model sees its source, that is little, and would be no
+    noise by itself.
     """
     left = (1 - predicted_noise.float().square().mean(dim=(1, 2, 3), keepdim=True)).clamp(min=1e-6).sqrt()
     return (predicted_noise.float() + left * noise.float()).to(predicted_noise.dtype)

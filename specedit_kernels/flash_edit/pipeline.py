@@ -198,11 +198,12 @@ class FlashEditMixin(SpecEditMixin):
     def _one_step(self, run: Run, user_mask: Tensor | None) -> tuple[Tensor, Selection, Tensor | None]:
         config, clock, source_text = run.config, run.clock, run.source_text
         # of the draft and of the edit
-        [moment] = run.model.moments(run.positive, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
+        first = torch.full((1,), 1000.0, dtype=torch.float32, device=run.device)
+        [conditioning] = run.model.timestep_conditioning(run.positive, first)
         scores = mass = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model, config.layer) if config.ssca else None
-            draft = flash_stages.draft(run, moment, watched)
+            draft = flash_stages.draft(run, conditioning, watched)
             mass = draft.mass
             clock.mark("draft")
         if user_mask is not None:
@@ -234,7 +235,7 @@ class FlashEditMixin(SpecEditMixin):
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
-        clean = flash_stages.one_step_edit(run, moment, source_text, noise, selection, reach, words, shield)
+        clean = flash_stages.one_step_edit(run, conditioning, source_text, noise, selection, reach, words, shield)
         run.on_start(torch.full((), 1000.0, dtype=torch.float32, device=run.device))
         tokens = run.on_step(0, torch.full((), 1000.0, dtype=torch.float32, device=run.device), pack(clean))
         run.step = 1

@@ -34,11 +34,11 @@ class FlashDraft:
     mass: Tensor | None
 
 
-def draft(run: Run, moment: Any, watched: torch.nn.Module | None) -> FlashDraft:
+def draft(run: Run, conditioning: Any, watched: torch.nn.Module | None) -> FlashDraft:
     """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
 
     change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
-    The source stands for the source branch's prediction, which is to be it. moment: the model's, of level 1.
+    The source stands for the source branch's prediction, which is to be it. conditioning: the model's, of level 1.
     watched: the attention whose text is watched (`watched_module`), or None.
     """
     grid = coarse_grid(run.grid)
@@ -54,7 +54,7 @@ def draft(run: Run, moment: Any, watched: torch.nn.Module | None) -> FlashDraft:
         watch = TextWatch(watched, run.positive.embeds.shape[1])
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
-    velocity = run.model.velocity(run.positive, every, moment, layout)
+    velocity = run.model.velocity(run.positive, every, conditioning, layout)
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
     change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
@@ -149,10 +149,10 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
 
 
 def one_step_edit(
-    run: Run, moment: Any, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor, words: Tensor | None,
-    shield: bool,
+    run: Run, conditioning: Any, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor,
+    words: Tensor | None, shield: bool,
 ) -> Tensor:  # fmt: skip
-    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. moment: the model's, of level 1.
+    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. conditioning: the model's, of level 1.
 
     words: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
     shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
@@ -168,18 +168,19 @@ def one_step_edit(
     if shield:
         first = min(model.slots(max(sequence.counts)), capacity)
         branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *text_visibility)
-        [source_moment] = model.moments(source_text, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
-        rebuilt = tokens - model.velocity(source_text, tokens, source_moment, branch)
+        timestep = torch.full((1,), 1000.0, dtype=torch.float32, device=run.device)
+        [source_conditioning] = model.timestep_conditioning(source_text, timestep)
+        rebuilt = tokens - model.velocity(source_text, tokens, source_conditioning, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)
         error = (rebuilt.float() - clean.float()).square() * layout.targets[..., None]
         run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
-        edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], moment, edit)
+        edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], conditioning, edit)
         clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])
         run.record("edit", 1.0, sequence.counts, keys=[capacity] * run.batch)
     else:
         edit = model.edit_layout(text, run.pictures, layout, *text_visibility)
-        clean = tokens - model.velocity(text, tokens, moment, edit)
+        clean = tokens - model.velocity(text, tokens, conditioning, edit)
         run.record("edit", 1.0, [capacity] * run.batch)
     ops.scatter_tokens_(sequence.table, clean, layout.index)
     return unpack(sequence.table[:, : sequence.fine], run.grid)

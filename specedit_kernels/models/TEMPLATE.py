@@ -131,12 +131,12 @@ class StockEditModel(EditModel):
 
     # 4. One call of the transformer
 
-    def velocity(self, text: StockText, tokens: Tensor, moment: Tensor, layout: StockLayout) -> Tensor:
+    def velocity(self, text: StockText, tokens: Tensor, conditioning: Tensor, layout: StockLayout) -> Tensor:
         start = 0 if layout.attention is None else layout.attention.start
         with lent(self.transformer, layout.attention, whole=True):
             return self.transformer(
                 hidden_states=tokens,
-                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
                 guidance=self.guidance,
                 encoder_hidden_states=text.embeds[:, start:],
                 txt_ids=text.ids[start:],

@@ -134,7 +134,7 @@ class FiboModel(FluxKontextModel):
         bias[:, :length].masked_fill_(~text.mask.to(bias.device), float("-inf"))
         return replace(made, attention=replace(made.attention, key_bias=bias))
 
-    def velocity(self, text: FiboText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
+    def velocity(self, text: FiboText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs, start = dict(self.attention_kwargs), 0
         if layout.attention is not None:
             kwargs["specedit_layout"], start = layout.attention, layout.attention.start
@@ -144,7 +144,7 @@ class FiboModel(FluxKontextModel):
         with lent(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
-                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype),
+                timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype),
                 encoder_hidden_states=text.embeds[:, start:],
                 text_encoder_layers=[layer[:, start:] for layer in text.layers],
                 txt_ids=text.text_ids[start:],

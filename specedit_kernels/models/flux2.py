@@ -339,7 +339,7 @@ class Flux2Model(FluxKontextModel):
         more = round((6 * config.mlp_ratio - 16) * dim * dim) * (length + tokens) * self.blocks
         return super().flops(text, tokens, keys, lock_text) + more
 
-    def velocity(self, text: Flux2Text, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
+    def velocity(self, text: Flux2Text, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
@@ -347,7 +347,7 @@ class Flux2Model(FluxKontextModel):
         with lent(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
-                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
                 guidance=self.guidance,
                 encoder_hidden_states=text.embeds[:, start:],
                 txt_ids=text.text_ids[start:],
@@ -368,7 +368,7 @@ class FusedFlux2Model(FusedFluxModel, Flux2Model):
         compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
         return compiled_blocks() if compiled else BLOCKS
 
-    def moments(self, text: Flux2Text, timesteps: Tensor) -> Iterable[Tensor]:
+    def timestep_conditioning(self, text: Flux2Text, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep: it depends on nothing but the step and guidance."""
         batch = text.embeds.shape[0]
         guidance = None if self.guidance is None else self.guidance[:1].expand(len(timesteps))

@@ -389,7 +389,7 @@ class FluxKontextModel(EditModel):
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
         return FluxLayout(layout.ids[:first], made)
 
-    def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
+    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
@@ -397,7 +397,7 @@ class FluxKontextModel(EditModel):
         with lent(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
-                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
                 guidance=self.guidance,
                 pooled_projections=text.pooled,
                 encoder_hidden_states=text.embeds[:, start:],
@@ -414,7 +414,7 @@ class FluxKontextModel(EditModel):
 class FusedFluxModel(FusedModel, FluxKontextModel):
     """The same model through `fused_forward`, its steps and its autoencoder launched by a runner.
 
-    A model of its shape has its own `forward`, `_blocks` and `moments`.
+    A model of its shape has its own `forward`, `_blocks` and `timestep_conditioning`.
     """
 
     forward = staticmethod(fused_forward)
@@ -478,7 +478,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
         return self._mixed(text, layout, same, cached)
 
-    def moments(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
+    def timestep_conditioning(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
         self.runner.bring(self._own)
         steps, batch = len(timesteps), text.pooled.shape[0]
@@ -489,14 +489,14 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             )
         return found.unflatten(0, (steps, batch)).unbind()
 
-    def velocity(self, text: FluxText, tokens: Tensor, moment: Tensor, layout: FusedLayout) -> Tensor:
+    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FusedLayout) -> Tensor:
         sequence, cache = layout.sequence, layout.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
         watched = None
         if layout.watch is not None:
             blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
             watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
-        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=moment)
+        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=conditioning)
         inputs |= {name: getattr(sequence, name) for name in names}
 
         def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:

@@ -110,12 +110,12 @@ class LongCatModel(FluxKontextModel):
     def ids(self, text: LongCatText, positions: Tensor) -> Tensor:
         return torch.cat([positions[:, :1] + 1, positions[:, 1:] + text.start], dim=1)
 
-    def velocity(self, text: LongCatText, tokens: Tensor, moment: Tensor, layout: FluxLayout) -> Tensor:
+    def velocity(self, text: LongCatText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         start = 0 if layout.attention is None else layout.attention.start
         with lent(self.transformer, layout.attention, whole=True):
             return self.transformer(
                 hidden_states=tokens,
-                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
                 guidance=None,
                 encoder_hidden_states=text.embeds[:, start:],
                 txt_ids=text.text_ids[start:],
@@ -127,7 +127,7 @@ class LongCatModel(FluxKontextModel):
 class FusedLongCatModel(FusedFluxModel, LongCatModel):
     """The same model through flux_kontext's `fused_forward`, its steps and its autoencoder launched by a runner."""
 
-    def moments(self, text: LongCatText, timesteps: Tensor) -> Iterable[Tensor]:
+    def timestep_conditioning(self, text: LongCatText, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep: it depends on nothing but the step."""
         found = modulation(self.transformer, timesteps, text.embeds.dtype)
         return [row.expand(text.embeds.shape[0], -1) for row in found.split(1)]

@@ -204,8 +204,8 @@ class Qwen21Model(EditModel):
     ) -> Qwen21Layout:
         return replace(layout, attention=layout.attention.of_first(0, first))
 
-    def velocity(self, text: Qwen21Text, tokens: Tensor, moment: Tensor, layout: Qwen21Layout) -> Tensor:
-        timestep = moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000
+    def velocity(self, text: Qwen21Text, tokens: Tensor, conditioning: Tensor, layout: Qwen21Layout) -> Tensor:
+        timestep = conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000
         if layout.attention is None:
             return self._whole(text, tokens, timestep, layout.grid)
         cache, transformer = self._cache(text, tokens), self.transformer

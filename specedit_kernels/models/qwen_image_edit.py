@@ -461,7 +461,7 @@ class QwenImageEditModel(EditModel):
         made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
         return replace(layout, attention=made)
 
-    def velocity(self, text: QwenText, tokens: Tensor, moment: Tensor, layout: QwenLayout) -> Tensor:
+    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Tensor, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
@@ -469,7 +469,7 @@ class QwenImageEditModel(EditModel):
         with lent(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
-                timestep=moment.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
+                timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
                 guidance=self.guidance,
                 # in a mixed sequence the key bias holds the mask
                 encoder_hidden_states_mask=text.mask if layout.attention is None else None,
@@ -492,8 +492,8 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
     # Two branches run as one batch where their texts differ by no more tokens than this: the shorter one is padded.
     JOINED = 256
 
-    # the timesteps of the last call of `moments`, and what it gave
-    _moments: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
+    # the timesteps of the last call of `timestep_conditioning`, and what it gave
+    _timestep_conditioning: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
     # the same of `joined`, which every step asks
     _joined: tuple[tuple[QwenText, ...], QwenText | None] = ((), None)
 
@@ -550,21 +550,22 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             return made
         return replace(made, sequence=replace(made.sequence, modulate=modulate[:, :first].contiguous()))
 
-    def moments(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    def timestep_conditioning(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
         self.runner.bring(self._own)
-        if self._moments[0] is not timesteps:
+        if self._timestep_conditioning[0] is not timesteps:
             with self._scaled():
                 found = modulation(self.transformer, timesteps, text.embeds)
-            self._moments = timesteps, list(zip(*(x.split(1) for x in found)))
-        return self._moments[1]
+            self._timestep_conditioning = timesteps, list(zip(*(x.split(1) for x in found)))
+        return self._timestep_conditioning[1]
 
     def velocity(
-        self, text: QwenText, tokens: Tensor, moment: tuple[Tensor, Tensor], layout: FusedLayout
+        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: FusedLayout
     ) -> Tensor:
         sequence, cache = layout.sequence, layout.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")
-        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=moment[0], of_text=moment[1])
+        of_image, of_text = conditioning
+        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=of_image, of_text=of_text)
         inputs |= {name: getattr(sequence, name) for name in names}
 
         def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Tensor | None) -> Tensor:

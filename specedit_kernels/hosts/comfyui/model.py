@@ -237,9 +237,9 @@ class HostModel(EditModel):
         kept = (x for layout in layouts for pair in layout.cache.values() for x in pair)
         return sum(x.numel() * x.element_size() for x in kept)
 
-    def velocity(self, text: Text, tokens: Tensor, moment: Tensor, layout: WholeLayout | MixedLayout) -> Tensor:
+    def velocity(self, text: Text, tokens: Tensor, conditioning: Tensor, layout: WholeLayout | MixedLayout) -> Tensor:
         """Of whole pictures, the target's alone: the host gives no velocity for its references."""
-        level = moment / 1000
+        level = conditioning / 1000
         if isinstance(layout, WholeLayout):
             parts = tokens.split([math.prod(grid) for grid in layout.grids], dim=1)
             noisy, *references = (unpack(part, grid) for part, grid in zip(parts, layout.grids))
