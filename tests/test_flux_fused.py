@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from tiny_models import call_options, paper, tiny_image, tiny_pipeline
 
 from specedit_kernels import SpecEditFluxKontextPipeline, ops
-from specedit_kernels.engine.attention import AttentionLayout, lent, wrap_processors
+from specedit_kernels.engine.attention import AttentionLayout, with_layout, wrap_processors
 from specedit_kernels.engine.autoencoder import with_fused_norms
 from specedit_kernels.engine.fused import _as_one, gelu
 from specedit_kernels.engine.kv_cache import KVCache
@@ -88,7 +88,7 @@ def test_a_block_over_kept_keys_is_that_of_diffusers(kind, padded):
     sequence = fused.MixedSequence(TEXT, cos, sin, bias, lengths, lengths)
 
     def theirs(x, layout):
-        with lent(transformer, layout):
+        with with_layout(transformer, layout):
             found = block(
                 hidden_states=x[:, TEXT:], encoder_hidden_states=x[:, :TEXT], temb=temb,
                 joint_attention_kwargs={"specedit_layout": layout},

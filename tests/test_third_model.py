@@ -39,7 +39,7 @@ from specedit_kernels.engine.attention import (
     AttentionLayout,
     SpecEditAttnProcessor,
     joint_attention,
-    lent,
+    with_layout,
 )
 from specedit_kernels.engine.model import EditModel, Text, in_order, key_bias_in_order
 from specedit_kernels.engine.pipeline import SpecEditMixin, preprocess
@@ -265,7 +265,7 @@ class ToyModel(EditModel):
 
     def velocity(self, text, tokens, conditioning, layout):
         start = layout.attention.start if layout.attention else 0
-        with lent(self.transformer, layout.attention, whole=True):
+        with with_layout(self.transformer, layout.attention, whole=True):
             return self.transformer(tokens, text.embeds[:, start:], conditioning.expand(len(tokens)) / 1000, layout.ids)
 
     def guide(self, positive, negative, scale):

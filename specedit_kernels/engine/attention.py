@@ -195,7 +195,7 @@ class SpecEditAttnProcessor:
     """Attention of a block through torch.ops.specedit.mixed_res_attn, wrapped about the block's own processor.
 
     Called without SpecEdit's arguments it hands over to that one, untouched. name: of the processor in `transformer`.
-    kept, watch, layout: of the call that runs, see `lent`.
+    kept, watch, layout: of the call that runs, see `with_layout`.
     """
 
     kept: tuple[Tensor, ...] | None = None
@@ -226,7 +226,7 @@ class SpecEditAttnProcessor:
         self.inner._parallel_config = value
 
 
-_LENDING = threading.Lock()
+_LOCKS_LOCK = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 
 
@@ -236,7 +236,7 @@ def attention_modules(transformer: torch.nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def lent(transformer: torch.nn.Module, layout: AttentionLayout | None, whole: bool = False) -> Iterator[None]:
+def with_layout(transformer: torch.nn.Module, layout: AttentionLayout | None, whole: bool = False) -> Iterator[None]:
     """A call of the transformer, within which each attention processor has what `layout` keeps of its block.
 
     whole: each has `layout` itself too, of a transformer whose forward hands no arguments on to its processors.
@@ -246,7 +246,7 @@ def lent(transformer: torch.nn.Module, layout: AttentionLayout | None, whole: bo
         yield
         return
     transformer = unwrapped(transformer)
-    with _LENDING:
+    with _LOCKS_LOCK:
         lock = _LOCKS.setdefault(transformer, threading.Lock())
     modules = [m for m in attention_modules(transformer) if isinstance(m.processor, SpecEditAttnProcessor)]
     processors = [m.processor for m in modules]

@@ -115,7 +115,7 @@ def replaced_of_feed_forward(ff: FeedForward) -> list[tuple[torch.nn.Module, typ
 
 
 def _as_one(tensors: list[Tensor]) -> Tensor | None:
-    """Tensors of one dtype that lie one behind another in memory as one, joined at the first dimension; else None."""
+    """Tensors of one dtype that are contiguous in memory as one, joined at the first dimension; else None."""
     first, end = tensors[0], tensors[0].data_ptr()
     for x in tensors:
         if x.data_ptr() != end or x.shape[1:] != first.shape[1:] or x.dtype != first.dtype or not x.is_contiguous():
@@ -127,7 +127,7 @@ def _as_one(tensors: list[Tensor]) -> Tensor | None:
 
 
 def join_(layers: Iterable[torch.nn.Module]) -> bool:
-    """Lay the weights of these linear layers one behind another, so that one product serves all of them.
+    """Make the weights of these linear layers contiguous in memory, so that one product serves all of them.
 
     They stay the layers' own parameters, and keep their values; their memory alone is another. Nothing is done where a
     layer is no plain one. `separate_` undoes it, and so does whatever moves weights. Returns whether any was moved.

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, StockPipeline
 from diffusers.models.transformers.transformer_stock import StockAttnProcessor
 from torch import Tensor
 
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
@@ -133,7 +133,7 @@ class StockEditModel(EditModel):
 
     def velocity(self, text: StockText, tokens: Tensor, conditioning: Tensor, layout: StockLayout) -> Tensor:
         start = 0 if layout.attention is None else layout.attention.start
-        with lent(self.transformer, layout.attention, whole=True):
+        with with_layout(self.transformer, layout.attention, whole=True):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,

@@ -25,7 +25,7 @@ from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
 from torch import Tensor
 
 from ..engine._diffusers import execution_device, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, lent
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.config import SpecEditConfig
 from ..engine.model import Pictures, Text
 from ..engine.pipeline import Call, SpecEditMixin
@@ -141,7 +141,7 @@ class FiboModel(FluxKontextModel):
         elif text.mask is not None:
             seen = text.mask.new_ones(tokens.shape[:2])
             kwargs["attention_mask"] = torch.cat([text.mask, seen], dim=1)[:, None, None, :]
-        with lent(self.transformer, layout.attention):
+        with with_layout(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype),

@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, lent
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
 from ..engine.fused import (
@@ -344,7 +344,7 @@ class Flux2Model(FluxKontextModel):
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with lent(self.transformer, layout.attention):
+        with with_layout(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,

@@ -37,7 +37,7 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import unwrapped
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fp8 import Rows
 from ..engine.fused import (
@@ -394,7 +394,7 @@ class FluxKontextModel(EditModel):
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with lent(self.transformer, layout.attention):
+        with with_layout(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
@@ -537,8 +537,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     """FluxKontextPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
     Made by `from_pretrained` or `from_pipe` like any pipeline. Weights keep their values and stay the layers' own
-    parameters; on CUDA a runner other than "eager" lays those of q, k and v one behind another in memory at its first
-    call, until `disable_specedit`. Differences in the call:
+    parameters; on CUDA a runner other than "eager" makes those of q, k and v contiguous in memory at its first call, until `disable_specedit`. Differences in the call:
 
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs FluxKontextPipeline's own call, untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with

@@ -3,7 +3,7 @@
 
 Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; a step is told to it by the timestep alone.
 Position ids: the picture's kind (0 text, 1 target, 2 reference), then row and column behind the text's tokens.
-True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout is lent to the processors.
+True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout is set on the processors.
 
 Thresholds are not calibrated for it: drafts are judged by the decoder's features with those of the tiny FLUX editor.
 """
@@ -28,7 +28,7 @@ from diffusers.models.transformers.transformer_longcat_image import (
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as stock
 from torch import Tensor
 
-from ..engine.attention import lent
+from ..engine.attention import with_layout
 from ..engine.fused import replaced_of_feed_forward
 from ..engine.model import Text
 from ..engine.pipeline import Call, SpecEditMixin, preprocess
@@ -80,7 +80,7 @@ def replaced(transformer: LongCatImageTransformer2DModel) -> Iterable[tuple[torc
 
 
 class SpecEditLongCatAttnProcessor(SpecEditFluxAttnProcessor):
-    """For LongCatImageAttnProcessor: FLUX.1's, with the layout that the call has lent."""
+    """For LongCatImageAttnProcessor: FLUX.1's, with the layout that the call has set on it."""
 
     def __call__(
         self,
@@ -112,7 +112,7 @@ class LongCatModel(FluxKontextModel):
 
     def velocity(self, text: LongCatText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         start = 0 if layout.attention is None else layout.attention.start
-        with lent(self.transformer, layout.attention, whole=True):
+        with with_layout(self.transformer, layout.attention, whole=True):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
@@ -137,8 +137,7 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
     """LongCatImageEditPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
     Made by `from_pretrained` or `from_pipe` like any pipeline. Weights keep their values and stay the layers' own
-    parameters; on CUDA a runner other than "eager" lays those of q, k and v one behind another in memory at its first
-    call, until `disable_specedit`. Differences in the call:
+    parameters; on CUDA a runner other than "eager" makes those of q, k and v contiguous in memory at its first call, until `disable_specedit`. Differences in the call:
 
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs the stock pipeline's own call, untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with

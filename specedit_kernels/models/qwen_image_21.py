@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine._diffusers import scaled_adapters, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, apply_rotary, kept_keys, lent
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, apply_rotary, kept_keys, with_layout
 from ..engine.config import EditConfig, SpecEditConfig
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin
@@ -48,7 +48,7 @@ SLOT = 4  # latent tokens of a reference for each of its vision tokens
 
 
 class SpecEditQwen21AttnProcessor(SpecEditAttnProcessor):
-    """For QwenImage21AttnProcessor; a mixed sequence's layout is lent to it."""
+    """For QwenImage21AttnProcessor; a call gives it a mixed sequence's layout."""
 
     def __call__(
         self,
@@ -220,7 +220,7 @@ class Qwen21Model(EditModel):
                           layer_cache=cache.get_layer(i), kv_cache_mode="cached")  # fmt: skip
             return transformer.proj_out(transformer.norm_out(x, temb, target))
 
-        with lent(transformer, layout.attention, whole=True), self._scaled():
+        with with_layout(transformer, layout.attention, whole=True), self._scaled():
             return through(transformer, run, tokens, timestep)
 
     def _scaled(self):

@@ -43,7 +43,7 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import foreign_forward, mirrored, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, lent
+from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
     FusedLayout,
@@ -466,7 +466,7 @@ class QwenImageEditModel(EditModel):
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with lent(self.transformer, layout.attention):
+        with with_layout(self.transformer, layout.attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
