@@ -70,7 +70,7 @@ class _Memory:
         self.add_held(vars(x))
 
     def add_held(self, value: Any) -> None:
-        """Tensors anywhere in an object: a library's state of a quantised weight. Modules are looked at on their own."""
+        """Tensors anywhere in an object: a library's state of a quantised weight. Not those of modules."""
         if isinstance(value, Tensor):
             self.add(value)
         elif isinstance(value, dict):
