@@ -263,6 +263,17 @@ def test_hooks_of_passed_modules_are_refused_with_the_reason():
     assert edit(pipe, "fused").stats.runner == "fused"
 
 
+def test_hooks_are_not_left_out_where_layers_compute_in_fp8():
+    pipe, calls = make(), []
+    enable_specedit(pipe)
+    bare = edit(pipe, "fused", options=CACHED | dict(precision="fp8"))
+    pipe.transformer.transformer_blocks[0].attn.to_out[0].register_forward_hook(
+        lambda module, args, output: calls.append(1) or 1.5 * output
+    )
+    hooked = edit(pipe, "fused", options=CACHED | dict(precision="fp8"))
+    assert hooked.stats.precision == "fp8" and calls and away(hooked.images, bare.images) > 1e-3
+
+
 def test_cast_layers_stay_where_they_lie():
     """A fused step does not move the weights that layerwise casting keeps small, so graphs and threads find them."""
     pipe = make()
