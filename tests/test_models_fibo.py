@@ -5,6 +5,7 @@ import functools
 import json
 
 import model_proofs as proofs
+import numpy as np
 import pytest
 import torch
 
@@ -152,3 +153,15 @@ def test_the_codec_is_the_plain_pipelines():
     assert torch.equal(latents.flatten(2).transpose(1, 2), packed)
     assert [x.shape[-2:] for x in codec.features(latents)] == [(4, 6), (4, 6), (8, 12)]
     assert codec.decode(latents).shape == (1, 3, 64, 96)
+
+
+def test_a_result_of_the_sources_size():
+    _, ours = pair()
+    image = tiny_image(100, 150)
+    call = options(pictures=2) | dict(image=[image, tiny_image(96, 160, seed=1)], height=None, width=None)
+    mask = np.zeros((100, 150), np.uint8)
+    mask[:40, :40] = 255
+    config = paper(stages=(1, 2, 1), finish="locked")
+    call |= dict(output_type="pil", output_size="source", mask_image=mask, specedit=config)
+    got, source = np.asarray(ours(generator=seeded(), **call).images[0]), np.asarray(image)
+    assert got.shape == source.shape and (got[80:, 100:] == source[80:, 100:]).all() and (got != source).any()

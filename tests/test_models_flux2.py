@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import model_proofs as proofs
+import numpy as np
 import pytest
 import torch
 
@@ -85,7 +86,7 @@ def test_nothing_selected_returns_the_source(kind):
     proofs.nothing_is_the_source(pair(kind)[1], **options(kind, 2))
 
 
-@pytest.mark.parametrize("kind", ["klein", "klein-base"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_their_singles(kind):
     together = options(kind, 2, batch=2)
     each = [{k: v[i : i + 1] if k.endswith("embeds") else v for k, v in together.items()} for i in range(2)]
@@ -193,3 +194,33 @@ def test_the_bench_on_a_tiny_model(monkeypatch, tmp_path):
 def test_pictures_that_the_stock_pipeline_refuses():
     with pytest.raises(ValueError, match="Image too small"):
         pair("klein")[1](**options("klein") | dict(image=tiny_image(32, 32)))
+
+
+def test_a_result_of_the_sources_size():
+    """All of the first picture comes back, whatever its size; outside the edit its own pixels."""
+    _, ours = pair("klein")
+    image = tiny_image(100, 150)
+    call = options("klein", 2) | dict(image=[image, tiny_image(96, 160, seed=1)], output_type="pil")
+    mask = np.zeros((100, 150), np.uint8)
+    mask[:40, :40] = 255
+    config = paper(stages=(1, 2, 1), finish="locked")
+    out = ours(generator=seeded(), output_size="source", mask_image=mask, specedit=config, **call).images[0]
+    got, source = np.asarray(out), np.asarray(image)
+    assert got.shape == source.shape and (got[80:, 100:] == source[80:, 100:]).all() and (got != source).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("runner", ["graph", "compile"])
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_captured_runs_are_the_eager_ones(kind, runner):
+    plain = tiny_flux2(kind).to("cuda")
+    ours = proofs.enabled(plain, **({} if kind == "dev" else {"is_distilled": True}))
+    call = options(kind, 2) | dict(prompt_embeds=text().cuda(), mask_image=proofs.mask(3))
+    for more in proofs.KINDS:
+        config = lambda name, more=more: paper(stages=(1, 2, 1), runner=name, **more)  # noqa: E731
+        expected = ours(generator=seeded(), specedit=config("eager"), **call).images
+        for turn in range(2):  # captured, then replayed
+            out = ours(generator=seeded(), specedit=config(runner), **call)
+            assert out.stats.runner == runner, out.stats.runner_reason
+            assert torch.allclose(out.images, expected, atol=1e-3), (more, turn)

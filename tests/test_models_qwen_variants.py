@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen-Image-Edit-2509, -2511 and FireRed-Image-Edit 1.0, 1.1: folders with their published configs, in small, with
+"""Qwen-Image-Edit-2509, -2511 and FireRed-Image-Edit 1.0, 1.1: folders with the keys of their configs, in small, with
 random weights, through the classes that serve them."""
 
 import json
@@ -16,8 +16,9 @@ from tiny_models import qwen_text, tiny_image, tiny_qwen
 
 from specedit_kernels.engine import registry
 
-# What differs in the published transformer/config.json: 2511 modulates the references by timestep 0. FireRed 1.0 was
-# trained from 2509's weights and 1.1 from those; both say QwenImageEditPlusPipeline.
+# What differs in transformer/config.json: 2511 modulates the references by timestep 0. FireRed 1.0 was trained from
+# 2509's weights and loads as QwenImageEditPlusPipeline; its files were not at hand, nor 1.1's, which is taken to have
+# 2509's values too. Whichever of the two kinds a folder is, it is one of these.
 VARIANTS = {
     "Qwen-Image-Edit-2509": {},
     "Qwen-Image-Edit-2511": {"zero_cond_t": True, "use_additional_t_cond": False, "use_layer3d_rope": False},

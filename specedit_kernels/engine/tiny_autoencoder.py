@@ -67,6 +67,7 @@ class TinyCodec:
     """
 
     THRESHOLDS = {"decoder": 0.14, "latent": 0.12}
+    patch = PATCH
 
     def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]):
         self.encoder, self.decoder = _layers(encoder, True), _layers(decoder, False)

@@ -182,6 +182,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     KWARGS = "joint_attention_kwargs"
     PIXELS = False
     TEXT_TO_IMAGE = True
+    EDITED = 1
 
     def _size(self, call: Call) -> tuple[int, int]:
         """By the stock pipeline's rules, in whole blocks. Keeps `call.seen`, [(picture, its (height, width))]."""
@@ -204,7 +205,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
         width, height = sizes[0]
         if call.height is not None and call.width is not None:
             width, height = call.width, call.height
-        elif call._auto_resize:
+        elif call._auto_resize and call.output_size != "source":
             ratio, fitting = width / height, stock.PREFERRED_RESOLUTION[1024 * 1024]
             width, height = min(fitting, key=lambda size: abs(size[0] / size[1] - ratio))
         multiple = TOKEN * BLOCK

@@ -385,6 +385,7 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
     KWARGS = "attention_kwargs"
     PIXELS = False
     TEXT_TO_IMAGE = True
+    EDITED = 1
 
     def _shift(self, tokens: int, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
@@ -410,7 +411,10 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
         return fitted
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        def pixels_of(picture: PIL.Image.Image, size: tuple[int, int], mode: str = "crop") -> Tensor:
+        # what comes back at the source's size has to show all of it
+        usual = "default" if call.output_size == "source" else "crop"
+
+        def pixels_of(picture: PIL.Image.Image, size: tuple[int, int], mode: str = usual) -> Tensor:
             return self.image_processor.preprocess(picture, *size, resize_mode=mode).to(device)
 
         size = (call.height, call.width)
@@ -464,7 +468,8 @@ class SpecEditFlux2KleinPipeline(_SpecEditFlux2Mixin, Flux2KleinPipeline):
         The others are seen whole: fine in mixed steps (`coarse_references=True`: coarse), at the stage's resolution in
         coarse and draft steps.
     height, width: rounded down to multiples of 32 pixels (whole 2x2 blocks of tokens; the stock pipeline has 16). Where
-        both are left out the first picture's, which is cropped to that. Where given, and not the first picture's own,
+        both are left out the first picture's, which is cropped to that (stretched, with output_size="source"). Where
+        given, and not the first picture's own,
         the model sees it at its own size, all of it fine in mixed steps, and a copy at the output's size is what a
         draft is compared with and what stays outside the edit.
     latents: white noise, packed in channels, [B, 4C, rows, columns].

@@ -25,6 +25,8 @@ class HostCodec:
     have pushed it out of the device's memory.
     """
 
+    patch = PATCH
+
     def __init__(
         self, vae: Any, device: torch.device, process_in: Callable[[Tensor], Tensor] = _same,
         process_out: Callable[[Tensor], Tensor] = _same,
