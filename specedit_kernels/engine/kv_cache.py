@@ -59,8 +59,8 @@ class PackedKV:
 class KVCache:
     """Keys and values of each block of one sequence that outlive a step of the transformer's own forward.
 
-    A block's are its attention processor's `kept` while a call runs (`attention.with_layout`), and here between calls: a
-    compiled block guards on its own processor, where a table of all blocks would have it guard on the table's length.
+    A block's are its attention processor's `kept` while a call runs (`attention.with_layout`), and here between calls:
+    a compiled block guards on its own processor, where a table of all blocks would have it guard on the table's length.
     packed: in fp8. pairs: of each processor keys and values [B, S, Hk, D], packed ones with their scales behind; None
     before the first call.
     """
