@@ -253,7 +253,7 @@ def as_reference(name, args, kwargs, run):
     given = {a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), args)) | kwargs
     if "grid" in given:
         given["grid_h"], given["grid_w"] = given.pop("grid")
-    if "scale" in given and given["scale"] is None:
+    if "q" in given and given.get("scale", 0.2) is None:  # of scores
         given["scale"] = 0.2
     if given.get("split", 0) is None:
         given["split"] = 0
