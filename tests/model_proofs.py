@@ -6,6 +6,7 @@ options: of a call, 128 x 128 pixels and output_type="latent".
 """
 
 import numpy as np
+import PIL.Image
 import torch
 from tiny_models import paper
 
@@ -66,6 +67,23 @@ def nothing_is_the_source(ours, **options):
         out = ours(generator=seeded(), specedit=config, **options)
         assert (np.array(out.images[0]) == np.array(image)).all()
         assert out.stats.fallback == "source" and not out.mask.any()
+
+
+def the_rest_is_the_sources(ours, **options):
+    """At the source's own size, whatever the output's; further pictures are seen, not edited."""
+    source = np.random.default_rng(0).integers(0, 256, (150, 210, 4), dtype=np.uint8)
+    several = isinstance(options["image"], list)
+    options["image"] = [PIL.Image.fromarray(source), *options["image"][1:]] if several else PIL.Image.fromarray(source)
+    for finish in ("full", "locked"):
+        config = paper(stages=(1, 2, 1), finish=finish)
+        call = options | dict(output_type="np", output_size="source", region="0,0,40%,40%", specedit=config)
+        out = ours(generator=seeded(), **call)
+        found = out.images[0]
+        assert len(out.images) == 1 and found.dtype == np.uint8 and found.shape == source.shape
+        # whole blocks and the seam reach no further
+        assert np.array_equal(found[115:], source[115:]) and np.array_equal(found[:, 160:], source[:, 160:])
+        assert np.array_equal(found[..., 3], source[..., 3])
+        assert not np.array_equal(found[:60, :84], source[:60, :84])
 
 
 def batches_are_their_singles(ours, together, singles, masks):

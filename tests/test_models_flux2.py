@@ -84,6 +84,7 @@ def test_given_latents_are_the_plain_pipelines():
 @pytest.mark.parametrize("kind", ["klein", "klein-base"])
 def test_nothing_selected_returns_the_source(kind):
     proofs.nothing_is_the_source(pair(kind)[1], **options(kind, 2))
+    proofs.the_rest_is_the_sources(pair(kind)[1], **options(kind, 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,6 +54,7 @@ def test_the_plain_pixels_and_bfloat16():
 @pytest.mark.parametrize("guided", [False, True])
 def test_nothing_selected_returns_the_source(guided):
     proofs.nothing_is_the_source(pair()[1], **options(guided))
+    proofs.the_rest_is_the_sources(pair()[1], **options(guided))
 
 
 def test_batches_are_their_singles():

@@ -114,6 +114,7 @@ def test_the_plain_pixels_and_a_padded_batch():
 @pytest.mark.parametrize("guided", [False, True])
 def test_nothing_selected_returns_the_source(guided):
     proofs.nothing_is_the_source(pair()[1], **options(guided, 2))
+    proofs.the_rest_is_the_sources(pair()[1], **options(guided, 2))
 
 
 @pytest.mark.parametrize("guided", [False, True])

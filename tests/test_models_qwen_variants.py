@@ -74,6 +74,7 @@ def options(guided=False, pictures=2, **changes):
 def test_everything_and_nothing_selected(pipes, guided):
     proofs.everything_is_the_plain_pipeline(*pipes, **options(guided))
     proofs.nothing_is_the_source(pipes[1], **options(guided))
+    proofs.the_rest_is_the_sources(pipes[1], **options(guided))
 
 
 def test_batches_are_their_singles(pipes):

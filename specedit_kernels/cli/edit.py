@@ -15,7 +15,6 @@ from typing import Any
 
 from ..images.boxes import Box
 from ..images.files import Photo, reason, shown
-from ..sampling.grid import PATCH
 from . import models
 from .output import check_output, keep
 from .text import UserError, one_line, say
@@ -78,6 +77,7 @@ class Editor:
         """
         import torch
 
+        from ..engine.registry import codec_of
         from ..engine.stages import threshold_scale
 
         image, settings, arguments = photo.rgb, dict(self.settings), self.arguments
@@ -100,7 +100,7 @@ class Editor:
             )
         edited, region = result.images[0], result.mask[0].cpu().numpy()
         done = edited if isinstance(edited, Photo) else photo.with_picture(edited)
-        token = self.pipe.vae_scale_factor * PATCH
+        token = codec_of(self.pipe.vae).token
         working = (region.shape[1] * token, region.shape[0] * token)
         overlay = region_overlay(image, region)
         threshold = result.stats.threshold

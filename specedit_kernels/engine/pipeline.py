@@ -707,7 +707,9 @@ class SpecEditMixin(Stock):
         decoded = run.model.decode(clean) if any(changed) else per_image(run.pixels, "image", run.batch)
         source = per_image(run.pixels, "image", run.batch)
         source, decoded = (
-            (x.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for x in (source, decoded)
+            # an autoencoder's alpha is left out: the source has its own, or none
+            (x[:, :3].float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+            for x in (source, decoded)
         )
         regions = selection.edited.reshape(run.batch, *run.grid).cpu().numpy()
         run.clock.mark("decode")

@@ -181,6 +181,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     NEGATIVE = ""
     KWARGS = "joint_attention_kwargs"
     PIXELS = False
+    EDITED = 1
     TEXT_TO_IMAGE = True
     EDITED = 1
 

@@ -264,6 +264,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
     KWARGS = "attention_kwargs"
     PIXELS = False
+    EDITED = 1
     TEXT_TO_IMAGE = True
     EDITED = 1
 
@@ -290,7 +291,8 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
             width, height = stock.calculate_dimensions(area, picture.width / picture.height)[:2]
             call.seen.append((picture, (height, width)))
             call.shown.append(self.image_processor.resize(picture, width=width, height=height))
-        multiple, own = 2 * self.vae_scale_factor, call.seen[-1][1]
+        # the edited picture comes back at its own ratio
+        multiple, own = 2 * self.vae_scale_factor, call.seen[0 if call.output_size == "source" else -1][1]
         return tuple((asked or side) // multiple * multiple for asked, side in zip((call.height, call.width), own))
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
