@@ -183,7 +183,6 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     PIXELS = False
     EDITED = 1
     TEXT_TO_IMAGE = True
-    EDITED = 1
 
     def _size(self, call: Call) -> tuple[int, int]:
         """By the stock pipeline's rules, in whole blocks. Keeps `call.seen`, [(picture, its (height, width))]."""

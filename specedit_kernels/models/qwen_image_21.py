@@ -266,7 +266,6 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     PIXELS = False
     EDITED = 1
     TEXT_TO_IMAGE = True
-    EDITED = 1
 
     def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:
         if not issubclass(self.CONFIG, SpecEditConfig):
