@@ -118,7 +118,7 @@ def joined(scores, high, ratio):
     return seeds
 
 
-IN_USE = "in use: larger of both steps over (the largest, at least 0.1, / 2) ^ 0.5, at least 0.06"
+IN_USE = "in use: larger of both steps over (the largest, at least 0.1, / 2) ^ 0.5, at least 0.03"
 
 
 def rules(maps, threshold):

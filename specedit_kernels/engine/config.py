@@ -209,7 +209,7 @@ class SpecEditConfig(EditConfig):
             model.
         relative: how far the threshold follows the picture: it is multiplied by (its largest score / 2) ** relative, 2
             being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
-            taken. A largest score under 0.1 counts as 0.1, and a threshold does not fall under 0.06, or noise would be
+            taken. A largest score under 0.1 counts as 0.1, and a threshold does not fall under 0.03, or noise would be
             an edit. 0: the threshold as it is; None: 0.5 with the calibrated threshold of the "coarse" draft, else 0.
         key_bias: weigh a coarse key by the four fine ones it stands for.
         coarse_condition: condition tokens outside the edit are coarse too.

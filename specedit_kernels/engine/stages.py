@@ -364,7 +364,7 @@ def verify(run: Run, draft: Draft) -> Tensor:
 
 UNRELATED_SCORE = 2.0  # of orthogonal features: cosine 0
 WEAKEST_SCORE = 0.1  # a largest score under it is taken for it
-LEAST_THRESHOLD = 0.06  # what a picture that was only saved again, or went through the autoencoder, does not reach
+LEAST_THRESHOLD = 0.03  # what a picture that was only saved again, as a JPEG of quality 75 or better, does not reach
 
 
 def threshold_scale(scores: Tensor, relative: float, threshold: float | None = None) -> Tensor:
