@@ -55,6 +55,12 @@ def _mask(arguments: argparse.Namespace) -> int:
     return mask.run(arguments)
 
 
+def _ui(arguments: argparse.Namespace) -> int:
+    from . import ui
+
+    return ui.run(arguments)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
 
@@ -196,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default=None, help=DEVICE)
     p.add_argument("--traceback", action="store_true", help="where an error of the run came from, not one line")
     p.set_defaults(run=_mask)
+
+    p = commands.add_parser("ui", help="a page to try an edit, on this machine", formatter_class=defaults)
+    p.add_argument("--model", default=None, help="as of edit")
+    p.add_argument("--device", default=None, help=DEVICE)
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at; another one shows the page to others")
+    p.add_argument("--port", type=int, default=7860, help="the port to listen at")
+    p.set_defaults(run=_ui)
 
     p = commands.add_parser("doctor", help="print which backend serves each op here, and why")
     p.add_argument(
