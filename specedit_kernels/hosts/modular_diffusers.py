@@ -54,7 +54,7 @@ _PIPELINES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
-def _undecoded(kind: type) -> type:
+def _undecoded(kind: Any) -> type:
     """A SpecEdit pipeline class whose calls give clean latents, and how they are decoded, in the place of pictures."""
 
     def _decode(self, run, clean, selection, output_type):
@@ -76,7 +76,7 @@ class SpecEditDenoiseStep(ModularPipelineBlocks):
     `specedit_stats`; `specedit_decode`, for SpecEditDecodeStep.
     """
 
-    PIPELINE: type
+    PIPELINE: Any
     COMPONENTS: tuple[ComponentSpec, ...]
     TEXTS: tuple[str, ...]
     OTHERS: tuple[InputParam, ...]
