@@ -28,11 +28,12 @@ class Block(torch.nn.Module):
 
     def forward(self, x, keys, values, rows, key_bias, cos, sin):
         """x [B, N, C]; keys, values [B, S, H, D], written; rows int32 [B, N]; key_bias [B, S]; cos, sin [1, N, D/2]."""
-        fresh = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q = torch.empty_like(fresh[0])
+        q_new, k_new, v_new = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q = torch.empty_like(q_new)
         ops.qk_norm_rope_scatter_(
-            q, keys, values, *fresh, cos, sin, q_weight=self.norm_q, k_weight=self.norm_k, kv_out_index=rows
-        )
+            q, keys, values, q_new, k_new, v_new, cos, sin, q_weight=self.norm_q, k_weight=self.norm_k,
+            kv_out_index=rows,
+        )  # fmt: skip
         attended, _ = ops.mixed_res_attn(q, keys, values, key_bias=key_bias)
         return x + self.out(attended.flatten(2))
 
