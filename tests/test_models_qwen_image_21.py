@@ -221,8 +221,3 @@ def test_the_codec_is_the_plain_pipelines():
     assert torch.equal(latents, plain._encode_vae_image(pixels[:, :, None], None)[:, :, 0])
     assert [x.shape[-2:] for x in codec.features(latents)] == [(4, 6), (4, 6), (8, 12)]
     assert codec.decode(latents).shape == (1, 4, 64, 96)
-
-
-def test_results_of_the_sources_size_are_refused():
-    with pytest.raises(ValueError, match="output_size: expected 'working' with QwenImage21Pipeline"):
-        pair()[1](output_size="source", **options())

@@ -270,10 +270,6 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:
         if not issubclass(self.CONFIG, SpecEditConfig):
             raise ValueError("pipe: FlashEdit does not support models whose text does not see the target")
-        if call.output_size == "source":
-            raise ValueError(
-                "output_size: expected 'working' with QwenImage21Pipeline, whose pictures have alpha, got 'source'"
-            )
         if not self.transformer.config.causal_condition:
             raise ValueError("transformer: expected causal_condition=True, got False")
         if call.sigmas is None and self.config.sample_sigmas is not None:
