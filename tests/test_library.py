@@ -286,7 +286,9 @@ def copies(tmp_path):
     def copy(name="specedit_kernels"):
         folder = tmp_path / str(next(count))
         for room in ("ops", "reference", "triton_kernels"):
-            shutil.copytree(PACKAGE / room, folder / name / room, ignore=shutil.ignore_patterns("__pycache__"))
+            # a clone has the last one beside the package
+            source = PACKAGE.parent if room == "triton_kernels" else PACKAGE
+            shutil.copytree(source / room, folder / name / room, ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("_extension.py", "_ops.py", "_words.py"):
             shutil.copy(PACKAGE / file, folder / name)
         (folder / name / "__init__.py").write_text("from . import ops\n")
