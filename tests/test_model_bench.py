@@ -52,6 +52,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
     assert set(rows) - set(edits) == {
         "plain-28", "plain-4", "first block cache-28", "taylorseer-28", "inpaint-28, 10 %", "active step fused",
+        "active step fused, products in fp8",
         "decode", "decode, fused norms",
     }  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
