@@ -91,13 +91,19 @@ def modulation(
     return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
 
 
-def replaced(transformer: FluxTransformer2DModel) -> Iterable[tuple[torch.nn.Module, type]]:
+# Of a transformer that `fused_forward` stands for: itself, its double-stream and single-stream blocks, their attention.
+Kinds = tuple[type, type, type, type]
+KINDS: Kinds = (FluxTransformer2DModel, FluxTransformerBlock, FluxSingleTransformerBlock, FluxAttention)
+
+
+def replaced(transformer: torch.nn.Module, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type]]:
     """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
-    linear layers too, where they are more than a weight and a bias."""
-    yield transformer, FluxTransformer2DModel
+    linear layers too, where they are more than a weight and a bias. kinds: those of a model of FLUX.1's shape."""
+    whole, double, single, attention = kinds
+    yield transformer, whole
     for block in transformer.transformer_blocks:
-        yield block, FluxTransformerBlock
-        yield block.attn, FluxAttention
+        yield block, double
+        yield block.attn, attention
         for norm in (block.norm1, block.norm1_context):
             yield from ((norm, AdaLayerNormZero), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
         for norm in (block.norm2, block.norm2_context):
@@ -107,8 +113,8 @@ def replaced(transformer: FluxTransformer2DModel) -> Iterable[tuple[torch.nn.Mod
         for ff in (block.ff, block.ff_context):
             yield from replaced_of_feed_forward(ff)
     for block in transformer.single_transformer_blocks:
-        yield block, FluxSingleTransformerBlock
-        yield block.attn, FluxAttention
+        yield block, single
+        yield block.attn, attention
         yield block.norm, AdaLayerNormZeroSingle
         yield from ((block.norm.silu, torch.nn.SiLU), (block.norm.norm, torch.nn.LayerNorm))
         yield from ((block.attn.norm_q, torch.nn.RMSNorm), (block.attn.norm_k, torch.nn.RMSNorm))

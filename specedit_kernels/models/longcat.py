@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import LongCatImageEditPipeline
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_longcat_image import (
     LongCatImageAttention,
     LongCatImageAttnProcessor,
@@ -29,7 +28,6 @@ from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as sto
 from torch import Tensor
 
 from ..engine.attention import with_layout
-from ..engine.fused import replaced_of_feed_forward
 from ..engine.model import Text
 from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
@@ -43,6 +41,7 @@ from .flux_kontext import (
     SpecEditFluxKontextPipeline,
     _modulated,
 )
+from .flux_kontext import replaced as replaced_of_flux
 
 MAX_AREA = 1024 * 1024  # pixels of the picture and of the output
 
@@ -56,27 +55,9 @@ def modulation(transformer: LongCatImageTransformer2DModel, timestep: Tensor, dt
 
 def replaced(transformer: LongCatImageTransformer2DModel) -> Iterable[tuple[torch.nn.Module, type]]:
     """Every module whose forward flux_kontext's `fused_forward` stands for, with the class that it must have."""
-    yield transformer, LongCatImageTransformer2DModel
-    for block in transformer.transformer_blocks:
-        yield block, LongCatImageTransformerBlock
-        yield block.attn, LongCatImageAttention
-        for norm in (block.norm1, block.norm1_context):
-            yield from ((norm, AdaLayerNormZero), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
-        for norm in (block.norm2, block.norm2_context):
-            yield norm, torch.nn.LayerNorm
-        for norm in (block.attn.norm_q, block.attn.norm_k, block.attn.norm_added_q, block.attn.norm_added_k):
-            yield norm, torch.nn.RMSNorm
-        for ff in (block.ff, block.ff_context):
-            yield from replaced_of_feed_forward(ff)
-    for block in transformer.single_transformer_blocks:
-        yield block, LongCatImageSingleTransformerBlock
-        yield block.attn, LongCatImageAttention
-        yield block.norm, AdaLayerNormZeroSingle
-        yield from ((block.norm.silu, torch.nn.SiLU), (block.norm.norm, torch.nn.LayerNorm))
-        yield from ((block.attn.norm_q, torch.nn.RMSNorm), (block.attn.norm_k, torch.nn.RMSNorm))
-        yield block.act_mlp, torch.nn.GELU
-    norm = transformer.norm_out
-    yield from ((norm, AdaLayerNormContinuous), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
+    kinds = (LongCatImageTransformer2DModel, LongCatImageTransformerBlock, LongCatImageSingleTransformerBlock,
+             LongCatImageAttention)  # fmt: skip
+    return replaced_of_flux(transformer, kinds)
 
 
 class SpecEditLongCatAttnProcessor(SpecEditFluxAttnProcessor):
