@@ -28,9 +28,9 @@ test-fast: $(VENV)/installed
 # What .ci/run checks; `make lint` is the whole.
 ruff: $(VENV)/installed-lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 lint: ruff
-	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs

@@ -23,8 +23,10 @@ def rows_of(benchmarks):
 
 def table(rows):
     """Markdown, fastest first within a shape; `ratio` is against our own row of the same op and shape."""
-    lines = ["| op | shape | implementation | warm µs | cold µs | TFLOP/s or GB/s | error | ours is |",
-             "|---|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| op | shape | implementation | warm µs | cold µs | TFLOP/s or GB/s | error | ours is |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
     for key in dict.fromkeys((row["op"], row["shape"]) for row in rows):
         group = [row for row in rows if (row["op"], row["shape"]) == key]
         own = next((row for row in group if row["impl"] == "specedit"), None)
@@ -33,8 +35,10 @@ def table(rows):
             error = "–" if row.get("error") is None else f"{row['error']:.1e}"
             sound = own is not None and row is not own and row.get("error_ok") and own.get("error_ok")
             ratio = f"{row['warm_us'] / own['warm_us']:.2f} x as fast" if sound else "–"
-            lines.append(f"| {row['op']} | {row['shape']} | {row['impl']} | {row['warm_us']:.1f} | "
-                         f"{row['cold_us']:.1f} | {rate} | {error} | {ratio} |")
+            lines.append(
+                f"| {row['op']} | {row['shape']} | {row['impl']} | {row['warm_us']:.1f} | "
+                f"{row['cold_us']:.1f} | {rate} | {error} | {ratio} |"
+            )
     return "\n".join(lines)
 
 

@@ -61,8 +61,11 @@ def test_a_program_without_python_runs_the_block(built, tmp_path, device):
     assert code == 0 and "equal within" in text, text
     assert text.count("tokens: result differs by") == 4  # lengths other than the exported ones among them
     _, linked = run("ldd", built / "run")
-    assert "libspecedit_ops" in linked and "libtorch_cpu" in linked and "python" not in linked.lower().replace(
-        str(Path(torch.__file__).parent).lower(), "")
+    assert (
+        "libspecedit_ops" in linked
+        and "libtorch_cpu" in linked
+        and "python" not in linked.lower().replace(str(Path(torch.__file__).parent).lower(), "")
+    )
     # a result that differs is told
     cases = torch.load(tmp_path / "cases.pt")
     cases[0][7] += 1

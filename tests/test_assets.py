@@ -55,9 +55,18 @@ def test_it_is_a_kontext(pipe):
 def test_plain_pipeline_keeps_the_source(pipe, length):
     """Two plain steps at 256 pixels: what was not asked for is still there, with short and with default padding."""
     source = Image.open(ASSETS / "example.png").resize((256, 256), Image.Resampling.LANCZOS)
-    out = pipe(image=source, prompt="color the turtle purple", height=256, width=256, max_area=256**2,
-               _auto_resize=False, num_inference_steps=2, max_sequence_length=length, output_type="np",
-               generator=torch.Generator().manual_seed(0)).images[0]
+    out = pipe(
+        image=source,
+        prompt="color the turtle purple",
+        height=256,
+        width=256,
+        max_area=256**2,
+        _auto_resize=False,
+        num_inference_steps=2,
+        max_sequence_length=length,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
     rows = slice(0, 120)  # above the turtle
     error = np.abs(out[rows] - np.asarray(source, dtype=np.float32)[rows] / 255).mean()
     assert error < 0.05
@@ -96,9 +105,17 @@ def test_from_pretrained_gives_the_drop_in_class(pipe):
     ours = SpecEditFluxKontextPipeline.from_pipe(pipe)
     ours.set_progress_bar_config(disable=True)
     source = Image.open(ASSETS / "example.png").resize((256, 256), Image.Resampling.LANCZOS)
-    out = ours(image=source, prompt="color the turtle purple", height=256, width=256, max_area=256**2,
-               _auto_resize=False, max_sequence_length=32, generator=torch.Generator().manual_seed(0),
-               specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"))
+    out = ours(
+        image=source,
+        prompt="color the turtle purple",
+        height=256,
+        width=256,
+        max_area=256**2,
+        _auto_resize=False,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(0),
+        specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"),
+    )
     share = out.mask.float().mean().item()
     assert 0.02 < share < 0.6 and out.stats.nfe == 9 and out.stats.fallbacks == [None]
     plain = 9 * out.stats.plain_step_flops
@@ -114,9 +131,13 @@ def test_the_tiny_qwen_edits():
     picture = Image.open(ASSETS / "example.png").convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
     settings = models.model_settings(models.model_folder("tiny_qwen_image_edit"), "QwenImageEditPipeline")
     assert settings == {"max_area": 512**2, "true_cfg_scale": 1.0}
-    out = ours(image=picture, prompt="color the turtle purple", generator=torch.Generator().manual_seed(0),
-               specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"),
-               **settings | {"max_area": 256**2})
+    out = ours(
+        image=picture,
+        prompt="color the turtle purple",
+        generator=torch.Generator().manual_seed(0),
+        specedit=SpecEditConfig(preset=9, finish="locked", preserve="pixels"),
+        **settings | {"max_area": 256**2},
+    )
     assert out.stats.nfe == 9 and out.stats.fallbacks == [None] and out.mask.float().mean() < 0.4
     source, edited = (np.asarray(x).astype(int) for x in (picture, out.images[0]))
     assert not (source != edited)[:120].any()  # above the turtle

@@ -350,9 +350,9 @@ def test_attention_over_cached_keys(comfy):
     for names, rows in ((["a", "b"], slice(0, 4)), (["b"], slice(2, 4))):
         half = [x[rows] for x in (q2, k2, v2)]
         out = comfy.model.MixedAttention(first, names, True)(None, *half, 2, skip_reshape=True)
-        whole = comfy.model.MixedAttention(
-            model.mixed_layout(None, pictures, order, True, True, False), names, True
-        )(None, torch.cat([q2[rows], q[rows, :, text + 8 :]], 2), k[rows], v[rows], 2, skip_reshape=True)
+        whole = comfy.model.MixedAttention(model.mixed_layout(None, pictures, order, True, True, False), names, True)(
+            None, torch.cat([q2[rows], q[rows, :, text + 8 :]], 2), k[rows], v[rows], 2, skip_reshape=True
+        )
         used = fresh[rows]
         torch.testing.assert_close(out[used], whole[:, : text + 8][used], rtol=0, atol=1e-5)
 
@@ -412,9 +412,11 @@ def test_integration_folder(comfy):
 
 def test_sample_gives_the_mask(comfy):
     edit, nodes = Edit(comfy), nodes_of(comfy)
-    [sampler] = nodes["SpecEditSampler"].execute(
-        edit.vae, edit.image, "paper", False, half_mask(), finish="locked", kv_refresh="2"
-    ).args
+    [sampler] = (
+        nodes["SpecEditSampler"]
+        .execute(edit.vae, edit.image, "paper", False, half_mask(), finish="locked", kv_refresh="2")
+        .args
+    )
     assert sampler.config == SpecEditConfig(quality="paper", finish="locked", kv_refresh=2)
     sigmas = torch.tensor(LEVELS)
     latent, mask, stats = nodes["SpecEditSample"].execute(edit.noise, edit.guider(), sampler, sigmas,

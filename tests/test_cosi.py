@@ -99,8 +99,8 @@ def test_generation_and_inversion_are_one_step_of_the_model(pipe):
     noise, source = normal(*SHAPE), normal(*SHAPE, seed=1)
     calls = []
     velocity = model.velocity
-    model.velocity = lambda text, tokens, t, layout: calls.append((float(t), tokens.shape[1])) or velocity(
-        text, tokens, t, layout
+    model.velocity = lambda text, tokens, t, layout: (
+        calls.append((float(t), tokens.shape[1])) or velocity(text, tokens, t, layout)
     )
     with torch.no_grad():
         clean, told = predict_clean(model, text, noise, [source]), predict_noise(model, text, source)

@@ -218,8 +218,9 @@ def test_half_precision_sums_end_at_the_ends_of_their_range():
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
-    transformer, blocks = tiny_transformer(), tuple(
-        torch.compile(b, fullgraph=True, backend="aot_eager") for b in fused.BLOCKS
+    transformer, blocks = (
+        tiny_transformer(),
+        tuple(torch.compile(b, fullgraph=True, backend="aot_eager") for b in fused.BLOCKS),
     )
     temb = torch.randn(1, WIDTH)
     for tokens in (TEXT + IMAGE, TEXT + IMAGE + 7):  # the second makes the lengths symbols
@@ -336,10 +337,14 @@ def mask(columns):
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize(
     "options",
-    [dict(stages=(2, 2, 2)), dict(stages=(1, 4, 0), finish="locked", kv_refresh=4),
-     dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True), dict(draft="quarter", preset=4),
-     dict(stages=(1, 4, 0), finish="locked", kv_refresh=4, kv_cache_dtype="fp8"),
-     dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True, kv_cache_dtype="fp8")],
+    [
+        dict(stages=(2, 2, 2)),
+        dict(stages=(1, 4, 0), finish="locked", kv_refresh=4),
+        dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True),
+        dict(draft="quarter", preset=4),
+        dict(stages=(1, 4, 0), finish="locked", kv_refresh=4, kv_cache_dtype="fp8"),
+        dict(stages=(1, 4, 0), finish="locked", kv_refresh=2, lock_text=True, kv_cache_dtype="fp8"),
+    ],
     ids=["full", "cached", "locked text", "dense", "fp8", "fp8, locked text"],
 )
 def test_fused_edits_are_eager_ones(pipe, norms, options, guided):

@@ -2,7 +2,6 @@
 """precision="fp8": each layer against float64 on its rounded factors, whole steps against diffusers' forward with every
 layer of the blocks replaced by one that rounds likewise, and in the pipelines."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

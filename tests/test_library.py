@@ -306,17 +306,27 @@ CALL = "x = torch.ones(1, 4, 1, 16); torch.ops.{}.mixed_res_attn(x, x, x)\n"
 
 
 def test_a_second_import():
-    python("import torch, specedit_kernels" + PURGE + "import specedit_kernels\n" + CALL.format("specedit") +
-           "specedit_kernels.ops.mixed_res_attn(x, x, x)")
+    python(
+        "import torch, specedit_kernels"
+        + PURGE
+        + "import specedit_kernels\n"
+        + CALL.format("specedit")
+        + "specedit_kernels.ops.mixed_res_attn(x, x, x)"
+    )
 
 
 def test_ops_outlive_their_modules(copies):
     """Purged, and the folder no longer among the places of modules: an op not yet called still finds its own code."""
     folder = copies()
-    python(f"import torch, specedit_kernels; assert specedit_kernels.__file__.startswith({str(folder)!r})" + PURGE +
-           f"sys.path.remove({str(folder)!r}); import shutil\n"
-           f"shutil.move({str(folder / 'specedit_kernels' / '__init__.py')!r}, {str(folder / 'gone.py')!r})\n" +
-           CALL.format("specedit") + "assert not [n for n in sys.modules if n.startswith('specedit_kernels')]", folder)
+    python(
+        f"import torch, specedit_kernels; assert specedit_kernels.__file__.startswith({str(folder)!r})"
+        + PURGE
+        + f"sys.path.remove({str(folder)!r}); import shutil\n"
+        f"shutil.move({str(folder / 'specedit_kernels' / '__init__.py')!r}, {str(folder / 'gone.py')!r})\n"
+        + CALL.format("specedit")
+        + "assert not [n for n in sys.modules if n.startswith('specedit_kernels')]",
+        folder,
+    )
 
 
 def test_ops_stay_with_their_own_copy(copies):
@@ -324,15 +334,24 @@ def test_ops_stay_with_their_own_copy(copies):
     first, second = copies(), copies()
     path = second / "specedit_kernels" / "reference" / "mixed_res_attn.py"
     path.write_text(path.read_text() + "\nraise ImportError('the second copy')\n")
-    python("import torch, specedit_kernels" + PURGE +
-           f"sys.path.insert(0, {str(second)!r}); import specedit_kernels\n" + CALL.format("specedit") +
-           f"assert sys.modules['specedit_kernels'].__file__.startswith({str(second)!r})", first)
+    python(
+        "import torch, specedit_kernels"
+        + PURGE
+        + f"sys.path.insert(0, {str(second)!r}); import specedit_kernels\n"
+        + CALL.format("specedit")
+        + f"assert sys.modules['specedit_kernels'].__file__.startswith({str(second)!r})",
+        first,
+    )
 
 
 def test_two_names_in_one_process(copies):
     folder = copies("another_name")
-    python("import torch, specedit_kernels, another_name\n" + CALL.format("specedit") +
-           "another_name.ops.mixed_res_attn(x, x, x)", folder)
+    python(
+        "import torch, specedit_kernels, another_name\n"
+        + CALL.format("specedit")
+        + "another_name.ops.mixed_res_attn(x, x, x)",
+        folder,
+    )
 
 
 def test_another_namespace_beside(copies):
@@ -341,11 +360,16 @@ def test_another_namespace_beside(copies):
     file = folder / "another_name" / "_ops.py"
     text = file.read_text().replace("ops.specedit", "ops._specedit_beside")
     file.write_text(text.replace('"specedit::', '"_specedit_beside::'))
-    python("import torch, specedit_kernels, another_name\n" + CALL.format("specedit") +
-           CALL.format("_specedit_beside") + "another_name.ops.gather_tokens(x, torch.zeros(1, 2).int(), 2)\n"
-           "assert 'another_name.reference.gather_tokens' in sys.modules\n"
-           "assert 'specedit_kernels.reference.gather_tokens' in sys.modules\n"
-           "assert another_name.ops.NAMESPACE == '_specedit_beside'", folder)
+    python(
+        "import torch, specedit_kernels, another_name\n"
+        + CALL.format("specedit")
+        + CALL.format("_specedit_beside")
+        + "another_name.ops.gather_tokens(x, torch.zeros(1, 2).int(), 2)\n"
+        "assert 'another_name.reference.gather_tokens' in sys.modules\n"
+        "assert 'specedit_kernels.reference.gather_tokens' in sys.modules\n"
+        "assert another_name.ops.NAMESPACE == '_specedit_beside'",
+        folder,
+    )
 
 
 def test_another_version_says_so(copies):
@@ -353,7 +377,10 @@ def test_another_version_says_so(copies):
     folder = copies("another_name")
     file = folder / "another_name" / "ops" / "merge_attn.py"
     file.write_text(file.read_text().replace("Tensor lse_b) ->", "Tensor lse_b, int more=0) ->"))
-    python("import torch, specedit_kernels\n"
-           "try: import another_name\n"
-           "except ImportError as error: assert 'merge_attn is defined already' in str(error)\n"
-           "else: raise SystemExit('accepted')", folder)
+    python(
+        "import torch, specedit_kernels\n"
+        "try: import another_name\n"
+        "except ImportError as error: assert 'merge_attn is defined already' in str(error)\n"
+        "else: raise SystemExit('accepted')",
+        folder,
+    )

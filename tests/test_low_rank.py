@@ -39,7 +39,7 @@ def test_within_the_block_calls_are_those_of_merged_weights():
     plain = module(x)
     merged = small()
     for name, (down, up) in change.layers.items():
-        merged.get_submodule(name).weight.data += (up.double() @ down.double())
+        merged.get_submodule(name).weight.data += up.double() @ down.double()
     with active(change, module):
         found = module(x)
     torch.testing.assert_close(found, merged(x))

@@ -11,9 +11,7 @@ INF = float("inf")
 def eager(out_a, lse_a, out_b, lse_b):
     """The weighted mean with weights at the outputs' dtype."""
     lse = torch.logaddexp(lse_a, lse_b)
-    a, b = (
-        (x - lse).exp().nan_to_num(0).transpose(-1, -2).unsqueeze(-1).to(out_a.dtype) for x in (lse_a, lse_b)
-    )
+    a, b = ((x - lse).exp().nan_to_num(0).transpose(-1, -2).unsqueeze(-1).to(out_a.dtype) for x in (lse_a, lse_b))
     return a * out_a + b * out_b, lse
 
 
@@ -50,8 +48,12 @@ def test_packed(backend, poison, random, device):
 
 def test_strides(backend, poison, random, device):
     out_a, lse_a, out_b, lse_b = halves(random, device, 2, rows=40)
-    check(out_a.transpose(1, 2).contiguous().transpose(1, 2), lse_a.transpose(1, 2).contiguous().transpose(1, 2),
-          out_b, lse_b)
+    check(
+        out_a.transpose(1, 2).contiguous().transpose(1, 2),
+        lse_a.transpose(1, 2).contiguous().transpose(1, 2),
+        out_b,
+        lse_b,
+    )
     check(out_a[:, ::2], lse_a[:, :, ::2], out_b[:, 1::2], lse_b[:, :, 1::2])
 
 
@@ -125,7 +127,14 @@ def test_empty(backend, device):
     ],
 )
 def test_bad_input(change, error, words):
-    call = dict(out_a=torch.zeros(1, 4, 3, 64), lse_a=torch.zeros(1, 3, 4), out_b=torch.zeros(1, 4, 3, 64),
-                lse_b=torch.zeros(1, 3, 4)) | change
+    call = (
+        dict(
+            out_a=torch.zeros(1, 4, 3, 64),
+            lse_a=torch.zeros(1, 3, 4),
+            out_b=torch.zeros(1, 4, 3, 64),
+            lse_b=torch.zeros(1, 3, 4),
+        )
+        | change
+    )
     with pytest.raises(error, match=words):
         torch.ops.specedit.merge_attn(*call.values())

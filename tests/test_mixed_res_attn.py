@@ -10,8 +10,16 @@ from budget import assert_within_budget
 from specedit_kernels.reference.mixed_res_attn import mixed_res_attn as reference
 
 OPTIONS = (
-    "key_bias", "q_index", "kv_index", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
-    "max_seqlen_k", "scale",
+    "key_bias",
+    "q_index",
+    "kv_index",
+    "q_lens",
+    "kv_lens",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "scale",
 )
 INF = float("inf")
 pytestmark = pytest.mark.usefixtures("no_interpreted_bf16")
@@ -65,8 +73,10 @@ def eager(q, k, v, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_l
     if q_lens is not None:
         empty = empty | (torch.arange(q.shape[1], device=q.device) >= q_lens[:, None])
     bias = bias.masked_fill(removed, -INF)
-    k, v = (x.masked_fill(removed[:, :, None, None], 0).repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2)
-            for x in (k, v))
+    k, v = (
+        x.masked_fill(removed[:, :, None, None], 0).repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2)
+        for x in (k, v)
+    )
     score = q.transpose(1, 2) @ k.transpose(2, 3) * scale + bias.to(q.dtype)[:, None, None]
     out = (score.softmax(-1).nan_to_num(0) @ v).transpose(1, 2)
     lse = score.logsumexp(-1)
@@ -118,9 +128,7 @@ def test_the_oracle_is_the_definition(random):
     for b in range(2):
         for i in range(3):
             for h in range(4):
-                weights = [
-                    math.exp(0.3 * float(q[b, i, h] @ k[b, j, h // 2]) + float(bias[b, j])) for j in range(4)
-                ]
+                weights = [math.exp(0.3 * float(q[b, i, h] @ k[b, j, h // 2]) + float(bias[b, j])) for j in range(4)]
                 total = sum(weights)
                 if total == 0:
                     assert lse[b, h, i] == -INF and not out[b, i, h].any()
@@ -303,8 +311,10 @@ def test_empty_slots_read_nothing(backend, poison, random, device):
     """Rows that no slot names may hold NaN, in k, v and q."""
     q, k, v = qkv(random, device, 1, 40, 70, 2, 64)
     q[:, 30:], k[:, 50:], v[:, 50:] = (float("nan"),) * 3
-    lens = dict(q_lens=torch.tensor([30], dtype=torch.int32, device=device),
-                kv_lens=torch.tensor([50], dtype=torch.int32, device=device))
+    lens = dict(
+        q_lens=torch.tensor([30], dtype=torch.int32, device=device),
+        kv_lens=torch.tensor([50], dtype=torch.int32, device=device),
+    )
     out, _ = torch.ops.specedit.mixed_res_attn(q, k, v, **lens)
     short, _ = torch.ops.specedit.mixed_res_attn(q[:, :30], k[:, :50], v[:, :50])
     assert_same(out[:, :30], short)
@@ -350,8 +360,16 @@ def test_device_side_lengths(backend, poison, random, device, q_lens, kv_lens):
 def test_lengths_count_slots_of_an_index(backend, poison, random, integers, device):
     q, k, v = qkv(random, device, 2, 40, 90, 2, 64)
     lens = torch.tensor([5, 20], dtype=torch.int32, device=device)
-    check(q, k, v, key_bias=random(2, 90, device=device), q_index=integers(-1, 40, (2, 25), device),
-          kv_index=integers(-1, 90, (2, 33), device), q_lens=lens, kv_lens=lens + 3)
+    check(
+        q,
+        k,
+        v,
+        key_bias=random(2, 90, device=device),
+        q_index=integers(-1, 40, (2, 25), device),
+        kv_index=integers(-1, 90, (2, 33), device),
+        q_lens=lens,
+        kv_lens=lens + 3,
+    )
 
 
 def test_strides(backend, poison, random, device):
@@ -402,8 +420,7 @@ def test_packed_is_padded(backend, poison, random, device, lens, dtype):
         return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
 
     cu_q, cu_k = starts(q_lens), starts(k_lens)
-    call = dict(key_bias=bias, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max(q_lens),
-                max_seqlen_k=max(k_lens))
+    call = dict(key_bias=bias, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max(q_lens), max_seqlen_k=max(k_lens))
     out, lse = torch.ops.specedit.mixed_res_attn(q, k, v, **call)
     assert out.shape == q.shape and lse.shape == (4, q.shape[0])
     want_out, want_lse = oracle(q, k, v, **call)
@@ -506,8 +523,10 @@ def test_every_feature_at_sizes_that_are_cut_into_parts(backend, poison, random,
     q, k, v = qkv(random, device, 3, 700, 3000, 12, dim, 4, dtype=dtype)
     bias = random(3, 3000, device=device) * 2
     bias[:, ::5], bias[0, 400:1500] = -INF, math.log(4)
-    lens = dict(q_lens=torch.tensor([700, 0, 65], dtype=torch.int32, device=device),
-                kv_lens=torch.tensor([2999, 3000, 1], dtype=torch.int32, device=device))
+    lens = dict(
+        q_lens=torch.tensor([700, 0, 65], dtype=torch.int32, device=device),
+        kv_lens=torch.tensor([2999, 3000, 1], dtype=torch.int32, device=device),
+    )
     index = dict(q_index=integers(-1, 700, (3, 900), device), kv_index=integers(-1, 3000, (3, 2500), device))
     check(q, k, v, key_bias=bias)
     check(q, k, v, key_bias=bias, **lens)
@@ -572,8 +591,24 @@ def test_what_the_cuda_kernel_leaves_to_triton(change, words):
 
     shape = (change.pop("batch", 1), 9, 2, change.pop("dim", 64))
     tensor = torch.zeros(shape, dtype=change.pop("dtype", torch.float16))
-    call = dict(q=tensor, k=tensor, v=tensor, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
-                cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=0.1) | change
+    call = (
+        dict(
+            q=tensor,
+            k=tensor,
+            v=tensor,
+            key_bias=None,
+            q_index=None,
+            kv_index=None,
+            q_lens=None,
+            kv_lens=None,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            scale=0.1,
+        )
+        | change
+    )
     reason = _csrc_refuses(**call)
     assert words in reason and bool(words) == bool(reason)
 
@@ -644,8 +679,18 @@ def test_bad_input(change, error, words):
     ],
 )
 def test_bad_packed_input(change, error, words):
-    call = dict(q=torch.zeros(4, 2, 64), k=torch.zeros(5, 2, 64), v=torch.zeros(5, 2, 64), cu_seqlens_q=i32(0, 2, 4),
-                cu_seqlens_k=i32(0, 2, 5), max_seqlen_q=2, max_seqlen_k=3) | change
+    call = (
+        dict(
+            q=torch.zeros(4, 2, 64),
+            k=torch.zeros(5, 2, 64),
+            v=torch.zeros(5, 2, 64),
+            cu_seqlens_q=i32(0, 2, 4),
+            cu_seqlens_k=i32(0, 2, 5),
+            max_seqlen_q=2,
+            max_seqlen_k=3,
+        )
+        | change
+    )
     with pytest.raises(error, match=words):
         torch.ops.specedit.mixed_res_attn(call.pop("q"), call.pop("k"), call.pop("v"), **call)
 
@@ -660,8 +705,16 @@ def test_bad_packed_input(change, error, words):
     ],
 )
 def test_bad_scatter_leaves_out(change, error, words):
-    call = dict(out=torch.zeros(1, 6, 2, 64), q=torch.ones(1, 4, 2, 64), k=torch.ones(1, 5, 2, 64),
-                v=torch.ones(1, 5, 2, 64), out_index=i32(0, 1, 2, 3)[None]) | change
+    call = (
+        dict(
+            out=torch.zeros(1, 6, 2, 64),
+            q=torch.ones(1, 4, 2, 64),
+            k=torch.ones(1, 5, 2, 64),
+            v=torch.ones(1, 5, 2, 64),
+            out_index=i32(0, 1, 2, 3)[None],
+        )
+        | change
+    )
     with pytest.raises(error, match=words):
         torch.ops.specedit.mixed_res_attn_scatter_(*call.values())
     assert not call["out"].any()

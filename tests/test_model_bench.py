@@ -49,7 +49,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
         edits += [f"specedit-9-{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
         edits += [f"specedit-9-locked-cached {runner}, 10%, {text} text tokens" for text in (128, 256)]
     # in the order asked for
-    assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits):] == edits
+    assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits) :] == edits
     assert set(rows) - set(edits) == {
         "plain-28", "plain-4", "first block cache-28", "taylorseer-28", "inpaint-28, 10 %", "active step fused",
         "active step fused, products in fp8",
@@ -106,8 +106,10 @@ def test_rows_of_qwen(qwen_bench, tmp_path, scale):
     assert flops[:3] == sorted(flops[:3], reverse=True) and (flops[3] < flops[2]) == (scale > 1)
 
 
-@pytest.mark.parametrize("options, words", [(["--side", "100"], "--side: expected a multiple of 64, got 100"),
-                                            (["--rows", "nothing"], "--rows: none of")])
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--side", "100"], "--side: expected a multiple of 64, got 100"), (["--rows", "nothing"], "--rows: none of")],
+)
 def test_bad_options(bench, tmp_path, capsys, options, words):
     with pytest.raises(SystemExit):
         bench.main([*TINY, "--out", str(tmp_path), *options])

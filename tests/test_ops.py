@@ -42,8 +42,13 @@ def samples(device):
         yield specedit.mixed_res_attn, (q, k, v), options
         yield specedit.mixed_res_attn, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v), lens
         yield specedit.mixed_res_attn, (q[:, :0], k, v), {}
-        packed = dict(cu_seqlens_q=i32(0, 4, 10, device=device), cu_seqlens_k=i32(0, 9, 18, device=device),
-                      max_seqlen_q=6, max_seqlen_k=9, key_bias=normal(18))
+        packed = dict(
+            cu_seqlens_q=i32(0, 4, 10, device=device),
+            cu_seqlens_k=i32(0, 9, 18, device=device),
+            max_seqlen_q=6,
+            max_seqlen_k=9,
+            key_bias=normal(18),
+        )
         yield specedit.mixed_res_attn, (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)), packed
         out = normal(2, 7, 4, 32, dtype=dtype)
         yield specedit.mixed_res_attn_scatter_, (out, q, k, v, i32([0, 2, -1], [3, 1, 6], device=device)), options

@@ -37,9 +37,20 @@ def seeded(seed=0):
 class Small(families.Qwen):
     """The family with a transformer of one block and few channels in the autoencoder."""
 
-    parts = families.Qwen.parts | {"transformer": ("transformer", lambda: QwenImageTransformer2DModel(
-        in_channels=64, out_channels=16, num_layers=1, attention_head_dim=64, num_attention_heads=1,
-        joint_attention_dim=models.TEXT_WIDTH, axes_dims_rope=(8, 28, 28)))}
+    parts = families.Qwen.parts | {
+        "transformer": (
+            "transformer",
+            lambda: QwenImageTransformer2DModel(
+                in_channels=64,
+                out_channels=16,
+                num_layers=1,
+                attention_head_dim=64,
+                num_attention_heads=1,
+                joint_attention_dim=models.TEXT_WIDTH,
+                axes_dims_rope=(8, 28, 28),
+            ),
+        )
+    }
 
     @staticmethod
     def make_vae():
@@ -187,8 +198,15 @@ def test_the_training_script_goes_on_where_it_stopped(tmp_path, monkeypatch, cap
     monkeypatch.setitem(train_editor.FAMILIES, "qwen", Small)
     Small.make_vae().save_pretrained(tmp_path / "vae")
     for seconds in ("0.01", "0.02"):
-        monkeypatch.setattr(sys, "argv", [*"train_editor.py --family qwen --tokens 100 --workers 0 --compile none "
-                                          "--capacity 8 8 8 --seconds".split(), seconds])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                *"train_editor.py --family qwen --tokens 100 --workers 0 --compile none "
+                "--capacity 8 8 8 --seconds".split(),
+                seconds,
+            ],
+        )
         train_editor.main()
     assert "resumed at step 1" in capsys.readouterr().out
     pipe = SpecEditQwenImageEditPipeline.from_pretrained(tmp_path / "editor")
@@ -244,8 +262,9 @@ def test_a_rows_flops_are_the_runs_own(pipe):
 
 
 def test_thresholds_of_another_editor():
-    rows = runs.with_thresholds(table.all_rows(), [
-        {"metric": "decoder", "reference": "matched", "draft": "coarse", "threshold": 0.5}])
+    rows = runs.with_thresholds(
+        table.all_rows(), [{"metric": "decoder", "reference": "matched", "draft": "coarse", "threshold": 0.5}]
+    )
     by_name = {row.name: row.config for row in rows}
     assert by_name["9-coarse-full"].threshold == by_name["30-coarse-locked"].threshold == 0.5
     assert by_name["9-quarter-full"].threshold is None and by_name["plain-50"] is None
@@ -256,8 +275,15 @@ def test_an_edit_from_the_folder(folder):
     source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
     mask = np.zeros((64, 96), np.float32)
     mask[:32, :32] = 1
-    out = pipe(image=source, prompt="make the cat blue", negative_prompt=" ", true_cfg_scale=2.0, max_area=64 * 96,
-               mask_image=mask, generator=seeded(),
-               specedit=SpecEditConfig(stages=(1, 1, 1), preserve="pixels", feather=0))
+    out = pipe(
+        image=source,
+        prompt="make the cat blue",
+        negative_prompt=" ",
+        true_cfg_scale=2.0,
+        max_area=64 * 96,
+        mask_image=mask,
+        generator=seeded(),
+        specedit=SpecEditConfig(stages=(1, 1, 1), preserve="pixels", feather=0),
+    )
     assert out.images[0].size == (96, 64) and out.stats.nfe == 3
     assert (np.asarray(out.images[0])[:, 32:] == np.asarray(source)[:, 32:]).all()

@@ -66,10 +66,15 @@ def test_recall_and_precision():
     assert measures.recall_precision(tokens(), tokens((0, 0)))[1].isnan().all()
 
 
-@pytest.mark.parametrize("scores, expected", [
-    ((0.9, 0.8, 0.2, 0.1), 1.0), ((0.1, 0.2, 0.8, 0.9), 0.0), ((0.5, 0.5, 0.5, 0.5), 0.5),
-    ((0.9, 0.2, 0.2, 0.1), 0.875),
-])
+@pytest.mark.parametrize(
+    "scores, expected",
+    [
+        ((0.9, 0.8, 0.2, 0.1), 1.0),
+        ((0.1, 0.2, 0.8, 0.9), 0.0),
+        ((0.5, 0.5, 0.5, 0.5), 0.5),
+        ((0.9, 0.2, 0.2, 0.1), 0.875),
+    ],
+)
 def test_area_under_curve(scores, expected):
     reference = torch.tensor([[[True, True], [False, False]]])
     assert measures.area_under_curve(torch.tensor(scores).view(1, 2, 2), reference).item() == pytest.approx(expected)
@@ -220,8 +225,12 @@ def test_preserved_pixels_are_the_source_s(runner, edits):
 
 def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
     """A failing row is reported, the others go on, records can be read back, and done rows are kept."""
-    rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("plain-4", steps=2), runs.Row("bad", steps=-1),
-            runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=4.0))]
+    rows = [
+        runs.Row(table.REFERENCE, steps=1),
+        runs.Row("plain-4", steps=2),
+        runs.Row("bad", steps=-1),
+        runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=4.0)),
+    ]
     calls = []
     run = runs.Runner.run
     monkeypatch.setattr(runs.Runner, "run", lambda self, row, part: calls.append(row.name) or run(self, row, part))
@@ -253,8 +262,12 @@ def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
 
 def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
     """--onto keeps a former table's other rows, marked with their run; not those of other settings or edits."""
-    rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("plain-4", steps=2), runs.Row("plain-2", steps=2),
-            runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=4.0))]
+    rows = [
+        runs.Row(table.REFERENCE, steps=1),
+        runs.Row("plain-4", steps=2),
+        runs.Row("plain-2", steps=2),
+        runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=4.0)),
+    ]
     monkeypatch.setattr(table, "all_rows", lambda: rows)
     monkeypatch.setattr(table, "load_pipeline", lambda *_: runner.pipe)
     monkeypatch.setattr(table, "make_set", lambda *_: edits)
@@ -275,13 +288,21 @@ def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
     second = run("b", "plain-2", onto="a")
     assert list(second["rows"]) == [table.REFERENCE, "plain-4", "plain-2", "9-coarse-full"]
     assert {n: r.get("run") for n, r in second["rows"].items()} == {
-        table.REFERENCE: None, "plain-4": 1, "plain-2": None, "9-coarse-full": 1}
+        table.REFERENCE: None,
+        "plain-4": 1,
+        "plain-2": None,
+        "9-coarse-full": 1,
+    }
     assert second["rows"]["plain-4"]["summary"] == first["rows"]["plain-4"]["summary"]
     report = (tmp_path / "b" / "table.md").read_text()
     assert "plain-4 [1]" in report and "[1]: rows of an earlier run" in report and "commit-a" in report
     third = run("c", "plain-4", onto="b")
     assert {n: r.get("run") for n, r in third["rows"].items()} == {
-        table.REFERENCE: None, "plain-4": None, "plain-2": 1, "9-coarse-full": 2}
+        table.REFERENCE: None,
+        "plain-4": None,
+        "plain-2": 1,
+        "9-coarse-full": 2,
+    }
     assert [x["commit"] for x in third["former"]] == ["commit-b", "commit-a"]
 
     rows[-1] = runs.Row("9-coarse-full", config=replace(table.PAPER, threshold=3.9))
@@ -329,8 +350,9 @@ def test_rows_are_what_was_promised():
     names = [row.name for row in table.all_rows()]
     assert len(set(names)) == len(names)
     assert {f"plain-{n}" for n in (50, 28, 10, 9, 4, 2)} <= set(names)
-    assert {f"{p}-{d}-{f}" for p in (30, 18, 11, 9) for d in ("coarse", "quarter", "full_step")
-            for f in ("full", "locked")} <= set(names)
+    assert {
+        f"{p}-{d}-{f}" for p in (30, 18, 11, 9) for d in ("coarse", "quarter", "full_step") for f in ("full", "locked")
+    } <= set(names)
 
 
 def test_operating_points_and_recommendation():
@@ -340,8 +362,10 @@ def test_operating_points_and_recommendation():
     point = calibrate.operating_point(scores, reference, 0.3)
     assert (point["recall"], point["precision"], point["missed"]) == (0.75, 1.0, 0.0)
     assert point["share"] == pytest.approx(3 / 16)
-    points = [{"threshold": t, "recall": r, "missed": m, "share": s} for t, r, m, s in
-              ((0.1, 1.0, 0.0, 0.3), (0.2, 0.99, 0.0, 0.18), (0.3, 0.97, 0.0, 0.15))]
+    points = [
+        {"threshold": t, "recall": r, "missed": m, "share": s}
+        for t, r, m, s in ((0.1, 1.0, 0.0, 0.3), (0.2, 0.99, 0.0, 0.18), (0.3, 0.97, 0.0, 0.15))
+    ]
     assert calibrate.cheapest(points, 0.98)["threshold"] == 0.2
     best = calibrate.recommend(points)
     assert best["threshold"] == 0.2 and best["wanted"]
@@ -366,8 +390,16 @@ def test_probe_scores_every_metric_and_reference(runner, edits):
 
 def test_selection_study(runner, edits, tmp_path):
     """Score maps go to disk; the rules are compared from there; what is done in a run is one of them."""
-    args = argparse.Namespace(out=tmp_path, batch=3, reference_steps=2, model="random", dtype="float32", size=128,
-                              text_length=16, true_cfg_scale=1.0)
+    args = argparse.Namespace(
+        out=tmp_path,
+        batch=3,
+        reference_steps=2,
+        model="random",
+        dtype="float32",
+        size=128,
+        text_length=16,
+        true_cfg_scale=1.0,
+    )
     selection.collect(args, runner, None, edits, lambda text: None)
     scores = torch.load(tmp_path / "scores.pt")
     assert len(scores["kind"]) == len(edits) and scores["2 of 9 decoder0"].shape == edits.tokens.shape

@@ -331,9 +331,7 @@ def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
     layout = state.layouts[0]
 
     def change(**fields):
-        changed = qwen_model.QwenLayout(
-            layout.shapes, type(layout.attention)(**{**vars(layout.attention), **fields})
-        )
+        changed = qwen_model.QwenLayout(layout.shapes, type(layout.attention)(**{**vars(layout.attention), **fields}))
         return (run.velocity(state.tokens, at, [changed]) - base).abs().max()
 
     assert change(modulate=torch.zeros_like(layout.attention.modulate)) > 1e-4
@@ -624,9 +622,7 @@ def test_callback_and_latents(edit):
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else tensors
 
     noise = grids.pack(torch.randn(1, 16, 16, 16, generator=seeded(9)))
-    call = options(
-        image=tiny_image(), mask_image=half_mask(4), latents=noise, specedit=paper(stages=(1, 2, 1))
-    )
+    call = options(image=tiny_image(), mask_image=half_mask(4), latents=noise, specedit=paper(stages=(1, 2, 1)))
     watched = dict(
         callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **call
     )

@@ -49,8 +49,9 @@ def test_every_dtype_that_torch_has(backend, random, device, dtype, tail):
 
 @pytest.mark.parametrize("length", [0, 1, 7, 99, 127, 999])
 def test_odd_lengths(backend, random, device, length):
-    check(random(1, 1000, 24, device=device), random(1, length, 24, device=device),
-          unique_index(1, length, 1000, device))
+    check(
+        random(1, 1000, 24, device=device), random(1, length, 24, device=device), unique_index(1, length, 1000, device)
+    )
 
 
 def test_a_wider_index_and_no_rows(backend, random, device):

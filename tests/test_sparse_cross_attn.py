@@ -40,8 +40,11 @@ def call(random, integers, device):
 
     def make(queries=40, tokens=70, heads=2, dim=64, regions=3, batch=2, share=0.3, dtype=torch.float32):
         q, k, v = (random(batch, n, heads, dim, dtype=dtype, device=device) for n in (queries, tokens, tokens))
-        region = integers(-1, max(regions, 1), (batch, queries), device) if regions else \
-            torch.full((batch, queries), -1, dtype=torch.int32, device=device)
+        region = (
+            integers(-1, max(regions, 1), (batch, queries), device)
+            if regions
+            else torch.full((batch, queries), -1, dtype=torch.int32, device=device)
+        )
         region[:, ::3] = -1
         mask = integers(0, 1000, (batch, regions, tokens), device) < 1000 * share
         return q, k, v, region, mask
@@ -163,7 +166,8 @@ def test_joins_into_the_joint_softmax(backend, call, random, device):
     sparse = torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask)
     bias = torch.zeros(2, 50, device=device), torch.zeros(2, 40, device=device).masked_fill(~mask[:, 0], -INF)
     joint = torch.ops.specedit.mixed_res_attn(
-        q, torch.cat([image[0], k], 1), torch.cat([image[1], v], 1), key_bias=torch.cat(bias, 1))
+        q, torch.cat([image[0], k], 1), torch.cat([image[1], v], 1), key_bias=torch.cat(bias, 1)
+    )
     for got, expected in zip(torch.ops.specedit.merge_attn(*dense, *sparse), joint):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -203,7 +207,15 @@ def test_unknown_regions_see_nothing(call):
     ],
 )
 def test_bad_input(change, error, words):
-    call = dict(q=torch.zeros(1, 4, 2, 64), k=torch.zeros(1, 6, 2, 64), v=torch.zeros(1, 6, 2, 64),
-                region=torch.zeros(1, 4, dtype=torch.int32), text_mask=torch.ones(1, 1, 6, dtype=torch.bool)) | change
+    call = (
+        dict(
+            q=torch.zeros(1, 4, 2, 64),
+            k=torch.zeros(1, 6, 2, 64),
+            v=torch.zeros(1, 6, 2, 64),
+            region=torch.zeros(1, 4, dtype=torch.int32),
+            text_mask=torch.ones(1, 1, 6, dtype=torch.bool),
+        )
+        | change
+    )
     with pytest.raises(error, match=words):
         torch.ops.specedit.sparse_cross_attn(*call.values())

@@ -43,8 +43,13 @@ def test_features(backend, poison, random, device, dtype, channels, tokens):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     "shape, grid",
-    [((1, 8, 4, 4), (4, 4)), ((2, 33, 6, 10), (3, 5)), ((1, 64, 8, 8), (2, 2)), ((3, 5, 7, 9), (1, 1)),
-     ((1, 16, 16, 32), (4, 4))],
+    [
+        ((1, 8, 4, 4), (4, 4)),
+        ((2, 33, 6, 10), (3, 5)),
+        ((1, 64, 8, 8), (2, 2)),
+        ((3, 5, 7, 9), (1, 1)),
+        ((1, 16, 16, 32), (4, 4)),
+    ],
     ids=str,
 )
 def test_maps(backend, poison, random, device, dtype, layout, shape, grid):

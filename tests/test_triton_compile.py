@@ -62,9 +62,7 @@ def _compile(fn, capability, types, constants, options, source):
     compiled = triton.compile(
         source(fn, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
     )
-    loads, stores = (
-        len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])) for kind in ("ld", "st")
-    )
+    loads, stores = (len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])) for kind in ("ld", "st"))
     fp8_products = len(re.findall(r"mma[\w.]*e4m3\.e4m3", compiled.asm["ptx"]))
     return {
         "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
@@ -235,7 +233,8 @@ def compile_all():
                           EARLY=early, NEGATE=False)  # fmt: skip
             launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
-                _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource))
+                _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource)
+            )
     results = {}
     for name, job in jobs.items():
         try:

@@ -22,6 +22,7 @@ def relative_error(results, exact):
 
 def copies_in_turn(moved_bytes):
     """A call that copies, reading and writing `moved_bytes` together."""
+
     def make():
         source = torch.randint(-99, 99, (moved_bytes // 2,), dtype=torch.int8, device="cuda")
         return torch.empty_like(source), source

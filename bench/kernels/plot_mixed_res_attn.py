@@ -41,9 +41,7 @@ def _timed(fns):
 
 def _peers(q, k, v, bias, flex):
     return {
-        name: fn
-        for name, (fn, _) in _attention.baselines(q, k, v, bias).items()
-        if flex or not name.startswith("flex")
+        name: fn for name, (fn, _) in _attention.baselines(q, k, v, bias).items() if flex or not name.startswith("flex")
     }
 
 

@@ -28,8 +28,9 @@ def _sdpa(q, k, v, sees):
 def test_sparse_cross_attn(timed, case, impl):
     share, kept, compact = case
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, n, HEADS, DIM, device="cuda", dtype=DTYPE, generator=generator)
-               for n in (QUERIES, TEXT, TEXT))
+    q, k, v = (
+        torch.randn(1, n, HEADS, DIM, device="cuda", dtype=DTYPE, generator=generator) for n in (QUERIES, TEXT, TEXT)
+    )
     side = int(QUERIES**0.5)
     inside = torch.zeros(QUERIES, dtype=torch.bool, device="cuda")
     count = round(share * QUERIES)
@@ -42,13 +43,23 @@ def test_sparse_cross_attn(timed, case, impl):
     mask = torch.zeros(1, 1, TEXT, dtype=torch.bool, device="cuda")
     mask[..., torch.randperm(TEXT, device="cuda", generator=generator)[:kept]] = True
     sees = inside[None, :, None] & mask
-    run = {"specedit": lambda: torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask)[0],
-           "sdpa + boolean mask": lambda: _sdpa(q, k, v, sees)}[impl]
+    run = {
+        "specedit": lambda: torch.ops.specedit.sparse_cross_attn(q, k, v, region, mask)[0],
+        "sdpa + boolean mask": lambda: _sdpa(q, k, v, sees),
+    }[impl]
     score = (q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) * DIM**-0.5).masked_fill(~mask, -torch.inf)
     exact = (score.softmax(-1) @ v.double().transpose(1, 2)).transpose(1, 2)[:, inside]
     plain = (score.to(DTYPE).softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)[:, inside]
     error, budget = (((x.double() - exact).norm() / exact.norm()).item() for x in (run()[:, inside], plain))
     rows = HEADS * DIM * DTYPE.itemsize
     moved = QUERIES * (rows + HEADS * 4 + 4) + int(inside.sum()) * rows + 2 * kept * rows + TEXT
-    timed(run, op="sparse_cross_attn", impl=impl, shape=_name(case), dtype=DTYPE, moved_bytes=moved, error=error,
-          error_ok=error <= budget + torch.finfo(DTYPE).eps / 2)
+    timed(
+        run,
+        op="sparse_cross_attn",
+        impl=impl,
+        shape=_name(case),
+        dtype=DTYPE,
+        moved_bytes=moved,
+        error=error,
+        error_ok=error <= budget + torch.finfo(DTYPE).eps / 2,
+    )

@@ -72,11 +72,14 @@ class FlashBench(Bench):
 
 def markdown(head, rows, baselines):
     versions = ", ".join(f"{k} {v}" for k, v in head["versions"].items())
-    lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens"
-             f" ({head['source_length']} of the source branch), batch 1; {head['device']}, {versions}, commit"
-             f" {head['commit']}, {head['date']}. Seconds with the autoencoder; text embeddings given.", "",
-             "| row | seconds | calls | against the inversion | with both branches | peak GiB | stages, s |",
-             "|---|---:|---:|---:|---:|---:|---|"]
+    lines = [
+        f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens"
+        f" ({head['source_length']} of the source branch), batch 1; {head['device']}, {versions}, commit"
+        f" {head['commit']}, {head['date']}. Seconds with the autoencoder; text embeddings given.",
+        "",
+        "| row | seconds | calls | against the inversion | with both branches | peak GiB | stages, s |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
     for name, row in rows.items():
         if "error" in row:
             lines.append(f"| {name} | failed: {row['error'][:120]} | | | | | |")

@@ -423,8 +423,7 @@ def markdown(head, rows):
             lines.append(f"| {name} | failed: {row['error'][:120]} |" + " |" * (len(peers) + 3))
             continue
         ratios = "".join(
-            " – |" if row["times"] > 1 else f" {rows[other]['seconds'] / row['seconds']:.2f} x |"
-            for other in peers
+            " – |" if row["times"] > 1 else f" {rows[other]['seconds'] / row['seconds']:.2f} x |" for other in peers
         )
         # tensors at their peak, and the graphs' pool, which no tensor holds between replays
         peak = f"{(row['peak_bytes'] + row.get('graph_bytes', 0)) / 2**30:.1f}" if "peak_bytes" in row else "–"

@@ -110,12 +110,10 @@ class QwenBench(Bench):
                         )
             if runner != "eager":  # as plain steps, through our launches
                 config = SpecEditConfig(quality="paper", stages=(0, 0, 9), runner=runner)
-                rows[f"plain-9 {runner}"] = lambda c=config: Row(
-                    lambda: self.specedit(c, region(self.args.side, 1.0))
-                )
+                rows[f"plain-9 {runner}"] = lambda c=config: Row(lambda: self.specedit(c, region(self.args.side, 1.0)))
         for n in (50, 9):
-            rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or Row(
-                lambda: self.plain(n), lambda: self.plain(1)
+            rows[f"compiled plain-{n}"] = lambda n=n: (
+                self.compiled() or Row(lambda: self.plain(n), lambda: self.plain(1))
             )
         return rows
 

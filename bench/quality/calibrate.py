@@ -53,17 +53,34 @@ WANTED_RECALL, WANTED_MISSES, WANTED_SHARE = 0.98, 0.005, 0.20
 
 # name -> how the draft is made, the first of each kind being the one whose threshold is recommended
 PROBES = {
-    "coarse": {"coarse, 3 of 9 steps": dict(stages=(3, 3, 3)), "coarse, 1 of 9": dict(stages=(1, 5, 3)),
-               "coarse, 2 of 9": dict(stages=(2, 4, 3)), "coarse, 4 of 9": dict(stages=(4, 2, 3)),
-               "coarse, 5 of 18": dict(stages=(5, 8, 5)), "coarse, 8 of 30": dict(stages=(8, 14, 8))},
+    "coarse": {
+        "coarse, 3 of 9 steps": dict(stages=(3, 3, 3)),
+        "coarse, 1 of 9": dict(stages=(1, 5, 3)),
+        "coarse, 2 of 9": dict(stages=(2, 4, 3)),
+        "coarse, 4 of 9": dict(stages=(4, 2, 3)),
+        "coarse, 5 of 18": dict(stages=(5, 8, 5)),
+        "coarse, 8 of 30": dict(stages=(8, 14, 8)),
+    },
     "quarter": {"quarter, 8 steps": dict(draft_steps=8), "quarter, 4 steps": dict(draft_steps=4)},
     "full_step": {"full step": dict(preset=9)},  # from pure noise: the same for every preset
 }
 
 # preset -> (coarse, mixed, full) steps for the full finish; coarse steps for the locked one
 FULL_SPLITS = {
-    9: [(1, 6, 2), (2, 3, 4), (2, 4, 3), (2, 5, 2), (2, 6, 1), (3, 3, 3), (3, 4, 2), (3, 5, 1), (4, 2, 3), (4, 3, 2),
-        (4, 4, 1), (5, 2, 2)],
+    9: [
+        (1, 6, 2),
+        (2, 3, 4),
+        (2, 4, 3),
+        (2, 5, 2),
+        (2, 6, 1),
+        (3, 3, 3),
+        (3, 4, 2),
+        (3, 5, 1),
+        (4, 2, 3),
+        (4, 3, 2),
+        (4, 4, 1),
+        (5, 2, 2),
+    ],
     11: [(2, 6, 3), (3, 5, 3), (3, 6, 2), (4, 4, 3), (4, 5, 2), (5, 4, 2)],
     18: [(3, 10, 5), (4, 9, 5), (5, 8, 5), (5, 10, 3), (6, 9, 3), (7, 6, 5)],
     30: [(5, 17, 8), (8, 14, 8), (8, 18, 4), (10, 15, 5), (12, 10, 8)],
@@ -116,8 +133,13 @@ def operating_point(effective, reference, threshold):
     selected = effective > threshold
     recall, precision = recall_precision(selected, reference)
     known = recall.isfinite()
-    return {"threshold": threshold, "recall": mean(recall), "precision": mean(precision),
-            "share": selected.flatten(1).float().mean().item(), "missed": mean((recall < 0.5)[known].float())}
+    return {
+        "threshold": threshold,
+        "recall": mean(recall),
+        "precision": mean(precision),
+        "share": selected.flatten(1).float().mean().item(),
+        "missed": mean((recall < 0.5)[known].float()),
+    }
 
 
 def curve(scores, reference):
@@ -154,8 +176,14 @@ def two_digits(value):
 def point_text(point):
     if point is None:
         return "–"
-    return " / ".join((cell(point["recall"], 3), cell(point["precision"], 2), cell(100 * point["share"], 1),
-                       cell(100 * point["missed"], 1)))
+    return " / ".join(
+        (
+            cell(point["recall"], 3),
+            cell(point["precision"], 2),
+            cell(100 * point["share"], 1),
+            cell(100 * point["missed"], 1),
+        )
+    )
 
 
 def calibrate_thresholds(args, runner, judge, say):
@@ -166,16 +194,23 @@ def calibrate_thresholds(args, runner, judge, say):
     right = hold_against_plain(args, runner, judge, edits)
     # An edit that the editor cannot do has no mask to be found.
     keep = right & edits.reference.flatten(1).any(1).cpu()
-    say((f"{args.reference_steps} plain steps: right {right.float().mean():.3f}; " if args.reference_steps else "")
-        + f"{int(keep.sum())} edits are used")
+    say(
+        (f"{args.reference_steps} plain steps: right {right.float().mean():.3f}; " if args.reference_steps else "")
+        + f"{int(keep.sum())} edits are used"
+    )
     if not keep.any():
         raise SystemExit("the plain run gets no edit right: nothing to calibrate on")
     edits = edits[keep.nonzero()[:, 0]]
     reference, kinds = edits.reference, edits.edits.kind
     pipe = Probe.of(runner.pipe)
     results, table, by_share = [], {}, []
-    header = {"setting": setting(args, runner.device), "edits": len(edits), "reference_steps": args.reference_steps,
-              "true_share": edits.tokens.float().mean().item(), "reference_share": reference.float().mean().item()}
+    header = {
+        "setting": setting(args, runner.device),
+        "edits": len(edits),
+        "reference_steps": args.reference_steps,
+        "true_share": edits.tokens.float().mean().item(),
+        "reference_share": reference.float().mean().item(),
+    }
     for draft, probes in PROBES.items():
         for place, (label, change) in enumerate(probes.items()):
             if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
@@ -186,14 +221,21 @@ def calibrate_thresholds(args, runner, judge, say):
                 auc = area_under_curve(scores, reference)
                 points = curve(scores, reference)
                 best = {d: recommend(points[d]) for d in DILATIONS}
-                results.append({
-                    "draft": label, "metric": metric, "reference": form, "auc": mean(auc),
-                    "auc_by_kind": {k: mean(auc[kinds == i]) for i, k in enumerate(KINDS) if (kinds == i).any()},
-                    "at_recall": {d: {r: cheapest(points[d], r) for r in RECALLS} for d in DILATIONS},
-                    "recommended": best,
-                    "points": {d: [operating_point(effective_scores(scores, d), reference, t) for t in SHOWN]
-                               for d in DILATIONS},
-                })
+                results.append(
+                    {
+                        "draft": label,
+                        "metric": metric,
+                        "reference": form,
+                        "auc": mean(auc),
+                        "auc_by_kind": {k: mean(auc[kinds == i]) for i, k in enumerate(KINDS) if (kinds == i).any()},
+                        "at_recall": {d: {r: cheapest(points[d], r) for r in RECALLS} for d in DILATIONS},
+                        "recommended": best,
+                        "points": {
+                            d: [operating_point(effective_scores(scores, d), reference, t) for t in SHOWN]
+                            for d in DILATIONS
+                        },
+                    }
+                )
                 if best[1] is None:
                     continue
                 threshold = two_digits(best[1]["threshold"])
@@ -201,11 +243,23 @@ def calibrate_thresholds(args, runner, judge, say):
                     table[metric, form, draft] = threshold
                 if draft == "coarse" and (metric, form) == ("decoder", "matched"):
                     by_share.append({"share": change["stages"][0] / sum(change["stages"]), "threshold": threshold})
-            say(f"{label}: AUC " + ", ".join(f"{r['metric']}/{r['reference']} {r['auc']:.4f}"
-                                             for r in results if r["draft"] == label))
-            write_json(args.out / "thresholds.json", jsonable({**header, "results": results, "by_share": by_share,
-                                                               "recommended": [
-                {"metric": m, "reference": f, "draft": d, "threshold": t} for (m, f, d), t in table.items()]}))
+            say(
+                f"{label}: AUC "
+                + ", ".join(f"{r['metric']}/{r['reference']} {r['auc']:.4f}" for r in results if r["draft"] == label)
+            )
+            write_json(
+                args.out / "thresholds.json",
+                jsonable(
+                    {
+                        **header,
+                        "results": results,
+                        "by_share": by_share,
+                        "recommended": [
+                            {"metric": m, "reference": f, "draft": d, "threshold": t} for (m, f, d), t in table.items()
+                        ],
+                    }
+                ),
+            )
             write_text(args.out / "thresholds.md", thresholds_markdown(header, results, table))
 
 
@@ -216,24 +270,36 @@ def thresholds_markdown(header, results, table):
     lines = []
     for r in results:
         found = [r["at_recall"][1][x] for x in RECALLS]
-        lines.append([f"{r['draft']}, {r['metric']}, {r['reference']}", f"{r['auc']:.4f}",
-                      *(cell(r["auc_by_kind"].get(k), 4) for k in COUNTS),
-                      *("–" if p is None else f"{100 * p['share']:.1f} ({p['threshold']:.3g})" for p in found)])
+        lines.append(
+            [
+                f"{r['draft']}, {r['metric']}, {r['reference']}",
+                f"{r['auc']:.4f}",
+                *(cell(r["auc_by_kind"].get(k), 4) for k in COUNTS),
+                *("–" if p is None else f"{100 * p['share']:.1f} ({p['threshold']:.3g})" for p in found),
+            ]
+        )
     chosen, reference = "", ""
     if header["reference_steps"]:
         chosen = " that the editor's plain run gets right"
         reference = " where there is one right answer, else what the plain run of the same noise changed"
-    text = ["# Thresholds", "",
-            f"{header['edits']} calibration edits{chosen}; true share of tokens"
-            f" {header['true_share']:.1%}, of the reference masks {header['reference_share']:.1%}. Reference mask: the"
-            f" true one{reference}."
-            " Tokens are dilated and rounded up to 2x2 blocks, as a run selects them; recall is the mean over edits.",
-            "", setting_text(header["setting"]) + ".", "",
-            markdown_table(head, lines), "",
-            f"## Recommended: recall >= {WANTED_RECALL}, whole misses <= {WANTED_MISSES:.1%}, tokens <="
-            f" {WANTED_SHARE:.0%}", "",
-            "threshold: recall / precision / tokens % / missed %; * = recall or misses fall short of that within"
-            " these tokens, and this is the best", ""]
+    text = [
+        "# Thresholds",
+        "",
+        f"{header['edits']} calibration edits{chosen}; true share of tokens"
+        f" {header['true_share']:.1%}, of the reference masks {header['reference_share']:.1%}. Reference mask: the"
+        f" true one{reference}."
+        " Tokens are dilated and rounded up to 2x2 blocks, as a run selects them; recall is the mean over edits.",
+        "",
+        setting_text(header["setting"]) + ".",
+        "",
+        markdown_table(head, lines),
+        "",
+        f"## Recommended: recall >= {WANTED_RECALL}, whole misses <= {WANTED_MISSES:.1%}, tokens <= {WANTED_SHARE:.0%}",
+        "",
+        "threshold: recall / precision / tokens % / missed %; * = recall or misses fall short of that within"
+        " these tokens, and this is the best",
+        "",
+    ]
     lines = []
     for r in results:
         cells = []
@@ -241,16 +307,27 @@ def thresholds_markdown(header, results, table):
             p = r["recommended"][d]
             cells.append("–" if p is None else f"{p['threshold']:.3g}{'' if p['wanted'] else ' *'}: {point_text(p)}")
         lines.append([f"{r['draft']}, {r['metric']}, {r['reference']}", *cells])
-    text += [markdown_table(["draft, metric, reference", *(f"dilation {d}" for d in DILATIONS)], lines), "",
-             "```python", "# dilation 1",
-             *(f'("{m}", "{f}", "{d}"): {t},' for (m, f, d), t in table.items()), "```", ""]
+    text += [
+        markdown_table(["draft, metric, reference", *(f"dilation {d}" for d in DILATIONS)], lines),
+        "",
+        "```python",
+        "# dilation 1",
+        *(f'("{m}", "{f}", "{d}"): {t},' for (m, f, d), t in table.items()),
+        "```",
+        "",
+    ]
     for r in results:
         if (r["metric"], r["reference"]) not in (("decoder", "matched"), ("decoder", "literal")):
             continue
-        text += [f"## {r['draft']}, {r['metric']}, {r['reference']}: recall / precision / tokens % / missed %", "",
-                 markdown_table(["threshold", *(f"dilation {d}" for d in DILATIONS)],
-                                [[f"{t:g}", *(point_text(r["points"][d][i]) for d in DILATIONS)]
-                                 for i, t in enumerate(SHOWN)]), ""]
+        text += [
+            f"## {r['draft']}, {r['metric']}, {r['reference']}: recall / precision / tokens % / missed %",
+            "",
+            markdown_table(
+                ["threshold", *(f"dilation {d}" for d in DILATIONS)],
+                [[f"{t:g}", *(point_text(r["points"][d][i]) for d in DILATIONS)] for i, t in enumerate(SHOWN)],
+            ),
+            "",
+        ]
     return "\n".join(text)
 
 
@@ -280,14 +357,25 @@ def split_rows(threshold_at, presets):
     for preset in presets:
         for split in FULL_SPLITS[preset]:
             name = f"{preset} full {split[0]}+{split[1]}+{split[2]}" + (" (now)" if split == PRESETS[preset] else "")
-            config = replace(base, preset=preset, stages=split, threshold=threshold_at(split[0] / preset),
-                             relative=base.resolved_relative())
+            config = replace(
+                base,
+                preset=preset,
+                stages=split,
+                threshold=threshold_at(split[0] / preset),
+                relative=base.resolved_relative(),
+            )
             rows.append((preset, Row(name, config=config)))
     for preset in presets:
         for coarse in LOCKED_SPLITS[preset]:
             name = f"{preset} locked {coarse}+{preset - coarse}" + (" (now)" if coarse == PRESETS[preset][0] else "")
-            config = replace(base, preset=preset, finish="locked", stages=(coarse, preset - coarse, 0),
-                             threshold=threshold_at(coarse / preset), relative=base.resolved_relative())
+            config = replace(
+                base,
+                preset=preset,
+                finish="locked",
+                stages=(coarse, preset - coarse, 0),
+                threshold=threshold_at(coarse / preset),
+                relative=base.resolved_relative(),
+            )
             rows.append((preset, Row(name, config=config)))
     return rows
 
@@ -334,13 +422,29 @@ def search_stages(args, runner, judge, threshold_at, say):
 
 def stages_markdown(header, results):
     """The report of search_stages."""
-    columns = {"threshold": 3, "right": 3, "psnr_in": 2, "sharpness": 3, "psnr_out": 2, "drift": 2, "recall": 3,
-               "missed": 3, "active": 3, "tflop": 3, "score": 1}
-    text = ["# How a preset's steps are split", "",
-            f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, the threshold of the"
-            " share of coarse steps): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
-            " 100 right + 4 psnr_in + 50 sharpness: two points of right, half a dB and .04 of sharpness weigh alike.",
-            "", setting_text(header["setting"]) + ".", ""]
+    columns = {
+        "threshold": 3,
+        "right": 3,
+        "psnr_in": 2,
+        "sharpness": 3,
+        "psnr_out": 2,
+        "drift": 2,
+        "recall": 3,
+        "missed": 3,
+        "active": 3,
+        "tflop": 3,
+        "score": 1,
+    }
+    text = [
+        "# How a preset's steps are split",
+        "",
+        f"{header['edits']} calibration edits (`coarse` draft, decoder features, matched, the threshold of the"
+        " share of coarse steps): coarse + mixed + full steps, and coarse + mixed for the locked finish. score ="
+        " 100 right + 4 psnr_in + 50 sharpness: two points of right, half a dB and .04 of sharpness weigh alike.",
+        "",
+        setting_text(header["setting"]) + ".",
+        "",
+    ]
     for preset in sorted({r["preset"] for r in results}):
         found = [r for r in results if r["preset"] == preset]
         for kind in ("plain", " full ", " locked "):
@@ -348,8 +452,17 @@ def stages_markdown(header, results):
             if not rows:
                 continue
             rows.sort(key=lambda r: -math.inf if "error" in r else r["score"], reverse=True)
-            lines = [[r["row"], *([r["error"][:80]] + [""] * (len(columns) - 1) if "error" in r else
-                                  [cell(r.get(c), n) for c, n in columns.items()])] for r in rows]
+            lines = [
+                [
+                    r["row"],
+                    *(
+                        [r["error"][:80]] + [""] * (len(columns) - 1)
+                        if "error" in r
+                        else [cell(r.get(c), n) for c, n in columns.items()]
+                    ),
+                ]
+                for r in rows
+            ]
             text += [markdown_table(["row", *columns], lines), ""]
     return "\n".join(text)
 
@@ -360,8 +473,14 @@ def main():
     parser.add_argument("--part", choices=("thresholds", "stages", "both"), default="both")
     parser.add_argument("--probes", nargs="+", metavar="GLOB", default=["*"], help="names or patterns of drafts")
     parser.add_argument("--threshold", type=float, help="of the stages' runs; default: those in OUT/thresholds.json")
-    parser.add_argument("--presets", type=int, nargs="+", choices=tuple(FULL_SPLITS), default=sorted(FULL_SPLITS),
-                        help="whose splits to try")
+    parser.add_argument(
+        "--presets",
+        type=int,
+        nargs="+",
+        choices=tuple(FULL_SPLITS),
+        default=sorted(FULL_SPLITS),
+        help="whose splits to try",
+    )
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run; 0: none, the true masks")
     args = parser.parse_args()
     device = prepare(args)

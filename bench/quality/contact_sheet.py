@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A picture of held-out edits: source, target, 50 plain steps, SpecEdit's default preset, and its mask.
 
-    python bench/quality/contact_sheet.py --out out/sheet         # OUT/contact_sheet.png
-    python bench/quality/contact_sheet.py --edits 3 70 140 199    # by their number in the evaluation set
+python bench/quality/contact_sheet.py --out out/sheet         # OUT/contact_sheet.png
+python bench/quality/contact_sheet.py --edits 3 70 140 199    # by their number in the evaluation set
 """
 
 import argparse
@@ -32,8 +32,16 @@ from specedit_kernels import SpecEditConfig
 LIMIT = 1_500_000  # bytes
 GAP, CAPTION, TITLE = 4, 18, 20
 # (task, small, which of them): two of a kind look different
-WANTED = [("replace", False, 3), ("remove", False, 5), ("recolor", False, 7), ("add", False, 2), ("replace", True, 2),
-          ("add_open", None, 4), ("night", None, 1), ("snow", None, 3)]
+WANTED = [
+    ("replace", False, 3),
+    ("remove", False, 5),
+    ("recolor", False, 7),
+    ("add", False, 2),
+    ("replace", True, 2),
+    ("add_open", None, 4),
+    ("night", None, 1),
+    ("snow", None, 3),
+]
 
 
 def varied(edits):
@@ -105,25 +113,37 @@ def main():
         chosen = varied(edits)
     part = edits[torch.tensor(chosen)]
     config = SpecEditConfig()
-    rows = {f"{args.steps} plain steps": Row("plain", steps=args.steps),
-            f"SpecEdit, preset {config.preset}": with_thresholds([Row("specedit", config=config)],
-                                                                 args.thresholds or [])[0]}
-    results = {title: [runner.run(row, part[piece]) for piece in torch.arange(len(part)).split(args.batch)]
-               for title, row in rows.items()}
+    rows = {
+        f"{args.steps} plain steps": Row("plain", steps=args.steps),
+        f"SpecEdit, preset {config.preset}": with_thresholds([Row("specedit", config=config)], args.thresholds or [])[
+            0
+        ],
+    }
+    results = {
+        title: [runner.run(row, part[piece]) for piece in torch.arange(len(part)).split(args.batch)]
+        for title, row in rows.items()
+    }
     images = {title: torch.cat([r.images for r in parts]) for title, parts in results.items()}
     source, target = part.pictures()
     masks = torch.cat([r.mask for r in results[f"SpecEdit, preset {config.preset}"]])
     columns = {"source": source, "target": target, **images, "its mask": overlay(source, masks)}
-    captions = [f"{phrase}  ({KINDS[kind]}, {share:.0%} of the tokens selected)" for phrase, kind, share in
-                zip(part.edits.phrases(), part.edits.kind.tolist(), masks.float().mean((1, 2)).tolist())]
+    captions = [
+        f"{phrase}  ({KINDS[kind]}, {share:.0%} of the tokens selected)"
+        for phrase, kind, share in zip(
+            part.edits.phrases(), part.edits.kind.tolist(), masks.float().mean((1, 2)).tolist()
+        )
+    ]
     path = args.out / "contact_sheet.png"
     temporary = path.with_suffix(".part")
     temporary.write_bytes(encode_within(columns, captions))
     os.replace(temporary, path)
     if judge is not None:
         for title, parts in results.items():
-            right = [bool(x) for piece, r in zip(torch.arange(len(part)).split(args.batch), parts)
-                     for x in measure(part[piece], r, judge)["right"]]
+            right = [
+                bool(x)
+                for piece, r in zip(torch.arange(len(part)).split(args.batch), parts)
+                for x in measure(part[piece], r, judge)["right"]
+            ]
             say(f"{title}: right {dict(zip(part.seeds.tolist(), right))}")
     say(f"{path}: {path.stat().st_size} bytes")
     return 0

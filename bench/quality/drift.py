@@ -190,9 +190,17 @@ def measure(kind, name, source, edited, cases, scorer, say):
         picture = drifted(edited, values)
         begin = time.perf_counter()
         found = estimate_drift(source, picture)
-        row = {"kind": kind, "name": name, "case": case, "seconds": time.perf_counter() - begin, "found": found.found,
-               "inliers": found.inliers, "error": error(found, own, values) if found.found else None,
-               "gain": found.gain, "identity": found.found and not found.moved and not found.recoloured}
+        row = {
+            "kind": kind,
+            "name": name,
+            "case": case,
+            "seconds": time.perf_counter() - begin,
+            "found": found.found,
+            "inliers": found.inliers,
+            "error": error(found, own, values) if found.found else None,
+            "gain": found.gain,
+            "identity": found.found and not found.moved and not found.recoloured,
+        }
         if scorer is not None:
             row["undrifted"] = share
             row["aligned"] = scorer.share(clean, scorer.features(brought(source, picture, found)))
@@ -202,8 +210,13 @@ def measure(kind, name, source, edited, cases, scorer, say):
 
 
 def table(head, lines):
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|",
-                      *("| " + " | ".join(line) + " |" for line in lines)])
+    return "\n".join(
+        [
+            "| " + " | ".join(head) + " |",
+            "|---" + "|---:" * (len(head) - 1) + "|",
+            *("| " + " | ".join(line) + " |" for line in lines),
+        ]
+    )
 
 
 def summary(rows):
@@ -238,8 +251,10 @@ def no_ops(args, scorer, say):
         pictures += [(name, source) for name, source, _ in pairs_of(args.pairs, args.names, args.shrink)]
     changes = {f"jpeg {q}": lambda p, q=q: jpeg(p, q) for q in (95, 85, 75, 50)}
     changes["half size and back"] = lambda p: np.asarray(
-        Image.fromarray(p).resize((p.shape[1] // 2, p.shape[0] // 2), Image.LANCZOS)
-        .resize((p.shape[1], p.shape[0]), Image.LANCZOS))
+        Image.fromarray(p)
+        .resize((p.shape[1] // 2, p.shape[0] // 2), Image.LANCZOS)
+        .resize((p.shape[1], p.shape[0]), Image.LANCZOS)
+    )
     changes["autoencoder"] = None
     found = {name: [] for name in changes}
     for name, picture in pictures:
@@ -255,11 +270,26 @@ def no_ops(args, scorer, say):
     lines = []
     for change, values in found.items():
         values = np.array(values)
-        lines.append([change, str(len(values)), *(f"{v:.4f}" for v in (
-            np.median(values[:, 0]), np.quantile(values[:, 0], 0.9), values[:, 0].max(),
-            values[:, 1].max(), np.median(values[:, 2])))])
-    return table(["no-op", "pictures", "largest score: median", ".9", "most", ".99 quantile of tokens: most",
-                  "median token"], lines)
+        lines.append(
+            [
+                change,
+                str(len(values)),
+                *(
+                    f"{v:.4f}"
+                    for v in (
+                        np.median(values[:, 0]),
+                        np.quantile(values[:, 0], 0.9),
+                        values[:, 0].max(),
+                        values[:, 1].max(),
+                        np.median(values[:, 2]),
+                    )
+                ),
+            ]
+        )
+    return table(
+        ["no-op", "pictures", "largest score: median", ".9", "most", ".99 quantile of tokens: most", "median token"],
+        lines,
+    )
 
 
 def main():
@@ -295,9 +325,17 @@ def main():
             rows += measure(kind, name, source, edited, cases, scorer, say)
             write("drift.json", json.dumps(rows, indent=1) + "\n")
     others = [(kind, name, estimate_drift(a, b)) for kind, name, a, b in unlike(args.limit)]
-    lines = [[kind, str(len(part)), str(sum(d.found for d in part)), str(sum(d.moved for d in part)),
-              f"{max(d.inliers for d in part):.2f}"]
-             for kind in dict.fromkeys(o[0] for o in others) for part in [[d for k, _, d in others if k == kind]]]
+    lines = [
+        [
+            kind,
+            str(len(part)),
+            str(sum(d.found for d in part)),
+            str(sum(d.moved for d in part)),
+            f"{max(d.inliers for d in part):.2f}",
+        ]
+        for kind in dict.fromkeys(o[0] for o in others)
+        for part in [[d for k, _, d in others if k == kind]]
+    ]
     text = summary(rows) + "\n\n" + table(["nothing to align", "pictures", "found", "moved", "largest share"], lines)
     write("drift.md", text + "\n")
     say(text)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain Euler sampling of the held-out edits at several step counts: RUN_DIR/plain.json and RUN_DIR/contact.png.
 
-    python bench/quality/evaluate.py --steps 50 28 10 4 2 1
+python bench/quality/evaluate.py --steps 50 28 10 4 2 1
 """
 
 import argparse
@@ -76,8 +76,10 @@ def contact_sheet(columns, phrases, path, side=160):
         draw.text((c * (side + 4) + 2, 1), title, fill="black")
         for r in range(count):
             array = (images[r].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-            sheet.paste(Image.fromarray(array).resize((side, side), Image.Resampling.BILINEAR),
-                        (c * (side + 4), 14 + r * (side + 16)))
+            sheet.paste(
+                Image.fromarray(array).resize((side, side), Image.Resampling.BILINEAR),
+                (c * (side + 4), 14 + r * (side + 16)),
+            )
     for r, text in enumerate(phrases):
         draw.text((2, 14 + r * (side + 16) + side + 1), text, fill="black")
     sheet.save(path)
@@ -106,8 +108,9 @@ def main():
     pipe = family.pipeline.from_pretrained(args.model, torch_dtype=dtype).to(dev)
     as_pictures(pipe.vae)
     judge, renderer = load_judge(dev), Renderer(dev)
-    edits = evaluation_set({kind: max(5, n // args.divide) for kind, n in EVALUATION_COUNTS.items()}
-                           if args.divide > 1 else None)
+    edits = evaluation_set(
+        {kind: max(5, n // args.divide) for kind, n in EVALUATION_COUNTS.items()} if args.divide > 1 else None
+    )
     phrases = edits.phrases()
     methods = ["source", "target", "vae(target)", *(f"{n} steps" for n in args.steps)]
     rows = {name: {} for name in methods}
@@ -119,8 +122,11 @@ def main():
         rendered = renderer(chunk, args.size, held_out=True)
         z = encode_images(pipe.vae, rendered.source)
         states, pooled = encode_text(pipe, [phrases[i] for i in part.tolist()], args.length, dev)
-        outputs = {"source": rendered.source, "target": rendered.target,
-                   "vae(target)": decode_latents(pipe.vae, encode_images(pipe.vae, rendered.target))}
+        outputs = {
+            "source": rendered.source,
+            "target": rendered.target,
+            "vae(target)": decode_latents(pipe.vae, encode_images(pipe.vae, rendered.target)),
+        }
         noise, other = (noise_like(part + base, 16, *z.shape[2:]) for base in (0, 1_000_000))
         seconds = {}
         for steps in args.steps:
@@ -140,13 +146,20 @@ def main():
                 for name, output in outputs.items():
                     shown[name].append(output[k].cpu())
         log(f"evaluate: {part[-1].item() + 1} of {len(edits)}")
-    result = {"edits": len(edits), "size": args.size, "prompt_length": args.length, "dtype": str(dtype),
-              "seconds": spent, "summary": {n: summary(r, edits) for n, r in rows.items()},
-              "rows": rows}
+    result = {
+        "edits": len(edits),
+        "size": args.size,
+        "prompt_length": args.length,
+        "dtype": str(dtype),
+        "seconds": spent,
+        "summary": {n: summary(r, edits) for n, r in rows.items()},
+        "rows": rows,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "plain.json").write_text(json.dumps(result) + "\n")
-    contact_sheet({name: torch.stack(images) for name, images in shown.items()}, shown_phrases,
-                  args.out / "contact.png")
+    contact_sheet(
+        {name: torch.stack(images) for name, images in shown.items()}, shown_phrases, args.out / "contact.png"
+    )
     for group in (*KINDS, "unique", "new object"):
         for name in methods:
             values = result["summary"][name].get(group)

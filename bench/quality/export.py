@@ -22,8 +22,9 @@ def build_pipeline(family, vae, weights, dtype=torch.bfloat16):
         part = make()
         part.load_state_dict(weights[name])
         components[component] = part.to(dtype).eval()
-    return family.pipeline(scheduler=family.make_scheduler(), vae=vae.to("cpu", dtype), **components,
-                           **family.tokenizers())
+    return family.pipeline(
+        scheduler=family.make_scheduler(), vae=vae.to("cpu", dtype), **components, **family.tokenizers()
+    )
 
 
 def export(family, vae, weights, folder):

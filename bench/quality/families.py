@@ -49,8 +49,11 @@ class Flux:
     pipeline, vae = FluxKontextPipeline, AutoencoderKL
     thresholds = FluxKontextModel.thresholds
     encoder = PhraseEncoder
-    parts = {"transformer": ("transformer", models.make_transformer), "clip": ("text_encoder", models.make_clip),
-             "t5": ("text_encoder_2", models.make_t5)}
+    parts = {
+        "transformer": ("transformer", models.make_transformer),
+        "clip": ("text_encoder", models.make_clip),
+        "t5": ("text_encoder_2", models.make_t5),
+    }
     make_vae, make_scheduler = staticmethod(models.make_vae), staticmethod(models.make_scheduler)
     settings = {"max_sequence_length": 64}  # of specedit.json
     ids_width = CLIP_LENGTH + PHRASE_LENGTH
@@ -58,8 +61,11 @@ class Flux:
     default_length = 512  # of a padded prompt in the measurements: the pipeline's default
     # Padded lengths of T5's prompt. Users' pipelines pad to 512 by default; nothing masks the padding.
     lengths = (16, 32, 64, 128, 256, 512)
-    shares = {512: (0.26, 0.14, 0.10, 0.10, 0.12, 0.28), 256: (0.40, 0.20, 0.12, 0.10, 0.08, 0.10),
-              128: (0.40, 0.20, 0.12, 0.12, 0.08, 0.08)}
+    shares = {
+        512: (0.26, 0.14, 0.10, 0.10, 0.12, 0.28),
+        256: (0.40, 0.20, 0.12, 0.10, 0.08, 0.10),
+        128: (0.40, 0.20, 0.12, 0.12, 0.08, 0.08),
+    }
     # Where each shape is compiled by itself: two lengths, the command's and the pipelines' default.
     static_lengths = (64, 512)
     static_shares = {512: (0.7, 0.3), 256: (0.75, 0.25), 128: (0.75, 0.25)}
@@ -99,8 +105,10 @@ class Flux:
         """A text from phrases, by the pipeline's own encoders."""
         t5 = pipe.tokenizer_2(phrases, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         clip = pipe.tokenizer(phrases, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        return (pipe.text_encoder_2(t5.input_ids.to(device))[0],
-                pipe.text_encoder(clip.input_ids.to(device)).pooler_output)
+        return (
+            pipe.text_encoder_2(t5.input_ids.to(device))[0],
+            pipe.text_encoder(clip.input_ids.to(device)).pooler_output,
+        )
 
     @staticmethod
     def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
@@ -108,10 +116,15 @@ class Flux:
         states, pooled = text
         ids = torch.cat([image_ids(*grid, index, tokens.device) for index in (0, 1)])
         return transformer(
-            hidden_states=torch.cat([tokens, condition], 1), timestep=sigma, guidance=guidance,
-            pooled_projections=pooled, encoder_hidden_states=states,
-            txt_ids=torch.zeros(states.shape[1], 3, device=tokens.device), img_ids=ids, return_dict=False,
-        )[0][:, :tokens.shape[1]]
+            hidden_states=torch.cat([tokens, condition], 1),
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=torch.zeros(states.shape[1], 3, device=tokens.device),
+            img_ids=ids,
+            return_dict=False,
+        )[0][:, : tokens.shape[1]]
 
     @staticmethod
     def tokenizers():
@@ -140,8 +153,10 @@ class Qwen:
     pipeline, vae = QwenImageEditPipeline, AutoencoderKLQwenImage
     thresholds = QwenImageEditModel.thresholds
     encoder = QwenPhraseEncoder
-    parts = {"transformer": ("transformer", models.make_qwen_transformer),
-             "text": ("text_encoder", models.make_qwen_text)}
+    parts = {
+        "transformer": ("transformer", models.make_qwen_transformer),
+        "text": ("text_encoder", models.make_qwen_text),
+    }
     make_scheduler = staticmethod(models.make_qwen_scheduler)
     settings = {"true_cfg_scale": 1.0}
     ids_width = default_length = QWEN_LENGTH
@@ -168,8 +183,9 @@ class Qwen:
     def set_scale(vae, z):
         """From latents z: each channel's mean and deviation."""
         mean, deviation = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
-        vae.register_to_config(latents_mean=[round(x, 4) for x in mean.tolist()],
-                               latents_std=[round(x, 4) for x in deviation.tolist()])
+        vae.register_to_config(
+            latents_mean=[round(x, 4) for x in mean.tolist()], latents_std=[round(x, 4) for x in deviation.tolist()]
+        )
 
     @staticmethod
     def text(parts, ids, length):
@@ -177,7 +193,7 @@ class Qwen:
         whole = torch.cat([prefix.expand(len(ids), -1), ids], 1)
         # Padding comes last, and the encoder looks back alone: no mask is needed here.
         states = encoder.model.language_model(inputs_embeds=encoder.get_input_embeddings()(whole)).last_hidden_state
-        return states[:, len(prefix):], ids != qwen_tokenizer().pad_token_id
+        return states[:, len(prefix) :], ids != qwen_tokenizer().pad_token_id
 
     @staticmethod
     def encode_text(pipe, phrases, length, device):
@@ -187,9 +203,13 @@ class Qwen:
     def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
         states, mask = text
         return transformer(
-            hidden_states=torch.cat([tokens, condition], 1), timestep=sigma, encoder_hidden_states=states,
-            encoder_hidden_states_mask=mask, img_shapes=[[(1, *grid)] * 2] * len(tokens), return_dict=False,
-        )[0][:, :tokens.shape[1]]
+            hidden_states=torch.cat([tokens, condition], 1),
+            timestep=sigma,
+            encoder_hidden_states=states,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, *grid)] * 2] * len(tokens),
+            return_dict=False,
+        )[0][:, : tokens.shape[1]]
 
     @staticmethod
     def tokenizers():

@@ -138,26 +138,41 @@ def measure(part, images, mask, source_error, judge, runner):
     return {name: values.double().cpu() for name, values in figures.items()}
 
 
-COLUMNS = {"right": ("right", 3), "psnr_out": ("out dB", 2), "ssim_out": ("out SSIM", 4), "psnr_kept": ("kept dB", 2),
-           "psnr_in": ("in dB", 2), "sharpness": ("sharp", 3), "recall": ("recall", 3),
-           "share": ("tokens %", 1), "cycle": ("cycle", 2)}
+COLUMNS = {
+    "right": ("right", 3),
+    "psnr_out": ("out dB", 2),
+    "ssim_out": ("out SSIM", 4),
+    "psnr_kept": ("kept dB", 2),
+    "psnr_in": ("in dB", 2),
+    "sharpness": ("sharp", 3),
+    "recall": ("recall", 3),
+    "share": ("tokens %", 1),
+    "cycle": ("cycle", 2),
+}
 
 
 def markdown(header, records):
     place = header["setting"]
     lines = [[name, *(cell(record.get(c), d) for c, (_, d) in COLUMNS.items())] for name, record in records.items()]
-    return "\n".join([
-        "# FlashEdit on edits with known answers", "",
-        f"{header['edits']} held-out local edits, {place['size']} px, {place['text_length']} text tokens, editor"
-        f" {place['model']}, COSI {header['cosi']}, commit {place['commit'][:10]}, {place['date']}, {place['device']},"
-        f" {place['dtype']}.", "",
-        markdown_table(["row", *(title for title, _ in COLUMNS.values())], lines), "",
-        "right: the judge's share; out: outside the edit (and a token around it) against the source; kept: the same"
-        " against the source as the autoencoder gives it back, without the autoencoder's own error; in: inside the"
-        " exact mask against the true target, of edits with one right answer; sharp: gradient energy where the output"
-        " changed over the target's where that did, median of the edits with an object; recall of the true region, of"
-        " the edits with one right answer; tokens: share of the mask; cycle: mean squared error of the source branch's"
-        " latents against the source's, in thousandths.", ""])
+    return "\n".join(
+        [
+            "# FlashEdit on edits with known answers",
+            "",
+            f"{header['edits']} held-out local edits, {place['size']} px, {place['text_length']} text tokens, editor"
+            f" {place['model']}, COSI {header['cosi']}, commit {place['commit'][:10]}, {place['date']},"
+            f" {place['device']}, {place['dtype']}.",
+            "",
+            markdown_table(["row", *(title for title, _ in COLUMNS.values())], lines),
+            "",
+            "right: the judge's share; out: outside the edit (and a token around it) against the source; kept: the"
+            " same against the source as the autoencoder gives it back, without the autoencoder's own error; in: inside"
+            " the exact mask against the true target, of edits with one right answer; sharp: gradient energy where the"
+            " output changed over the target's where that did, median of the edits with an object; recall of the true"
+            " region, of the edits with one right answer; tokens: share of the mask; cycle: mean squared error of the"
+            " source branch's latents against the source's, in thousandths.",
+            "",
+        ]
+    )
 
 
 def main(argv=None):
@@ -191,10 +206,13 @@ def main(argv=None):
             made = run(row, edits[rows], runner, pipes)
             for key, values in measure(edits[rows], *made, judge, runner).items():
                 columns.setdefault(key, []).append(values)
-        records[name] = {key: (median if key == "sharpness" else mean)(torch.cat(values))
-                         for key, values in columns.items()}
-        say(f"{name}: {time.perf_counter() - begun:.1f} s; "
-            + ", ".join(f"{k} {cell(v, 3)}" for k, v in records[name].items()))
+        records[name] = {
+            key: (median if key == "sharpness" else mean)(torch.cat(values)) for key, values in columns.items()
+        }
+        say(
+            f"{name}: {time.perf_counter() - begun:.1f} s; "
+            + ", ".join(f"{k} {cell(v, 3)}" for k, v in records[name].items())
+        )
         write_json(args.out / "flash_table.json", jsonable({**header, "rows": records}))
         write_text(args.out / "flash_table.md", markdown(header, records))
     print((args.out / "flash_table.md").read_text())

@@ -83,7 +83,7 @@ def known_boxes(edits):
     """[n, 3]: where the edited object stood, or for `add` the named place at the size of the largest new object."""
     subject = torch.stack([edits.x[:, 0], edits.y[:, 0], edits.size[:, 0] * MARGIN], 1)
     side = torch.full((len(edits),), NEW_SIZES[1])
-    small = (edits.kind == 1)
+    small = edits.kind == 1
     side = torch.where(small, torch.full_like(side, 0.28), side)  # a small object, and the jitter of its place
     place = torch.stack([edits.region[:, 0], edits.region[:, 1], side * 1.1], 1)
     return torch.where((edits.task == TASKS.index("add"))[:, None], place, subject)
@@ -143,8 +143,16 @@ def answers(edits):
     asked = torch.where(recolor[:, None, None], color_matrix(edits.color.clamp(min=0)), own)
     every = torch.arange(total).expand(n, total)
     colors = color_matrix(torch.arange(len(COLORS))).expand(n, -1, 3, 4)
-    after = torch.cat([torch.where(recolor, subject, -1)[:, None], torch.where(recolor, -1, subject)[:, None],
-                       subject[:, None], subject[:, None].expand(n, len(COLORS)), every], 1)
+    after = torch.cat(
+        [
+            torch.where(recolor, subject, -1)[:, None],
+            torch.where(recolor, -1, subject)[:, None],
+            subject[:, None],
+            subject[:, None].expand(n, len(COLORS)),
+            every,
+        ],
+        1,
+    )
     matrix = torch.cat([asked[:, None], own[:, None], own[:, None], colors, asked[:, None].expand(n, total, 3, 4)], 1)
     k = after.shape[1]
     drawn = edits[torch.arange(n).repeat_interleave(k)]

@@ -34,10 +34,20 @@ POOLED_WIDTH = 128
 def make_vae():
     """8x down, 16 channels. No attention: it cost a third of the time and 4 dB of the steps it took away."""
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=(32, 64, 96, 96),
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1,
-        norm_num_groups=8, sample_size=512, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False,
-        use_post_quant_conv=False, mid_block_add_attention=False,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 64, 96, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=512,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
     )
     # At the usual start the posterior's noise (deviation 1) drowns the means, and half of a short training goes by
     # until the log-variances have come down.
@@ -48,33 +58,64 @@ def make_vae():
 def make_transformer():
     """One double and seven single blocks: at the same size the single ones spend more of it on the picture."""
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=7, attention_head_dim=64, num_attention_heads=5,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True,
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=7,
+        attention_head_dim=64,
+        num_attention_heads=5,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        guidance_embeds=True,
         axes_dims_rope=(8, 28, 28),
     )
 
 
 def make_clip():
     tokenizer = clip_tokenizer()
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=POOLED_WIDTH, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=CLIP_LENGTH, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attention_dropout=0.0,
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=POOLED_WIDTH,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attention_dropout=0.0,
+        )
+    )
 
 
 def make_t5():
-    return T5EncoderModel(T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=TEXT_WIDTH, d_kv=32, d_ff=256, num_layers=3, num_heads=4,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, use_cache=False,
-    ))
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            d_ff=256,
+            num_layers=3,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
 
 
 def make_scheduler():
     """FLUX.1-Kontext's."""
     return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
-        base_image_seq_len=256, max_image_seq_len=4096,
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
     )
 
 
@@ -85,8 +126,13 @@ def make_qwen_vae():
     begins as large as a kernel of its own would.
     """
     vae = AutoencoderKLQwenImage(
-        base_dim=32, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False] * 3,
-        latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
+        base_dim=32,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False] * 3,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
     )
     for conv in vae.modules():
         if isinstance(conv, QwenImageCausalConv3d):
@@ -107,8 +153,13 @@ def as_pictures(vae):
 def make_qwen_transformer():
     """Six blocks; half of their weights are the text stream's."""
     return QwenImageTransformer2DModel(
-        in_channels=64, out_channels=LATENT_CHANNELS, num_layers=6, attention_head_dim=64, num_attention_heads=4,
-        joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 28, 28),
+        in_channels=64,
+        out_channels=LATENT_CHANNELS,
+        num_layers=6,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(8, 28, 28),
     )
 
 
@@ -131,35 +182,67 @@ def in_real_numbers(transformer):
     positions = transformer.pos_embed.forward
     # a clone: a compiled block's argument is then no view of complex numbers
     transformer.pos_embed.forward = lambda *args, **kwargs: tuple(
-        torch.view_as_real(freqs).clone() for freqs in positions(*args, **kwargs))
+        torch.view_as_real(freqs).clone() for freqs in positions(*args, **kwargs)
+    )
     transformer_qwenimage.apply_rotary_emb_qwen = _real_rotary
 
 
 def make_qwen_text():
     """A Qwen2.5-VL of two layers; its vision tower is as small as can be, because no picture is shown to it."""
     tokenizer = qwen_tokenizer()
-    special = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
-        ("image_token_id", "image_pad"), ("video_token_id", "video_pad"), ("vision_start_token_id", "vision_start"),
-        ("vision_end_token_id", "vision_end"))}
-    ends = dict(bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=512, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, **ends,
-            rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
-        ),
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT_WIDTH,
-                           window_size=56, fullatt_block_indexes=[0]),
-        tie_word_embeddings=True, **special, **ends,
-    ))
+    special = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image_token_id", "image_pad"),
+            ("video_token_id", "video_pad"),
+            ("vision_start_token_id", "vision_start"),
+            ("vision_end_token_id", "vision_end"),
+        )
+    }
+    ends = dict(
+        bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+                use_cache=False,
+                **ends,
+                rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
+            ),
+            vision_config=dict(
+                depth=1,
+                hidden_size=16,
+                intermediate_size=16,
+                num_heads=2,
+                out_hidden_size=TEXT_WIDTH,
+                window_size=56,
+                fullatt_block_indexes=[0],
+            ),
+            tie_word_embeddings=True,
+            **special,
+            **ends,
+        )
+    )
 
 
 def make_qwen_scheduler():
     """Qwen-Image-Edit's."""
     return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
-        max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
+        num_train_timesteps=1000,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
     )
 
 

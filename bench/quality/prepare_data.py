@@ -19,18 +19,66 @@ COLUMNS = 10
 
 # Sixty objects that differ in outline or colour; the order is part of the data (pairings are held out by index).
 OBJECTS = {
-    "apple": 0x1F34E, "banana": 0x1F34C, "cherry": 0x1F352, "strawberry": 0x1F353, "grapes": 0x1F347,
-    "pineapple": 0x1F34D, "watermelon": 0x1F349, "carrot": 0x1F955, "broccoli": 0x1F966, "mushroom": 0x1F344,
-    "burger": 0x1F354, "pizza": 0x1F355, "donut": 0x1F369, "cupcake": 0x1F9C1, "lollipop": 0x1F36D,
-    "pretzel": 0x1F968, "cheese": 0x1F9C0, "egg": 0x1F373, "car": 0x1F697, "bus": 0x1F68C,
-    "tractor": 0x1F69C, "train": 0x1F682, "rocket": 0x1F680, "airplane": 0x2708, "helicopter": 0x1F681,
-    "sailboat": 0x26F5, "balloon": 0x1F388, "umbrella": 0x2614, "house": 0x1F3E0, "castle": 0x1F3F0,
-    "tent": 0x26FA, "tree": 0x1F332, "palm": 0x1F334, "cactus": 0x1F335, "sunflower": 0x1F33B,
-    "tulip": 0x1F337, "rose": 0x1F339, "cat": 0x1F431, "panda": 0x1F43C, "fox": 0x1F98A,
-    "frog": 0x1F438, "pig": 0x1F437, "lion": 0x1F981, "rabbit": 0x1F430, "owl": 0x1F989,
-    "penguin": 0x1F427, "turtle": 0x1F422, "fish": 0x1F420, "octopus": 0x1F419, "crab": 0x1F980,
-    "butterfly": 0x1F98B, "ladybug": 0x1F41E, "snail": 0x1F40C, "guitar": 0x1F3B8, "drum": 0x1F941,
-    "clock": 0x23F0, "camera": 0x1F4F7, "gift": 0x1F381, "star": 0x2B50, "football": 0x26BD,
+    "apple": 0x1F34E,
+    "banana": 0x1F34C,
+    "cherry": 0x1F352,
+    "strawberry": 0x1F353,
+    "grapes": 0x1F347,
+    "pineapple": 0x1F34D,
+    "watermelon": 0x1F349,
+    "carrot": 0x1F955,
+    "broccoli": 0x1F966,
+    "mushroom": 0x1F344,
+    "burger": 0x1F354,
+    "pizza": 0x1F355,
+    "donut": 0x1F369,
+    "cupcake": 0x1F9C1,
+    "lollipop": 0x1F36D,
+    "pretzel": 0x1F968,
+    "cheese": 0x1F9C0,
+    "egg": 0x1F373,
+    "car": 0x1F697,
+    "bus": 0x1F68C,
+    "tractor": 0x1F69C,
+    "train": 0x1F682,
+    "rocket": 0x1F680,
+    "airplane": 0x2708,
+    "helicopter": 0x1F681,
+    "sailboat": 0x26F5,
+    "balloon": 0x1F388,
+    "umbrella": 0x2614,
+    "house": 0x1F3E0,
+    "castle": 0x1F3F0,
+    "tent": 0x26FA,
+    "tree": 0x1F332,
+    "palm": 0x1F334,
+    "cactus": 0x1F335,
+    "sunflower": 0x1F33B,
+    "tulip": 0x1F337,
+    "rose": 0x1F339,
+    "cat": 0x1F431,
+    "panda": 0x1F43C,
+    "fox": 0x1F98A,
+    "frog": 0x1F438,
+    "pig": 0x1F437,
+    "lion": 0x1F981,
+    "rabbit": 0x1F430,
+    "owl": 0x1F989,
+    "penguin": 0x1F427,
+    "turtle": 0x1F422,
+    "fish": 0x1F420,
+    "octopus": 0x1F419,
+    "crab": 0x1F980,
+    "butterfly": 0x1F98B,
+    "ladybug": 0x1F41E,
+    "snail": 0x1F40C,
+    "guitar": 0x1F3B8,
+    "drum": 0x1F941,
+    "clock": 0x23F0,
+    "camera": 0x1F4F7,
+    "gift": 0x1F381,
+    "star": 0x2B50,
+    "football": 0x26BD,
 }
 
 
@@ -58,8 +106,9 @@ def make_sprites(font_path):
     for i, codepoint in enumerate(OBJECTS.values()):
         atlas.paste(sprite(font, codepoint), (i % COLUMNS * CELL, i // COLUMNS * CELL))
     atlas.save(DATA / "sprites.png", optimize=True)
-    (DATA / "sprites.json").write_text(json.dumps({"cell": CELL, "columns": COLUMNS, "names": list(OBJECTS)}, indent=1)
-                                       + "\n")
+    (DATA / "sprites.json").write_text(
+        json.dumps({"cell": CELL, "columns": COLUMNS, "names": list(OBJECTS)}, indent=1) + "\n"
+    )
 
 
 def make_photos(folders, spec):

@@ -83,8 +83,9 @@ class Ranks:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors]) / self.count
         dist.all_reduce(flat)
-        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]),
-                                                                          tensors)])
+        torch._foreach_copy_(
+            tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+        )
 
 
 class Clock:
@@ -120,6 +121,7 @@ class Clock:
 
     def decay(self, hold, end):
         """1 up to the fraction `hold` of the budget, then linear to `end`."""
+
         def at(fraction):
             return 1.0 if fraction < hold else 1.0 + (end - 1.0) * (fraction - hold) / (1.0 - hold)
 

@@ -30,10 +30,13 @@ def settings():
                     )  # fmt: skip
             more = {
                 "lock_text fp8": (
-                    dict(stages=(1, 3, 0), finish="locked", kv_refresh=2, lock_text=True, kv_cache_dtype="fp8"), {}
+                    dict(stages=(1, 3, 0), finish="locked", kv_refresh=2, lock_text=True, kv_cache_dtype="fp8"),
+                    {},
                 ),
-                "guided": (dict(stages=(1, 2, 0), finish="locked", kv_refresh=2),
-                           dict(negative_prompt="gray", true_cfg_scale=3.0)),
+                "guided": (
+                    dict(stages=(1, 2, 0), finish="locked", kv_refresh=2),
+                    dict(negative_prompt="gray", true_cfg_scale=3.0),
+                ),
                 "quarter": (dict(stages=(1, 1, 1), draft="quarter", draft_steps=1), {}),
                 "full_step": (dict(stages=(1, 1, 1), draft="full_step", preserve="pixels"), {}),
                 "all tokens": (dict(stages=(1, 1, 1), threshold=-1.0), {}),

@@ -14,8 +14,9 @@ from specedit_kernels.sampling.grid import pack, unpack
 def shift_mu(scheduler, tokens):
     """The timestep shift for a target of `tokens` tokens."""
     config = scheduler.config
-    return calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
-                           config.max_shift)
+    return calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
 
 
 def noise_like(seeds, channels, h, w):
@@ -50,14 +51,22 @@ def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5):
     n, _, h, w = z_source.shape
     tokens, condition = pack(noise.to(dev, dtype)), pack(z_source.to(dtype))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=dev,
-                            mu=shift_mu(scheduler, tokens.shape[1]))
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / steps, steps), device=dev, mu=shift_mu(scheduler, tokens.shape[1])
+    )
     # The one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone.
     scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.nan_to_num(1.0), scheduler.timesteps.nan_to_num(1000.0)
     scheduler.set_begin_index(0)
     strength = torch.full((n,), guidance, device=dev)
     for t in scheduler.timesteps:
-        velocity = family_of(pipe).velocity(pipe.transformer, tokens, condition, t.expand(n).to(dtype) / 1000,
-                                            (h // 2, w // 2), (states, pooled), strength)
+        velocity = family_of(pipe).velocity(
+            pipe.transformer,
+            tokens,
+            condition,
+            t.expand(n).to(dtype) / 1000,
+            (h // 2, w // 2),
+            (states, pooled),
+            strength,
+        )
         tokens = scheduler.step(velocity, t, tokens, return_dict=False)[0]
     return unpack(tokens, (h // 2, w // 2))

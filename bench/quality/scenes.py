@@ -35,12 +35,25 @@ SMALL_SIZES = (0.15, 0.21)
 SCALE_RANGE = (0.75, 1.25)  # a new object against the one that it replaces
 ROTATION = 0.6  # radians, either way
 HUE = 0.6  # radians of the YIQ colour circle, either way
-COLOR_VALUES = torch.tensor([(0.95, 0.10, 0.10), (1.0, 0.85, 0.05), (0.10, 0.75, 0.15), (0.10, 0.35, 1.0),
-                             (0.60, 0.15, 0.85), (0.62, 0.62, 0.62)])
+COLOR_VALUES = torch.tensor(
+    [
+        (0.95, 0.10, 0.10),
+        (1.0, 0.85, 0.05),
+        (0.10, 0.75, 0.15),
+        (0.10, 0.35, 1.0),
+        (0.60, 0.15, 0.85),
+        (0.62, 0.62, 0.62),
+    ]
+)
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 # Light's factor per channel, and what is added.
-GLOBAL_FACTORS = {"night": (0.22, 0.28, 0.48), "warm": (1.15, 0.85, 0.45), "cold": (0.50, 0.85, 1.20),
-                  "green": (0.55, 1.10, 0.55), "snow": (0.80, 0.82, 0.86)}
+GLOBAL_FACTORS = {
+    "night": (0.22, 0.28, 0.48),
+    "warm": (1.15, 0.85, 0.45),
+    "cold": (0.50, 0.85, 1.20),
+    "green": (0.55, 1.10, 0.55),
+    "snow": (0.80, 0.82, 0.86),
+}
 GLOBAL_OFFSETS = {"night": 0.0, "warm": 0.05, "cold": 0.05, "green": 0.0, "snow": 0.14}
 SNOW_BANK = 32
 CHANGED = 0.02  # a pixel has changed if a channel differs by more, of [0, 1]
@@ -109,12 +122,22 @@ class Edits:
 
     def phrases(self):
         """The n instructions."""
+
         def name(i):
             return NAMES[i] if i >= 0 else None
 
         rows = zip(*(v.tolist() for v in (self.task, self.variant, self.subject, self.new, self.color, self.place)))
-        return [phrase(TASKS[task], variant, a=name(a), b=name(b), c=COLORS[c] if c >= 0 else None,
-                       p=PLACES[p] if p >= 0 else None) for task, variant, a, b, c, p in rows]
+        return [
+            phrase(
+                TASKS[task],
+                variant,
+                a=name(a),
+                b=name(b),
+                c=COLORS[c] if c >= 0 else None,
+                p=PLACES[p] if p >= 0 else None,
+            )
+            for task, variant, a, b, c, p in rows
+        ]
 
     def unique(self):
         """[n] bool: one right answer."""
@@ -246,20 +269,49 @@ def sample(n, generator, held_out=False, tasks=None, small=None, every_pairing=F
     photos = len(photo_files(held_out))
     photo_share = 1.0 if held_out else 0.6
     photo = torch.where(torch.rand(n, generator=g) < photo_share, torch.randint(photos, (n,), generator=g), -1)
-    crop = torch.cat([_uniform(g, (n, 1), 0.6, 1.0), _uniform(g, (n, 2), -1, 1),
-                      torch.randint(2, (n, 1), generator=g) * 2.0 - 1], 1)
+    crop = torch.cat(
+        [_uniform(g, (n, 1), 0.6, 1.0), _uniform(g, (n, 2), -1, 1), torch.randint(2, (n, 1), generator=g) * 2.0 - 1], 1
+    )
     gradient = torch.cat([torch.rand((n, 6), generator=g), _uniform(g, (n, 1), 0, 2 * math.pi)], 1)
     noise = torch.randn((n, 3, 5, 5), generator=g) * _uniform(g, (n, 1, 1, 1), 0.0, 0.12)
-    stripes = torch.cat([_uniform(g, (n, 1), 3, 20) * (torch.rand((n, 1), generator=g) < 0.35),
-                         _uniform(g, (n, 1), 0, math.pi), _uniform(g, (n, 3), -0.15, 0.15)], 1)
+    stripes = torch.cat(
+        [
+            _uniform(g, (n, 1), 3, 20) * (torch.rand((n, 1), generator=g) < 0.35),
+            _uniform(g, (n, 1), 0, math.pi),
+            _uniform(g, (n, 3), -0.15, 0.15),
+        ],
+        1,
+    )
     snow = torch.cat([torch.randint(SNOW_BANK, (n, 1), generator=g).float(), _uniform(g, (n, 2), -1, 1)], 1)
     none = torch.full((n,), -1)
-    return Edits(task=tasks, kind=kind, slot=slot, subject=torch.where(adding | whole, none, first),
-                 new=torch.where(fresh, partner, none), color=color, place=place,
-                 variant=torch.randint(3, (n,), generator=g), object=objects, x=x, y=y, size=size, rotation=rotation,
-                 flip=flip, matrix=matrix, after=after, after_pose=after_pose, after_flip=after_flip,
-                 after_matrix=after_matrix, region=region, photo=photo, crop=crop, gradient=gradient, noise=noise,
-                 stripes=stripes, snow=snow)
+    return Edits(
+        task=tasks,
+        kind=kind,
+        slot=slot,
+        subject=torch.where(adding | whole, none, first),
+        new=torch.where(fresh, partner, none),
+        color=color,
+        place=place,
+        variant=torch.randint(3, (n,), generator=g),
+        object=objects,
+        x=x,
+        y=y,
+        size=size,
+        rotation=rotation,
+        flip=flip,
+        matrix=matrix,
+        after=after,
+        after_pose=after_pose,
+        after_flip=after_flip,
+        after_matrix=after_matrix,
+        region=region,
+        photo=photo,
+        crop=crop,
+        gradient=gradient,
+        noise=noise,
+        stripes=stripes,
+        snow=snow,
+    )
 
 
 @dataclass
@@ -288,8 +340,9 @@ class Renderer:
         spec = json.loads((DATA / "sprites.json").read_text())
         atlas = np.asarray(Image.open(DATA / "sprites.png").convert("RGBA"), dtype=np.float32) / 255
         cell, columns = spec["cell"], spec["columns"]
-        sprites = np.stack([atlas[i // columns * cell:, i % columns * cell:][:cell, :cell]
-                            for i in range(len(spec["names"]))])
+        sprites = np.stack(
+            [atlas[i // columns * cell :, i % columns * cell :][:cell, :cell] for i in range(len(spec["names"]))]
+        )
         sprites[..., :3] *= sprites[..., 3:]  # premultiplied, so that scaling does not bleed the background in
         self.sprites = _pyramid(torch.from_numpy(sprites).permute(0, 3, 1, 2).contiguous().to(self.device), 3)
         self.photos = {}
@@ -318,8 +371,9 @@ class Renderer:
         cos, sin = rotation.cos() / size, rotation.sin() / size
         mirror = torch.where(flip, -1.0, 1.0)
         cx, cy = 2 * x - 1, 2 * y - 1
-        theta = torch.stack([mirror * cos, mirror * sin, -mirror * (cos * cx + sin * cy),
-                             -sin, cos, sin * cx - cos * cy], -1).view(-1, 2, 3)
+        theta = torch.stack(
+            [mirror * cos, mirror * sin, -mirror * (cos * cx + sin * cy), -sin, cos, sin * cx - cos * cy], -1
+        ).view(-1, 2, 3)
         grid = F.affine_grid(theta, (len(objects), 4, frame, frame), align_corners=False)
         drawn = F.grid_sample(bank[objects.clamp(min=0)], grid, align_corners=False)
         drawn = drawn * (objects >= 0).view(-1, 1, 1, 1)
@@ -342,8 +396,9 @@ class Renderer:
         scale = e.crop[:, 0]
         free = 1 - scale
         zero = torch.zeros_like(scale)
-        theta = torch.stack([scale * e.crop[:, 3], zero, free * e.crop[:, 1],
-                             zero, scale, free * e.crop[:, 2]], -1).view(-1, 2, 3)
+        theta = torch.stack(
+            [scale * e.crop[:, 3], zero, free * e.crop[:, 1], zero, scale, free * e.crop[:, 2]], -1
+        ).view(-1, 2, 3)
         bank = self.photos[held_out][self._level(frame)]
         grid = F.affine_grid(theta, (n, 3, frame, frame), align_corners=False)
         photo = F.grid_sample(bank[e.photo.clamp(min=0)].float(), grid, align_corners=False, padding_mode="border")
@@ -361,10 +416,16 @@ class Renderer:
             return torch.cat([before, after[:, None]], 1).flatten(0, 1)
 
         pose = e.after_pose
-        layers = self._layers(column(e.object, e.after), column(e.x, pose[:, 0]), column(e.y, pose[:, 1]),
-                              column(e.size, pose[:, 2]), column(e.rotation, pose[:, 3]),
-                              column(e.flip, e.after_flip), column(e.matrix, e.after_matrix),
-                              size).view(n, SLOTS + 1, 4, size, size)
+        layers = self._layers(
+            column(e.object, e.after),
+            column(e.x, pose[:, 0]),
+            column(e.y, pose[:, 1]),
+            column(e.size, pose[:, 2]),
+            column(e.rotation, pose[:, 3]),
+            column(e.flip, e.after_flip),
+            column(e.matrix, e.after_matrix),
+            size,
+        ).view(n, SLOTS + 1, 4, size, size)
         source = self._background(e, size, held_out)
         target = source
         for k in range(SLOTS):
@@ -386,8 +447,9 @@ class Renderer:
         theta[:, 0, 0] = theta[:, 1, 1] = 1
         theta[:, :, 2] = e.snow[:, 1:]
         grid = F.affine_grid(theta, (len(e), 1, size, size), align_corners=False)
-        flakes = F.grid_sample(self.snow[self._level(size)][e.snow[:, 0].long()], grid, align_corners=False,
-                               padding_mode="reflection")
+        flakes = F.grid_sample(
+            self.snow[self._level(size)][e.snow[:, 0].long()], grid, align_corners=False, padding_mode="reflection"
+        )
         flakes = flakes * (e.task == TASKS.index("snow")).view(-1, 1, 1, 1) * 0.95
         lit = lit.clamp(0, 1) * (1 - flakes) + flakes
         return torch.where(whole.view(-1, 1, 1, 1), lit, target)
@@ -397,8 +459,9 @@ class Renderer:
         model that something stands wherever it may; so open places and global edits weigh 2 all over."""
         cells = size // TOKEN
         axis = (torch.arange(cells, device=self.device) + 0.5) / cells
-        distance = torch.hypot(axis[None, None, :] - e.region[:, 0].view(-1, 1, 1),
-                               axis[None, :, None] - e.region[:, 1].view(-1, 1, 1))
+        distance = torch.hypot(
+            axis[None, None, :] - e.region[:, 0].view(-1, 1, 1), axis[None, :, None] - e.region[:, 1].view(-1, 1, 1)
+        )
         disc = distance < (e.region[:, 2] + 0.5 / cells).view(-1, 1, 1)
         disc &= (e.region[:, 2] > 0).view(-1, 1, 1)
         own = F.avg_pool2d(subject_alpha[:, None], TOKEN)[:, 0] > TOKEN_SHARE
@@ -436,8 +499,9 @@ def evaluation_set(counts=None, seed=EVALUATION_SEED):
             if share == 0:
                 continue
             pool = share * 4 + 16
-            edits = sample(pool, generator, held_out=True, tasks=torch.full((pool,), TASKS.index(task)),
-                           small=kind == "small")
+            edits = sample(
+                pool, generator, held_out=True, tasks=torch.full((pool,), TASKS.index(task)), small=kind == "small"
+            )
             keep = _visible(edits, renderer)
             if int(keep.sum()) < share:
                 raise RuntimeError(f"{int(keep.sum())} of {pool} drawn {task} edits are visible, {share} are wanted")

@@ -59,8 +59,9 @@ def main():
         height, width = source.shape[:2]
         inside = disc(height, width, 0.1)
         target = np.where(inside[..., None], other, source)
-        small = np.asarray(Image.fromarray((target * 255).round().astype(np.uint8)).resize(
-            (width // 2, height // 2), Image.LANCZOS)) / np.float32(255)
+        small = np.asarray(
+            Image.fromarray((target * 255).round().astype(np.uint8)).resize((width // 2, height // 2), Image.LANCZOS)
+        ) / np.float32(255)
         edited = scorer.through(small)
         tokens = F.max_pool2d(torch.from_numpy(inside).float()[None], 32)
         region = (F.max_pool2d(tokens, 3, 1, 1)[0] > 0).numpy()
@@ -72,8 +73,10 @@ def main():
             for name, picture in pictures.items():
                 found.setdefault((cast, name), []).append([psnr(picture, target, p) for p in places])
         print(paths[i].stem, flush=True)
-    lines = [[f"{name}, cast {cast}", *(f"{v:.2f}" for v in np.mean(values, axis=0))]
-             for (cast, name), values in found.items()]
+    lines = [
+        [f"{name}, cast {cast}", *(f"{v:.2f}" for v in np.mean(values, axis=0))]
+        for (cast, name), values in found.items()
+    ]
     count = len(next(iter(found.values())))
     text = table([f"PSNR, mean of {count} photographs", "seam", "inside of it", "region"], lines)
     replace_file(args.out / "seam.md", lambda path: Path(path).write_text(text + "\n"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a draft's scores should be made into a mask: rules compared on the calibration edits, never on the table's.
 
-    python bench/quality/selection.py --part scores       # OUT/scores.pt: each edit's score maps and what it changed
-    python bench/quality/selection.py --part rules        # OUT/selection.{md,json}, from OUT/scores.pt; no model
+python bench/quality/selection.py --part scores       # OUT/scores.pt: each edit's score maps and what it changed
+python bench/quality/selection.py --part rules        # OUT/selection.{md,json}, from OUT/scores.pt; no model
 """
 
 import argparse
@@ -87,8 +87,12 @@ def collect(args, runner, judge, edits, say):
         done = int(rows[-1]) + 1
         known, seeds = edits.edits[:done], edits.seeds[:done]
         scores = {name: torch.cat(x) for name, x in parts.items()} | {
-            "kind": known.kind, "task": known.task, "unique": known.unique(), "seed": seeds,
-            "setting": setting(args, runner.device)}
+            "kind": known.kind,
+            "task": known.task,
+            "unique": known.unique(),
+            "seed": seeds,
+            "setting": setting(args, runner.device),
+        }
         replace_file(args.out / "scores.pt", lambda path: torch.save(scores, path))
         say(f"{done} of {len(edits)} edits")
 
@@ -125,6 +129,7 @@ def rules(maps, threshold):
     """{name: scores [n, rows, columns]}; a token of any is edited where its score is over one threshold.
 
     threshold: the one in use. Without another word: scores of 2 of 9 steps' last estimate, the decoder's features."""
+
     def decoder(probe, layers=range(3)):
         return sum(maps[f"{probe} decoder{i}"] for i in layers) / len(layers)
 
@@ -134,23 +139,40 @@ def rules(maps, threshold):
     def followed(scores, power, least=None):
         return scores / stages.threshold_scale(scores.flatten(1), power, least)[..., None]
 
-    found = {IN_USE: followed(larger, 0.5, threshold), "without a least threshold": followed(larger, 0.5),
-             "2 of 9": now, "1 of 9": before, "mean of both steps": (now + before) / 2,
-             "larger of both steps": larger, "geometric mean of both": (now * before).sqrt(),
-             "4 of 18": decoder("4 of 18")}
-    found |= {f"{name} over (the largest, at least 0.1, / 2) ^ {p:g}": followed(x, p) for p in (0.25, 0.5, 0.75, 1)
-              for name, x in (("2 of 9", now), ("mean of both steps", (now + before) / 2), ("larger of both", larger))
-              if p != 0.5 or x is not larger}
+    found = {
+        IN_USE: followed(larger, 0.5, threshold),
+        "without a least threshold": followed(larger, 0.5),
+        "2 of 9": now,
+        "1 of 9": before,
+        "mean of both steps": (now + before) / 2,
+        "larger of both steps": larger,
+        "geometric mean of both": (now * before).sqrt(),
+        "4 of 18": decoder("4 of 18"),
+    }
+    found |= {
+        f"{name} over (the largest, at least 0.1, / 2) ^ {p:g}": followed(x, p)
+        for p in (0.25, 0.5, 0.75, 1)
+        for name, x in (("2 of 9", now), ("mean of both steps", (now + before) / 2), ("larger of both", larger))
+        if p != 0.5 or x is not larger
+    }
     found["larger of 1 of 9 and 4 of 18, over (...) ^ 0.5"] = followed(torch.maximum(before, decoder("4 of 18")), 0.5)
     found |= {f"decoder layer {i}": decoder("2 of 9", (i,)) for i in range(3)}
-    found |= {"latent": maps["2 of 9 latent"], "projected": maps["2 of 9 projected"],
-              "3 x 3 mean": smoothed(now), "with 3 x 3 mean, geometric": (now * smoothed(now)).sqrt()}
+    found |= {
+        "latent": maps["2 of 9 latent"],
+        "projected": maps["2 of 9 projected"],
+        "3 x 3 mean": smoothed(now),
+        "with 3 x 3 mean, geometric": (now * smoothed(now)).sqrt(),
+    }
     found |= {f"hysteresis, {r:g} of the threshold": joined(now, threshold, r) for r in (0.25, 0.5)}
     found |= {f"over the source's missing detail + {e:g}": now / (detail + e) for e in (0.05, 0.2, 1)}
-    found |= {f"over the median + {e:g}": now / (now.flatten(1).median(1).values.view(-1, 1, 1) + e)
-              for e in (0.005, 0.02)}
-    found |= {f"threshold at most {s:g} of the largest, at least {low:g}": floored(now, s, low, threshold)
-              for s in (0.1, 0.2, 0.4) for low in (0.005, 0.015)}
+    found |= {
+        f"over the median + {e:g}": now / (now.flatten(1).median(1).values.view(-1, 1, 1) + e) for e in (0.005, 0.02)
+    }
+    found |= {
+        f"threshold at most {s:g} of the largest, at least {low:g}": floored(now, s, low, threshold)
+        for s in (0.1, 0.2, 0.4)
+        for low in (0.005, 0.015)
+    }
     return found
 
 
@@ -192,19 +214,35 @@ def compare_rules(scores, recall=0.98):
 
 def rules_markdown(place, results):
     """The report of compare_rules."""
-    text = ["# From scores to a mask", "",
-            "Rules on calibration edits, dilation 1, whole blocks; the coarse draft's score maps. recall / tokens % /"
-            " edits of which nothing is selected %. Calibration: local and small edits that the plain run gets right;"
-            " the kinds: all edits that change anything. Each rule at the threshold where calibration edits have recall"
-            " .98, and where they cost as many tokens as by the rule in use.", "", setting_text(place) + ".", ""]
+    text = [
+        "# From scores to a mask",
+        "",
+        "Rules on calibration edits, dilation 1, whole blocks; the coarse draft's score maps. recall / tokens % /"
+        " edits of which nothing is selected %. Calibration: local and small edits that the plain run gets right;"
+        " the kinds: all edits that change anything. Each rule at the threshold where calibration edits have recall"
+        " .98, and where they cost as many tokens as by the rule in use.",
+        "",
+        setting_text(place) + ".",
+        "",
+    ]
     for label in dict.fromkeys(r["at"] for r in results):
         lines = []
         for r in results:
             if r["at"] == label:
-                lines.append([r["rule"], f"{r['threshold']:.3g}", *(
-                    "–" if k not in r else " / ".join((cell(r[k]["recall"], 3), cell(100 * r[k]["share"], 1),
-                                                       cell(100 * r[k]["none"], 1)))
-                    for k in ("calibration", *KINDS))])
+                lines.append(
+                    [
+                        r["rule"],
+                        f"{r['threshold']:.3g}",
+                        *(
+                            "–"
+                            if k not in r
+                            else " / ".join(
+                                (cell(r[k]["recall"], 3), cell(100 * r[k]["share"], 1), cell(100 * r[k]["none"], 1))
+                            )
+                            for k in ("calibration", *KINDS)
+                        ),
+                    ]
+                )
         text += [f"## At {label}", "", markdown_table(["rule", "threshold", "calibration", *KINDS], lines), ""]
     return "\n".join(text)
 

@@ -38,8 +38,12 @@ class EditStream:
     def __init__(self, seed, chunk, workers, shares=None, every_pairing=False, encoder=None):
         if shares is not None:
             shares = [*shares, *[0.0] * (len(TASKS) - len(shares))]
-        loader = DataLoader(_Endless(seed, chunk, shares, every_pairing, encoder), batch_size=None, num_workers=workers,
-                            prefetch_factor=8 if workers else None)
+        loader = DataLoader(
+            _Endless(seed, chunk, shares, every_pairing, encoder),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+        )
         self._chunks, self._rest, self._have = iter(loader), [], 0
 
     def take(self, n):
@@ -47,8 +51,11 @@ class EditStream:
             chunk = next(self._chunks)
             self._rest.append(chunk)
             self._have += len(chunk["task"])
-        joined = {name: torch.cat([c[name] for c in self._rest]) for name in self._rest[0]} \
-            if len(self._rest) > 1 else self._rest[0]
+        joined = (
+            {name: torch.cat([c[name] for c in self._rest]) for name in self._rest[0]}
+            if len(self._rest) > 1
+            else self._rest[0]
+        )
         self._have -= n
         self._rest = [{name: value[n:] for name, value in joined.items()}] if self._have else []
         taken = {name: value[:n] for name, value in joined.items()}

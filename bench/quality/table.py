@@ -76,10 +76,16 @@ def all_rows():
         for finish in ("full", "locked"):
             cached = replace(PAPER, preset=preset, finish=finish, kv_refresh=9)
             locked = replace(cached, lock_text=True)
-            rows += [Row(f"{preset}-coarse-{finish}-{label}", config=config) for label, config in (
-                ("cached", cached), ("cached-text", locked), ("text", replace(locked, kv_refresh=1)),
-                ("unguided-draft", replace(cached, kv_refresh=1, draft_guidance=False)),
-                ("cached-text-unguided-draft", replace(locked, draft_guidance=False)))]
+            rows += [
+                Row(f"{preset}-coarse-{finish}-{label}", config=config)
+                for label, config in (
+                    ("cached", cached),
+                    ("cached-text", locked),
+                    ("text", replace(locked, kv_refresh=1)),
+                    ("unguided-draft", replace(cached, kv_refresh=1, draft_guidance=False)),
+                    ("cached-text-unguided-draft", replace(locked, draft_guidance=False)),
+                )
+            ]
     for quality in ("fast", "balanced", "best"):
         rows.append(Row(quality, config=SpecEditConfig(quality=quality)))
         rows.append(Row(f"{quality}-fp8", config=SpecEditConfig(quality=quality, precision="fp8")))
@@ -92,16 +98,26 @@ def all_rows():
         rows += [Row(f"{name}-{rule}", config=replace(base, selection=rule)) for rule in ("random", "uniform")]
         rows.append(Row(f"9-oracle-{finish}", config=base, oracle=True))
         variants = {
-            "pixels": dict(preserve="pixels"), "no-bias": dict(key_bias=False),
-            "fine-condition": dict(coarse_condition=False), "literal": dict(reference="literal"),
-            "latent": dict(metric="latent"), "projected": dict(metric="projected"),
-            "absolute": dict(relative=0.0), "no-dilation": dict(dilation=0), "stride-3": dict(uniform_stride=3),
+            "pixels": dict(preserve="pixels"),
+            "no-bias": dict(key_bias=False),
+            "fine-condition": dict(coarse_condition=False),
+            "literal": dict(reference="literal"),
+            "latent": dict(metric="latent"),
+            "projected": dict(metric="projected"),
+            "absolute": dict(relative=0.0),
+            "no-dilation": dict(dilation=0),
+            "stride-3": dict(uniform_stride=3),
         }
         if finish == "full":  # the locked finish knows no other
             variants["unselected-coarse"] = dict(unselected="coarse")
-        variants |= {"bracket": dict(kv_refresh="bracket"), "kv3": dict(kv_refresh=3), "kv9": dict(kv_refresh=9),
-                     "graph": dict(runner="graph"),
-                     "graph-kv3": dict(runner="graph", kv_refresh=3), "graph-kv9": dict(runner="graph", kv_refresh=9)}
+        variants |= {
+            "bracket": dict(kv_refresh="bracket"),
+            "kv3": dict(kv_refresh=3),
+            "kv9": dict(kv_refresh=9),
+            "graph": dict(runner="graph"),
+            "graph-kv3": dict(runner="graph", kv_refresh=3),
+            "graph-kv9": dict(runner="graph", kv_refresh=9),
+        }
         rows += [Row(f"{name}-{label}", config=replace(base, **change)) for label, change in variants.items()]
         rows += [Row(f"{name}-text{n}", config=base, text_length=n) for n in TEXT_LENGTHS]
     rows += [Row(f"plain-9-text{n}", steps=9, text_length=n) for n in TEXT_LENGTHS]
@@ -159,8 +175,10 @@ LEGEND = """
 
 def summarise(record, kinds):
     """{kind: {column: value}} of one record, from the edits of each kind; NFE and seconds are the record's own."""
-    figures = {k: torch.tensor([float("nan") if x is None else x for x in v], dtype=torch.float64)
-               for k, v in record["figures"].items()}
+    figures = {
+        k: torch.tensor([float("nan") if x is None else x for x in v], dtype=torch.float64)
+        for k, v in record["figures"].items()
+    }
     out = {}
     for kind in (*KINDS, "all"):
         chosen = torch.tensor([kind in (k, "all") for k in kinds])
@@ -189,8 +207,13 @@ def kind_table(kind, records, names, reference=REFERENCE):
         shown = [c for c in shown if c not in ("psnr_in", "psnr_out", "recall_true", "recall_own", "missed_own")]
     rights = KINDS if kind == "local" else (kind,)
     base = records.get(reference, {}).get("summary", {}).get(kind, {}).get("tflop")
-    head = ["row", "NFE", *("right " + k if kind == "local" else "right" for k in rights), "FLOPs /",
-            *(COLUMNS[c][0] for c in shown)]
+    head = [
+        "row",
+        "NFE",
+        *("right " + k if kind == "local" else "right" for k in rights),
+        "FLOPs /",
+        *(COLUMNS[c][0] for c in shown),
+    ]
     lines = []
     for name in names:
         record = records.get(name)
@@ -205,10 +228,15 @@ def kind_table(kind, records, names, reference=REFERENCE):
             continue
         nfe = str(record["nfe"]) + (f" + {record['draft_nfe']}" if record["draft_nfe"] else "")
         flops = values["tflop"]
-        lines.append([marked(record), nfe if record["nfe"] else "–",
-                      *(cell(record["summary"].get(k, {}).get("right", float("nan")), 3) for k in rights),
-                      f"{base / flops:.2f}" if base and flops else "–",
-                      *(cell(values.get(c), COLUMNS[c][3]) for c in shown)])
+        lines.append(
+            [
+                marked(record),
+                nfe if record["nfe"] else "–",
+                *(cell(record["summary"].get(k, {}).get("right", float("nan")), 3) for k in rights),
+                f"{base / flops:.2f}" if base and flops else "–",
+                *(cell(values.get(c), COLUMNS[c][3]) for c in shown),
+            ]
+        )
     return markdown_table(head, lines)
 
 
@@ -225,23 +253,42 @@ def targets(records, reference=REFERENCE):
         local = row["local"]
         if "right" in local:
             loss = 100 * (plain["right"] - local["right"])
-            out.append((f"{name}: at most 2 points of `right` under {reference}, local",
-                        f"{100 * local['right']:.1f} % against {100 * plain['right']:.1f} %", round(loss, 6) <= 2))
+            out.append(
+                (
+                    f"{name}: at most 2 points of `right` under {reference}, local",
+                    f"{100 * local['right']:.1f} % against {100 * plain['right']:.1f} %",
+                    round(loss, 6) <= 2,
+                )
+            )
         loss = plain["psnr_in"] - local["psnr_in"]
-        out.append((f"{name}: at most .5 dB under {reference} inside, local",
-                    f"{local['psnr_in']:.2f} against {plain['psnr_in']:.2f} dB", loss <= 0.5))
+        out.append(
+            (
+                f"{name}: at most .5 dB under {reference} inside, local",
+                f"{local['psnr_in']:.2f} against {plain['psnr_in']:.2f} dB",
+                loss <= 0.5,
+            )
+        )
         for kind in ("local", "ambiguous"):
             if kind in four and kind in row:
                 ours, theirs = row[kind]["sharpness"], four[kind]["sharpness"]
                 out.append((f"{name}: sharper than plain-4, {kind}", f"{ours:.3f} against {theirs:.3f}", ours > theirs))
-        out.append((f"{name}: mask recall >= .98 at <= 20 % of the tokens, local",
-                    f"{local['recall']:.3f} at {local['active']:.1f} %",
-                    local["recall"] >= 0.98 and local["active"] <= 20))
+        out.append(
+            (
+                f"{name}: mask recall >= .98 at <= 20 % of the tokens, local",
+                f"{local['recall']:.3f} at {local['active']:.1f} %",
+                local["recall"] >= 0.98 and local["active"] <= 20,
+            )
+        )
         out.append((f"{name}: whole misses <= .5 %, local", f"{local['missed']:.2f} %", local["missed"] <= 0.5))
         pixels = records.get(f"{name}-pixels", {}).get("summary", {}).get("all")
         if pixels and pixels["kept_max"] == pixels["kept_max"]:
-            out.append((f"{name}-pixels: no pixel outside the region differs from the source, all edits",
-                        f"largest difference {pixels['kept_max']:.0f}", pixels["kept_max"] == 0))
+            out.append(
+                (
+                    f"{name}-pixels: no pixel outside the region differs from the source, all edits",
+                    f"largest difference {pixels['kept_max']:.0f}",
+                    pixels["kept_max"] == 0,
+                )
+            )
     return out
 
 
@@ -262,9 +309,13 @@ def markdown(header, records, names):
     """The whole report."""
     against = header.get("reference", REFERENCE)
     kinds = header["edits"]["kind"]
-    text = ["# Quality of edits with known answers", "",
-            f"{len(kinds)} held-out edits ({', '.join(f'{kinds.count(k)} {k}' for k in KINDS)}),"
-            f" {setting_text(header['setting'])}.", ""]
+    text = [
+        "# Quality of edits with known answers",
+        "",
+        f"{len(kinds)} held-out edits ({', '.join(f'{kinds.count(k)} {k}' for k in KINDS)}),"
+        f" {setting_text(header['setting'])}.",
+        "",
+    ]
     for number, place in enumerate(header["former"], 1):
         if any(record.get("run") == number for record in records.values()):
             text += [f"[{number}]: rows of an earlier run: {setting_text(place)}.", ""]
@@ -274,24 +325,43 @@ def markdown(header, records, names):
             text += [f"## {kind.capitalize()} edits ({kinds.count(kind)})", "", table, ""]
     goals = targets(records, against)
     if goals:
-        text += ["## Targets", "", markdown_table(["target", "measured", "met"],
-                                                  [[c, m, "yes" if met else "**no**"] for c, m, met in goals]), ""]
+        text += [
+            "## Targets",
+            "",
+            markdown_table(["target", "measured", "met"], [[c, m, "yes" if met else "**no**"] for c, m, met in goals]),
+            "",
+        ]
     flips = pairs(records, against)
     if flips:
-        text += [f"Edits that only the row / only {against} got right: "
-                 + ", ".join(f"{n} {w}/{b}" for n, (w, b) in flips.items() if n in names) + ".", ""]
+        text += [
+            f"Edits that only the row / only {against} got right: "
+            + ", ".join(f"{n} {w}/{b}" for n, (w, b) in flips.items() if n in names)
+            + ".",
+            "",
+        ]
     failed = [n for n in names if "error" in records.get(n, {})]
     if failed:
         text += ["Failed rows: " + ", ".join(failed) + ".", ""]
     if against == "none":
-        text += ["No plain run was asked for: recall, precision, AUC and misses are held against the true masks, also"
-                 " where those are one of many answers.", ""]
+        text += [
+            "No plain run was asked for: recall, precision, AUC and misses are held against the true masks, also"
+            " where those are one of many answers.",
+            "",
+        ]
     rule = header["rule"]
-    text += ["## Legend", LEGEND.format(
-        reference=against, text_length=header["setting"]["text_length"],
-        shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
-        floor=rule["floor"], share=rule["share"], rule_recall=f"{rule['recall']:.1%}",
-        rule_precision=f"{rule['precision']:.1%}").strip(), ""]
+    text += [
+        "## Legend",
+        LEGEND.format(
+            reference=against,
+            text_length=header["setting"]["text_length"],
+            shares=", ".join(f"{k} {v:.1%}" for k, v in header["true_shares"].items()),
+            floor=rule["floor"],
+            share=rule["share"],
+            rule_recall=f"{rule['recall']:.1%}",
+            rule_precision=f"{rule['precision']:.1%}",
+        ).strip(),
+        "",
+    ]
     return "\n".join(text)
 
 
@@ -300,8 +370,11 @@ def config_of(row):
     if row.config is None:
         return None
     values = {k: v for k, v in vars(row.config).items() if v is not None}
-    return values | {"threshold": row.config.resolved_threshold(), "relative": row.config.resolved_relative(),
-                     "stages": list(row.config.step_counts())}
+    return values | {
+        "threshold": row.config.resolved_threshold(),
+        "relative": row.config.resolved_relative(),
+        "stages": list(row.config.step_counts()),
+    }
 
 
 def read_records(path, header, rows):
@@ -312,10 +385,15 @@ def read_records(path, header, rows):
     try:
         former = json.loads(lines[0])
         former["setting"].setdefault("true_cfg_scale", 1.0)  # before there was a choice
-        same = all(former["setting"][k] == header["setting"][k]
-                   for k in ("model", "size", "text_length", "dtype", "true_cfg_scale"))
-        if (not same or former["edits"] != header["edits"]
-                or former.get("reference", REFERENCE) != header.get("reference", REFERENCE)):
+        same = all(
+            former["setting"][k] == header["setting"][k]
+            for k in ("model", "size", "text_length", "dtype", "true_cfg_scale")
+        )
+        if (
+            not same
+            or former["edits"] != header["edits"]
+            or former.get("reference", REFERENCE) != header.get("reference", REFERENCE)
+        ):
             return {}
         found = [json.loads(line) for line in lines[1:]]
     except (json.JSONDecodeError, KeyError, IndexError):
@@ -340,7 +418,8 @@ def same_config(former, current):
     if former is None or current is None:
         return former is current
     return jsonable({**current, **former}) == jsonable(current) and all(
-        current[k] == defaults().get(k) for k in current.keys() - former.keys())
+        current[k] == defaults().get(k) for k in current.keys() - former.keys()
+    )
 
 
 def read_former(path, header, rows):
@@ -360,13 +439,18 @@ def read_former(path, header, rows):
     if former["counts"] != {k: edits.count(k) for k in KINDS}:
         raise ValueError(f"--onto: expected a table of as many edits of each kind, got {former['counts']}")
     current = {row.name: config_of(row) for row in rows}
-    kept = {name: record for name, record in former["rows"].items()
-            if "summary" in record and name in current and same_config(record["config"], current[name])}
+    kept = {
+        name: record
+        for name, record in former["rows"].items()
+        if "summary" in record and name in current and same_config(record["config"], current[name])
+    }
     runs = [place, *former.get("former", [])]
     for record in kept.values():
         record["run"] = 1 + record.get("run", 0)
-        record["summary"] = {kind: {k: float("nan") if v is None else v for k, v in values.items()}
-                             for kind, values in record["summary"].items()}
+        record["summary"] = {
+            kind: {k: float("nan") if v is None else v for k, v in values.items()}
+            for kind, values in record["summary"].items()
+        }
     return kept, runs
 
 
@@ -381,8 +465,12 @@ def check_rule(edits, runner, batch):
         hits += int((found & part.tokens & local).sum())
         wanted += int((part.tokens & local).sum())
         chosen += int((found & local).sum())
-    return {"floor": CHANGED_FLOOR, "share": CHANGED_SHARE, "recall": hits / max(wanted, 1),
-            "precision": hits / max(chosen, 1)}
+    return {
+        "floor": CHANGED_FLOOR,
+        "share": CHANGED_SHARE,
+        "recall": hits / max(wanted, 1),
+        "precision": hits / max(chosen, 1),
+    }
 
 
 class Table:
@@ -412,10 +500,17 @@ class Table:
         for name, flips in pairs(ordered, against).items():
             plain[name]["pairs"] = flips
         edits = self.header["edits"]
-        write_json(self.out / "table.json", jsonable({
-            **{k: v for k, v in self.header.items() if k != "edits"},
-            "counts": {k: edits["kind"].count(k) for k in KINDS}, "rows": plain,
-            "targets": [dict(zip(("target", "measured", "met"), t)) for t in targets(ordered, against)]}))
+        write_json(
+            self.out / "table.json",
+            jsonable(
+                {
+                    **{k: v for k, v in self.header.items() if k != "edits"},
+                    "counts": {k: edits["kind"].count(k) for k in KINDS},
+                    "rows": plain,
+                    "targets": [dict(zip(("target", "measured", "met"), t)) for t in targets(ordered, against)],
+                }
+            ),
+        )
         write_text(self.out / "table.md", markdown(self.header, ordered, self.names))
 
 
@@ -439,8 +534,14 @@ def run_row(row, edits, runner, judge, args, own, reference=REFERENCE):
         for name, values in measure(part, result, judge, None if own is None else own[rows.to(own.device)]).items():
             columns.setdefault(name, []).append(values)
     figures = {name: torch.cat(values) for name, values in columns.items()}
-    record = {"row": row.name, "nfe": nfe[0], "draft_nfe": nfe[1], "config": config_of(row),
-              "runner": result.runner, "figures": jsonable(figures)}
+    record = {
+        "row": row.name,
+        "nfe": nfe[0],
+        "draft_nfe": nfe[1],
+        "config": config_of(row),
+        "runner": result.runner,
+        "figures": jsonable(figures),
+    }
     record["summary"] = summarise(record, [KINDS[k] for k in edits.edits.kind.tolist()])
     record["seconds"] = round(time.perf_counter() - started, 2)  # of everything, the measures too: no latency
     return record
@@ -466,8 +567,13 @@ def main():
     parser.add_argument("--onto", type=Path, help="a former table.json, whose other rows are kept")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of edits")
-    parser.add_argument("--reference-steps", type=int, choices=(0, *PLAIN_STEPS), default=50,
-                        help="of the plain run that others are held against; 0: none, masks against the true ones")
+    parser.add_argument(
+        "--reference-steps",
+        type=int,
+        choices=(0, *PLAIN_STEPS),
+        default=50,
+        help="of the plain run that others are held against; 0: none, masks against the true ones",
+    )
     args = parser.parse_args()
     rows = all_rows()
     if args.thresholds is not None:
@@ -492,9 +598,12 @@ def main():
     local = {k: edits.edits.kind == i for i, k in enumerate(KINDS)}
     share = edits.tokens.flatten(1).float().mean(1).cpu()
     header = {
-        "setting": setting(args, device), "rule": check_rule(edits, runner, args.batch),
+        "setting": setting(args, device),
+        "rule": check_rule(edits, runner, args.batch),
         "true_shares": {k: share[m].mean().item() for k, m in local.items() if m.any()},
-        "edits": edit_columns(edits.edits, edits.seeds), "former": [], "reference": reference,
+        "edits": edit_columns(edits.edits, edits.seeds),
+        "former": [],
+        "reference": reference,
     }
     former = {}
     if args.onto is not None:

@@ -117,9 +117,14 @@ class EditSet:
 
     def __getitem__(self, rows):
         there = rows.to(self.source.device)
-        return EditSet(self.edits[rows], self.seeds[rows], *(
-            None if x is None else x[there]
-            for x in (self.source, self.target, self.mask, self.tokens, self.reach, self.reference)))
+        return EditSet(
+            self.edits[rows],
+            self.seeds[rows],
+            *(
+                None if x is None else x[there]
+                for x in (self.source, self.target, self.mask, self.tokens, self.reach, self.reference)
+            ),
+        )
 
     def pictures(self):
         """(source, target), fp32 in [0, 1]."""
@@ -198,7 +203,11 @@ class Runner:
         """The call's arguments that every row shares; the same noise for an edit in every row."""
         size = part.source.shape[-1]
         options = dict(
-            prompt=part.edits.phrases(), height=size, width=size, max_area=size * size, output_type="pt",
+            prompt=part.edits.phrases(),
+            height=size,
+            width=size,
+            max_area=size * size,
+            output_type="pt",
             generator=[torch.Generator().manual_seed(int(seed)) for seed in part.seeds],
         )
         if self.true_cfg_scale > 1:
@@ -248,8 +257,9 @@ class Runner:
             a, b = getattr(first, name), getattr(second, name)
             return None if a is None else torch.cat([a, b]) if isinstance(a, torch.Tensor) else [*a, *b]
 
-        return replace(first, **{name: joined(name) for name in
-                                 ("images", "flops", "mask", "scores", "active", "fallbacks")})
+        return replace(
+            first, **{name: joined(name) for name in ("images", "flops", "mask", "scores", "active", "fallbacks")}
+        )
 
     def _run(self, row, part):
         n, tokens = len(part), part.tokens.shape[1] * part.tokens.shape[2]
@@ -261,10 +271,22 @@ class Runner:
         mask_image = grow(part.reference, 1).float() if row.oracle else None
         out = self.pipe(specedit=row.config, mask_image=mask_image, **self.options(part))
         stats = out.stats
-        flops = [sum(self.step_flops(step.tokens[i], step.keys[i], step.passes, step.lock_text)
-                     for step in stats.steps) for i in range(n)]
-        return Result(out.images.float(), flops, stats.nfe, stats.draft_nfe, out.mask, out.scores, stats.active,
-                      stats.fallbacks, row.config.feather, stats.runner)
+        flops = [
+            sum(self.step_flops(step.tokens[i], step.keys[i], step.passes, step.lock_text) for step in stats.steps)
+            for i in range(n)
+        ]
+        return Result(
+            out.images.float(),
+            flops,
+            stats.nfe,
+            stats.draft_nfe,
+            out.mask,
+            out.scores,
+            stats.active,
+            stats.fallbacks,
+            row.config.feather,
+            stats.runner,
+        )
 
 
 def set_reference(part, runner, output):
@@ -363,19 +385,27 @@ def setting(args, device):
             return None
 
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "versions": {n: installed(n) for n in ("torch", "triton", "diffusers", "transformers", "specedit-kernels")},
-        "python": platform.python_version(), "dtype": args.dtype, "model": fingerprint(args.model), "size": args.size,
-        "text_length": args.text_length, "batch": args.batch, "true_cfg_scale": args.true_cfg_scale,
+        "python": platform.python_version(),
+        "dtype": args.dtype,
+        "model": fingerprint(args.model),
+        "size": args.size,
+        "text_length": args.text_length,
+        "batch": args.batch,
+        "true_cfg_scale": args.true_cfg_scale,
     }
 
 
 def setting_text(place):
     """What `setting` gave, as one phrase of a report."""
-    return (f"{place['size']} px, true_cfg_scale {place['true_cfg_scale']:g}, editor {place['model']},"
-            f" commit {place['commit'][:10]}, {place['date']}, {place['device']}, {place['dtype']}, "
-            + ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v))
+    return (
+        f"{place['size']} px, true_cfg_scale {place['true_cfg_scale']:g}, editor {place['model']},"
+        f" commit {place['commit'][:10]}, {place['date']}, {place['device']}, {place['dtype']}, "
+        + ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v)
+    )
 
 
 def add_arguments(parser, out):
@@ -394,12 +424,16 @@ def add_arguments(parser, out):
 
 def add_thresholds(parser):
     """The option for an editor that SpecEditConfig's own thresholds were not measured on."""
-    parser.add_argument("--thresholds", type=lambda path: json.loads(Path(path).read_text())["recommended"],
-                        help="calibrate.py's thresholds.json, in place of the config's own")
+    parser.add_argument(
+        "--thresholds",
+        type=lambda path: json.loads(Path(path).read_text())["recommended"],
+        help="calibrate.py's thresholds.json, in place of the config's own",
+    )
 
 
 def _with_threshold(rows, threshold_of):
     """The rows with the threshold that threshold_of gives for their config, which follows the picture as before."""
+
     def changed(config):
         return replace(config, threshold=threshold_of(config), relative=config.resolved_relative())
 
@@ -448,8 +482,10 @@ def markdown_table(head, lines):
     """Markdown, its columns aligned: the first to the left, the others to the right."""
     rows = [head, *lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    text = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
-            for row in rows]
+    text = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in rows
+    ]
     text.insert(1, "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
     return "\n".join(text)
 
@@ -478,6 +514,10 @@ def jsonable(value):
 
 def edit_columns(edits, seeds):
     """What each edit is, for the records: lists by column."""
-    return {"seed": seeds.tolist(), "kind": [KINDS[k] for k in edits.kind.tolist()],
-            "task": [TASKS[t] for t in edits.task.tolist()], "unique": edits.unique().tolist(),
-            "instruction": edits.phrases()}
+    return {
+        "seed": seeds.tolist(),
+        "kind": [KINDS[k] for k in edits.kind.tolist()],
+        "task": [TASKS[t] for t in edits.task.tolist()],
+        "unique": edits.unique().tolist(),
+        "instruction": edits.phrases(),
+    }

@@ -34,8 +34,15 @@ TEMPLATES = {
 CLIP_LENGTH = 77  # what the pipelines pad CLIP's prompt to
 PHRASE_LENGTH = 16  # room for the longest phrase with its end token in T5's ids
 QWEN_LENGTH = 24  # room for the longest prompt in Qwen's ids, from the picture's token on; a multiple of 8
-QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                "<|video_pad|>")
+QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 QWEN_PIECES = r"\n|'s|\w+|[^\w\s]+"
 
 
@@ -71,8 +78,9 @@ def train_clip_pieces():
     trained.normalizer = normalizers.Lowercase()
     trained.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     alphabet = [c for c in string.printable if c.isprintable() and not c.isspace() and not c.isupper()]
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet,
-                                  end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     trained.train_from_iterator([" ".join(words() + alphabet)], trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -88,9 +96,12 @@ def clip_tokenizer():
 
     kept = json.loads((DATA / "clip_bpe.json").read_text())
     pieces = ["<|unknown|>", "<|startoftext|>", *kept["pieces"], "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)},
-                         merges=[tuple(merge) for merge in kept["merges"]], unk_token="<|unknown|>",
-                         model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[tuple(merge) for merge in kept["merges"]],
+        unk_token="<|unknown|>",
+        model_max_length=CLIP_LENGTH,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -164,8 +175,13 @@ def qwen_tokenizer():
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(QWEN_PIECES), "removed", invert=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=QWEN_SPECIAL[0], eos_token="<|im_end|>", unk_token="<unk>",
-        additional_special_tokens=list(QWEN_SPECIAL[1:]), padding_side="right", model_max_length=1024,
+        tokenizer_object=tokenizer,
+        pad_token=QWEN_SPECIAL[0],
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        additional_special_tokens=list(QWEN_SPECIAL[1:]),
+        padding_side="right",
+        model_max_length=1024,
     )
 
 

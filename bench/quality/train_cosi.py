@@ -67,7 +67,7 @@ class Answers:
         if self.fields is None:
             self.fields = [x.new_empty(self.capacity, *x.shape[1:]) for x in fresh]
         for store, x in zip(self.fields, fresh):
-            store[self.at:self.at + self.count] = x
+            store[self.at : self.at + self.count] = x
         self.at = (self.at + self.count) % self.capacity
         self.filled = min(self.filled + self.count, self.capacity)
 
@@ -93,8 +93,10 @@ class Training:
         self.compile(self.pipe.transformer)
         stream = EditStream(args.seed + 77, 64, args.workers, shares=[SHARES.get(task, 0.014) for task in TASKS])
         self.counts = {size: max(2, args.tokens // (2 * (size // 16) ** 2 + args.text_length)) for size in args.sizes}
-        self.answers = {size: Answers(self.pipe, stream, size, self.counts[size], capacity, args, dev)
-                        for size, capacity in zip(args.sizes, args.capacity)}
+        self.answers = {
+            size: Answers(self.pipe, stream, size, self.counts[size], capacity, args, dev)
+            for size, capacity in zip(args.sizes, args.capacity)
+        }
         self.empty = encode_text(self.pipe, [""], args.text_length, dev)
         self.fraction = lambda: 1.0
 
@@ -129,13 +131,15 @@ class Training:
         count = len(source)
         keep = (torch.rand(count, generator=generator) < EMPTY).to(self.dev)
         text = self.source_text(count)
-        chosen = self.text(torch.where(keep[:, None, None], text.embeds, states),
-                           torch.where(keep[:, None], text.pooled, pooled))
+        chosen = self.text(
+            torch.where(keep[:, None, None], text.embeds, states), torch.where(keep[:, None], text.pooled, pooled)
+        )
         aside = keep[:, None, None, None]
         weight = torch.where(aside, 1.0, weight)
         with autocast(self.dev):
-            loss, made = distil_loss(self.adapter(transformer, count), chosen, noise,
-                                     torch.where(aside, source, answer), [source], weight)
+            loss, made = distil_loss(
+                self.adapter(transformer, count), chosen, noise, torch.where(aside, source, answer), [source], weight
+            )
         # the editor has never met the empty text: those rows take no part in the matching
         return loss, (chosen, made.float(), source, torch.where(aside, 1e-6, weight))
 
@@ -151,8 +155,15 @@ class Training:
         count = len(made)
         models = [self.adapter(x, count) for x in (self.pipe.transformer, second.module)]
         with autocast(self.dev):
-            matching, told = matching_loss(*models, text, made, [source], white(made.shape, generator, self.dev),
-                                           self.levels(count, made.shape[-1] * 8, generator), weight)
+            matching, told = matching_loss(
+                *models,
+                text,
+                made,
+                [source],
+                white(made.shape, generator, self.dev),
+                self.levels(count, made.shape[-1] * 8, generator),
+                weight,
+            )
         second.learn(told)
         total = self.args.anchor * loss + (matching if second.steps > ALONE else 0)
         return {"loss": total, "distil": loss, "second": told, "matching": matching}
@@ -166,9 +177,16 @@ class Training:
             level = torch.rand((), generator=generator).to(self.dev) * 0.98 + 0.01
             teacher = (self.adapter(self.editor, count), level)
         with autocast(self.dev):
-            return inversion_loss(self.adapter(generating, count), self.adapter(inverting, count),
-                                  self.source_text(count), (self.text(states, pooled), noise, source), source, fresh,
-                                  CosiWeights(), teacher)
+            return inversion_loss(
+                self.adapter(generating, count),
+                self.adapter(inverting, count),
+                self.source_text(count),
+                (self.text(states, pooled), noise, source),
+                source,
+                fresh,
+                CosiWeights(),
+                teacher,
+            )
 
     def run(self, name, parameters, loss, rate):
         args = self.args
@@ -215,8 +233,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of the editor")
     parser.add_argument("--out", type=Path, default=Path("runs/cosi"))
-    parser.add_argument("--seconds", type=float, nargs=4, default=(200, 100, 50, 20), metavar="S",
-                        help=f"of training of each part: {', '.join(PARTS)}; over all pieces")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        nargs=4,
+        default=(200, 100, 50, 20),
+        metavar="S",
+        help=f"of training of each part: {', '.join(PARTS)}; over all pieces",
+    )
     parser.add_argument("--steps", type=int, help="of each part, in place of --seconds")
     parser.add_argument("--rank", type=int, default=80, help="of the generator's change")
     parser.add_argument("--inverter-rank", type=int, default=20)

@@ -53,7 +53,7 @@ class Replay:
             self.at = 0
         rows = torch.arange(self.at, self.at + n, device=self.source.device)
         for store, field in zip((self.source, self.target, self.weight, self.ids), fields):
-            store[self.at:self.at + n].copy_(field, non_blocking=True)
+            store[self.at : self.at + n].copy_(field, non_blocking=True)
         self.at += n
         self.filled = max(self.filled, self.at)
         return rows
@@ -69,8 +69,7 @@ class Feeder:
         self.codec, self.stream, self.dev, self.fresh = codec_of(vae), stream, dev, fresh
         self.renderer = Renderer(dev)
         dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-        self.rings = {size: Replay(size, capacity, ids_width, dev, dtype)
-                      for size, capacity in zip(SIZES, capacities)}
+        self.rings = {size: Replay(size, capacity, ids_width, dev, dtype) for size, capacity in zip(SIZES, capacities)}
 
     @torch.no_grad()
     def render(self, size, count):
@@ -78,8 +77,12 @@ class Feeder:
         rendered = self.renderer(edits, size)
         images = torch.cat([rendered.source, rendered.target]) * 2 - 1
         with autocast(self.dev):
-            z = torch.cat([self.codec.encode(part)
-                           for part in images.split(max(1, 64 * (256 // size) ** 2 if size <= 256 else 16))])
+            z = torch.cat(
+                [
+                    self.codec.encode(part)
+                    for part in images.split(max(1, 64 * (256 // size) ** 2 if size <= 256 else 16))
+                ]
+            )
         return self.rings[size].put(z[:count], z[count:], rendered.weight.flatten(1), ids)
 
     def batch(self, size, count):
@@ -128,8 +131,12 @@ class Editor(torch.nn.Module):
         loss = (error * weight).sum() / weight.sum()
         with torch.no_grad():
             inside = (weight > 3.5).float()
-            apart = torch.stack([(error * inside).sum() / inside.sum().clamp(min=1),
-                                 (error * (weight < 1.5)).sum() / (weight < 1.5).sum().clamp(min=1)])
+            apart = torch.stack(
+                [
+                    (error * inside).sum() / inside.sum().clamp(min=1),
+                    (error * (weight < 1.5)).sum() / (weight < 1.5).sum().clamp(min=1),
+                ]
+            )
         return loss, apart
 
     def begin_from(self, folder):
@@ -175,10 +182,17 @@ def main():
     parser.add_argument("--save-every", type=float, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=6, help="processes that draw scenes")
-    parser.add_argument("--start", type=Path, help="an exported editor to begin from, in place of random weights; its "
-                        "autoencoder must be RUN_DIR/vae (train.sh copies it there)")
-    parser.add_argument("--try-only", action="store_true",
-                        help="one step of every size on noise, to compile and to see that nothing fails; no files")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="an exported editor to begin from, in place of random weights; its "
+        "autoencoder must be RUN_DIR/vae (train.sh copies it there)",
+    )
+    parser.add_argument(
+        "--try-only",
+        action="store_true",
+        help="one step of every size on noise, to compile and to see that nothing fails; no files",
+    )
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, help="that --try-only tries")
     args = parser.parse_args()
     dev = device()
@@ -205,8 +219,10 @@ def main():
     muon = Muon(blocks, lr=args.muon_lr)
     adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=dev.type == "cuda")
     average = {name: {k: v.clone() for k, v in part.items()} for name, part in editor.state().items()}
-    log(f"editor: {parameter_count(editor) / 1e6:.2f} M parameters ({sum(p.numel() for p in blocks) / 1e6:.2f} M by "
-        f"Muon) on {dev}, rank {ranks.rank} of {ranks.count}, compile {args.compile}")
+    log(
+        f"editor: {parameter_count(editor) / 1e6:.2f} M parameters ({sum(p.numel() for p in blocks) / 1e6:.2f} M by "
+        f"Muon) on {dev}, rank {ranks.rank} of {ranks.count}, compile {args.compile}"
+    )
 
     checkpoint = RUN_DIR / "editor.pt"
     step, elapsed = 0, 0.0
@@ -298,8 +314,10 @@ def main():
                     report.append(f"{name}px {total / n:.4f} (in {inside / n:.4f} out {outside / n:.4f}, {n:.0f})")
                 value.zero_()
             if ranks.first:
-                log(f"editor step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s {' '.join(report)} lr {rate:.3f} "
-                    f"{(now - logged) / since * 1e3:.0f} ms/step {memory()}")
+                log(
+                    f"editor step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s {' '.join(report)} lr {rate:.3f} "
+                    f"{(now - logged) / since * 1e3:.0f} ms/step {memory()}"
+                )
             bad_logs = bad_logs + 1 if broken else 0
             if bad_logs >= 2:
                 if not checkpoint.exists():
@@ -313,14 +331,32 @@ def main():
                 write()
                 exported = now
             if ranks.first and not broken and now - saved > args.save_every:
-                save_checkpoint({"editor": editor.state(), "average": average, "muon": muon.state_dict(),
-                                 "adam": adam.state_dict(), "step": step, "elapsed": clock.elapsed}, checkpoint)
+                save_checkpoint(
+                    {
+                        "editor": editor.state(),
+                        "average": average,
+                        "muon": muon.state_dict(),
+                        "adam": adam.state_dict(),
+                        "step": step,
+                        "elapsed": clock.elapsed,
+                    },
+                    checkpoint,
+                )
                 saved = now
     if not ranks.first:
         return
     write(final=True)
-    save_checkpoint({"editor": editor.state(), "average": average, "muon": muon.state_dict(),
-                     "adam": adam.state_dict(), "step": step, "elapsed": clock.elapsed}, checkpoint)
+    save_checkpoint(
+        {
+            "editor": editor.state(),
+            "average": average,
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
+            "step": step,
+            "elapsed": clock.elapsed,
+        },
+        checkpoint,
+    )
 
 
 def try_steps(editor, lengths, args, dev, scheduler):
@@ -331,8 +367,12 @@ def try_steps(editor, lengths, args, dev, scheduler):
             count = batch_size(size, length, args.tokens)
             side = size // 8
             z = torch.randn(count, 16, side, side, device=dev)
-            fields = (z, torch.randn_like(z), torch.ones(count, side * side // 4, device=dev),
-                      editor.wordless.expand(count, -1))
+            fields = (
+                z,
+                torch.randn_like(z),
+                torch.ones(count, side * side // 4, device=dev),
+                editor.wordless.expand(count, -1),
+            )
             sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2), dev)
             for _ in range(2):
                 editor.zero_grad(set_to_none=True)
@@ -341,8 +381,10 @@ def try_steps(editor, lengths, args, dev, scheduler):
                 loss.backward()
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"the loss is {loss.item()} at {size} px, length {length}")
-            log(f"try {size} px, length {length}, batch {count}: {time.perf_counter() - started:.1f} s, "
-                f"loss {loss.item():.3f}, {memory()}")
+            log(
+                f"try {size} px, length {length}, batch {count}: {time.perf_counter() - started:.1f} s, "
+                f"loss {loss.item():.3f}, {memory()}"
+            )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,11 @@ def examples(renderer, stream, count):
     rendered = renderer(edits, FRAME)
     boxes = known_boxes(edits)
     pose = edits.after_pose
-    boxes = torch.where((tasks == TASKS.index("add_open"))[:, None], torch.stack(
-        [pose[:, 0], pose[:, 1], pose[:, 2] * MARGIN], 1), boxes)
+    boxes = torch.where(
+        (tasks == TASKS.index("add_open"))[:, None],
+        torch.stack([pose[:, 0], pose[:, 1], pose[:, 2] * MARGIN], 1),
+        boxes,
+    )
     adding = tasks >= TASKS.index("add")
     before = torch.where(adding, NONE, edits.subject)
     after = torch.where(edits.after < 0, NONE, edits.after)
@@ -41,8 +44,14 @@ def examples(renderer, stream, count):
 def shake(boxes, generator):
     """Boxes a little off, as those of a found object are."""
     jitter = torch.randn((len(boxes), 3), generator=generator) * torch.tensor([0.05, 0.05, 0.10])
-    return torch.stack([boxes[:, 0] + jitter[:, 0] * boxes[:, 2], boxes[:, 1] + jitter[:, 1] * boxes[:, 2],
-                        boxes[:, 2] * jitter[:, 2].exp()], 1)
+    return torch.stack(
+        [
+            boxes[:, 0] + jitter[:, 0] * boxes[:, 2],
+            boxes[:, 1] + jitter[:, 1] * boxes[:, 2],
+            boxes[:, 2] * jitter[:, 2].exp(),
+        ],
+        1,
+    )
 
 
 def degrade(images, vae, dev, share):
@@ -57,10 +66,11 @@ def degrade(images, vae, dev, share):
             z = codec_of(vae).encode(images[chosen] * 2 - 1)
             z = z + torch.randn_like(z) * 0.15 * torch.rand(len(z), 1, 1, 1, device=z.device)
             images[chosen] = (codec_of(vae).decode(z).float() / 2 + 0.5).clamp(0, 1)
-    blurred = order[coded:coded + third]
+    blurred = order[coded : coded + third]
     small = FRAME // int(torch.randint(1, 4, ()))
-    images[blurred] = F.interpolate(F.interpolate(images[blurred], size=(small, small), mode="area"),
-                                    size=(FRAME, FRAME), mode="bilinear")
+    images[blurred] = F.interpolate(
+        F.interpolate(images[blurred], size=(small, small), mode="area"), size=(FRAME, FRAME), mode="bilinear"
+    )
     strength = 0.02 * torch.rand(len(images), 1, 1, 1, device=images.device)
     return (images + torch.randn_like(images) * strength).clamp(0, 1)
 
@@ -76,8 +86,15 @@ def validity(judge, vae, dev, counts=None, size=512):
         rendered = renderer(chunk, size, held_out=True)
         with autocast(dev):
             coded = codec_of(vae).decode(codec_of(vae).encode(rendered.target * 2 - 1)).float() / 2 + 0.5
-        rows.append(torch.stack([judge_edits(judge, chunk, rendered.source, out) for out in
-                                 (rendered.source, rendered.target, coded.clamp(0, 1))], 1))
+        rows.append(
+            torch.stack(
+                [
+                    judge_edits(judge, chunk, rendered.source, out)
+                    for out in (rendered.source, rendered.target, coded.clamp(0, 1))
+                ],
+                1,
+            )
+        )
     right = torch.cat(rows).float()
     table = {}
     for index, task in enumerate(TASKS):
@@ -110,8 +127,10 @@ def main():
     renderer, stream = Renderer(dev), EditStream(args.seed, 64, args.workers, SHARES, every_pairing=True)
     vae = load_vae(FAMILIES[args.family], RUN_DIR / "vae").to(dev).eval()
     judge = Judge().to(dev)
-    log(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters; crops of {CROP} px; "
-        f"a difference of {DIFFERENCE} is a change")
+    log(
+        f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters; crops of {CROP} px; "
+        f"a difference of {DIFFERENCE} is a change"
+    )
     optimizer = torch.optim.AdamW(judge.parameters(), lr=args.lr, weight_decay=0.02)
     clock = Clock(args.seconds)
     step, logged, since, total, hits = 0, time.perf_counter(), 0, 0.0, 0.0
@@ -135,8 +154,10 @@ def main():
         hits = hits + (logits.argmax(1) == objects).float().mean().detach()
         now = time.perf_counter()
         if now - logged > 10:
-            log(f"judge step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s loss {total.item() / since:.3f} "
-                f"objects right {hits.item() / since:.4f} {(now - logged) / since * 1e3:.0f} ms/step")
+            log(
+                f"judge step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s loss {total.item() / since:.3f} "
+                f"objects right {hits.item() / since:.4f} {(now - logged) / since * 1e3:.0f} ms/step"
+            )
             logged, since, total, hits = now, 0, 0.0, 0.0
     judge.eval()
     judge.save(RUN_DIR / "judge.safetensors")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the editor's autoencoder on crops of scenes at 512, 256 and 128 pixels a side. Writes RUN_DIR/vae.
 
-    python bench/quality/train_vae.py --seconds 165
-    python bench/quality/train_vae.py --seconds 200 --again --lr 8e-4    # a warm restart from RUN_DIR/vae
+python bench/quality/train_vae.py --seconds 165
+python bench/quality/train_vae.py --seconds 200 --again --lr 8e-4    # a warm restart from RUN_DIR/vae
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Pictures:
         ring = self.rings[size]
         rows = torch.randint(len(ring), (count,), generator=self.generator).tolist()
         corners = torch.randint(size - CROP + 1, (count, 2), generator=self.generator).tolist()
-        out = [ring[row, :, y:y + CROP, x:x + CROP] for row, (y, x) in zip(rows, corners)]
+        out = [ring[row, :, y : y + CROP, x : x + CROP] for row, (y, x) in zip(rows, corners)]
         return torch.stack(out).float() * 2 - 1
 
 
@@ -116,8 +116,9 @@ def main():
     pictures = Pictures(renderer, stream, generator, dev, args.pictures)
     vae = (load_vae(family, RUN_DIR / "vae") if there else family.make_vae()).to(dev).train()
     log(f"vae: {parameter_count(vae) / 1e6:.2f} M parameters on {dev}")
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=dev.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=dev.type == "cuda"
+    )
     checkpoint = RUN_DIR / "vae.pt"
     step, elapsed = 0, 0.0
     if checkpoint.exists():
@@ -168,12 +169,16 @@ def main():
         now = time.perf_counter()
         if now - logged > 10:
             clock.poll_stop()
-            log(f"vae step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s loss {total.item() / since:.4f} "
-                f"{(now - logged) / since * 1e3:.0f} ms/step {memory()}")
+            log(
+                f"vae step {step} {clock.elapsed:.0f}/{args.seconds:.0f} s loss {total.item() / since:.4f} "
+                f"{(now - logged) / since * 1e3:.0f} ms/step {memory()}"
+            )
             logged, since, total = now, 0, torch.zeros((), device=dev)
         if now - saved > 60:
-            save_checkpoint({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                             "elapsed": clock.elapsed}, checkpoint)
+            save_checkpoint(
+                {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "elapsed": clock.elapsed},
+                checkpoint,
+            )
             saved = now
     vae.eval()
     normalise_latents(family, vae, renderer, generator, dev, count=args.report_count)

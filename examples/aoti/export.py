@@ -40,6 +40,7 @@ class Block(torch.nn.Module):
 
 def case(batch: int, fresh: int, tokens: int, heads: int, dim: int, device: str, dtype: torch.dtype):
     """Inputs of a step: `fresh` of `tokens` rows are computed, half of the others stand for four tokens each."""
+
     def normal(*shape):
         return torch.randn(shape).to(device, dtype)
 

@@ -77,9 +77,7 @@ class AttentionLayout:
     text_mask: Tensor | None = None
     watch: TextWatch | None = None
 
-    def of_first(
-        self, text: int, first: int | None, lock_text: bool = False, least_text: int = 0
-    ) -> AttentionLayout:
+    def of_first(self, text: int, first: int | None, lock_text: bool = False, least_text: int = 0) -> AttentionLayout:
         """The layout of a call that brings the first so many image slots, None: all, and the `text` text slots.
 
         lock_text: of these it brings but the last `least_text`, and renews none.

@@ -193,9 +193,7 @@ class SpecEditMixin(Stock):
         sees, the edited ones first: the former tensor itself where they have the output's size)."""
         raise NotImplementedError
 
-    def _model(
-        self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
-    ) -> EditModel:
+    def _model(self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]) -> EditModel:
         """What the stages ask: of the fused forward where there is a runner, else of the transformer's own."""
         raise NotImplementedError
 
@@ -699,7 +697,6 @@ class SpecEditMixin(Stock):
             return [PIL.Image.fromarray(a) for a in array]
         blend = blend / 255
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
-
 
     def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call) -> list[Any]:
         """Each picture at its source's size, as it was given; what was found of its drift goes into the stats."""

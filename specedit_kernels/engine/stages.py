@@ -308,9 +308,7 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
     return Draft(proposal, source)
 
 
-def feature_maps(
-    codec: Any, embed: Callable[[Tensor], Tensor] | None, metric: str, latents: Tensor
-) -> list[Tensor]:
+def feature_maps(codec: Any, embed: Callable[[Tensor], Tensor] | None, metric: str, latents: Tensor) -> list[Tensor]:
     """What one named metric compares, of scaled clean latents on the fine grid; embed as in `discrepancy`."""
     if metric == "decoder":
         return codec.features(latents)

@@ -362,9 +362,7 @@ class FluxKontextModel(EditModel):
         # in the text's dtype, as the pipelines give them
         return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype), None)
 
-    def watched_layout(
-        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
-    ) -> FluxLayout:
+    def watched_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
         layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
         table = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
         cos, sin = (x.expand(batch, *x.shape) for x in table)

@@ -414,9 +414,7 @@ class QwenImageEditModel(EditModel):
         device, length = text.embeds.device, text.embeds.shape[1]
         return torch.cat(self.transformer.pos_embed([list(layout.shapes)], device=device, max_txt_seq_len=length)[::-1])
 
-    def watched_layout(
-        self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
-    ) -> QwenLayout:
+    def watched_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
         turn = self._turns(text, layout)
         cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))

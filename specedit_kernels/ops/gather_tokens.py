@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gather_tokens``: rows of a token sequence by index."""
 
-
 from . import _backends, _checks
 from ._library import register
 

@@ -25,15 +25,30 @@ def _check_index(op, name, index, batch, device):
 
 
 def _check(
-    op, q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    op,
+    q,
+    k,
+    v,
+    key_bias,
+    q_index,
+    kv_index,
+    q_lens,
+    kv_lens,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
     scale,
 ):
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.check_dtype(op, name, tensor, _checks.FLOATS)
         if tensor.dim() != (3 if packed else 4):
-            layout = "[T, H, D] (packed: cu_seqlens is given)" if packed else \
-                "[B, S, H, D] (padded layout; packed rows [T, H, D] need cu_seqlens_q and cu_seqlens_k)"
+            layout = (
+                "[T, H, D] (packed: cu_seqlens is given)"
+                if packed
+                else "[B, S, H, D] (padded layout; packed rows [T, H, D] need cu_seqlens_q and cu_seqlens_k)"
+            )
             _checks.value_error(op, name, layout, _checks.shape_of(tensor))
         _checks.check_last_contiguous(op, name, tensor)
     device = q.device
@@ -106,24 +121,89 @@ def _scale(q, scale):
 
 
 def _implementation(
-    q, k, v, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None, cu_seqlens_q=None,
-    cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+    q,
+    k,
+    v,
+    *,
+    key_bias=None,
+    q_index=None,
+    kv_index=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    scale=None,
 ):
-    _check(_OP, q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-           max_seqlen_k, scale)
+    _check(
+        _OP,
+        q,
+        k,
+        v,
+        key_bias,
+        q_index,
+        kv_index,
+        q_lens,
+        kv_lens,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+    )
     if q.device.type == "cpu" or _checks.debugging():
         _check_values(_OP, q, k, q_index, kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = (q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-            max_seqlen_k, _scale(q, scale))
+    call = (
+        q,
+        k,
+        v,
+        key_bias,
+        q_index,
+        kv_index,
+        q_lens,
+        kv_lens,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        _scale(q, scale),
+    )
     return _backends.implementation(_OP, q.device, call)(*call)
 
 
 def _fake(
-    q, k, v, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None, cu_seqlens_q=None,
-    cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+    q,
+    k,
+    v,
+    *,
+    key_bias=None,
+    q_index=None,
+    kv_index=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    scale=None,
 ):
-    _check(_OP, q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-           max_seqlen_k, scale)
+    _check(
+        _OP,
+        q,
+        k,
+        v,
+        key_bias,
+        q_index,
+        kv_index,
+        q_lens,
+        kv_lens,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+    )
     if cu_seqlens_q is not None:
         rows, heads, dim = q.shape
         return q.new_empty((rows, heads, dim)), q.new_empty((heads, rows), dtype=torch.float32)
@@ -151,28 +231,99 @@ def _check_scatter(out, q, out_index, q_index, cu_seqlens_q):
 
 
 def _scatter_implementation(
-    out, q, k, v, out_index, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+    out,
+    q,
+    k,
+    v,
+    out_index,
+    *,
+    key_bias=None,
+    q_index=None,
+    kv_index=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    scale=None,
 ):
-    _check(_SCATTER_OP, q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k,
-           max_seqlen_q, max_seqlen_k, scale)
+    _check(
+        _SCATTER_OP,
+        q,
+        k,
+        v,
+        key_bias,
+        q_index,
+        kv_index,
+        q_lens,
+        kv_lens,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+    )
     _check_scatter(out, q, out_index, q_index, cu_seqlens_q)
     if q.device.type == "cpu" or _checks.debugging():
         _check_values(_SCATTER_OP, q, k, q_index, kv_index, None, None, None, None)
         _checks.check_index_range(_SCATTER_OP, "out_index", out_index, out.shape[1])
     if _checks.debugging():
         _checks.check_no_duplicates(_SCATTER_OP, "out_index", out_index)
-    call = (out, q, k, v, out_index, key_bias, q_index, kv_index, q_lens, kv_lens, None, None, None, None,
-            _scale(q, scale))
+    call = (
+        out,
+        q,
+        k,
+        v,
+        out_index,
+        key_bias,
+        q_index,
+        kv_index,
+        q_lens,
+        kv_lens,
+        None,
+        None,
+        None,
+        None,
+        _scale(q, scale),
+    )
     return _backends.implementation(_SCATTER_OP, q.device, call)(*call)
 
 
 def _scatter_fake(
-    out, q, k, v, out_index, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+    out,
+    q,
+    k,
+    v,
+    out_index,
+    *,
+    key_bias=None,
+    q_index=None,
+    kv_index=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    scale=None,
 ):
-    _check(_SCATTER_OP, q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k,
-           max_seqlen_q, max_seqlen_k, scale)
+    _check(
+        _SCATTER_OP,
+        q,
+        k,
+        v,
+        key_bias,
+        q_index,
+        kv_index,
+        q_lens,
+        kv_lens,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+    )
     _check_scatter(out, q, out_index, q_index, cu_seqlens_q)
     return q.new_empty((q.shape[0], q.shape[2], out_index.shape[1]), dtype=torch.float32)
 
@@ -191,8 +342,21 @@ _scatter_op = register(
 
 
 def _csrc_fake(
-    out, out_index, q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-    max_seqlen_k, scale,
+    out,
+    out_index,
+    q,
+    k,
+    v,
+    key_bias,
+    q_index,
+    kv_index,
+    q_lens,
+    kv_lens,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
 ):
     if cu_seqlens_q is not None:
         return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
@@ -226,8 +390,21 @@ def _unaligned(x):
 
 
 def _csrc_refuses(
-    q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    scale, out=None, out_index=None,
+    q,
+    k,
+    v,
+    key_bias,
+    q_index,
+    kv_index,
+    q_lens,
+    kv_lens,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
+    out=None,
+    out_index=None,
 ):
     """Why the CUDA C++ kernel does not serve a call, or ""."""
     if q.dtype == torch.float32:
@@ -260,8 +437,20 @@ _backends.add(_SCATTER_OP, "mixed_res_attn", _csrc_scatter, _csrc_scatter_refuse
 
 
 def mixed_res_attn(
-    q, k, v, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None, cu_seqlens_q=None,
-    cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+    q,
+    k,
+    v,
+    *,
+    key_bias=None,
+    q_index=None,
+    kv_index=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    scale=None,
 ):
     """Softmax attention with a bias per key, rows taken by index, and lengths that live on the device.
 
@@ -290,15 +479,39 @@ def mixed_res_attn(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     return _op(
-        q, k, v, key_bias=key_bias, q_index=q_index, kv_index=kv_index, q_lens=q_lens, kv_lens=kv_lens,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        q,
+        k,
+        v,
+        key_bias=key_bias,
+        q_index=q_index,
+        kv_index=kv_index,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
         scale=scale,
     )
 
 
 def mixed_res_attn_scatter_(
-    out, q, k, v, out_index, *, key_bias=None, q_index=None, kv_index=None, q_lens=None, kv_lens=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+    out,
+    q,
+    k,
+    v,
+    out_index,
+    *,
+    key_bias=None,
+    q_index=None,
+    kv_index=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    scale=None,
 ):
     """`mixed_res_attn` that writes row i of its result to out[b, out_index[b, i]] and leaves the rest of ``out``.
 
@@ -314,7 +527,19 @@ def mixed_res_attn_scatter_(
         ValueError, TypeError: as `mixed_res_attn`; ``out`` is then untouched.
     """
     return _scatter_op(
-        out, q, k, v, out_index, key_bias=key_bias, q_index=q_index, kv_index=kv_index, q_lens=q_lens,
-        kv_lens=kv_lens, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, scale=scale,
+        out,
+        q,
+        k,
+        v,
+        out_index,
+        key_bias=key_bias,
+        q_index=q_index,
+        kv_index=kv_index,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
     )

@@ -21,9 +21,7 @@ def _check(dst, src, index):
         _checks.check_last_contiguous(_OP, "src", src)
     _checks.check_dtype(_OP, "index", index, _checks.INT32)
     if index.dim() != 2 or index.shape[0] != dst.shape[0] or index.shape[1] < src.shape[1]:
-        _checks.value_error(
-            _OP, "index", f"shape [B={dst.shape[0]}, >= {src.shape[1]}]", _checks.shape_of(index)
-        )
+        _checks.value_error(_OP, "index", f"shape [B={dst.shape[0]}, >= {src.shape[1]}]", _checks.shape_of(index))
     _checks.check_device(_OP, "index", index, dst.device)
 
 

@@ -114,8 +114,21 @@ def mixed_res_attn(
 
 @as_written
 def mixed_res_attn_scatter_(
-    out, q, k, v, out_index, key_bias, q_index, kv_index, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-    max_seqlen_k, scale,
+    out,
+    q,
+    k,
+    v,
+    out_index,
+    key_bias,
+    q_index,
+    kv_index,
+    q_lens,
+    kv_lens,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
 ):
     """`mixed_res_attn` whose row i is written to out[b, out_index[b, i]]."""
     rows, lse = _padded(q, k, v, key_bias, q_index, kv_index, q_lens, kv_lens, scale)

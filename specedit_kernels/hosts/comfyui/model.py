@@ -122,9 +122,7 @@ class MixedAttention:
             for name, *pair in zip(self.branches, *(x.chunk(len(self.branches)) for x in (k, v))):
                 layout.cache[name, self.layer] = tuple(x.clone(memory_format=torch.contiguous_format) for x in pair)
         self.layer += 1
-        out, _ = torch.ops.specedit.mixed_res_attn(
-            q, k, v, key_bias=self._key_bias(text), q_lens=used, kv_lens=keys
-        )
+        out, _ = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=self._key_bias(text), q_lens=used, kv_lens=keys)
         return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 
 
@@ -218,9 +216,7 @@ class HostModel(EditModel):
             cache={} if cached else None,
         )
 
-    def active_layout(
-        self, text: Text, layout: MixedLayout, first: int | None, lock_text: bool = False
-    ) -> MixedLayout:
+    def active_layout(self, text: Text, layout: MixedLayout, first: int | None, lock_text: bool = False) -> MixedLayout:
         if lock_text or first is None:
             raise ValueError("lock_text: expected False, since ComfyUI's models compute the text in each call")
         return replace(layout, ids=layout.ids[:, :first], first=first)
