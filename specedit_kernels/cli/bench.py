@@ -145,6 +145,10 @@ class Bench:
         self.warm: set[tuple[Any, ...]] = set()
         self.ours_kept = self.compiled = False
 
+    def text(self, edit: Edit) -> dict[str, Any]:
+        """The arguments of a call that are its text."""
+        return {"prompt": edit.instruction}
+
     def source(self, edit: Edit) -> Any:
         """The picture at a working size that a second look finds again, PIL RGB: all rows get the very pixels."""
         import PIL.Image
@@ -152,7 +156,7 @@ class Bench:
         whole = Photo.open(edit.image).rgb
         picture, size = whole, None
         for _ in range(FOLDS):
-            height, width = self.pipe.working_size(picture, prompt=edit.instruction, **self.settings)
+            height, width = self.pipe.working_size(picture, **self.text(edit), **self.settings)
             if (width, height) == size:
                 break
             size = (width, height)
@@ -219,7 +223,7 @@ class Bench:
         from ..engine.config import SpecEditConfig
 
         width, height = source.size
-        call = dict(image=source, prompt=edit.instruction, generator=torch.Generator().manual_seed(self.seed))
+        call = dict(image=source, **self.text(edit), generator=torch.Generator().manual_seed(self.seed))
         options = {**self.settings, "height": height, "width": width, "max_area": height * width, "_auto_resize": False}
         steps = row.steps if warm_up is None else warm_up
         if row.config is None and not self.by_ours:

@@ -103,6 +103,8 @@ def _edits_of_list(path: Path, language: str) -> Iterator[Edit | None]:
             yield None
             continue
         instruction = _first(row, INSTRUCTION)
+        if isinstance(instruction, dict):  # FIBO's structured prompts
+            instruction = json.dumps(instruction, ensure_ascii=False)
         if not isinstance(instruction, str) or not instruction.strip():
             raise UserError(f"{where}: expected an instruction under {' or '.join(INSTRUCTION)}")
         given, key = _first(row, IMAGE), _first(row, KEY)
