@@ -142,8 +142,9 @@ class Bench:
         self.ours_takes = inspect.signature(type(pipe).__call__).parameters
         # a folder of another size than the stock call has: its steps are taken by ours, with everything selected
         self.by_ours = "max_area" in self.settings and "max_area" not in self.stock_takes
-        self.warm: set[tuple[Any, ...]] = set()
-        self.ours_kept = self.compiled = False
+        self.warm: set[tuple[Row, tuple[int, int]]] = set()
+        self.last: Row | None = None
+        self.compiled = False
 
     def text(self, edit: Edit) -> dict[str, Any]:
         """The arguments of a call that are its text."""
@@ -167,7 +168,7 @@ class Bench:
         """(the edited picture, figures) of a cell; what comes before a first run is not in its time."""
         mask = None if edit.mask is None else Photo.open(edit.mask).array
         self._prepare(row)
-        key = (row.name, source.size)
+        key = (row, source.size)
         if key not in self.warm and (self.device.type == "cuda" or row.compiled):
             self._call(row, edit, source, mask, WARM_UP_STEPS)
         self.warm.add(key)
@@ -187,13 +188,15 @@ class Bench:
 
         from ..engine.attention import unwrap_processors
 
-        if row.config is None and self.ours_kept:
-            # while the stock pipeline runs nothing of ours is kept or wrapped
+        if row != self.last:
+            # a row has its own graphs alone, and while the stock pipeline runs nothing of ours is kept or wrapped
             self.pipe._free_runner()
-            unwrap_processors(self.pipe.transformer)
+            self.warm = {key for key in self.warm if key[0].config is None}
+            if row.config is None:
+                unwrap_processors(self.pipe.transformer)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        self.ours_kept = row.config is not None
+        self.last = row
         if row.compiled and not self.compiled:
             transformer = self.pipe.transformer
             if getattr(transformer, "_repeated_blocks", None):
