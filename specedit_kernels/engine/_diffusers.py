@@ -158,10 +158,18 @@ def cast_by_call(transformer: torch.nn.Module, known: frozenset[Callable[..., An
 _GGUF_ON_DEVICE = ("Q8_0", "BF16")
 
 
-def waits_for_host(module: Any) -> str:
+def waits_for_host(module: Any, compiled: bool = False) -> str:
     """Why the call of a quantised layer cannot be captured, "" where it can: what a library is known to ask the host
-    for within it."""
+    for within it. compiled: whether torch.compile compiles the call before."""
     weight = vars(module)["_parameters"].get("weight")
+    if type(weight) is torch.nn.Parameter or weight is None:
+        return ""
+    dynamic = getattr(weight, "act_quant_kwargs", None) is not None
+    if type(weight).__name__ == "Int8Tensor" and dynamic and not compiled:
+        return (
+            "a weight is torchao's int8 with quantised activations, whose product looks at its input's text on the host"
+            " (runner='compile' compiles it)"
+        )
     kind = getattr(getattr(weight, "quant_type", None), "name", "")
     if type(weight).__name__ == "GGUFParameter" and kind not in _GGUF_ON_DEVICE:
         return f"a weight is GGUF's {kind}, which is unpacked with numbers from the host"

@@ -381,18 +381,19 @@ class SpecEditMixin(Stock):
 
     def _runner(self, config: EditConfig) -> StepRunner | None:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
-        name, why = config.runner, ""
+        name, why, found = config.runner, "", None
         if name == "auto":
-            name, why = self.fastest_runner()
+            name, why, found = self._fastest_runner()
         self._runner_reason = why
         if name == "eager":
             return None
         if self._specedit_runner is not None and self._specedit_runner.name != name:
             self._free_runner()  # before weights are looked at: it brings them back to where they were
+            found = None
         signature: list[Any] = []
         reason, undo = f"{type(self).__name__} has no other", None
         if name in self.RUNNERS:
-            reason, signature = inspect_weights(name, self.transformer, self.vae)
+            reason, signature = found or inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
             arranged = self._moving() or (kept is not None and kept.watches(signature))
             undo = None if reason or arranged else self._arrange()
@@ -431,18 +432,25 @@ class SpecEditMixin(Stock):
 
     def fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
+        return self._fastest_runner()[:2]
+
+    def _fastest_runner(self) -> tuple[str, str, tuple[str, list[Any]] | None]:
+        """`fastest_runner`, and what `inspect_weights` found of it, which takes long enough to be done once."""
         if "graph" not in self.RUNNERS:
-            return "eager", f"{type(self).__name__} has no other"
+            return "eager", f"{type(self).__name__} has no other", None
         if execution_device(self).type != "cuda":
-            return "eager", "graphs need a CUDA device"
-        reason, _ = inspect_weights("graph", self.transformer, self.vae)
+            return "eager", "graphs need a CUDA device", None
+        found = inspect_weights("graph", self.transformer, self.vae)
+        reason = found[0]
         if not reason:
-            return "graph", ""
+            return "graph", "", found
         # without graphs the host's launches bound a step, and only products of quantised weights gain by fewer of them
         quantised = any(type(x) is not torch.nn.Parameter for x in self.transformer.parameters())
-        if quantised and not inspect_weights("fused", self.transformer, self.vae)[0]:
-            return "fused", reason
-        return "eager", reason
+        if quantised:
+            found = inspect_weights("fused", self.transformer, self.vae)
+            if not found[0]:
+                return "fused", reason, found
+        return "eager", reason, None
 
     def _arrange(self) -> Callable[[], None] | None:
         """Bring weights into the order in memory that a runner likes best. What undoes it; None: none was moved."""
@@ -617,6 +625,7 @@ class SpecEditMixin(Stock):
         run.stats.runner_reason = self._runner_reason
         if runner:
             run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
+            run.stats.runner_reason = run.stats.runner_reason or runner.failure
             run.stats.captures = runner.captures - captures
         self._specedit_stats = run.stats
         if not call.return_dict:

@@ -94,12 +94,19 @@ class _Memory:
     def add_module(self, module: torch.nn.Module) -> None:
         """All of one module, without its children."""
         own = vars(module)
-        self.found.append(type(module))
+        found = self.found
+        found.append(type(module))
         quantised = False
-        for x in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if x is not None:
-                self.add(x)
-                quantised = quantised or type(x) not in _PLAIN
+        for kind in ("_parameters", "_buffers"):
+            for x in own[kind].values():
+                if x is None:
+                    continue
+                if type(x) in _PLAIN:  # `add` in place: a call for each weight takes longer than all else here
+                    self.devices.add(x.device)
+                    found.append((x.data_ptr(), x.dtype))
+                else:
+                    quantised = True
+                    self.add(x)
         if quantised:
             self.add_held({k: v for k, v in own.items() if not k.startswith("_")})
         if "scaling" in own:
@@ -112,9 +119,20 @@ def lies(*modules: torch.nn.Module) -> list[Hashable]:
     """Where the weights of these modules lie, and the numbers that adapters (PEFT) multiply by: a graph's premises."""
     memory = _Memory()
     for module in modules:
-        for each in module.modules():
+        for each in _tree(module):
             memory.add_module(each)
     return memory.found
+
+
+def _tree(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """`root.modules()` in another order, several times faster: it is walked before each run."""
+    seen, left = set(), [root]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            left += [child for child in vars(module)["_modules"].values() if child is not None]
 
 
 def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
@@ -139,17 +157,19 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
         device = moved_to(part)
         if device is not None:
             memory.devices.add(device)
-        for module in part.modules():
+        for module in _tree(part):
             own = vars(module)  # a module looks for what it does not have for long
             called = part is transformer and module not in passed
-            cast = called and is_cast(module, low_rank.OWN_HOOKS)
-            if (graphs or not called) and not (module is part and device) and not cast:
+            if (graphs or not called) and not (module is part and device):
+                cast = False
                 if hooked(own, known):
-                    return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
-                if "forward" in own and foreign_forward(module):
+                    cast = called and is_cast(module, low_rank.OWN_HOOKS)
+                    if not cast:
+                        return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
+                if "forward" in own and not cast and foreign_forward(module):
                     return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
             if graphs:
-                reason = waits_for_host(module)
+                reason = waits_for_host(module, name == "compile")
                 if reason:
                     return reason, []
                 if device is None:
@@ -193,6 +213,16 @@ def _first_call(function: Callable[..., Any], inputs: Inputs) -> Any:
     return output
 
 
+def _end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Undo what a failed capture leaves behind in torch (2.11 to 2.13): the allocator goes on filling the graph's pool,
+    and the device's random generator raises at every later use, the user's too."""
+    with contextlib.suppress(RuntimeError):  # it did end
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    # the end of a capture that succeeds is what resets the generator
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
+
+
 class CapturedStep:
     """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes.
 
@@ -214,10 +244,14 @@ class CapturedStep:
             _first_call(function, self.inputs)
         with torch.cuda.device(device):
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
-                before = torch.cuda.memory_reserved()
-                self.output = function(**self.inputs)
-                self.pool_bytes = torch.cuda.memory_reserved() - before
+            try:
+                with torch.cuda.graph(self.graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved()
+                    self.output = function(**self.inputs)
+                    self.pool_bytes = torch.cuda.memory_reserved() - before
+            except Exception:
+                _end_failed_capture(device, pool)
+                raise
         self.input_bytes = sum(x.numel() * x.element_size() for x in self.inputs.values() if x is not None)
 
     def _fill(self, inputs: Inputs) -> None:
@@ -247,6 +281,7 @@ class StepRunner:
         self.captures = 0
         self._limit = graphs
         self._capturing = name != "fused"
+        self.failure = ""  # why it stopped capturing
         self._graphs: OrderedDict[Hashable, CapturedStep] = OrderedDict()
         self._pool: Any = None
         self._pool_bytes = 0
@@ -375,7 +410,8 @@ class StepRunner:
                     self._pool = torch.cuda.graph_pool_handle()
                 step = CapturedStep(function, inputs, self._pool, self.moving)
             except RuntimeError as error:
-                logger.warning("runner=%r: capturing failed, steps go on uncaptured: %s", self.name, error)
+                self.failure = f"capturing failed: {str(error).partition(chr(10))[0]}"
+                logger.warning("runner=%r: steps go on uncaptured: capturing failed: %s", self.name, error)
                 self._capturing = False
                 self._drop(list(self._graphs))
                 return function(**inputs)
