@@ -20,9 +20,10 @@ from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
 from ._diffusers import through
-from .attention import TextWatch, attention_modules
+from .attention import attention_modules
 from .kv_cache import KVCache
 from .registry import codec_of
+from .sequence import TextWatch
 
 
 @dataclass
@@ -115,12 +116,10 @@ class EditModel(ABC):
         """`dense_layout` with attention of our own, which records what `watch` asks for."""
 
     @abstractmethod
-    def mixed_layout(
-        self, text: Any, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> Any:
+    def mixed_layout(self, text: Any, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool) -> Any:
         """Layout of a mixed-resolution sequence.
 
-        padded: some slots are empty. key_bias: weigh coarse keys. cached: keep keys and values, for `active_layout`.
+        key_bias: weigh coarse keys. cached: keep keys and values, for `active_layout`.
         """
 
     @abstractmethod
@@ -134,14 +133,19 @@ class EditModel(ABC):
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:
-        """Layout of a sequence without empty slots whose image slots see text by their region: AttentionLayout's."""
-        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+        """Layout of a sequence without empty slots whose image slots see text by their region: MixedSequence's."""
+        made = self.mixed_layout(text, pictures, layout, key_bias=False, cached=False)
         if region is None:
             return made
-        bias = made.attention.key_bias
+        bias = made.attention.sequence.key_bias
         if bias is not None:  # some of the words are padding
             text_mask = text_mask & (bias[:, None, : text_mask.shape[-1]] > float("-inf"))
-        return replace(made, attention=replace(made.attention, region=region, text_mask=text_mask))
+        return self._with_sequence(made, region=region, text_mask=text_mask)
+
+    @staticmethod
+    def _with_sequence(layout: Any, **changes: Any) -> Any:
+        attention = layout.attention
+        return replace(layout, attention=replace(attention, sequence=replace(attention.sequence, **changes)))
 
     def shield_layouts(
         self, source: Text, text: Text, pictures: Pictures, layout: SequenceLayout, first: int, region: Tensor | None,
@@ -151,22 +155,27 @@ class EditModel(ABC):
 
         The first `fine_lengths` slots of each sample are the edit's own; the others, and all behind, are the branch's.
         """
-        branch = self.mixed_layout(source, pictures, layout, padded=False, key_bias=False, cached=True)
-        edit = self.edit_layout(text, pictures, layout, region, text_mask)
-        slot = torch.arange(first, device=layout.index.device)
-        changes = dict(
-            cache=branch.attention.cache, cached_text=source.embeds.shape[1], own=slot < layout.fine_lengths[:, None]
-        )
-        edit = replace(edit, attention=replace(edit.attention, **changes))
+        lengths = [x.embeds.shape[1] for x in (source, text)]
+        # the two texts differ in length: each ends where the image begins
+        longest = max(lengths)
+        rows = longest + layout.capacity
+        cache, made = self.new_cache(rows), []
+        for x, length, sees in ((source, lengths[0], (None, None)), (text, lengths[1], (region, text_mask))):
+            whole, unused = self.edit_layout(x, pictures, layout, *sees), longest - length
+            row = torch.arange(unused, rows, dtype=torch.int32, device=layout.index.device)
+            row = row.expand(layout.index.shape[0], -1).contiguous()
+            whole = self._with_sequence(whole, rows=row, span=(unused, rows))
+            made.append(replace(whole, attention=replace(whole.attention, cache=cache)))
+        branch, edit = made
         return branch, self.active_layout(text, edit, first)
 
     def joined(self, texts: Sequence[Any]) -> Any:
         """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""
         return None
 
-    def new_cache(self) -> KVCache:
-        """An empty cache of an AttentionLayout."""
-        return KVCache(packed=self.fp8_cache)
+    def new_cache(self, rows: int | None = None) -> KVCache:
+        """An empty cache of a StepLayout. rows: KVCache's."""
+        return KVCache(self.fp8_cache, rows)
 
     @property
     def least_text(self) -> int:

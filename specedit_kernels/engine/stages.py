@@ -519,13 +519,12 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         n = math.prod(run.grid)
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
-    padded = min(lengths) < capacity
     fine_counts = tuple(CHILDREN * count for count in selection.counts)
     lock, first = config.lock_text, run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(len(run.branches) // len(texts))
-    layouts = [run.model.mixed_layout(text, pictures, shared, padded, config.key_bias, cached) for text in texts]
+    layouts = [run.model.mixed_layout(text, pictures, shared, config.key_bias, cached) for text in texts]
     pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
     if config.kv_refresh == BRACKET:
         brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]

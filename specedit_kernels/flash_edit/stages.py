@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import stages
-from ..engine.attention import TextWatch
 from ..engine.model import EditModel, Text
+from ..engine.sequence import TextWatch
 from ..engine.stages import Run, Selection
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, coarse_grid, from_blocks, pack, unpack
@@ -51,7 +51,7 @@ def draft(run: Run, conditioning: Any, watched: torch.nn.Module | None) -> Flash
     if watched is None:
         layout = run.model.dense_layout(run.positive, run.pictures, grids)
     else:
-        watch = TextWatch(watched, run.positive.embeds.shape[1])
+        watch = TextWatch(watched)
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
     velocity = run.model.velocity(run.positive, every, conditioning, layout)

@@ -43,25 +43,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import (
-    Kept,
-    MixedSequence,
-    attend,
-    linear,
-    linear_of_each,
-    modulated,
-    places,
-    renew,
-    watched_mass,
-)
+from ..engine.fused import linear, linear_of_each, modulated
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import Kept, MixedSequence, StepLayout, attend, places, renew, watched_mass
 from ..sampling.grid import BLOCK, PATCH, Grid
 from .flux_kontext import Blocks, FluxKontextModel, FluxLayout, FusedFluxModel, SpecEditFluxAttnProcessor
 
@@ -271,7 +262,7 @@ class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, attention_mask, image_rotary_emb)

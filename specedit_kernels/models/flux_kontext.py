@@ -37,15 +37,11 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import unwrapped
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fp8 import Rows
 from ..engine.fused import (
-    FusedLayout,
     FusedModel,
-    Kept,
-    MixedSequence,
-    attend,
     feed_forward,
     first_of,
     hidden,
@@ -54,17 +50,26 @@ from ..engine.fused import (
     linear,
     linear_of_each,
     modulated,
-    places,
-    renew,
     replaced_of_feed_forward,
     separate_,
-    watched_mass,
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import (
+    Kept,
+    MixedSequence,
+    StepLayout,
+    TextWatch,
+    attend,
+    mixed_step_layout,
+    places,
+    renew,
+    watched_mass,
+    whole_step_layout,
+)
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -297,7 +302,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -338,7 +343,7 @@ class FluxLayout:
     """ids: [S, 3], shared by the batch; attention: the mixed sequence's, None for whole pictures."""
 
     ids: Tensor
-    attention: AttentionLayout | None
+    attention: StepLayout | None
 
 
 class FluxKontextModel(EditModel):
@@ -363,34 +368,27 @@ class FluxKontextModel(EditModel):
         return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype), None)
 
     def watched_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
-        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
-        table = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
-        cos, sin = (x.expand(batch, *x.shape) for x in table)
-        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
+        return replace(layout, attention=whole_step_layout(length, (cos[None], sin[None]), batch, watch=watch))
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> FluxLayout:
         batch, length = text.embeds.shape[:2]
         positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
         ids = self.ids(text, positions)
         words, rows = (self.transformer.pos_embed(x) for x in (text.text_ids, ids))
         cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(words, rows))
-        attention = AttentionLayout(
-            cos=cos,
-            sin=sin,
-            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
-            lengths=layout.lengths + length if padded else None,
-            cache=self.new_cache() if cached else None,
-            fresh=layout.fine_lengths + length if cached else None,
-        )
+        bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(ids.new_zeros(layout.capacity, ids.shape[1]), attention)
 
     def active_layout(
         self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
     ) -> FluxLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
         return FluxLayout(layout.ids[:first], made)
 
     def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
@@ -429,22 +427,20 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
         return compiled_blocks() if compiled else BLOCKS
 
-    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> StepLayout:
         ids = super().dense_layout(text, pictures, grids).ids
         cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
         tables = (x[None, :, ::2].contiguous() for x in (cos, sin))
-        return FusedLayout(MixedSequence(len(text.text_ids), *tables, backend=self._backend))
+        return StepLayout(MixedSequence(len(text.text_ids), *tables, backend=self._backend))
 
-    def watched_layout(
-        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
-    ) -> FusedLayout:
+    def watched_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> StepLayout:
         return replace(self.dense_layout(text, pictures, grids), watch=watch)
 
     def edit_layout(
         self, text: FluxText, pictures: Pictures, layout: SequenceLayout, region: Tensor | None,
         text_mask: Tensor | None,
-    ) -> FusedLayout:  # fmt: skip
-        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+    ) -> StepLayout:  # fmt: skip
+        made = self.mixed_layout(text, pictures, layout, key_bias=False, cached=False)
         # no slot is empty
         whole = replace(made.sequence, queries=None, keys=None, region=region, text_mask=text_mask)
         return replace(made, sequence=whole)
@@ -452,7 +448,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
     def shield_layouts(
         self, source: FluxText, text: FluxText, pictures: Pictures, layout: SequenceLayout, first: int,
         region: Tensor | None, text_mask: Tensor | None,
-    ) -> tuple[FusedLayout, FusedLayout]:  # fmt: skip
+    ) -> tuple[StepLayout, StepLayout]:  # fmt: skip
         # keys and values of the image first, then the text's: the two texts differ in length
         batch, image = layout.index.shape
         device, lengths = layout.index.device, [x.embeds.shape[1] for x in (source, text)]
@@ -465,9 +461,9 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             tokens = length + rows.shape[1]
             sequence = replace(
                 whole, cos=whole.cos[:, :tokens], sin=whole.sin[:, :tokens], rows=torch.cat([words, rows], dim=1),
-                text_at=image, used=image + length,
+                text_at=image, span=(0, image + length),
             )  # fmt: skip
-            made.append(FusedLayout(sequence, None, cache, name))
+            made.append(StepLayout(sequence, None, cache, name))
         branch, edit = made
         if region is not None:
             region = region[:, :first].contiguous()
@@ -477,10 +473,10 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         return branch, replace(edit, sequence=sequence)
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> FusedLayout:
-        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
-        return self._mixed(text, layout, same, cached)
+        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> StepLayout:
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
+        return self._mixed(made.attention, text.embeds, cached)
 
     def timestep_conditioning(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
@@ -493,7 +489,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             )
         return found.unflatten(0, (steps, batch)).unbind()
 
-    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FusedLayout) -> Tensor:
+    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: StepLayout) -> Tensor:
         sequence, cache = layout.sequence, layout.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
         watched = None
@@ -515,7 +511,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         rows = None if cache is None else cache[0][0].shape[1]
         self.runner.bring(self._own)
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
-        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
+        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.span, sequence.passing, scale, rows,
                watched, sequence.backend)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:

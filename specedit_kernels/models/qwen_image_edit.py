@@ -43,21 +43,15 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import foreign_forward, mirrored, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
-    FusedLayout,
     FusedModel,
-    Kept,
-    MixedSequence,
-    attend,
     feed_forward,
     first_of,
     linear,
     linear_of_each,
     modulated,
-    places,
-    renew,
     replaced_of_feed_forward,
 )
 from ..engine.low_rank import active_serial
@@ -65,6 +59,17 @@ from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_orde
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import (
+    Kept,
+    MixedSequence,
+    StepLayout,
+    TextWatch,
+    attend,
+    mixed_step_layout,
+    places,
+    renew,
+    whole_step_layout,
+)
 from ..sampling.grid import BLOCK, PATCH, Grid
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -314,7 +319,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
         if specedit_layout is None:
             return self.inner(
@@ -343,9 +348,9 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
 def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
     layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
-    if layout is None or layout.modulate is None:
+    if layout is None or layout.sequence.modulate is None:
         return None
-    return args, {**kwargs, "modulate_index": layout.modulate}
+    return args, {**kwargs, "modulate_index": layout.sequence.modulate}
 
 
 @dataclass
@@ -363,7 +368,7 @@ class QwenLayout:
     """
 
     shapes: tuple[tuple[int, int, int], ...]
-    attention: AttentionLayout | None
+    attention: StepLayout | None
 
 
 def _shapes(grids: Sequence[Grid]) -> tuple[tuple[int, int, int], ...]:
@@ -417,15 +422,15 @@ class QwenImageEditModel(EditModel):
     def watched_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
         turn = self._turns(text, layout)
-        cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
+        tables = tuple(x.repeat_interleave(2, dim=1)[None] for x in (turn.real, turn.imag))
         bias = None
         if text.mask is not None:
-            bias = cos.new_zeros(cos.shape[:2])
+            bias = turn.real.new_zeros(batch, len(turn))
             bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
-        return replace(layout, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
+        return replace(layout, attention=whole_step_layout(length, tables, batch, bias, watch))
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> QwenLayout:
         device = layout.index.device
         batch, length = text.embeds.shape[:2]
@@ -446,17 +451,15 @@ class QwenImageEditModel(EditModel):
         modulate = None
         if self.transformer.zero_cond_t:
             modulate = (~layout.target_slots()).int()
-        lengths = layout.lengths + length if padded else None
-        attention = AttentionLayout(cos, sin, bias, lengths, modulate)
-        if cached:
-            attention = replace(attention, cache=self.new_cache(), fresh=layout.fine_lengths + length)
+        cache = self.new_cache() if cached else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, cache, modulate=modulate)
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), attention)
 
     def active_layout(
         self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
     ) -> QwenLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
+        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
         return replace(layout, attention=made)
 
     def velocity(self, text: QwenText, tokens: Tensor, conditioning: Tensor, layout: QwenLayout) -> Tensor:
@@ -518,7 +521,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         masks = [x.embeds.new_ones(x.embeds.shape[:2]) if x.mask is None else x.mask for x in texts]
         return QwenText(embeds, torch.cat([F.pad(m.bool(), (0, longest - n)) for m, n in zip(masks, lengths)]))
 
-    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> StepLayout:
         layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
         device = text.embeds.device
         turn = self._turns(text, layout)[None]
@@ -531,22 +534,13 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             behind = torch.arange(sum(counts), device=device) >= counts[0]
             modulate = behind.int().expand(batch, -1).contiguous()
         cos, sin = turn.real.contiguous(), turn.imag.contiguous()
-        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
+        return StepLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> FusedLayout:
-        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
-        return self._mixed(text, layout, same, cached, modulate=same.modulate)
-
-    def active_layout(
-        self, text: QwenText, layout: FusedLayout, first: int | None, lock_text: bool = False
-    ) -> FusedLayout:
-        made = super().active_layout(text, layout, first, lock_text)
-        modulate = made.sequence.modulate
-        if modulate is None or first is None:
-            return made
-        return replace(made, sequence=replace(made.sequence, modulate=modulate[:, :first].contiguous()))
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> StepLayout:
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
+        return self._mixed(made.attention, text.embeds, cached)
 
     def timestep_conditioning(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
@@ -558,7 +552,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         return self._timestep_conditioning[1]
 
     def velocity(
-        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: FusedLayout
+        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: StepLayout
     ) -> Tensor:
         sequence, cache = layout.sequence, layout.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")

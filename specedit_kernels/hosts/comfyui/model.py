@@ -44,15 +44,15 @@ class WholeLayout:
 class MixedLayout:
     """A mixed sequence of image slots.
 
-    ids: fp32 [B, slots, 3], the host's position ids. key_bias: fp32 [B, slots] or None. lengths: int32 [B], used slots,
-    or None where all are. order: which rows of the target the slots hold. text_from: the first text token's id, on all
-    axes, or None: all are 0. cache: rotated keys and values by (branch, layer), of [text | slots], or None to keep
-    none. first: the call brings the first so many slots alone, and attends to the others' cached ones.
+    ids: fp32 [B, slots, 3], the host's position ids. key_bias: fp32 [B, slots] or None. lengths: int32 [B], used slots.
+    order: which rows of the target the slots hold. text_from: the first text token's id, on all axes, or None: all are
+    0. cache: rotated keys and values by (branch, layer), of [text | slots], or None to keep none. first: the call
+    brings the first so many slots alone, and attends to the others' cached ones.
     """
 
     ids: Tensor
     key_bias: Tensor | None
-    lengths: Tensor | None
+    lengths: Tensor
     order: SequenceLayout
     text_from: int | None
     cache: dict[Hashable, tuple[Tensor, Tensor]] | None
@@ -114,10 +114,10 @@ class MixedAttention:
         if mask is not None:
             raise ValueError("conditioning: attention masks do not fit a mixed-resolution sequence")
         q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (heads, -1)) for x in (q, k, v))
-        used = keys = None if layout.lengths is None else self._of_all(layout.lengths) + text
+        used = keys = self._of_all(layout.lengths) + text
         if layout.first is not None:
             k, v = self._over_cache(text, (k, v))
-            used = None if used is None else used.clamp(max=text + layout.first)
+            used = used.clamp(max=text + layout.first)
         elif layout.cache is not None:
             for name, *pair in zip(self.branches, *(x.chunk(len(self.branches)) for x in (k, v))):
                 layout.cache[name, self.layer] = tuple(x.clone(memory_format=torch.contiguous_format) for x in pair)
@@ -204,13 +204,13 @@ class HostModel(EditModel):
         raise NotImplementedError("no method that watches the attention runs in ComfyUI")
 
     def mixed_layout(
-        self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: Text, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> MixedLayout:
         positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
         return MixedLayout(
             ids=in_order(self._ids(positions, pictures), layout),
             key_bias=key_bias_in_order(pictures, layout) if key_bias else None,
-            lengths=layout.lengths if padded else None,
+            lengths=layout.lengths,
             order=layout,
             text_from=self._text_from(pictures),
             cache={} if cached else None,
