@@ -251,8 +251,8 @@ class ToyModel(EditModel):
         return ToyLayout(torch.zeros(length + layout.capacity, 3), attention)
 
     def active_layout(self, text, layout, first, lock_text=False):
-        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
-        return ToyLayout(layout.ids[: made.sequence.cos.shape[1]], made)
+        made = super().active_layout(text, layout, first, lock_text)
+        return replace(made, ids=layout.ids[: made.attention.sequence.cos.shape[1]])
 
     def velocity(self, text, tokens, conditioning, layout):
         start = layout.attention.start if layout.attention else 0

@@ -29,9 +29,9 @@ from ._diffusers import (
 from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
-from .model import EditModel, Text
+from .model import EditModel
 from .runner import BESIDE, StepRunner
-from .sequence import StepLayout, renew
+from .sequence import renew
 
 
 def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
@@ -255,30 +255,36 @@ class FusedModel(_Eager):
         [scratch] = pairs(f"{name}, of the block at work", 1, dim, dtype)
         return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
 
-    def _mixed(self, layout: StepLayout, like: Tensor, cached: bool) -> StepLayout:
-        """The layout of a mixed sequence from the eager adapter's, with a cache of the runner's. like: StepLayout's."""
-        return self.another_cache(replace(layout, like=like)) if cached else layout
+    @property
+    def least_text(self) -> int:
+        """None: a block of no text leaves out the layers of the text."""
+        return 0
 
-    def another_cache(self, layout: StepLayout) -> StepLayout:
+    def _cached(self, layout: Any, like: Tensor) -> Any:
+        """A mixed layout with a cache of the runner's. like: StepLayout's."""
+        return self.another_cache(replace(layout, attention=replace(layout.attention, like=like)))
+
+    def another_cache(self, layout: Any) -> Any:
         name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        rows = layout.sequence.cos.shape[1]
-        return replace(layout, cache=self._kept(name, layout.like.shape[0], rows, layout.like), buffers=name)
+        attention = layout.attention
+        batch, rows = attention.like.shape[0], attention.sequence.cos.shape[1]
+        cache = self._kept(name, batch, rows, attention.like)
+        return replace(layout, attention=replace(attention, cache=cache, buffers=name))
 
-    def blend(self, layout: StepLayout, near: StepLayout, far: StepLayout, weight: Tensor) -> None:
+    def blend(self, layout: Any, near: Any, far: Any, weight: Tensor) -> None:
+        of, *ends = (x.attention for x in (layout, near, far))
+
         def run(weight: Tensor) -> Tensor:
-            for of, a, b in zip(layout.cache, near.cache, far.cache):
+            for kept, a, b in zip(of.cache, *(x.cache for x in ends)):
                 pairs = [(x.values() if isinstance(x, PackedKV) else x) for x in (a, b)]
-                into = of.scratch if isinstance(of, PackedKV) else of
+                into = kept.scratch if isinstance(kept, PackedKV) else kept
                 for out, x, y in zip(into, *pairs):
                     torch.lerp(x, y, weight.to(x.dtype), out=out)
-                renew(of, layout.sequence)
+                renew(kept, of.sequence)
             return weight
 
-        names = BESIDE.join(x.buffers for x in (layout, near, far))
-        self.runner(("blend", layout.sequence.cos.shape[1]), run, {"weight": weight}, names)
+        names = BESIDE.join(x.buffers for x in (of, *ends))
+        self.runner(("blend", of.sequence.cos.shape[1]), run, {"weight": weight}, names)
 
-    def active_layout(self, text: Text, layout: StepLayout, first: int | None, lock_text: bool = False) -> StepLayout:
-        return layout.active(text.embeds.shape[1], first, lock_text)
-
-    def kv_bytes(self, layouts: Sequence[StepLayout]) -> int:
+    def kv_bytes(self, layouts: Sequence[Any]) -> int:
         return self.runner.buffer_bytes

@@ -63,7 +63,8 @@ class EditModel(ABC):
 
     text: a `Text` of the adapter's own kind.
     A layout is what an adapter makes for one branch's text and one kind of sequence, and what it gets back with the
-    tokens of that sequence; the stages do not look into it.
+    tokens of that sequence: a frozen dataclass with a field `attention`, a StepLayout, or None for whole pictures in
+    the transformer's own forward. The stages do not look into it.
     guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
     """
 
@@ -122,13 +123,14 @@ class EditModel(ABC):
         key_bias: weigh coarse keys. cached: keep keys and values, for `active_layout`.
         """
 
-    @abstractmethod
     def active_layout(self, text: Any, layout: Any, first: int | None, lock_text: bool = False) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all.
 
         first: the slots that hold all fine target tokens; None: the call brings every slot. lock_text: it brings no
         text, whose keys and values stay.
         """
+        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
+        return replace(layout, attention=made)
 
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
@@ -227,7 +229,7 @@ class EditModel(ABC):
         """The transformer's embedding of packed tokens: [B, N, 4C] -> [B, N, width]."""
         return through(self.transformer, self.embedder(), tokens)
 
-    def flops(self, text: Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
+    def flops(self, text: Any, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
         """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them.
 
         lock_text: the text is attended to, not computed.

@@ -120,8 +120,7 @@ class StockEditModel(EditModel):
     def active_layout(
         self, text: StockText, layout: StockLayout, first: int | None, lock_text: bool = False
     ) -> StockLayout:
-        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
-        return StockLayout(layout.ids[:first], made)
+        return super().active_layout(text, replace(layout, ids=layout.ids[:first]), first, lock_text)
 
     # 4. One call of the transformer
 

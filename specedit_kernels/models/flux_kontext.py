@@ -343,37 +343,38 @@ class FluxLayout:
     """ids: [S, 3], shared by the batch; attention: the mixed sequence's, None for whole pictures."""
 
     ids: Tensor
-    attention: StepLayout | None
+    attention: StepLayout | None = None
 
 
 class FluxKontextModel(EditModel):
     """FluxTransformer2DModel with AutoencoderKL.
 
-    A model of its shape has its own `ids` and `velocity`, and a text with `text_ids`, [T, axes].
+    A model of its shape has its own `ids` and `velocity`, and in the place of FluxText one of its own, with `text_ids`,
+    [T, axes].
     """
 
     def embedder(self) -> torch.nn.Module:
         return self.transformer.x_embedder
 
-    def ids(self, text: FluxText, positions: Tensor) -> Tensor:
+    def ids(self, text: Any, positions: Tensor) -> Tensor:
         """Position ids [n, axes] of image tokens at fp32 [n, 3], (picture, row, column), the target being picture 0."""
         return positions
 
-    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
+    def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
         places = []
         for image, grid in enumerate(grids):
             place = token_positions(grid, text.embeds.device)
             places.append(torch.cat([torch.full_like(place[:, :1], image), place], dim=1))
         # in the text's dtype, as the pipelines give them
-        return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype), None)
+        return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype))
 
-    def watched_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
+    def watched_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
         cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
         return replace(layout, attention=whole_step_layout(length, (cos[None], sin[None]), batch, watch=watch))
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> FluxLayout:
         batch, length = text.embeds.shape[:2]
         positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
@@ -385,13 +386,10 @@ class FluxKontextModel(EditModel):
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(ids.new_zeros(layout.capacity, ids.shape[1]), attention)
 
-    def active_layout(
-        self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
-    ) -> FluxLayout:
-        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
-        return FluxLayout(layout.ids[:first], made)
+    def active_layout(self, text: Any, layout: FluxLayout, first: int | None, lock_text: bool = False) -> FluxLayout:
+        return super().active_layout(text, replace(layout, ids=layout.ids[:first]), first, lock_text)
 
-    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
+    def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
@@ -427,28 +425,28 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
         return compiled_blocks() if compiled else BLOCKS
 
-    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> StepLayout:
-        ids = super().dense_layout(text, pictures, grids).ids
-        cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
-        tables = (x[None, :, ::2].contiguous() for x in (cos, sin))
-        return StepLayout(MixedSequence(len(text.text_ids), *tables, backend=self._backend))
+    def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
+        layout = super().dense_layout(text, pictures, grids)
+        cos, sin = (
+            x[None, :, ::2].contiguous() for x in self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
+        )
+        return replace(layout, attention=StepLayout(MixedSequence(len(text.text_ids), cos, sin, backend=self._backend)))
 
-    def watched_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> StepLayout:
-        return replace(self.dense_layout(text, pictures, grids), watch=watch)
+    def watched_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
+        made = self.dense_layout(text, pictures, grids)
+        return replace(made, attention=replace(made.attention, watch=watch))
 
     def edit_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, region: Tensor | None,
-        text_mask: Tensor | None,
-    ) -> StepLayout:  # fmt: skip
-        made = self.mixed_layout(text, pictures, layout, key_bias=False, cached=False)
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
+    ) -> FluxLayout:
+        made = super().edit_layout(text, pictures, layout, region, text_mask)
         # no slot is empty
-        whole = replace(made.sequence, queries=None, keys=None, region=region, text_mask=text_mask)
-        return replace(made, sequence=whole)
+        return self._with_sequence(made, queries=None, keys=None)
 
     def shield_layouts(
-        self, source: FluxText, text: FluxText, pictures: Pictures, layout: SequenceLayout, first: int,
-        region: Tensor | None, text_mask: Tensor | None,
-    ) -> tuple[StepLayout, StepLayout]:  # fmt: skip
+        self, source: Any, text: Any, pictures: Pictures, layout: SequenceLayout, first: int, region: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> tuple[FluxLayout, FluxLayout]:  # fmt: skip
         # keys and values of the image first, then the text's: the two texts differ in length
         batch, image = layout.index.shape
         device, lengths = layout.index.device, [x.embeds.shape[1] for x in (source, text)]
@@ -456,29 +454,28 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         cache, made = self._kept(name, batch, image + max(lengths), text.embeds), []
         own = torch.where(slot[:first] < layout.fine_lengths[:, None], slot[:first], -1)
         for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
-            whole = self.edit_layout(x, pictures, layout, None, None).sequence
+            whole = self.edit_layout(x, pictures, layout, None, None)
             words = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
-            tokens = length + rows.shape[1]
-            sequence = replace(
-                whole, cos=whole.cos[:, :tokens], sin=whole.sin[:, :tokens], rows=torch.cat([words, rows], dim=1),
-                text_at=image, span=(0, image + length),
-            )  # fmt: skip
-            made.append(StepLayout(sequence, None, cache, name))
+            tokens, tables = length + rows.shape[1], (whole.attention.sequence.cos, whole.attention.sequence.sin)
+            cos, sin = (table[:, :tokens] for table in tables)
+            found = self._with_sequence(
+                whole, cos=cos, sin=sin, rows=torch.cat([words, rows], dim=1), text_at=image, span=(0, image + length)
+            )
+            made.append(replace(found, attention=StepLayout(found.attention.sequence, None, cache, name)))
         branch, edit = made
         if region is not None:
             region = region[:, :first].contiguous()
         fresh = layout.fine_lengths + lengths[1]
         keys = torch.full_like(fresh, image + lengths[1])
-        sequence = replace(edit.sequence, queries=fresh, keys=keys, region=region, text_mask=text_mask)
-        return branch, replace(edit, sequence=sequence)
+        return branch, self._with_sequence(edit, queries=fresh, keys=keys, region=region, text_mask=text_mask)
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
-    ) -> StepLayout:
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> FluxLayout:
         made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
-        return self._mixed(made.attention, text.embeds, cached)
+        return self._cached(made, text.embeds) if cached else made
 
-    def timestep_conditioning(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
+    def timestep_conditioning(self, text: Any, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
         self.runner.bring(self._own)
         steps, batch = len(timesteps), text.pooled.shape[0]
@@ -489,13 +486,15 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             )
         return found.unflatten(0, (steps, batch)).unbind()
 
-    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: StepLayout) -> Tensor:
-        sequence, cache = layout.sequence, layout.cache
+    def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
+        attention = layout.attention
+        assert attention is not None
+        sequence, cache, watch = attention.sequence, attention.cache, attention.watch
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
         watched = None
-        if layout.watch is not None:
+        if watch is not None:
             blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
-            watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
+            watched = next(i for i, block in enumerate(blocks) if block.attn is watch.module)
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=conditioning)
         inputs |= {name: getattr(sequence, name) for name in names}
 
@@ -513,9 +512,9 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.span, sequence.passing, scale, rows,
                watched, sequence.backend)  # fmt: skip
-        found, *seen = self.runner(tag, step, inputs, layout.buffers)
-        if seen:
-            [layout.watch.mass] = seen
+        found, *seen = self.runner(tag, step, inputs, attention.buffers)
+        if watch is not None:
+            [watch.mass] = seen
         return found
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:

@@ -203,6 +203,7 @@ class Qwen21Model(EditModel):
     def active_layout(
         self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
     ) -> Qwen21Layout:
+        # the text is a part of no call
         return replace(layout, attention=layout.attention.active(0, first))
 
     def velocity(self, text: Qwen21Text, tokens: Tensor, conditioning: Tensor, layout: Qwen21Layout) -> Tensor:

@@ -368,7 +368,7 @@ class QwenLayout:
     """
 
     shapes: tuple[tuple[int, int, int], ...]
-    attention: StepLayout | None
+    attention: StepLayout | None = None
 
 
 def _shapes(grids: Sequence[Grid]) -> tuple[tuple[int, int, int], ...]:
@@ -412,7 +412,7 @@ class QwenImageEditModel(EditModel):
 
     def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
         # Smaller pictures are a plain run of their own, so the text stands where that has it, right behind them.
-        return QwenLayout(_shapes(grids), None)
+        return QwenLayout(_shapes(grids))
 
     def _turns(self, text: QwenText, layout: QwenLayout) -> Tensor:
         """Complex rotary table of text and whole pictures, [tokens, head dim / 2]."""
@@ -456,13 +456,7 @@ class QwenImageEditModel(EditModel):
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), attention)
 
-    def active_layout(
-        self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
-    ) -> QwenLayout:
-        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
-        return replace(layout, attention=made)
-
-    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Tensor, layout: QwenLayout) -> Tensor:
+    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Any, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
@@ -521,7 +515,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         masks = [x.embeds.new_ones(x.embeds.shape[:2]) if x.mask is None else x.mask for x in texts]
         return QwenText(embeds, torch.cat([F.pad(m.bool(), (0, longest - n)) for m, n in zip(masks, lengths)]))
 
-    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> StepLayout:
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
         layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
         device = text.embeds.device
         turn = self._turns(text, layout)[None]
@@ -534,13 +528,14 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             behind = torch.arange(sum(counts), device=device) >= counts[0]
             modulate = behind.int().expand(batch, -1).contiguous()
         cos, sin = turn.real.contiguous(), turn.imag.contiguous()
-        return StepLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
+        sequence = MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend)
+        return replace(layout, attention=StepLayout(sequence))
 
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
-    ) -> StepLayout:
+    ) -> QwenLayout:
         made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
-        return self._mixed(made.attention, text.embeds, cached)
+        return self._cached(made, text.embeds) if cached else made
 
     def timestep_conditioning(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
@@ -552,9 +547,11 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         return self._timestep_conditioning[1]
 
     def velocity(
-        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: StepLayout
+        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: QwenLayout
     ) -> Tensor:
-        sequence, cache = layout.sequence, layout.cache
+        attention = layout.attention
+        assert attention is not None
+        sequence, cache = attention.sequence, attention.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")
         of_image, of_text = conditioning
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=of_image, of_text=of_text)
@@ -571,7 +568,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         self.runner.bring(self._own)
         tag = ("step", id(self._own), sequence.text, sequence.passing,
                self.attention_kwargs.get("scale"), rows, sequence.backend)  # fmt: skip
-        return self.runner(tag, step, inputs, layout.buffers)
+        return self.runner(tag, step, inputs, attention.buffers)
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
         vae = self.codec.vae
