@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "attention_backend",
@@ -30,6 +31,7 @@ __all__ = [
     "global_hooks",
     "hooked",
     "is_cast",
+    "is_wrapper",
     "low_rank_parts",
     "mirrored",
     "mirrors",
@@ -44,9 +46,14 @@ __all__ = [
 ]
 
 
-def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(module: torch.nn.Module) -> Any:
     """The module behind torch.compile(module), or the module itself."""
     return vars(module).get("_modules", {}).get("_orig_mod", module)
+
+
+def is_wrapper(x: Any) -> bool:
+    """Whether a tensor is of a class that holds other tensors (quantised weights are)."""
+    return is_traceable_wrapper_subclass(x)
 
 
 def execution_device(pipe: DiffusionPipeline) -> torch.device:

@@ -133,7 +133,7 @@ def with_layout(transformer: torch.nn.Module, layout: StepLayout | None, whole: 
                 processor.kept = processor.watch = processor.layout = None
 
 
-def _named_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def _named_attentions(transformer: torch.nn.Module) -> dict[str, Any]:
     """`attention_modules` by the names of their processors, as `attn_processors` has them where a transformer does."""
     found = unwrapped(transformer).named_modules()
     return {f"{name}.processor": module for name, module in found if hasattr(type(module), "get_processor")}

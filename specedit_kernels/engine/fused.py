@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from .runner import BESIDE, StepRunner
 from .sequence import renew
 
 
-def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
+def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
     """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight, no hook but our own.
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
@@ -95,7 +95,7 @@ def join_(layers: Iterable[torch.nn.Module]) -> bool:
 def separate_(layers: Iterable[torch.nn.Module]) -> None:
     """Undo `join_`: each weight in memory of its own again."""
     for name in ("weight", "bias"):
-        parts = [getattr(layer, name, None) for layer in layers]
+        parts: list[Any] = [getattr(layer, name, None) for layer in layers]
         if any(type(x) not in (torch.nn.Parameter, Tensor) for x in parts) or _as_one(parts) is None:
             continue
         for x in parts:
@@ -103,22 +103,25 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
                 x.data = x.detach().clone()
 
 
-def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor | Rows) -> list[Tensor]:
+def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8,
     with what adapters of low rank add to each."""
-    layers, joined = list(layers), ()
+    layers = list(layers)
     y = fp8.product(layers, x)
     if y is not None:
         parts = y.split([layer.out_features for layer in layers], dim=-1)
-        return [changed(layer, x, part) for layer, part in zip(layers, parts)]
+        # `modulated` and `hidden` give no rows where a change is active
+        return list(parts) if isinstance(x, Rows) else [changed(layer, x, part) for layer, part in zip(layers, parts)]
+    assert isinstance(x, Tensor)
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     bases, added = zip(*map(low_rank_parts, layers))
+    weight = bias = None
     if all(is_plain(base, x) for base in bases):
-        joined = [_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias")]
-    if not joined or any(part is None for part in joined):
+        weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+    if weight is None or bias is None:
         return [layer(x) for layer in layers]
-    parts = F.linear(x, *joined).split([base.out_features for base in bases], dim=-1)
+    parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
     return [_with_added(x, changed(base, x, part), of) for base, part, of in zip(bases, parts, added)]
 
 
@@ -166,6 +169,7 @@ def gelu(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
     """
     if fp8.serves([layer]):
         return F.gelu(linear(layer, x), approximate="tanh")
+    assert isinstance(x, Tensor)
     if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])

@@ -140,7 +140,7 @@ class EditModel(ABC):
         if region is None:
             return made
         bias = made.attention.sequence.key_bias
-        if bias is not None:  # some of the words are padding
+        if bias is not None and text_mask is not None:  # some of the text is padding
             text_mask = text_mask & (bias[:, None, : text_mask.shape[-1]] > float("-inf"))
         return self._with_sequence(made, region=region, text_mask=text_mask)
 

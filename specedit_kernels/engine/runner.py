@@ -8,12 +8,11 @@ import functools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from . import fp8, low_rank, registry
@@ -23,6 +22,7 @@ from ._diffusers import (
     global_hooks,
     hooked,
     is_cast,
+    is_wrapper,
     moved_to,
     on_parallel,
     unwrapped,
@@ -31,7 +31,7 @@ from ._diffusers import (
 
 logger = logging.getLogger("specedit_kernels")
 
-Inputs = dict[str, Tensor | None]
+Inputs = Mapping[str, Tensor | None]
 
 # Graphs kept at once. A run has one for each of its sequences (coarse, mixed, active, full) and one for each call of
 # the autoencoder, so this holds two or three sizes of edits; beside the pool that all share, one takes its inputs (some
@@ -50,18 +50,18 @@ class _Memory:
     """Where the memory of weights lies: what graphs take for granted of them."""
 
     def __init__(self) -> None:
-        self.found: list[Hashable] = []
+        self.found: list[Any] = []
         self.devices: set[torch.device] = set()
         self._seen: set[int] = set()
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Any) -> None:
         """A weight: its own memory, that of the tensors a wrapper holds, and of what a quantised one has beside it."""
         if type(x) in _PLAIN:
             self.devices.add(x.device)
             self.found.append((x.data_ptr(), x.dtype))
             return
         self.found.append(type(x))
-        if is_traceable_wrapper_subclass(x):
+        if is_wrapper(x):
             for name in x.__tensor_flatten__()[0]:
                 self.add(getattr(x, name))
             return
@@ -223,7 +223,9 @@ class CapturedStep:
     def _fill(self, inputs: Inputs) -> None:
         for name, x in inputs.items():
             if x is not None:
-                self.inputs[name].copy_(x)
+                kept = self.inputs[name]
+                assert kept is not None
+                kept.copy_(x)
 
     def __call__(self, inputs: Inputs) -> Any:
         self._fill(inputs)
@@ -247,7 +249,7 @@ class StepRunner:
         self.captures = 0
         self._limit = graphs
         self._capturing = name != "fused"
-        self._graphs: OrderedDict[Hashable, CapturedStep] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Any, ...], CapturedStep] = OrderedDict()
         self._pool: Any = None
         self._pool_bytes = 0
         self._buffers: dict[str, list[Tensor]] = {}
@@ -322,7 +324,7 @@ class StepRunner:
         self._buffers.clear()
         self.linears.clear()
 
-    def _drop(self, keys: Sequence[Hashable]) -> None:
+    def _drop(self, keys: Sequence[tuple[Any, ...]]) -> None:
         if not keys:
             return
         # one of them may still be running

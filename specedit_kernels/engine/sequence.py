@@ -147,7 +147,8 @@ def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tenso
     if isinstance(kept, PackedKV):
         if sequence.rows is not None:  # else all of them are written
             kept.load()
-        return kept.scratch
+        k, v = kept.scratch
+        return k, v
     return kept
 
 
@@ -166,7 +167,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
     elif sequence.key_bias is None and sequence.keys is None and sequence.backend is not None:
         out = dispatch_attention(q, k, v, sequence.backend)
     elif sequence.key_bias is None and sequence.keys is None:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2]).transpose(1, 2)
     else:
         out = ops.mixed_res_attn(
             q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
@@ -180,8 +182,9 @@ def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) 
     Image -> image is dense, image -> text goes by the tokens' regions, and merge_attn makes one softmax of the two;
     text attends to everything.
     """
-    bias, queries, keys = sequence.key_bias, sequence.queries, sequence.keys
-    n, at = sequence.text_mask.shape[-1], sequence.text_at
+    bias, queries, keys, text_mask = sequence.key_bias, sequence.queries, sequence.keys, sequence.text_mask
+    assert text_mask is not None
+    n, at = text_mask.shape[-1], sequence.text_at
     text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
     words = ops.mixed_res_attn(q[:, :n], k, v, key_bias=bias, kv_lens=keys)[0]
     picture = ops.mixed_res_attn(
@@ -190,7 +193,7 @@ def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) 
         q_lens=None if queries is None else queries - n,
         kv_lens=None if keys is None else keys - n,
     )  # fmt: skip
-    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, sequence.text_mask)
+    sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, text_mask)
     return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
 
 

@@ -186,7 +186,8 @@ class Run:
         ]
         if passes == 1:
             return found[0]
-        return self.model.guide(*(found if len(texts) > 1 else found[0].chunk(2)), self.true_cfg_scale)
+        positive, negative = found if len(texts) > 1 else found[0].chunk(2)
+        return self.model.guide(positive, negative, self.true_cfg_scale)
 
     def record(
         self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
@@ -313,7 +314,10 @@ def feature_maps(codec: Any, embed: Callable[[Tensor], Tensor] | None, metric: s
     if metric == "decoder":
         return codec.features(latents)
     tokens = pack(latents, codec.patch)
-    return [embed(tokens) if metric == "projected" else tokens]
+    if metric != "projected":
+        return [tokens]
+    assert embed is not None
+    return [embed(tokens)]
 
 
 def _mean_discrepancy(a: Sequence[Tensor], b: Sequence[Tensor], grid: Grid) -> Tensor:

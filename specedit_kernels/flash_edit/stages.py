@@ -119,7 +119,7 @@ class RegionFirst:
         """Tokens of all slots [B, slots, 4C]; of_source: the source's in target slots, zeros in the others."""
         index = self.layout.index
         if of_source:
-            index = torch.where(self.layout.targets, index + self.fine + self.blocks, -1)
+            index = torch.where(self.layout.target_slots(), index + self.fine + self.blocks, -1)
         return ops.gather_tokens(self.table, index, self.layout.capacity)
 
 
@@ -173,7 +173,7 @@ def one_step_edit(
         rebuilt = tokens - model.velocity(source_text, tokens, source_conditioning, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)
-        error = (rebuilt.float() - clean.float()).square() * layout.targets[..., None]
+        error = (rebuilt.float() - clean.float()).square() * layout.target_slots()[..., None]
         run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
         edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], conditioning, edit)
         clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])

@@ -36,7 +36,7 @@ class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -130,6 +130,7 @@ class FiboModel(FluxKontextModel):
         made = super().mixed_layout(text, pictures, layout, key_bias, cached)
         if text.mask is None:
             return made
+        assert made.attention is not None
         sequence, length = made.attention.sequence, text.embeds.shape[1]
         bias = sequence.key_bias
         bias = sequence.cos.new_zeros(sequence.cos.shape[:2]) if bias is None else bias.clone()

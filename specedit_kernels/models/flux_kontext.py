@@ -76,7 +76,7 @@ from ..sampling.layout import SequenceLayout, table_positions
 logger = logging.getLogger("specedit_kernels")
 
 
-def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
+def _modulated(transformer: FluxTransformer2DModel) -> list[Any]:
     """The norms that have a modulation, in the order of its vectors."""
     double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     return [*(n for b in double for n in (b.norm1, b.norm1_context)), *(b.norm for b in single), transformer.norm_out]
@@ -101,7 +101,7 @@ Kinds = tuple[type, type, type, type]
 KINDS: Kinds = (FluxTransformer2DModel, FluxTransformerBlock, FluxSingleTransformerBlock, FluxAttention)
 
 
-def replaced(transformer: torch.nn.Module, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type]]:
+def replaced(transformer: Any, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type]]:
     """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
     linear layers too, where they are more than a weight and a bias. kinds: those of a model of FLUX.1's shape."""
     whole, double, single, attention = kinds
@@ -162,7 +162,7 @@ def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[
     """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
     parts = linear_of_each(_inputs(attn, text), x)
     if attn.fused_projections:
-        parts = parts[0].chunk(3, dim=-1)
+        parts = list(parts[0].chunk(3, dim=-1))
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
@@ -199,10 +199,11 @@ def double_block(
     q, k, v = _buffers(x, attn, kept, sequence)
 
     def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
+        q_in, k_in, v_in = parts
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
@@ -231,8 +232,9 @@ def single_block(
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
     q, k, v = _buffers(x, attn, kept, sequence)
+    q_in, k_in, v_in = _project(attn, y)
     ops.qk_norm_rope_scatter_(
-        q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
+        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
     renew(kept, sequence)
@@ -250,7 +252,8 @@ BLOCKS: Blocks = (double_block, single_block)
 @functools.cache
 def compiled_blocks() -> Blocks:
     """`double_block` and `single_block` under torch.compile, without a graph break."""
-    return tuple(torch.compile(block, fullgraph=True) for block in BLOCKS)
+    double, single = (torch.compile(block, fullgraph=True) for block in BLOCKS)
+    return double, single
 
 
 def fused_forward(
@@ -282,7 +285,7 @@ def fused_forward(
             seen = double(layer, x, known, kept, next(mods), next(mods))
         else:
             seen = single(layer, x, known, kept, next(mods))
-        if seen is not None:
+        if watch and seen is not None:
             watch[1].append(seen)
         if x.dtype == torch.float16:
             # sums beyond its range end at its ends, as in the blocks of diffusers
@@ -434,6 +437,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
 
     def watched_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
         made = self.dense_layout(text, pictures, grids)
+        assert made.attention is not None
         return replace(made, attention=replace(made.attention, watch=watch))
 
     def edit_layout(
@@ -456,8 +460,9 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
             whole = self.edit_layout(x, pictures, layout, None, None)
             words = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
-            tokens, tables = length + rows.shape[1], (whole.attention.sequence.cos, whole.attention.sequence.sin)
-            cos, sin = (table[:, :tokens] for table in tables)
+            assert whole.attention is not None
+            tokens, sequence = length + rows.shape[1], whole.attention.sequence
+            cos, sin = (table[:, :tokens] for table in (sequence.cos, sequence.sin))
             found = self._with_sequence(
                 whole, cos=cos, sin=sin, rows=torch.cat([words, rows], dim=1), text_at=image, span=(0, image + length)
             )
@@ -498,7 +503,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=conditioning)
         inputs |= {name: getattr(sequence, name) for name in names}
 
-        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:
+        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Any) -> tuple[Tensor, ...]:
             with self._scaled():
                 seen: list[Tensor] = []
                 found = self.forward(

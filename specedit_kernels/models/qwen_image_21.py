@@ -72,6 +72,7 @@ class SpecEditQwen21AttnProcessor(SpecEditAttnProcessor):
         sequence = layout.sequence
         q, k = (apply_rotary(x, sequence.cos, sequence.sin, v.dtype) for x in (attn.norm_q(q), attn.norm_k(k)))
         k, v = kept_keys(self, k, v, layout)
+        assert layer_cache is not None
         before = layer_cache.get()  # text and references: of all steps
         k, v = (torch.cat(pair, dim=1) for pair in zip(before, (k, v)))
         return attn.to_out[1](attn.to_out[0](attend(q, k, v, sequence)))
@@ -171,14 +172,15 @@ class Qwen21Model(EditModel):
     def _behind_prefix(self, text: Qwen21Text, made: StepLayout) -> StepLayout:
         """The layout of a target whose tokens attend to text and references too, whose keys come first."""
         sequence, valid, prefix = made.sequence, self._valid(text), self._prefix(text)
-        bias = sequence.key_bias
+        bias, keys = sequence.key_bias, sequence.keys
+        assert keys is not None
         if bias is not None or valid is not None:
             if bias is None:
                 bias = sequence.cos.new_zeros(len(text.embeds), sequence.cos.shape[1])
             bias = F.pad(bias, (prefix, 0))
             if valid is not None:
                 bias[:, :prefix].masked_fill_(~valid, float("-inf"))
-        return replace(made, sequence=replace(sequence, key_bias=bias, keys=sequence.keys + prefix))
+        return replace(made, sequence=replace(sequence, key_bias=bias, keys=keys + prefix))
 
     def _prefix(self, text: Qwen21Text) -> int:
         """Keys of text and references."""
@@ -203,12 +205,14 @@ class Qwen21Model(EditModel):
     def active_layout(
         self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
     ) -> Qwen21Layout:
+        assert layout.attention is not None
         # the text is a part of no call
         return replace(layout, attention=layout.attention.active(0, first))
 
     def velocity(self, text: Qwen21Text, tokens: Tensor, conditioning: Tensor, layout: Qwen21Layout) -> Tensor:
         timestep = conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000
         if layout.attention is None:
+            assert layout.grid is not None
             return self._whole(text, tokens, timestep, layout.grid)
         cache, transformer = self._cache(text, tokens), self.transformer
 
@@ -306,6 +310,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
         return Qwen21Text(embeds, mask, slots[:1])
 
     def _run(self, run: Run, *stages: Any) -> Any:
+        assert isinstance(run.model, Qwen21Model)
         run.model.begin(run)
         return super()._run(run, *stages)
 

@@ -226,14 +226,14 @@ def double_block(
     q = image.new_empty(image.shape[0], n + image.shape[1], attn.heads, dim)
     k, v = places(q, kept, sequence)
 
-    def place(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: torch.nn.Module) -> None:
+    def place(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: Any) -> None:
         *projections, norm_q, norm_k = layers
-        x = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
+        rows_in = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
+        q_in, k_in, v_in = (part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in))
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *(part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, x)),
-            sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
@@ -326,6 +326,7 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         text = encoder_hidden_states
+        assert text is not None
         # -1 for the heads: tensor parallelism shards them
         head_dim = attn.inner_dim // attn.heads
         q, k, v, tq, tk, tv = (
@@ -422,12 +423,12 @@ class QwenImageEditModel(EditModel):
     def watched_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
         turn = self._turns(text, layout)
-        tables = tuple(x.repeat_interleave(2, dim=1)[None] for x in (turn.real, turn.imag))
+        cos, sin = (x.repeat_interleave(2, dim=1)[None] for x in (turn.real, turn.imag))
         bias = None
         if text.mask is not None:
             bias = turn.real.new_zeros(batch, len(turn))
             bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
-        return replace(layout, attention=whole_step_layout(length, tables, batch, bias, watch))
+        return replace(layout, attention=whole_step_layout(length, (cos, sin), batch, bias, watch))
 
     def mixed_layout(
         self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
@@ -557,11 +558,11 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=of_image, of_text=of_text)
         inputs |= {name: getattr(sequence, name) for name in names}
 
-        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Tensor | None) -> Tensor:
-            modulation = tuple(x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
+        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Any) -> Tensor:
+            image, words = (x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
             with self._scaled():
                 return fused_forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._block
+                    self.transformer, tokens, embeds, (image, words), replace(sequence, **given), cache, self._block
                 )
 
         rows = None if cache is None else cache[0][0].shape[1]
@@ -625,8 +626,9 @@ class _SpecEditQwenMixin(SpecEditMixin):
             num_images_per_prompt=1,
             max_sequence_length=call.max_sequence_length,
         )
-        times = call.num_images_per_prompt
-        return QwenText(*(x if x is None else x.repeat_interleave(times, dim=0) for x in found))
+        embeds, mask = (None if x is None else x.repeat_interleave(call.num_images_per_prompt, dim=0) for x in found)
+        assert embeds is not None
+        return QwenText(embeds, mask)
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         # each at its own size; the edited ones at the output's too, where tokens of both are compared

@@ -90,6 +90,7 @@ class MixedAttention:
     def _over_cache(self, text: int, fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence: cached ones, of which those of the fine target tokens are renewed."""
         layout = self.layout
+        assert layout.cache is not None
         brought = fresh[0].shape[1]
         slot = torch.arange(brought, device=layout.ids.device)
         renewed = (slot < layout.order.fine_lengths[:, None] + text)[..., None, None]
@@ -99,7 +100,8 @@ class MixedAttention:
             for old, new in zip(kept, pair):
                 old[:, :brought] = torch.where(renewed, new, old[:, :brought])
             whole.append(kept)
-        return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*whole))
+        k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*whole))
+        return k, v
 
     def __call__(
         self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
@@ -225,12 +227,13 @@ class HostModel(EditModel):
         return replace(layout, cache={})
 
     def blend(self, layout: MixedLayout, near: MixedLayout, far: MixedLayout, weight: Tensor) -> None:
+        assert layout.cache is not None and near.cache is not None and far.cache is not None
         for name, pair in near.cache.items():
-            pairs = zip(pair, far.cache[name])
-            layout.cache[name] = tuple(torch.lerp(a, b, weight.to(a.dtype)) for a, b in pairs)
+            k, v = (torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(pair, far.cache[name]))
+            layout.cache[name] = k, v
 
     def kv_bytes(self, layouts: Sequence[MixedLayout]) -> int:
-        kept = (x for layout in layouts for pair in layout.cache.values() for x in pair)
+        kept = (x for layout in layouts if layout.cache for pair in layout.cache.values() for x in pair)
         return sum(x.numel() * x.element_size() for x in kept)
 
     def velocity(self, text: Text, tokens: Tensor, conditioning: Tensor, layout: WholeLayout | MixedLayout) -> Tensor:
