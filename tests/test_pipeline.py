@@ -481,7 +481,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, mas
         at = torch.tensor(700.0)
         whole = run.velocity(state.tokens, at, state.layouts)
         active = run.velocity(state.tokens[:, : state.first], at, state.active_layouts)
-        used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
+        used = torch.arange(state.first)[None] < torch.tensor(state.fine)[:, None]  # each sample's own
         assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
         if lock_text:
             again = run.velocity(state.tokens, at, state.locked_layouts)
