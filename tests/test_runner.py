@@ -286,7 +286,9 @@ def test_a_failed_capture_leaves_torch_as_it_was():
     assert steps.mode == "fused" and steps.failure.startswith("capturing failed: ") and "\n" not in steps.failure
     generator = torch.Generator(device).manual_seed(0)
     first = torch.randn(8, device=device)
-    assert not torch.equal(first, torch.randn(8, device=device)) and torch.randn(8, device=device, generator=generator)[0]
+    assert (
+        not torch.equal(first, torch.randn(8, device=device)) and torch.randn(8, device=device, generator=generator)[0]
+    )
     other = StepRunner("graph")
     for _ in range(2):
         assert torch.equal(other("double", double, {"x": big}), 2 * big)

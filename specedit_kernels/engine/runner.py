@@ -8,21 +8,22 @@ import functools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from . import fp8, low_rank, registry
 from ._diffusers import (
     bring_in,
+    each_module,
     foreign_forward,
     global_hooks,
     hooked,
     is_cast,
+    is_wrapper,
     moved_to,
     on_parallel,
     unwrapped,
@@ -31,7 +32,7 @@ from ._diffusers import (
 
 logger = logging.getLogger("specedit_kernels")
 
-Inputs = dict[str, Tensor | None]
+Inputs = Mapping[str, Tensor | None]
 
 # Graphs kept at once. A run has one for each of its sequences (coarse, mixed, active, full) and one for each call of
 # the autoencoder, so this holds two or three sizes of edits; beside the pool that all share, one takes its inputs (some
@@ -50,18 +51,18 @@ class _Memory:
     """Where the memory of weights lies: what graphs take for granted of them."""
 
     def __init__(self) -> None:
-        self.found: list[Hashable] = []
+        self.found: list[Any] = []
         self.devices: set[torch.device] = set()
         self._seen: set[int] = set()
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Any) -> None:
         """A weight: its own memory, that of the tensors a wrapper holds, and of what a quantised one has beside it."""
         if type(x) in _PLAIN:
             self.devices.add(x.device)
             self.found.append((x.data_ptr(), x.dtype))
             return
         self.found.append(type(x))
-        if is_traceable_wrapper_subclass(x):
+        if is_wrapper(x):
             for name in x.__tensor_flatten__()[0]:
                 self.add(getattr(x, name))
             return
@@ -119,20 +120,9 @@ def lies(*modules: torch.nn.Module) -> list[Hashable]:
     """Where the weights of these modules lie, and the numbers that adapters (PEFT) multiply by: a graph's premises."""
     memory = _Memory()
     for module in modules:
-        for each in _tree(module):
+        for each in each_module(module):
             memory.add_module(each)
     return memory.found
-
-
-def _tree(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """`root.modules()` in another order, several times faster: it is walked before each run."""
-    seen, left = set(), [root]
-    while left:
-        module = left.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            left += [child for child in vars(module)["_modules"].values() if child is not None]
 
 
 def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
@@ -157,7 +147,7 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
         device = moved_to(part)
         if device is not None:
             memory.devices.add(device)
-        for module in _tree(part):
+        for module in each_module(part):
             own = vars(module)  # a module looks for what it does not have for long
             called = part is transformer and module not in passed
             if (graphs or not called) and not (module is part and device):
@@ -220,7 +210,7 @@ def _end_failed_capture(device: torch.device, pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     # the end of a capture that succeeds is what resets the generator
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device), capture_error_mode="thread_local"):
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
 
 
 class CapturedStep:
@@ -257,7 +247,9 @@ class CapturedStep:
     def _fill(self, inputs: Inputs) -> None:
         for name, x in inputs.items():
             if x is not None:
-                self.inputs[name].copy_(x)
+                kept = self.inputs[name]
+                assert kept is not None
+                kept.copy_(x)
 
     def __call__(self, inputs: Inputs) -> Any:
         self._fill(inputs)
@@ -282,7 +274,7 @@ class StepRunner:
         self._limit = graphs
         self._capturing = name != "fused"
         self.failure = ""  # why it stopped capturing
-        self._graphs: OrderedDict[Hashable, CapturedStep] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Any, ...], CapturedStep] = OrderedDict()
         self._pool: Any = None
         self._pool_bytes = 0
         self._buffers: dict[str, list[Tensor]] = {}
@@ -357,7 +349,7 @@ class StepRunner:
         self._buffers.clear()
         self.linears.clear()
 
-    def _drop(self, keys: Sequence[Hashable]) -> None:
+    def _drop(self, keys: Sequence[tuple[Any, ...]]) -> None:
         if not keys:
             return
         # one of them may still be running
