@@ -615,7 +615,7 @@ def test_what_the_cuda_kernel_leaves_to_triton(change, words):
 
 @pytest.mark.gpu  # more than 2^31 elements need a GPU
 def test_offsets_past_32_bits(backend, device):
-    """The last batch element's rows lie more than 2^31 elements from the first."""
+    """The last batch element's rows are more than 2^31 elements from the first."""
     if backend == "reference":
         pytest.skip("the reference has no offsets of its own")
     rows = (2**31) // (24 * 128) + 200

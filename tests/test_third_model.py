@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that the package has never heard of, wholly in this file: the engine runs all its stages with it.
+"""A model that the package does not know, wholly in this file: the engine runs all its stages with it.
 
 Unlike the shipped ones it has tokens of 8 pixels and 48 channels, blocks of one kind under another name, a forward that
 hands no arguments on to its attention processors, positions that begin far from the origin, a schedule shift and a
@@ -108,9 +108,9 @@ class ToyTransformer(ModelMixin, ConfigMixin, AttentionMixin):
         angles = torch.cat(parts, dim=1)
         return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
 
-    def forward(self, spots, words, level, ids):
+    def forward(self, spots, words, sigma, ids):
         x = torch.cat([words, self.enter(spots)], dim=1)
-        time = self.time((level[:, None] * torch.arange(1, 9)).sin())[:, None]
+        time = self.time((sigma[:, None] * torch.arange(1, 9)).sin())[:, None]
         cos, sin = self.rotary(ids)
         for layer in self.layers:
             x = layer(x, time, cos, sin)
@@ -178,9 +178,9 @@ class ToyEditPipeline(DiffusionPipeline):
             for branch in branches:
                 words = self.words(branch)
                 ids = torch.cat([where_words_stand(words.shape[1]), torch.cat([numbers, 9 + spots], dim=1)])
-                level = t.expand(len(lines)) / 1000
+                sigma = t.expand(len(lines)) / 1000
                 both = torch.cat([tokens, source], dim=1)
-                found.append(self.transformer(both, words, level, ids)[:, : tokens.shape[1]])
+                found.append(self.transformer(both, words, sigma, ids)[:, : tokens.shape[1]])
             velocity = found[0] if len(found) == 1 else found[0] + (strength_of_text - 1) * (found[0] - found[1])
             tokens = self.scheduler.step(velocity, t, tokens, return_dict=False)[0]
         if output_type == "latent":

@@ -80,7 +80,7 @@ def drifted(picture, case):
 
 
 def corners(drift):
-    """Where the source's corners lie in the edited picture, [2, 2]: (x, y) of the first, and of the last."""
+    """The source's corners in the edited picture, [2, 2]: (x, y) of the first, and of the last."""
     scale, shift = drift.placement()
     return np.array([shift, [a * s + b for a, s, b in zip(scale, drift.source_size, shift)]])
 
