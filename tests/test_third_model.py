@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin
-from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of
+from model_proofs import cached_step_is_whole, mixed_step_is_dense, run_of
 from tiny_models import paper, tiny_image
 
 from specedit_kernels import (
@@ -419,13 +419,13 @@ def test_all_stages(pipe, draft, end):
 
 @pytest.mark.parametrize("strength", GUIDED)
 def test_a_mixed_step_of_all_blocks_is_a_dense_step(pipe, strength):
-    check_mixed_step_of_all_blocks(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))
+    mixed_step_is_dense(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))
 
 
 @pytest.mark.parametrize("lock_text", [False, True])
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, lock_text):
     config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
-    check_cached_step_while_nothing_moves(run_of(pipe, **options(config, mask_image=half())))
+    cached_step_is_whole(run_of(pipe, **options(config, mask_image=half())))
 
 
 def test_a_batch_is_its_singles(pipe):
