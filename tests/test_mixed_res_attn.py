@@ -519,7 +519,7 @@ def test_full_size(backend, poison, random, device, queries, keys, dim, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_feature_at_sizes_that_are_cut_into_parts(backend, poison, random, integers, device, dim, dtype):
-    """Tiles in whole rounds, tiles cut along their keys, empty parts, a tile with 64 rows or fewer: all at once."""
+    """Tiles in whole waves, tiles cut along their keys, empty parts, a tile with 64 rows or fewer: all at once."""
     q, k, v = qkv(random, device, 3, 700, 3000, 12, dim, 4, dtype=dtype)
     bias = random(3, 3000, device=device) * 2
     bias[:, ::5], bias[0, 400:1500] = -INF, math.log(4)

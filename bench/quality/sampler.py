@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from families import family_of
 
-from specedit_kernels.engine.registry import codec_of
+from specedit_kernels import codec_of
 from specedit_kernels.sampling.grid import pack, unpack
 
 

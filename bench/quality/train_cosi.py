@@ -25,9 +25,9 @@ from scenes import TASKS, Renderer
 from stream import EditStream
 from table_runs import SHIPPED
 
+from specedit_kernels.flash_edit import GENERATOR, INVERTER
 from specedit_kernels.flash_edit.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
-from specedit_kernels.flash_edit.pipeline import GENERATOR, INVERTER
 from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
 from specedit_kernels.sampling.grid import unpack
 

@@ -360,7 +360,7 @@ def _consensus(blocks: _Blocks, size: tuple[int, int], near: float) -> tuple[Ten
     return inside, tuple(start.tolist()), tuple(steep.tolist())
 
 
-def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: int, rounds: int) -> _Map:
+def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: int, iterations: int) -> _Map:
     """Gauss-Newton on the pixels: the map that makes the warped picture equal to the source where they can be equal.
 
     Where the difference is more than the texture and a misplacement of half a pixel explain, a pixel counts little.
@@ -368,7 +368,7 @@ def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
     """
     h, w = source.shape[-2:]
     x, y = torch.arange(w).float() / w - 0.5, (torch.arange(h).float() / h - 0.5)[:, None]
-    for _ in range(rounds):
+    for _ in range(iterations):
         warped, covered = _warp(edited, to, factor, (w, h))
         warped = _detail(warped)
         ok = (usable & covered).float()
