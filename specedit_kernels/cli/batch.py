@@ -183,7 +183,7 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read ({reason(error)})") from None
     jobs, taken = [], set()
-    for number, row in _rows(path, text):
+    for number, row in rows_of(path, text):
         where = f"{name}, line {number}"
         odd = [key for key in row if key not in FIELDS]
         if odd:
@@ -210,7 +210,7 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
     return _named(jobs)
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {field: value}) of a list."""
     if path.suffix.lower() == ".csv":
         try:

@@ -357,6 +357,14 @@ class SpecEditMixin(Stock):
         call.image = in_fp32(call.image)
         call.sizes = picture_sizes(call.image)[: self.EDITED]
 
+    def working_size(self, image: Any, **arguments: Any) -> tuple[int, int]:
+        """(height, width) that a call with these arguments would compute at. Nothing is computed."""
+        bound = inspect.signature(type(self).__call__).bind(self, image=image, **arguments)
+        bound.apply_defaults()
+        call = Call(**ABSENT | bound.arguments)
+        self._take_pictures(call)
+        return self._size(call)
+
     def _user_mask(self, call: Call, grid: Grid, batch: int) -> Tensor | None:
         """The tokens that mask_image and region select together, bool [B, N]; None where neither is given."""
         found = []
