@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preview:
         raise UserError("--preview: expected one picture, got many")
     if arguments.mask_output is not None:
-        raise UserError("--mask-output: expected none with many pictures; the masks lie beside the results")
+        raise UserError("--mask-output: expected none with many pictures; the masks are written beside the results")
     if arguments.output is None:
         raise UserError("--output: expected a folder for the results of many pictures")
     source, out = Path(arguments.image), Path(arguments.output)
