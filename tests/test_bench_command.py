@@ -367,6 +367,7 @@ def small(tmp_path, name):
 @pytest.mark.parametrize("name", ["tiny_kontext", "tiny_qwen_image_edit"])
 def test_the_command_on_a_tiny_editor(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(bench, "TIERS", ("fast", "balanced"))  # the third takes as long as both
+    monkeypatch.setattr(bench, "_commit", lambda: "")  # cells of another commit are others
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     for stem in ("example.png", "example.txt"):

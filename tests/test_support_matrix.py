@@ -324,3 +324,31 @@ def test_a_table_of_outcomes():
     assert cells["eager"] == "tested, on a GPU too" and cells["graph"] == "tested on a GPU"
     assert cells["batch"] == "**fails**" and cells["fused"] == "refused: why" and cells["LoRA"] == "untested"
     assert "* d: `c`; torch 2; commit x, y." in text
+
+
+def test_outcomes_are_written_where_the_option_says(tmp_path):
+    from types import SimpleNamespace
+
+    from conftest import Matrix
+
+    path = tmp_path / "matrix.json"
+    matrix = Matrix(SimpleNamespace(getoption=lambda name: str(path), option=SimpleNamespace(markexpr="proves")))
+    proof = ("proves", {"model": "FIBO-Edit", "feature": "batch", "refused": None})
+
+    def report(when, outcome, properties, node="tests/test_a.py::test_b[x]"):
+        made = SimpleNamespace(when=when, outcome=outcome, user_properties=properties, nodeid=node)
+        matrix.pytest_runtest_logreport(made)
+
+    report("setup", "passed", [proof])
+    report("call", "passed", [proof, ("other", 1)])
+    report("teardown", "passed", [proof])
+    report("call", "passed", [])
+    report("setup", "skipped", [proof], "tests/test_a.py::test_skipped")
+    report("setup", "failed", [("proves", {**proof[1], "feature": "eager"})], "tests/test_a.py::test_c")
+    matrix.pytest_sessionfinish()
+    found = json.loads(path.read_text())
+    assert found["command"] == "python -m pytest tests -m 'proves'" and found["versions"]["torch"]
+    assert found["models"] == {"FIBO-Edit": {
+        "eager": {"passed": 0, "failed": 1, "refused": None, "tests": ["test_a.py::test_c"]},
+        "batch": {"passed": 1, "failed": 0, "refused": None, "tests": ["test_a.py::test_b"]},
+    }}  # fmt: skip
