@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import json
 from pathlib import Path
 
 import pytest
