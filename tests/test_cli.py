@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -295,6 +296,18 @@ def test_mask_takes_a_tiny_autoencoders_files(capsys, tmp_path, source):
     torch.save(decoder, tmp_path / "tiny_decoder.pth")
     wrong = fails(capsys, "mask", source, source, "-o", out, "--vae", tmp_path, "--device", "cpu")
     assert "the VAE cannot be loaded: tiny_decoder.pth: not finite" in wrong
+
+
+def test_detail_at_the_pictures_own_resolution(capsys, tmp_path, model):
+    large = tmp_path / "large.png"
+    tiny_image(300, 420).save(large)
+    options = ("edit", large, "add a hat", "-o", tmp_path / "out.png", "--model", model, "--steps", 4)
+    options += ("--box", "30,30,90,90", "--detail", "native")
+    code, text, _ = run(capsys, *options)
+    assert code == 0 and re.search(r"native      \d of .* steps from sigma 0\.6", text)
+    for wrong in (("--output-size", "working"), ("--method", "flash")):
+        code, _, error = run(capsys, *options, *wrong)
+        assert code == 2 and "--detail native: expected with --output-size source and --method specedit" in error
 
 
 def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):
