@@ -70,17 +70,25 @@ def _spread(values: Tensor, share: Tensor) -> Tensor:
     return share * values + (1 - share) * behind
 
 
+def _grown(mask: Tensor, reach: int) -> Tensor:
+    """bool [h, w], grown by a square of that radius."""
+    for axis in (0, 1):
+        count = mask.shape[axis]
+        # how many lie before each place
+        sums = F.pad(mask.int().cumsum(axis).movedim(axis, 0), (0, 0, 1, 0))
+        at = torch.arange(count)
+        found = sums[(at + reach + 1).clamp(max=count)] - sums[(at - reach).clamp(min=0)]
+        mask = found.movedim(0, axis) > 0
+    return mask
+
+
 def _seam_offset(source: np.ndarray, colours: int, planes: Tensor, weight: Tensor, feather: int) -> Tensor:
     """What the edited picture lacks against its source around the region, spread over the region: fp32 [C, h, w].
 
     source: as in `composite`, of which the first `colours` channels are seen. planes: the edited picture, [C, h, w].
     """
     h, w = weight.shape
-    reach = feather + RING
-    near = (weight == 1).float()[None, None]
-    for kernel, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):
-        near = F.max_pool2d(near, kernel, stride=1, padding=padding)
-    near = near[0, 0] > 0
+    near = _grown(weight == 1, feather + RING)
     out = torch.zeros_like(planes)
     if not near.any():
         return out
