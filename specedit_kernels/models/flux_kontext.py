@@ -337,6 +337,8 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
 class FluxText(Text):
     """embeds [B, T, E], pooled [B, P], text_ids [T, 3]."""
 
+    PER_SAMPLE = ("embeds", "pooled")
+
     pooled: Tensor
     text_ids: Tensor
 

@@ -358,6 +358,8 @@ def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
 class QwenText(Text):
     """embeds [B, T, E], mask [B, T] (0 or False: padding) or None where every token counts."""
 
+    PER_SAMPLE = ("embeds", "mask")
+
     mask: Tensor | None
 
 
