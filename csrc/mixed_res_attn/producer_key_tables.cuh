@@ -13,7 +13,7 @@ namespace specedit::attn {
 // A bias in the unit of exponents. A finite one stays finite: -inf stands for no key.
 __device__ inline float exponent_of_bias(float bias) {
   const float x = bias * kLog2E;
-  return isinf(x) && !isinf(bias) ? copysignf(FLT_MAX, x) : x;
+  return fabsf(x) == INFINITY && fabsf(bias) != INFINITY ? copysignf(FLT_MAX, x) : x;
 }
 
 // The producer warp of these tables. Keys past the last have bias -inf: there is no other masking.

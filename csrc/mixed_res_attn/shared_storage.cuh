@@ -113,8 +113,6 @@ __device__ inline int key_of_row(int row) {
   return row % (BLOCK_N / 2) / 2 * 4 + row / (BLOCK_N / 2) * 2 + row % 2;
 }
 
-constexpr int kValuePanel = 64;  // keys of a panel of V^T, with the 64-byte swizzle
-
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile of `rows` rows with the 64-byte swizzle.
 __device__ inline uint32_t swizzle64_offset(int row, int chunk, int rows) {
   return (chunk / 4) * rows * 64 + row * 64 + (chunk ^ row / 2) % 4 * 16;
