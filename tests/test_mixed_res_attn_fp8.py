@@ -296,3 +296,30 @@ def test_devices_that_it_needs(monkeypatch):
     found = _backends.choose("mixed_res_attn_fp8", torch.device("cuda", 0))
     assert found[0] == "reference" and "needs compute capability 8.9, cuda:0 has 8.6" in found[1]
     assert _backends.choose("merge_attn", torch.device("cuda", 0))[0] == "triton"
+
+
+def test_an_extension_from_before_this_kernel(monkeypatch):
+    """It serves the ops whose kernels it has; this one Triton does, and whoever forces it is told why not."""
+    from specedit_kernels import _extension
+    from specedit_kernels.ops import _backends
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(_backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_extension, "load", lambda: (True, ""))
+    monkeypatch.setattr(_extension, "architectures", lambda: "90a")
+    monkeypatch.setattr(_extension, "_registered", lambda stem: stem != "mixed_res_attn_fp8")
+    _extension.has_kernel.cache_clear()
+    try:
+        assert _backends.choose("mixed_res_attn", device)[0] == "cuda"
+        assert _backends.choose("mixed_res_attn_scatter_", device)[0] == "cuda"
+        backend, reason = _backends.choose("mixed_res_attn_fp8", device)
+        assert backend == "triton" and "older build" in reason
+        monkeypatch.setenv("SPECEDIT_BACKEND", "mixed_res_attn_fp8=cuda")
+        with pytest.raises(RuntimeError, match="older build, without this op's kernel"):
+            _backends.choose("mixed_res_attn_fp8", device)
+        monkeypatch.delenv("SPECEDIT_BACKEND")
+        monkeypatch.setattr(_extension, "_registered", lambda stem: True)
+        _extension.has_kernel.cache_clear()
+        assert _backends.choose("mixed_res_attn_fp8", device)[0] == "cuda"
+    finally:
+        _extension.has_kernel.cache_clear()
