@@ -39,8 +39,13 @@ struct Consumer {
   float o_scale[2];  // what acc_o is to be multiplied with
   bool needs_rescale;
   // Of e4m3 numbers. Then row_max is in base 2, and lower by kWeightShift.
-  float unit[2];      // from a product to an exponent
-  float value_scale;  // what the result is to be multiplied with; by row, the largest scale of v so far
+  struct Scales {
+    float unit[2];      // from a product to an exponent
+    float value_scale;  // what the result is to be multiplied with; by row, the largest scale of v so far
+  };
+  // Nothing where it is not used: the compiler orders the code of other kernels by it.
+  struct NoScales {};
+  std::conditional_t<kIsFp8<T>, Scales, NoScales> scales;
 
   // ---- Mainloop ----
   template <bool BIAS_COLUMNS>
@@ -85,9 +90,6 @@ struct Consumer {
   __device__ void pack_p();
 
   // ---- Softmax of e4m3 numbers ----
-  struct Scales {
-    float unit[2], value_scale;
-  };
   __device__ Scales look_up_scales(const WorkTile& work) const;
   __device__ bool is_far_fp8() const;
   __device__ void add_key_biases(int stage);
@@ -255,7 +257,7 @@ __device__ inline void Consumer<T, D, GATHER>::clear() {
     row_max[r] = -INFINITY;
     row_sum[r] = 0.0f;
   }
-  if constexpr (kIsFp8<T>) value_scale = 0.0f;
+  if constexpr (kIsFp8<T>) scales.value_scale = 0.0f;
 }
 
 template <typename T, int D, bool GATHER>
@@ -316,9 +318,9 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
   int out_rows[2];
   bool to_store = false;  // whether that is not stored yet
   bool more = work.get(p, s, 0);
-  Scales scales{};  // of `work`, of e4m3 numbers
+  Scales next{};  // of `work`, of e4m3 numbers
   if constexpr (kIsFp8<T>) {
-    if (more) scales = look_up_scales(work);
+    if (more) next = look_up_scales(work);
   }
   for (int work_idx = 1;; ++work_idx) {
     if (more) wait_q(q_phase);
@@ -329,17 +331,13 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       last = work;
       to_store = true;
       clear();
-      if constexpr (kIsFp8<T>) {
-        unit[0] = scales.unit[0];
-        unit[1] = scales.unit[1];
-        value_scale = scales.value_scale;
-      }
+      if constexpr (kIsFp8<T>) scales = next;
       const int valid = valid_rows(q_phase ^ 1);
       attend(last, kv_idx, bias_flags, [&] {
         look_up_out_rows(last, out_rows);
         more = work.get(p, s, work_idx);
         if constexpr (kIsFp8<T>) {
-          if (more) scales = look_up_scales(work);
+          if (more) next = look_up_scales(work);
         }
       });
       finalize(last, valid, x, lse);
@@ -355,7 +353,7 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       look_up_out_rows(last, out_rows);
       more = work.get(p, s, work_idx);
       if constexpr (kIsFp8<T>) {
-        if (more) scales = look_up_scales(work);
+        if (more) next = look_up_scales(work);
       }
     }
   }

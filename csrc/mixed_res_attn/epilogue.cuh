@@ -88,7 +88,7 @@ __device__ inline void Consumer<T, D, GATHER>::finalize(
     const float sum = quad_sum(row_sum[r]);
     inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const float valid_sum = (valid >> r & 1) == 0 ? 0.0f : sum;
-    if constexpr (kIsFp8<T>) inverse[r] *= value_scale;
+    if constexpr (kIsFp8<T>) inverse[r] *= scales.value_scale;
     lse[r] = lse_of<T>(row_max[r], valid_sum);
     const int row = first_row() + 8 * r;
     if (work.split_slot >= 0 && row < work.rows && threadIdx.x % 4 == 0) {

@@ -23,12 +23,12 @@ constexpr int kPvWaitChunkFp8 = 2;  // the chunk before which it waits for the l
 template <typename T, int D, bool GATHER>
 __device__ inline typename Consumer<T, D, GATHER>::Scales Consumer<T, D, GATHER>::look_up_scales(
     const WorkTile& work) const {
-  Scales scales{};
+  Scales found{};
   float of_keys = p.softmax_scale_log2;
   if constexpr (!kByRow<T>) {
     const int kv_head = work.head / p.qhead_per_khead;
     of_keys *= p.k_scale[work.batch * p.k_scale_strides.batch + kv_head * p.k_scale_strides.head];
-    scales.value_scale = p.v_scale[work.batch * p.v_scale_strides.batch + kv_head * p.v_scale_strides.head];
+    found.value_scale = p.v_scale[work.batch * p.v_scale_strides.batch + kv_head * p.v_scale_strides.head];
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -38,11 +38,11 @@ __device__ inline typename Consumer<T, D, GATHER>::Scales Consumer<T, D, GATHER>
       row = p.q_index == nullptr ? slot : p.q_index[work.batch * p.q_index_batch_stride + slot];
     }
     if (row < 0 || row >= p.rows_q) continue;
-    scales.unit[r] = of_keys *
+    found.unit[r] = of_keys *
         p.q_scale[work.batch * p.q_scale_strides.batch + row * p.q_scale_strides.row +
                   work.head * p.q_scale_strides.head];
   }
-  return scales;
+  return found;
 }
 
 template <typename T, int D, bool GATHER>
@@ -72,10 +72,10 @@ __device__ inline void Consumer<T, D, GATHER>::add_key_biases(int stage) {
         high[0] *= k.z;
         high[1] *= k.w;
       }
-      low[0] = fmaf(low[0], unit[r], b.x);
-      low[1] = fmaf(low[1], unit[r], b.y);
-      high[0] = fmaf(high[0], unit[r], b.z);
-      high[1] = fmaf(high[1], unit[r], b.w);
+      low[0] = fmaf(low[0], scales.unit[r], b.x);
+      low[1] = fmaf(low[1], scales.unit[r], b.y);
+      high[0] = fmaf(high[0], scales.unit[r], b.z);
+      high[1] = fmaf(high[1], scales.unit[r], b.w);
     }
   }
 }
@@ -90,7 +90,7 @@ __device__ inline void Consumer<T, D, GATHER>::raise_row_max_fp8(float constant)
   for (int i = 0; i < N / 2; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], acc_s[i]);
   if constexpr (!SCORES) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) high[r] = fmaf(high[r], unit[r], constant);
+    for (int r = 0; r < 2; ++r) high[r] = fmaf(high[r], scales.unit[r], constant);
   }
   // A difference: far maxima plus the slack are rounded.
   constexpr float kMost = kWeightShift + kWeightSlack;
@@ -164,7 +164,7 @@ __device__ inline void Consumer<T, D, GATHER>::softmax_fp8(
   if (n_block + 1 == work.n_block_end) consumer_release(&s.q_empty[wg]);
   needs_rescale = false;
   o_scale[0] = o_scale[1] = 1.0f;
-  float factor[2] = {unit[0], unit[1]};  // from acc_s to an exponent
+  float factor[2] = {scales.unit[0], scales.unit[1]};  // from acc_s to an exponent
   bool scores = kByRow<T> || __any_sync(0xffffffffu, bias_flags & kBiasInTable);
   if (scores) {
     add_key_biases(stage);
@@ -182,11 +182,11 @@ __device__ inline void Consumer<T, D, GATHER>::softmax_fp8(
   for (int r = 0; r < 2; ++r) exponent_offset[r] = constant - (row_max[r] == -INFINITY ? 0.0f : row_max[r]);
   if constexpr (kByRow<T>) {
     const float largest = s.bias_constant[stage][1];
-    if (__any_sync(0xffffffffu, largest > value_scale)) {
+    if (__any_sync(0xffffffffu, largest > scales.value_scale)) {
       needs_rescale = true;
-      o_scale[0] *= value_scale / largest;
-      o_scale[1] *= value_scale / largest;
-      value_scale = largest;
+      o_scale[0] *= scales.value_scale / largest;
+      o_scale[1] *= scales.value_scale / largest;
+      scales.value_scale = largest;
     }
   } else {
     consumer_release(&s.k_empty[stage]);
