@@ -32,7 +32,8 @@ def load():
         # torch names the file; the loader's own message, if torch wrapped it, is the cause.
         return False, f"the CUDA extension does not load: {str(error.__cause__ or error).strip().splitlines()[0]}"
     if not _registered():
-        return False, f"the CUDA extension was built for another op namespace than that of {_ops.add_op_namespace_prefix(_OLDEST)}"
+        op = _ops.add_op_namespace_prefix(_OLDEST)
+        return False, f"the CUDA extension was built for another op namespace than that of {op}"
     return True, ""
 
 
