@@ -106,10 +106,12 @@ def _beside_attention(capability):
 
     from specedit_kernels.triton_kernels import _modulation, adaln_modulate, gated_residual_add, qk_norm_rope_scatter
 
+    scales = ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
     block_d, tokens, heads, kv_heads, slices, _ = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
     slots, block, chunks, _ = _modulation.tile(8704, 3072, 2)
     by_head = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
-                   stride_cd=1, stride_sd=1)  # fmt: skip
+                   stride_cd=1, stride_sd=1, FP8=False, V_ROWS=False, HARDWARE=False,
+                   **dict.fromkeys(scales))  # fmt: skip
     by_token = dict(CHANNELS=3072, BLOCK=block, CHUNKS=chunks, SLOTS=slots)
     jobs = {}
     for fn, constants in (
@@ -121,6 +123,15 @@ def _beside_attention(capability):
         jobs[f"{fn.__name__} {capability}"] = lambda f=fn, t=types, c=constants: _compile(
             f, capability, t, c, {"num_warps": 4}, ASTSource
         )
+    fn = qk_norm_rope_scatter._qk_norm_rope_scatter_kernel
+    block_d, tokens, heads, kv_heads, slices, num_warps = qk_norm_rope_scatter.tile(8704, 24, 24, 128, fp8=True)
+    types = {name: "*bf16" for name in fn.arg_names if name.endswith("_ptr") and name not in POINTERS}
+    types |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*u8")
+    in_fp8 = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
+                  stride_cd=1, stride_sd=1, stride_von=1, FP8=True, V_ROWS=True, HARDWARE=capability >= 89)  # fmt: skip
+    jobs[f"{fn.__name__} fp8 {capability}"] = lambda: _compile(
+        fn, capability, types, in_fp8, {"num_warps": num_warps}, ASTSource
+    )
     return jobs
 
 
