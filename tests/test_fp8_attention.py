@@ -34,7 +34,7 @@ def streams_of(random, device, dtype, text, image, scale=1.0):
     found = []
     for at, n in ((slice(0, text), text), (slice(text, None), image)):
         q, k, v = (random(B, n, H, D, dtype=dtype, device=device) for _ in range(3))
-        found.append(Stream(at, q, k, v * scale, norm(), norm()))
+        found.append(Stream(at, (q, k, v * scale), norm(), norm()))
     return found
 
 
@@ -56,7 +56,7 @@ def sequence_of(random, device, tokens, rows=None, queries=None, bias=True):
 def run(streams, kept, sequence):
     """The result, and the same over keys and values that are not rounded."""
     got, seen = attention(streams, kept, sequence)
-    assert seen is None and got.dtype == streams[0].q.dtype and got.shape[2] == H * D
+    assert seen is None and got.dtype == streams[0].qkv[0].dtype and got.shape[2] == H * D
     return got
 
 

@@ -91,7 +91,7 @@ class Fp8KV(NamedTuple):
             # what has no weight has weight 1
             top = torch.stack([*tops, *(torch.ones_like(scale[0, 0, 0]) for _ in range(len(norms) - len(weights)))])
             scale.copy_((top.amax() * (math.sqrt(self.k.shape[-1]) / _LARGEST)).clamp_(min=torch.finfo(SCALES).tiny))
-        largest = [torch.linalg.vector_norm(x.v, float("inf"), dim=(1, 3), dtype=SCALES) for x in streams]
+        largest = [torch.linalg.vector_norm(x.qkv[2], float("inf"), dim=(1, 3), dtype=SCALES) for x in streams]
         top = torch.stack(largest).amax(0)[:, None] * (HEADROOM / _LARGEST)
         self.v_scale.copy_(top.clamp_(min=torch.finfo(SCALES).tiny))
 

@@ -144,13 +144,11 @@ def whole_step_layout(
 class Stream(NamedTuple):
     """Tokens of a block whose layers and norms are the same, those `at` a slice of the sequence.
 
-    q, k, v: [B, n, H, D], as the layers give them. norm_q, norm_k: RMSNorm modules.
+    qkv: [B, n, H, D] each, as the layers give them. norm_q, norm_k: RMSNorm modules.
     """
 
     at: slice
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: Sequence[Tensor]
     norm_q: Any
     norm_k: Any
 
@@ -160,22 +158,23 @@ def attention(streams: Sequence[Stream], kept: Kept | None, sequence: MixedSeque
 
     streams: all tokens of the sequence, in order. kept: where its keys and values go, None to forget them.
     """
-    tokens = sum(x.q.shape[1] for x in streams)
-    like = streams[0].q
+    like = streams[0].qkv[0]
+    tokens = sum(x.qkv[0].shape[1] for x in streams)
     shape = (like.shape[0], tokens, *like.shape[2:])
+    scales: tuple[Tensor, ...] = ()
     if isinstance(kept, Fp8KV):
         q, (k, v), scales = torch.empty(shape, dtype=kept.k.dtype, device=like.device), kept[:2], kept.scales
         if sequence.rows is None:
             kept.set_scales_(streams)
     else:
         q = like.new_empty(shape)
-        (k, v), scales = places(q, kept, sequence), ()
-    write = ops.qk_norm_rope_scatter_fp8_ if scales else ops.qk_norm_rope_scatter_
-    for at, q_in, k_in, v_in, norm_q, norm_k in streams:
+        k, v = places(q, kept, sequence)
+    write: Any = ops.qk_norm_rope_scatter_fp8_ if scales else ops.qk_norm_rope_scatter_
+    for at, qkv, norm_q, norm_k in streams:
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         write(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, *scales, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, *qkv, *scales, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
     if isinstance(kept, Fp8KV):

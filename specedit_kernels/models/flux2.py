@@ -167,9 +167,9 @@ def double_block(
     if n:  # else its keys and values are kept ones
         text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
         parts = _project(attn, text_in, text=True)
-        streams.append(Stream(slice(0, n), *parts, attn.norm_added_q, attn.norm_added_k))
+        streams.append(Stream(slice(0, n), parts, attn.norm_added_q, attn.norm_added_k))
     image_in = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
-    streams.append(Stream(slice(n, None), *_project(attn, image_in, text=False), attn.norm_q, attn.norm_k))
+    streams.append(Stream(slice(n, None), _project(attn, image_in, text=False), attn.norm_q, attn.norm_k))
     out, seen = attention(streams, kept, sequence)
     del streams  # the MLP needs its memory
     if n:
@@ -190,7 +190,7 @@ def single_block(
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
     parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
-    attended, seen = attention([Stream(slice(None), *parts, attn.norm_q, attn.norm_k)], kept, sequence)
+    attended, seen = attention([Stream(slice(None), parts, attn.norm_q, attn.norm_k)], kept, sequence)
     ops.gated_residual_add_(x, _of_both(attn.to_out, attended, _swiglu(hidden)), gate)
     return seen
 

@@ -190,9 +190,9 @@ def double_block(
     if n:  # else its keys and values are kept ones
         text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
         parts = _project(attn, text_in, text=True)
-        streams.append(Stream(slice(0, n), *parts, attn.norm_added_q, attn.norm_added_k))
+        streams.append(Stream(slice(0, n), parts, attn.norm_added_q, attn.norm_added_k))
     image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
-    streams.append(Stream(slice(n, None), *_project(attn, image_in), attn.norm_q, attn.norm_k))
+    streams.append(Stream(slice(n, None), _project(attn, image_in), attn.norm_q, attn.norm_k))
     out, seen = attention(streams, kept, sequence)
     del streams  # the MLP needs its memory
     if n:
@@ -212,7 +212,7 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
-    attended, seen = attention([Stream(slice(None), *_project(attn, y), attn.norm_q, attn.norm_k)], kept, sequence)
+    attended, seen = attention([Stream(slice(None), _project(attn, y), attn.norm_q, attn.norm_k)], kept, sequence)
     y = hidden(block.proj_mlp, y, block.proj_out, attended)
     out = linear(block.proj_out, y) if isinstance(y, Rows) else _of_both(block.proj_out, attended, y)
     ops.gated_residual_add_(x, out, gate)

@@ -227,8 +227,8 @@ def double_block(
     def project(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: Any) -> None:
         *projections, norm_q, norm_k = layers
         rows_in = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
-        parts = (part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in))
-        streams.append(Stream(at, *parts, norm_q, norm_k))
+        parts = [part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in)]
+        streams.append(Stream(at, parts, norm_q, norm_k))
 
     if n:  # else the keys and values of the text are kept ones
         project(text, t_shift, t_scale, block.txt_norm1.eps, slice(0, n),
