@@ -159,6 +159,19 @@ def _quantize_fp8(capability):
     return jobs
 
 
+def _lerp_fp8(capability):
+    """{kernel: job} of 8704 keys of 24 heads."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import lerp_fp8
+
+    fn, (block_m, block_n) = lerp_fp8._lerp_fp8_kernel, lerp_fp8.tile(8704, 128)
+    types = {"out_ptr": "*u8", "a_ptr": "*fp8e4nv", "b_ptr": "*fp8e4nv", "weight_ptr": "*fp32"}
+    types |= dict.fromkeys(("out_scale_ptr", "a_scale_ptr", "b_scale_ptr"), "*fp32")
+    constants = dict(BLOCK_M=block_m, BLOCK_N=block_n, HARDWARE=True)
+    return {f"lerp_fp8 {capability}": lambda: _compile(fn, capability, types, constants, {"num_warps": 4}, ASTSource)}
+
+
 def _attention_fp8(name, dim, transposed, left_out, by_row):
     """transposed: v's rows are contiguous, not its last dimension."""
     import triton
@@ -229,7 +242,7 @@ def compile_all():
             jobs[f"fp8 {name} D{dim}"] = lambda n=name, d=dim: _attention_fp8(n, d, True, plain, True)
         jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, False, (*plain, "bias_ptr"), False)
         jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, False, (), True)
-    jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90))
+    jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90
@@ -288,6 +301,8 @@ def test_every_config_compiles_and_fits(tmp_path):
                 "_gated_residual_add_kernel": [9, 3], "_statistics_kernel channels first": [4, 0],
                 "_statistics_kernel channels last": [4, 0], "_normalise_kernel channels first": [4, 4],
                 "_normalise_kernel channels last": [6, 4]}  # fmt: skip
+    # bytes: of all three, 16 at once
+    assert results["lerp_fp8 90"]["vectors"] == [4, 2]
     for name, vectors in expected.items():
         for capability in (80, 90):
             assert results[f"{name} {capability}"]["vectors"] == vectors

@@ -10,20 +10,20 @@ from ._fp8 import has_e4m3, to_e4m3
 _TILE = 4096  # numbers of a program
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns"])
+@triton.jit(do_not_specialize=["heads", "rows"])
 def _lerp_fp8_kernel(
     out_ptr, out_scale_ptr, a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, weight_ptr,
     stride_ob, stride_oh, stride_om, stride_ab, stride_ah, stride_am, stride_bb, stride_bh, stride_bm,
     stride_osb, stride_osh, stride_asb, stride_ash, stride_bsb, stride_bsh,
-    heads, rows, columns,
+    heads, rows, size_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(columns, BLOCK_N)
+    across = tl.cdiv(size_n, BLOCK_N)
     m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
-    mask = (m < rows)[:, None] & (n < columns)[None, :]
+    mask = (m < rows)[:, None] & (n < size_n)[None, :]
     x = tl.load(a_ptr + b * stride_ab + h * stride_ah + (m * stride_am)[:, None] + n[None, :], mask=mask, other=0.0)
     y = tl.load(b_ptr + b * stride_bb + h * stride_bh + (m * stride_bm)[:, None] + n[None, :], mask=mask, other=0.0)
     x_scale = tl.load(a_scale_ptr + b * stride_asb + h * stride_ash)
