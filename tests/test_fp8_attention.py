@@ -189,6 +189,18 @@ def test_buffers_whose_rows_are_last(stubbed):  # noqa: F811
     assert steps.buffer_bytes == 2 * 2 * 1024 * 48
 
 
+def test_buffers_beside_others_go_with_them(stubbed):  # noqa: F811
+    """Values in e4m3 do not stay where the next edit keeps its own in the model's dtype."""
+    steps, cpu = StepRunner("graph"), torch.device("cpu")
+    for _ in range(2):
+        steps.buffers("a", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu)
+        steps.buffers("a, values", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu, rows_last=True)
+        steps.buffers("ab, values", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu)
+        assert steps.buffer_bytes == 3 * 512 * 48
+    steps.buffers("a", 2, (1, 30, 3, 16), torch.bfloat16, cpu)
+    assert steps.buffer_bytes == (1 + 2 * 2) * 512 * 48
+
+
 @pytest.mark.gpu  # graphs need a GPU
 def test_a_graph_replays_what_fused_steps_do(everywhere):
     if torch.cuda.get_device_capability() < (8, 9):

@@ -377,6 +377,8 @@ class StepRunner:
             # graphs write to the old ones, which go before there are new ones; "a, b" belongs to "a"
             first = name.split(", ")[0]
             self._drop([key for key in self._graphs if first in key[1].split(BESIDE)])
+            for other in [x for x in self._buffers if x.startswith(f"{name}, ")]:
+                del self._buffers[other]
             kept = self._buffers[name] = []
             whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
