@@ -300,6 +300,8 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+__device__ inline int max3(int x, int y, int z) { return __vimax3_s32(x, y, z); }
+
 __device__ inline float add_rounded_up(float x, float y) { return __fadd_ru(x, y); }
 
 // Four values rounded to e4m3 in one register, `x0` in the lowest byte. Beyond 448 they become 448.

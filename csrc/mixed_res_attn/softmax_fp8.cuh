@@ -11,6 +11,8 @@
 // first, and the difference is taken then: so no exponent is above kWeightShift + kWeightSlack.
 #pragma once
 
+#include <climits>
+
 #include "mixed_res_attn/consumer.cuh"
 
 namespace specedit::attn {
@@ -86,8 +88,23 @@ template <typename T, int D, bool GATHER>
 template <bool SCORES>
 __device__ inline void Consumer<T, D, GATHER>::raise_row_max_fp8(float constant) {
   float high[2] = {-INFINITY, -INFINITY};
+  bool done = false;
+  if constexpr (!SCORES) {
+    // Numbers that are not negative are in the order of their bits, and integers have a maximum of three.
+    int bits[2] = {INT_MIN, INT_MIN};
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], acc_s[i]);
+    for (int i = 0; i < N / 2; i += 2) {
+      bits[i / 2 % 2] = sm90::max3(bits[i / 2 % 2], __float_as_int(acc_s[i]), __float_as_int(acc_s[i + 1]));
+    }
+    high[0] = __int_as_float(bits[0]);
+    high[1] = __int_as_float(bits[1]);
+    done = !__any_sync(0xffffffffu, bits[0] < 0 || bits[1] < 0);
+  }
+  if (!done) {
+    high[0] = high[1] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], acc_s[i]);
+  }
   if constexpr (!SCORES) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) high[r] = fmaf(high[r], scales.unit[r], constant);

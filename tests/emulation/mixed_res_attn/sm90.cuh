@@ -376,6 +376,8 @@ struct WgmmaE4m3 {
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
+inline int max3(int x, int y, int z) { return std::max(std::max(x, y), z); }
+
 inline float add_rounded_up(float x, float y) {
   const double sum = static_cast<double>(x) + y;
   const float rounded = static_cast<float>(sum);
