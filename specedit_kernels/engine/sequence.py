@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from ._diffusers import dispatch_attention
-from .kv_cache import KVCache, PackedKV
+from .kv_cache import Fp8KV, KVCache, PackedKV
 
 
 @dataclass
@@ -64,7 +65,7 @@ class MixedSequence:
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
 # of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor] | PackedKV
+Kept = tuple[Tensor, Tensor] | PackedKV | Fp8KV
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,51 @@ def whole_step_layout(
     return StepLayout(MixedSequence(text, cos, sin, key_bias, used, used), watch=watch)
 
 
-def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
+class Stream(NamedTuple):
+    """Tokens of a block whose layers and norms are the same, those `at` a slice of the sequence.
+
+    qkv: [B, n, H, D] each, as the layers give them. norm_q, norm_k: RMSNorm modules.
+    """
+
+    at: slice
+    qkv: Sequence[Tensor]
+    norm_q: Any
+    norm_k: Any
+
+
+def attention(streams: Sequence[Stream], kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor | None]:
+    """A block's attention [B, N, H * D] from where its layers gave q, k and v, and what `watched_mass` does.
+
+    streams: all tokens of the sequence, in order. kept: where its keys and values go, None to forget them.
+    """
+    like = streams[0].qkv[0]
+    tokens = sum(x.qkv[0].shape[1] for x in streams)
+    shape = (like.shape[0], tokens, *like.shape[2:])
+    scales: tuple[Tensor, ...] = ()
+    if isinstance(kept, Fp8KV):
+        q, (k, v), scales = torch.empty(shape, dtype=kept.k.dtype, device=like.device), kept[:2], kept.scales
+        if sequence.rows is None:
+            kept.set_scales_(streams)
+    else:
+        q = like.new_empty(shape)
+        k, v = places(q, kept, sequence)
+    write: Any = ops.qk_norm_rope_scatter_fp8_ if scales else ops.qk_norm_rope_scatter_
+    for at, qkv, norm_q, norm_k in streams:
+        rows = None if sequence.rows is None else sequence.rows[:, at]
+        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
+        write(
+            q[:, at], k_out, v_out, *qkv, *scales, sequence.cos[:, at], sequence.sin[:, at],
+            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
+        )  # fmt: skip
+    if isinstance(kept, Fp8KV):
+        bias, lens = sequence.key_bias, dict(q_lens=sequence.queries, kv_lens=sequence.keys)
+        out = ops.mixed_res_attn_fp8(q, k, v, *scales, key_bias=bias, **lens)[0]
+        return out.to(like.dtype).flatten(2), None
+    renew(kept, sequence)
+    return attend(q, k, v, sequence), watched_mass(q, k, v, sequence)
+
+
+def places(q: Tensor, kept: tuple[Tensor, Tensor] | PackedKV | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
     """Where a block writes its keys and values and reads all: `kept`, [B, keys, H, D], or new ones like q."""
     if kept is None:
         return torch.empty_like(q), torch.empty_like(q)
@@ -152,7 +197,7 @@ def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tenso
     return kept
 
 
-def renew(kept: Kept | None, sequence: MixedSequence) -> None:
+def renew(kept: tuple[Tensor, Tensor] | PackedKV | None, sequence: MixedSequence) -> None:
     """Call when a block's keys and values are written."""
     if isinstance(kept, PackedKV) and not sequence.passing:
         kept.store()
