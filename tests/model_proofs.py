@@ -135,7 +135,7 @@ def mixed_is_dense(ours, text, grid, others=(), fused=True, guidance=None):
             dense = model.dense_layout(text, pictures, (grid, grid, *others))
             expected = model.velocity(text, whole, conditioning, dense)
         for cached in (False, True):
-            made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
+            made = model.mixed_layout(text, pictures, layout, key_bias=True, cached=cached)
             got = model.velocity(text, tokens, conditioning, made)
             in_order = expected[:, layout.index[0, :count].long()]
             assert torch.allclose(got[:, :count], in_order, atol=1e-4), (runner, cached)

@@ -265,7 +265,7 @@ def layout_of(pictures, blocks, batch=1):
 def test_ids(comfy, kind, corner, text):
     pictures = Pictures((6, 4), ((6, 4), (2, 4)))
     model = getattr(comfy.model, kind)(None, None, None, "offset")
-    made = model.mixed_layout(None, pictures, layout_of(pictures, [1]), False, True, False)
+    made = model.mixed_layout(None, pictures, layout_of(pictures, [1]), True, False)
     ids = made.ids[0]
     row, column = corner
     assert ids[0].tolist() == [0, row, column] and ids[3].tolist() == [0, row + 1, column + 1]
@@ -290,7 +290,7 @@ def test_qwen_ids_are_replaced_in_its_forward(comfy):
         return out[:1]
 
     model = comfy.model.HostQwen(transformer, None, predict)
-    layout = model.mixed_layout(None, pictures, layout_of(pictures, [1]), False, True, False)
+    layout = model.mixed_layout(None, pictures, layout_of(pictures, [1]), True, False)
     tokens = torch.randn(1, layout.slots, 64)
     velocity = model.velocity(Text(torch.zeros(1, 3, 8)), tokens, torch.tensor(500.0), layout)
     torch.testing.assert_close(velocity, (tokens - 2 * tokens) / 0.5)
@@ -312,7 +312,7 @@ def test_attention_of_two_branches(comfy):
     pictures, text = Pictures((6, 4), ((6, 4),)), 3
     order = layout_of(pictures, [1, 2], batch=2)
     model = comfy.model.HostFlux(None, None, None)
-    layout = model.mixed_layout(None, pictures, order, True, True, False)
+    layout = model.mixed_layout(None, pictures, order, True, False)
     q, k, v = attention_inputs(2, 2, text, layout.slots)
     for seen in (True, False):
         bias = torch.nn.functional.pad(layout.key_bias, (text, 0))
@@ -338,7 +338,7 @@ def test_attention_over_cached_keys(comfy):
     pictures, text = Pictures((6, 4), ((6, 4),)), 3
     order = layout_of(pictures, [1, 2], batch=2)
     model = comfy.model.HostFlux(None, None, None)
-    layout = model.mixed_layout(None, pictures, order, True, True, True)
+    layout = model.mixed_layout(None, pictures, order, True, True)
     first = model.active_layout(None, layout, 8)
     q, k, v = attention_inputs(2, 2, text, layout.slots)
     comfy.model.MixedAttention(layout, ["a", "b"], True)(None, q, k, v, 2, skip_reshape=True)
@@ -350,7 +350,7 @@ def test_attention_over_cached_keys(comfy):
     for names, rows in ((["a", "b"], slice(0, 4)), (["b"], slice(2, 4))):
         half = [x[rows] for x in (q2, k2, v2)]
         out = comfy.model.MixedAttention(first, names, True)(None, *half, 2, skip_reshape=True)
-        whole = comfy.model.MixedAttention(model.mixed_layout(None, pictures, order, True, True, False), names, True)(
+        whole = comfy.model.MixedAttention(model.mixed_layout(None, pictures, order, True, False), names, True)(
             None, torch.cat([q2[rows], q[rows, :, text + 8 :]], 2), k[rows], v[rows], 2, skip_reshape=True
         )
         used = fresh[rows]
@@ -359,7 +359,7 @@ def test_attention_over_cached_keys(comfy):
 
 def test_another_attention_is_the_hosts(comfy):
     pictures = Pictures((6, 4), ((6, 4),))
-    layout = comfy.model.HostFlux(None, None, None).mixed_layout(None, pictures, layout_of(pictures, [1]), False, True,
+    layout = comfy.model.HostFlux(None, None, None).mixed_layout(None, pictures, layout_of(pictures, [1]), True,
                                                                  False)  # fmt: skip
     attention = comfy.model.MixedAttention(layout, ["a"], True)
     q, k = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 4, 16)

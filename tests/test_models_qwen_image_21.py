@@ -152,7 +152,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_picture(padded):
         whole = lambda: model.velocity(text, target, conditioning, model.dense_layout(text, pictures, (grid,)))  # noqa: E731
         expected = whole() if whole_first else None
         for cached in (False, True):
-            made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
+            made = model.mixed_layout(text, pictures, layout, key_bias=True, cached=cached)
             found.append(model.velocity(text, target[:, layout.index[0].long()], conditioning, made))
         expected = whole() if expected is None else expected
         for got in found:

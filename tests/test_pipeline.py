@@ -24,13 +24,9 @@ from specedit_kernels import (
     enable_specedit,
 )
 from specedit_kernels.engine import pipeline, stages
-from specedit_kernels.engine.attention import (
-    AttentionLayout,
-    SpecEditAttnProcessor,
-    joint_attention,
-    wrap_processors,
-)
+from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, wrap_processors
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.engine.sequence import MixedSequence, StepLayout
 from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -485,7 +481,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, mas
         at = torch.tensor(700.0)
         whole = run.velocity(state.tokens, at, state.layouts)
         active = run.velocity(state.tokens[:, : state.first], at, state.active_layouts)
-        used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
+        used = torch.arange(state.first)[None] < torch.tensor(state.fine)[:, None]  # each sample's own
         assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
         if lock_text:
             again = run.velocity(state.tokens, at, state.locked_layouts)
@@ -508,26 +504,29 @@ def test_a_draft_without_guidance_is_the_unguided_one_and_counts_half(pipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [None, [12, 7]])
+@pytest.mark.parametrize("lengths", [[12, 12], [12, 7]])
 def test_cached_keys_are_the_old_ones_but_for_those_brought_anew(lengths):
     def tokens(slots):
         return tuple(torch.randn(2, slots, 2, 16) * 3 for _ in range(3))
 
     torch.manual_seed(0)
-    angle = torch.randn(2, 12, 16)
-    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    layout = AttentionLayout(angle.cos(), angle.sin(), torch.randn(2, 12), lengths, cache=KVCache())
+    angle = torch.randn(2, 12, 8)
+    lengths, fresh = (torch.tensor(x, dtype=torch.int32) for x in (lengths, [8, 6]))
+    sequence = MixedSequence(3, angle.cos(), angle.sin(), torch.randn(2, 12), lengths, lengths)
+    layout = StepLayout(sequence, fresh, KVCache())
     text, image = tokens(3), tokens(9)
     block = SimpleNamespace(kept=None, watch=None)
     joint_attention(block, text, image, layout)
     text, moved = tokens(3), tokens(5)
-    got = joint_attention(block, text, moved, layout.of_first(3, 5))
-    # the same over fresh first slots and the old others, written out
-    old = (torch.cat([a, b[:, 5:]], dim=1) for a, b in zip(moved, image))
+    got = joint_attention(block, text, moved, layout.active(3, 5))
+    # the same over each sample's own fresh slots and the old others, written out
+    own = (torch.arange(5) < fresh[:, None] - 3)[..., None, None]
+    old = (torch.cat([torch.where(own, a, b[:, :5]), b[:, 5:]], dim=1) for a, b in zip(moved, image))
     expected = joint_attention(block, text, tuple(old), replace(layout, cache=None))[:, :8]
-    assert torch.allclose(got, expected, atol=1e-5)
+    for i, count in enumerate((8, 6)):
+        assert torch.allclose(got[i, :count], expected[i, :count], atol=1e-5)
     # and the next such call finds them renewed
-    again = joint_attention(block, text, moved, layout.of_first(3, 5))
+    again = joint_attention(block, text, moved, layout.active(3, 5))
     assert torch.equal(again, got)
 
 

@@ -4,6 +4,7 @@
 import functools
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -329,14 +330,15 @@ def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
     at = torch.tensor(700.0)
     base = run.velocity(state.tokens, at, state.layouts)
     layout = state.layouts[0]
+    sequence = layout.attention.sequence
 
     def change(**fields):
-        changed = qwen_model.QwenLayout(layout.shapes, type(layout.attention)(**{**vars(layout.attention), **fields}))
+        changed = replace(layout, attention=replace(layout.attention, sequence=replace(sequence, **fields)))
         return (run.velocity(state.tokens, at, [changed]) - base).abs().max()
 
-    assert change(modulate=torch.zeros_like(layout.attention.modulate)) > 1e-4
-    assert change(cos=layout.attention.cos.flip(1), sin=layout.attention.sin.flip(1)) > 1e-4
-    bias = layout.attention.key_bias
+    assert change(modulate=torch.zeros_like(sequence.modulate)) > 1e-4
+    assert change(cos=sequence.cos.flip(1), sin=sequence.sin.flip(1)) > 1e-4
+    bias = sequence.key_bias
     assert bias[0, :12].isinf().tolist() == [False] * 9 + [True] * 3  # three padded text tokens
     assert change(key_bias=bias.nan_to_num(neginf=0.0)) > 1e-4
     assert change() == 0
@@ -347,9 +349,8 @@ def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
 
 def tables(pipe, run, count=6):
     _, state = mixed_state(run, count)
-    return state, torch.complex(
-        *(x[0, :, ::2] for x in (state.layouts[0].attention.cos, state.layouts[0].attention.sin))
-    )
+    sequence = state.layouts[0].attention.sequence
+    return state, torch.complex(sequence.cos[0], sequence.sin[0])
 
 
 @torch.no_grad()
@@ -371,7 +372,7 @@ def test_positions_of_a_mixed_sequence_are_those_of_the_full_layout(plus):
         y, x = 2 * (block // (columns // 2)), 2 * (block % (columns // 2))
         four = [first + (y + i) * columns + x + j for i in (0, 1) for j in (0, 1)]
         assert torch.allclose(got[12 + slot] ** 4, image[four].prod(dim=0), atol=1e-5)
-    middle = state.layouts[0].attention.modulate[0]
+    middle = state.layouts[0].attention.sequence.modulate[0]
     targets = int(state.layout.target_lengths)
     assert targets == 6 * 4 + 10 and (middle[:targets] == 0).all() and (middle[targets:] == 1).all()
 

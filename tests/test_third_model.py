@@ -35,14 +35,10 @@ from specedit_kernels import (
     supported_models,
 )
 from specedit_kernels.engine import registry
-from specedit_kernels.engine.attention import (
-    AttentionLayout,
-    SpecEditAttnProcessor,
-    joint_attention,
-    with_layout,
-)
+from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from specedit_kernels.engine.model import EditModel, Text, in_order, key_bias_in_order
 from specedit_kernels.engine.pipeline import SpecEditMixin, preprocess
+from specedit_kernels.engine.sequence import StepLayout, mixed_step_layout, whole_step_layout
 from specedit_kernels.flash_edit import flash_pipelines
 from specedit_kernels.sampling.grid import pack, token_positions, unpack
 from specedit_kernels.sampling.layout import table_positions
@@ -222,7 +218,7 @@ class SpecEditToyProcessor(SpecEditAttnProcessor):
 @dataclass(frozen=True)
 class ToyLayout:
     ids: torch.Tensor
-    attention: AttentionLayout | None = None
+    attention: StepLayout | None = None
 
 
 def toy_positions(table):
@@ -241,27 +237,22 @@ class ToyModel(EditModel):
         return ToyLayout(torch.cat([where_words_stand(text.embeds.shape[1]), toy_positions(torch.cat(places))]))
 
     def watched_layout(self, text, pictures, grids, watch):
-        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
-        cos, sin = (x.expand(batch, *x.shape) for x in self.transformer.rotary(layout.ids))
-        return replace(layout, attention=AttentionLayout(cos, sin, None, None, watch=watch))
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        tables = tuple(x[None] for x in self.transformer.rotary(layout.ids))
+        return replace(layout, attention=whole_step_layout(length, tables, batch, watch=watch))
 
-    def mixed_layout(self, text, pictures, layout, padded, key_bias, cached):
+    def mixed_layout(self, text, pictures, layout, key_bias, cached):
         batch, length = text.embeds.shape[:2]
         table = table_positions(pictures.target, None, pictures.others, pictures.coarse_others)
         ahead, behind = (self.transformer.rotary(x) for x in (where_words_stand(length), toy_positions(table)))
         cos, sin = (torch.cat([a.expand(batch, -1, -1), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind))
-        attention = AttentionLayout(
-            cos, sin,
-            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
-            lengths=layout.lengths + length if padded else None,
-            cache=self.new_cache() if cached else None,
-            fresh=layout.fine_lengths + length if cached else None,
-        )  # fmt: skip
+        bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         return ToyLayout(torch.zeros(length + layout.capacity, 3), attention)
 
     def active_layout(self, text, layout, first, lock_text=False):
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return ToyLayout(layout.ids[: made.cos.shape[1]], made)
+        made = super().active_layout(text, layout, first, lock_text)
+        return replace(made, ids=layout.ids[: made.attention.sequence.cos.shape[1]])
 
     def velocity(self, text, tokens, conditioning, layout):
         start = layout.attention.start if layout.attention else 0

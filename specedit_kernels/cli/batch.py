@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,9 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
-    names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold")
-    names += ("mask_mode", "runner")
-    found = {name: getattr(arguments, name) for name in (*names, "true_cfg_scale", "reference")}
+    names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold",
+             "mask_mode", "runner", "true_cfg_scale", "reference")  # fmt: skip
+    found = {name: getattr(arguments, name) for name in names}
     found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}
 
@@ -190,7 +191,8 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
         row = {key: value for key, value in row.items() if value not in (None, "")}
         image, output, mask = row.get("image"), row.get("output", ""), row.get("mask")
         instruction = row.get("instruction", arguments.instruction)
-        for key, value in (("image", image), ("instruction", instruction), ("output", output), ("mask", mask or "")):
+        given = (("image", image), ("instruction", instruction), ("output", output), ("mask", mask or ""))
+        for key, value in given:
             if not isinstance(value, str):
                 raise UserError(f"{where}: {key}: expected a text, got {'none' if value is None else repr(value)}")
         if output and (Path(output).name != output or Path(output).suffix.lower() not in WRITTEN or output in taken):
@@ -202,12 +204,13 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
             raise UserError(f"{where}: seed: expected a whole number, got {row['seed']!r}") from None
+        assert isinstance(image, str)
         place = path.parent / image
         jobs.append(Job(place, instruction, output, seed, path.parent / mask if mask else _mask(place, arguments)))
     return _named(jobs)
 
 
-def _rows(path: Path, text: str):
+def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {field: value}) of a list."""
     if path.suffix.lower() == ".csv":
         try:
@@ -222,9 +225,9 @@ def _rows(path: Path, text: str):
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                content = json.loads(line)
             except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
+                content = None
+            if not isinstance(content, dict):
                 raise UserError(f"{shown(path)}, line {number}: expected a JSON object")
-            yield number, row
+            yield number, content

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
-from ._diffusers import foreign_forward, hooked
+from ._diffusers import foreign_forward, hooked, is_wrapper
 from .low_rank import OWN_HOOKS
 
 # torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them
@@ -71,7 +70,7 @@ def _refuses(layers: Sequence[Any]) -> str:
         if type(layer) is not torch.nn.Linear:
             return f"a {type(layer).__name__} is more than a weight and a bias"
         weight = layer.weight
-        if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point() or weight.element_size() < 2:
+        if is_wrapper(weight) or not weight.is_floating_point() or weight.element_size() < 2:
             return f"a weight is a {type(weight).__name__} of {weight.dtype}"
         if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
             return f"a weight of {list(weight.shape)} is not in multiples of {MULTIPLE}"

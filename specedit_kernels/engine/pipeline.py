@@ -236,7 +236,7 @@ class SpecEditMixin(Stock):
         if options.get("torch_dtype") is not None or options.get("dtype") is not None:
             return super().from_pipe(pipeline, **options)
         # the stock method ends with a cast of the shared modules, to fp32 where no dtype is given
-        stays = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})
+        stays: Any = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})
         made = super(SpecEditMixin, stays).from_pipe(pipeline, **options)
         made.__class__ = cls
         return made
@@ -275,7 +275,7 @@ class SpecEditMixin(Stock):
             attention_kwargs = dict(getattr(call, self.KWARGS) or {})
             setattr(self, f"_{self.KWARGS}", attention_kwargs)
         self._guidance_scale = call.guidance_scale
-        self._current_timestep = None
+        self._current_timestep: Tensor | None = None
         self._interrupt = False
         runner = self._runner(config)
         device = self._device_of(runner)
@@ -381,18 +381,19 @@ class SpecEditMixin(Stock):
 
     def _runner(self, config: EditConfig) -> StepRunner | None:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
-        name, why = config.runner, ""
+        name, why, found = config.runner, "", None
         if name == "auto":
-            name, why = self.fastest_runner()
+            name, why, found = self._fastest_runner()
         self._runner_reason = why
         if name == "eager":
             return None
         if self._specedit_runner is not None and self._specedit_runner.name != name:
             self._free_runner()  # before weights are looked at: it brings them back to where they were
+            found = None
         signature: list[Any] = []
         reason, undo = f"{type(self).__name__} has no other", None
         if name in self.RUNNERS:
-            reason, signature = inspect_weights(name, self.transformer, self.vae)
+            reason, signature = found or inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
             arranged = self._moving() or (kept is not None and kept.watches(signature))
             undo = None if reason or arranged else self._arrange()
@@ -420,7 +421,7 @@ class SpecEditMixin(Stock):
         reason = "the transformer's own forward is called (runner='eager')"
         if runner is not None:
             reason = fp8.reason_against(self._device_of(runner))
-        if reason:
+        if runner is None or reason:
             self._say_once(f"precision='fp8': layers compute as they are: {reason}")
             return None
         return runner.linears
@@ -431,18 +432,26 @@ class SpecEditMixin(Stock):
 
     def fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
+        return self._fastest_runner()[:2]
+
+    def _fastest_runner(self) -> tuple[str, str, tuple[str, list[Any]] | None]:
+        """`fastest_runner`, and what `inspect_weights` found of it, which takes long enough to be done once."""
         if "graph" not in self.RUNNERS:
-            return "eager", f"{type(self).__name__} has no other"
-        if execution_device(self).type != "cuda":
-            return "eager", "graphs need a CUDA device"
-        reason, _ = inspect_weights("graph", self.transformer, self.vae)
+            return "eager", f"{type(self).__name__} has no other", None
+        # the pipeline's own answer looks for hooks in every module
+        if next(self.transformer.parameters()).device.type != "cuda" and execution_device(self).type != "cuda":
+            return "eager", "graphs need a CUDA device", None
+        found = inspect_weights("graph", self.transformer, self.vae)
+        reason = found[0]
         if not reason:
-            return "graph", ""
+            return "graph", "", found
         # without graphs the host's launches bound a step, and only products of quantised weights gain by fewer of them
         quantised = any(type(x) is not torch.nn.Parameter for x in self.transformer.parameters())
-        if quantised and not inspect_weights("fused", self.transformer, self.vae)[0]:
-            return "fused", reason
-        return "eager", reason
+        if quantised:
+            found = inspect_weights("fused", self.transformer, self.vae)
+            if not found[0]:
+                return "fused", reason, found
+        return "eager", reason, None
 
     def _arrange(self) -> Callable[[], None] | None:
         """Bring weights into the order in memory that a runner likes best. What undoes it; None: none was moved."""
@@ -617,6 +626,7 @@ class SpecEditMixin(Stock):
         run.stats.runner_reason = self._runner_reason
         if runner:
             run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
+            run.stats.runner_reason = run.stats.runner_reason or runner.failure
             run.stats.captures = runner.captures - captures
         self._specedit_stats = run.stats
         if not call.return_dict:
@@ -652,10 +662,10 @@ class SpecEditMixin(Stock):
         """Noise levels of the plain pipeline for that many steps and target tokens, with the final 0."""
         # a copy: the pipeline's own scheduler keeps its state
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        given = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
         mu = self._shift(tokens, steps)
         with np.errstate(invalid="ignore"):
-            retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
+            retrieve_timesteps(scheduler, steps, "cpu", sigmas=given, mu=mu)
         levels = scheduler.sigmas.tolist()
         # the one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone
         return [1.0, 0.0] if len(levels) == 2 and math.isnan(levels[0]) else levels
@@ -701,12 +711,11 @@ class SpecEditMixin(Stock):
     def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call) -> list[Any]:
         """Each picture at its source's size, as it was given; what was found of its drift goes into the stats."""
         config, changed = run.config, selection.changed
-        decoded = run.model.decode(clean) if any(changed) else per_image(run.pixels, "image", run.batch)
-        source = per_image(run.pixels, "image", run.batch)
+        pixels = per_image(run.pixels, "image", run.batch)
         source, decoded = (
             # an autoencoder's alpha is left out: the source has its own, or none
             (x[:, :3].float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-            for x in (source, decoded)
+            for x in (pixels, run.model.decode(clean) if any(changed) else pixels)
         )
         regions = selection.edited.reshape(run.batch, *run.grid).cpu().numpy()
         run.clock.mark("decode")
@@ -715,8 +724,7 @@ class SpecEditMixin(Stock):
             given, photo = call.given[i // times], call.photos[i // times]
             array, drift = photo.array.copy(), None
             if changed[i]:
-                parts = source[i], decoded[i], regions[i]
-                array, drift = put_back(photo, *parts, config.feather, config.may_drift)
+                array, drift = put_back(photo, source[i], decoded[i], regions[i], config.feather, config.may_drift)
             run.stats.drift.append(drift)
             images.append(as_given(given, photo, array, call.output_type))
         run.clock.mark("composite")

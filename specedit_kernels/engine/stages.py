@@ -186,7 +186,8 @@ class Run:
         ]
         if passes == 1:
             return found[0]
-        return self.model.guide(*(found if len(texts) > 1 else found[0].chunk(2)), self.true_cfg_scale)
+        positive, negative = found if len(texts) > 1 else found[0].chunk(2)
+        return self.model.guide(positive, negative, self.true_cfg_scale)
 
     def record(
         self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
@@ -313,7 +314,10 @@ def feature_maps(codec: Any, embed: Callable[[Tensor], Tensor] | None, metric: s
     if metric == "decoder":
         return codec.features(latents)
     tokens = pack(latents, codec.patch)
-    return [embed(tokens) if metric == "projected" else tokens]
+    if metric != "projected":
+        return [tokens]
+    assert embed is not None
+    return [embed(tokens)]
 
 
 def _mean_discrepancy(a: Sequence[Tensor], b: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -519,13 +523,12 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         n = math.prod(run.grid)
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
-    padded = min(lengths) < capacity
     fine_counts = tuple(CHILDREN * count for count in selection.counts)
     lock, first = config.lock_text, run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(len(run.branches) // len(texts))
-    layouts = [run.model.mixed_layout(text, pictures, shared, padded, config.key_bias, cached) for text in texts]
+    layouts = [run.model.mixed_layout(text, pictures, shared, config.key_bias, cached) for text in texts]
     pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
     if config.kv_refresh == BRACKET:
         brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]

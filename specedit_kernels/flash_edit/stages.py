@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import stages
-from ..engine.attention import TextWatch
 from ..engine.model import EditModel, Text
+from ..engine.sequence import TextWatch
 from ..engine.stages import Run, Selection
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, coarse_grid, from_blocks, pack, unpack
@@ -51,7 +51,7 @@ def draft(run: Run, conditioning: Any, watched: torch.nn.Module | None) -> Flash
     if watched is None:
         layout = run.model.dense_layout(run.positive, run.pictures, grids)
     else:
-        watch = TextWatch(watched, run.positive.embeds.shape[1])
+        watch = TextWatch(watched)
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
     velocity = run.model.velocity(run.positive, every, conditioning, layout)
@@ -119,7 +119,7 @@ class RegionFirst:
         """Tokens of all slots [B, slots, 4C]; of_source: the source's in target slots, zeros in the others."""
         index = self.layout.index
         if of_source:
-            index = torch.where(self.layout.targets, index + self.fine + self.blocks, -1)
+            index = torch.where(self.layout.target_slots(), index + self.fine + self.blocks, -1)
         return ops.gather_tokens(self.table, index, self.layout.capacity)
 
 
@@ -173,7 +173,7 @@ def one_step_edit(
         rebuilt = tokens - model.velocity(source_text, tokens, source_conditioning, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)
-        error = (rebuilt.float() - clean.float()).square() * layout.targets[..., None]
+        error = (rebuilt.float() - clean.float()).square() * layout.target_slots()[..., None]
         run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
         edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], conditioning, edit)
         clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])

@@ -256,9 +256,9 @@ class Photo:
 
         array = self.from_rgb(np.asarray(picture))
         if self.alpha is not None:
-            alpha = PIL.Image.fromarray(self.alpha.astype(np.float32)).resize(picture.size, PIL.Image.LANCZOS)
-            alpha = _of_kind(np.asarray(alpha) / _top(self.array.dtype), self.array.dtype)
-            array = np.dstack([array, alpha])
+            alpha = PIL.Image.fromarray(self.alpha.astype(np.float32))
+            resized = alpha.resize(picture.size, PIL.Image.Resampling.LANCZOS)
+            array = np.dstack([array, _of_kind(np.asarray(resized) / _top(self.array.dtype), self.array.dtype)])
         return replace(self, array=array)
 
     def save(self, path: str | os.PathLike) -> tuple[str, ...]:
@@ -583,7 +583,7 @@ def _beside(target: Path) -> tuple[int, str]:
     return tempfile.mkstemp(prefix=".specedit-", dir=target.parent)
 
 
-def write_file(path: str | os.PathLike, encode: Callable[[BinaryIO], None]) -> None:
+def write_file(path: str | os.PathLike, encode: Callable[[BinaryIO], Any]) -> None:
     """A file that `encode` writes, whole or not at all: to one beside it first, then renamed; links are followed."""
     temporary = None
     try:

@@ -18,12 +18,13 @@ from diffusers import AutoencoderKL, StockPipeline
 from diffusers.models.transformers.transformer_stock import StockAttnProcessor
 from torch import Tensor
 
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import StepLayout, TextWatch, mixed_step_layout, whole_step_layout
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -35,7 +36,7 @@ class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -81,7 +82,7 @@ class StockLayout:
     """ids: [S, 3], shared by the batch. attention: the mixed sequence's, None for whole pictures."""
 
     ids: Tensor
-    attention: AttentionLayout | None = None
+    attention: StepLayout | None = None
 
 
 class StockEditModel(EditModel):
@@ -98,13 +99,12 @@ class StockEditModel(EditModel):
     def watched_layout(
         self, text: StockText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
     ) -> StockLayout:
-        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
-        table = self.transformer.pos_embed(torch.cat([text.ids, layout.ids]))
-        cos, sin = (x.expand(batch, *x.shape) for x in table)
-        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        cos, sin = self.transformer.pos_embed(torch.cat([text.ids, layout.ids]))
+        return replace(layout, attention=whole_step_layout(length, (cos[None], sin[None]), batch, watch=watch))
 
     def mixed_layout(
-        self, text: StockText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: StockText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> StockLayout:
         device, (batch, length) = layout.index.device, text.embeds.shape[:2]
         table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
@@ -112,22 +112,15 @@ class StockEditModel(EditModel):
         of_image = self.transformer.pos_embed(image_ids(table, length))
         both = zip(of_text, of_image)
         cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in both)
-        attention = AttentionLayout(
-            cos,
-            sin,
-            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
-            lengths=layout.lengths + length if padded else None,
-            cache=self.new_cache() if cached else None,
-            fresh=layout.fine_lengths + length if cached else None,
-        )
+        bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         # of the right length; the processors have each sample's own
         return StockLayout(torch.zeros(layout.capacity, 3, device=device, dtype=torch.float32), attention)
 
     def active_layout(
         self, text: StockText, layout: StockLayout, first: int | None, lock_text: bool = False
     ) -> StockLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return StockLayout(layout.ids[:first], made)
+        return super().active_layout(text, replace(layout, ids=layout.ids[:first]), first, lock_text)
 
     # 4. One call of the transformer
 

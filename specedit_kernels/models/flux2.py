@@ -38,30 +38,20 @@ from diffusers.models.transformers.transformer_flux2 import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..engine import fp8
-from ..engine._diffusers import through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, with_layout
+from ..engine._diffusers import is_wrapper, through
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import (
-    Kept,
-    MixedSequence,
-    attend,
-    linear,
-    linear_of_each,
-    modulated,
-    places,
-    renew,
-    watched_mass,
-)
+from ..engine.fused import linear, linear_of_each, modulated
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import Kept, MixedSequence, StepLayout, attend, places, renew, watched_mass
 from ..sampling.grid import BLOCK, PATCH, Grid
 from .flux_kontext import Blocks, FluxKontextModel, FluxLayout, FusedFluxModel, SpecEditFluxAttnProcessor
 
@@ -123,10 +113,11 @@ def _feed_forward(ff: Flux2FeedForward, x: Tensor | Rows) -> Tensor:
     return linear(ff.linear_out, _swiglu(linear(ff.linear_in, x)))
 
 
-def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
+def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a mere weight without the copy of both."""
-    plain = type(layer) is torch.nn.Linear and layer.bias is None and not active_serial() and not fp8.serves([layer])
-    plain = plain and not is_traceable_wrapper_subclass(layer.weight) and a.dtype == layer.weight.dtype
+    plain = type(layer) is torch.nn.Linear and not active_serial() and not fp8.serves([layer])
+    plain = plain and getattr(layer, "bias", layer) is None
+    plain = plain and not is_wrapper(layer.weight) and a.dtype == layer.weight.dtype
     if not plain or torch.is_autocast_enabled(a.device.type):
         return linear(layer, torch.cat([a, b], dim=-1))
     at = a.shape[-1]
@@ -176,10 +167,11 @@ def double_block(
     k, v = places(q, kept, sequence)
 
     def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
+        q_in, k_in, v_in = parts
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
@@ -207,11 +199,11 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
-    parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
-    q = x.new_empty(parts[0].shape)
+    (q_in, k_in, v_in), hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
+    q = x.new_empty(q_in.shape)
     k, v = places(q, kept, sequence)
     ops.qk_norm_rope_scatter_(
-        q, k, v, *parts, sequence.cos, sequence.sin,
+        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
     renew(kept, sequence)
@@ -225,7 +217,8 @@ BLOCKS: Blocks = (double_block, single_block)
 @functools.cache
 def compiled_blocks() -> Blocks:
     """`double_block` and `single_block` under torch.compile, without a graph break."""
-    return tuple(torch.compile(block, fullgraph=True) for block in BLOCKS)
+    double, single = (torch.compile(block, fullgraph=True) for block in BLOCKS)
+    return double, single
 
 
 def fused_forward(
@@ -252,7 +245,7 @@ def fused_forward(
             seen = double(layer, x, known, kept, of_image, of_text)
         else:
             seen = single(layer, x, known, kept, of_single)
-        if seen is not None:
+        if watch and seen is not None:
             watch[1].append(seen)
         if x.dtype == torch.float16:
             # sums beyond its range end at its ends, as in the blocks of diffusers
@@ -271,7 +264,7 @@ class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, attention_mask, image_rotary_emb)

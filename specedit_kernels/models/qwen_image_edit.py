@@ -43,21 +43,15 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import foreign_forward, mirrored, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
-    FusedLayout,
     FusedModel,
-    Kept,
-    MixedSequence,
-    attend,
     feed_forward,
     first_of,
     linear,
     linear_of_each,
     modulated,
-    places,
-    renew,
     replaced_of_feed_forward,
 )
 from ..engine.low_rank import active_serial
@@ -65,6 +59,17 @@ from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_orde
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import (
+    Kept,
+    MixedSequence,
+    StepLayout,
+    TextWatch,
+    attend,
+    mixed_step_layout,
+    places,
+    renew,
+    whole_step_layout,
+)
 from ..sampling.grid import BLOCK, PATCH, Grid
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -221,14 +226,14 @@ def double_block(
     q = image.new_empty(image.shape[0], n + image.shape[1], attn.heads, dim)
     k, v = places(q, kept, sequence)
 
-    def place(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: torch.nn.Module) -> None:
+    def place(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: Any) -> None:
         *projections, norm_q, norm_k = layers
-        x = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
+        rows_in = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
+        q_in, k_in, v_in = (part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in))
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *(part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, x)),
-            sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
@@ -314,13 +319,14 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
         if specedit_layout is None:
             return self.inner(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         text = encoder_hidden_states
+        assert text is not None
         # -1 for the heads: tensor parallelism shards them
         head_dim = attn.inner_dim // attn.heads
         q, k, v, tq, tk, tv = (
@@ -343,9 +349,9 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
 def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
     layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
-    if layout is None or layout.modulate is None:
+    if layout is None or layout.sequence.modulate is None:
         return None
-    return args, {**kwargs, "modulate_index": layout.modulate}
+    return args, {**kwargs, "modulate_index": layout.sequence.modulate}
 
 
 @dataclass
@@ -363,7 +369,7 @@ class QwenLayout:
     """
 
     shapes: tuple[tuple[int, int, int], ...]
-    attention: AttentionLayout | None
+    attention: StepLayout | None = None
 
 
 def _shapes(grids: Sequence[Grid]) -> tuple[tuple[int, int, int], ...]:
@@ -407,7 +413,7 @@ class QwenImageEditModel(EditModel):
 
     def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
         # Smaller pictures are a plain run of their own, so the text stands where that has it, right behind them.
-        return QwenLayout(_shapes(grids), None)
+        return QwenLayout(_shapes(grids))
 
     def _turns(self, text: QwenText, layout: QwenLayout) -> Tensor:
         """Complex rotary table of text and whole pictures, [tokens, head dim / 2]."""
@@ -417,15 +423,15 @@ class QwenImageEditModel(EditModel):
     def watched_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
         turn = self._turns(text, layout)
-        cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
+        cos, sin = (x.repeat_interleave(2, dim=1)[None] for x in (turn.real, turn.imag))
         bias = None
         if text.mask is not None:
-            bias = cos.new_zeros(cos.shape[:2])
+            bias = turn.real.new_zeros(batch, len(turn))
             bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
-        return replace(layout, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
+        return replace(layout, attention=whole_step_layout(length, (cos, sin), batch, bias, watch))
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> QwenLayout:
         device = layout.index.device
         batch, length = text.embeds.shape[:2]
@@ -446,20 +452,12 @@ class QwenImageEditModel(EditModel):
         modulate = None
         if self.transformer.zero_cond_t:
             modulate = (~layout.target_slots()).int()
-        lengths = layout.lengths + length if padded else None
-        attention = AttentionLayout(cos, sin, bias, lengths, modulate)
-        if cached:
-            attention = replace(attention, cache=self.new_cache(), fresh=layout.fine_lengths + length)
+        cache = self.new_cache() if cached else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, cache, modulate=modulate)
         # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
         return QwenLayout(_shapes([(1, 1)]), attention)
 
-    def active_layout(
-        self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
-    ) -> QwenLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return replace(layout, attention=made)
-
-    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Tensor, layout: QwenLayout) -> Tensor:
+    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Any, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         if layout.attention is not None:
             kwargs["specedit_layout"] = layout.attention
@@ -518,7 +516,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         masks = [x.embeds.new_ones(x.embeds.shape[:2]) if x.mask is None else x.mask for x in texts]
         return QwenText(embeds, torch.cat([F.pad(m.bool(), (0, longest - n)) for m, n in zip(masks, lengths)]))
 
-    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
         layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
         device = text.embeds.device
         turn = self._turns(text, layout)[None]
@@ -531,22 +529,14 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             behind = torch.arange(sum(counts), device=device) >= counts[0]
             modulate = behind.int().expand(batch, -1).contiguous()
         cos, sin = turn.real.contiguous(), turn.imag.contiguous()
-        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
+        sequence = MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend)
+        return replace(layout, attention=StepLayout(sequence))
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> FusedLayout:
-        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
-        return self._mixed(text, layout, same, cached, modulate=same.modulate)
-
-    def active_layout(
-        self, text: QwenText, layout: FusedLayout, first: int | None, lock_text: bool = False
-    ) -> FusedLayout:
-        made = super().active_layout(text, layout, first, lock_text)
-        modulate = made.sequence.modulate
-        if modulate is None or first is None:
-            return made
-        return replace(made, sequence=replace(made.sequence, modulate=modulate[:, :first].contiguous()))
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> QwenLayout:
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
+        return self._cached(made, text.embeds) if cached else made
 
     def timestep_conditioning(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
@@ -558,26 +548,28 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         return self._timestep_conditioning[1]
 
     def velocity(
-        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: FusedLayout
+        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: QwenLayout
     ) -> Tensor:
-        sequence, cache = layout.sequence, layout.cache
+        attention = layout.attention
+        assert attention is not None
+        sequence, cache = attention.sequence, attention.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")
         of_image, of_text = conditioning
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=of_image, of_text=of_text)
         inputs |= {name: getattr(sequence, name) for name in names}
 
-        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Tensor | None) -> Tensor:
-            modulation = tuple(x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
+        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Any) -> Tensor:
+            image, words = (x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
             with self._scaled():
                 return fused_forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._block
+                    self.transformer, tokens, embeds, (image, words), replace(sequence, **given), cache, self._block
                 )
 
         rows = None if cache is None else cache[0][0].shape[1]
         self.runner.bring(self._own)
         tag = ("step", id(self._own), sequence.text, sequence.passing,
                self.attention_kwargs.get("scale"), rows, sequence.backend)  # fmt: skip
-        return self.runner(tag, step, inputs, layout.buffers)
+        return self.runner(tag, step, inputs, attention.buffers)
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
         vae = self.codec.vae
@@ -634,8 +626,9 @@ class _SpecEditQwenMixin(SpecEditMixin):
             num_images_per_prompt=1,
             max_sequence_length=call.max_sequence_length,
         )
-        times = call.num_images_per_prompt
-        return QwenText(*(x if x is None else x.repeat_interleave(times, dim=0) for x in found))
+        embeds, mask = (None if x is None else x.repeat_interleave(call.num_images_per_prompt, dim=0) for x in found)
+        assert embeds is not None
+        return QwenText(embeds, mask)
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         # each at its own size; the edited ones at the output's too, where tokens of both are compared

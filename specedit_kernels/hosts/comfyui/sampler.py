@@ -115,6 +115,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
 
         def on_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor:
             if callback is not None:
+                assert model.fine is not None
                 seen = model._host(model.fine)
                 callback(index, seen, seen, len(levels) - 1)
             return tokens
