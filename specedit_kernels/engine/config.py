@@ -31,10 +31,10 @@ LIGHTNING_SCHEDULE = {
 # What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": dict(preset=6, finish="locked", kv_refresh="bracket"),
-    "balanced": dict(preset=9, finish="locked", kv_refresh="bracket"),
-    "best": dict(preset=18, finish="locked", kv_refresh="bracket"),
-    "paper": dict(preset=9, finish="full", kv_refresh=1),
+    "fast": dict(preset=6, finish="locked", kv_refresh="bracket", solver="euler", mixed_from=None),
+    "balanced": dict(preset=9, finish="locked", kv_refresh="bracket", solver="euler", mixed_from=None),
+    "best": dict(preset=18, finish="locked", kv_refresh="bracket", solver="euler", mixed_from=None),
+    "paper": dict(preset=9, finish="full", kv_refresh=1, solver="euler", mixed_from=None),
 }
 DRAFTS = ("coarse", "quarter", "full_step")
 FINISHES = ("full", "locked")
@@ -45,6 +45,8 @@ SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
+SOLVERS = ("euler", "ab2")
+DISTILLED = (8, 4)  # presets of weights that were distilled for Euler's steps at these counts
 RUNNERS = ("auto", "eager", "fused", "graph", "compile")
 
 # draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
@@ -160,9 +162,14 @@ class EditConfig:
         _number("max_active", self.max_active, 0.0, 1.0)
         _flag("coarse_references", self.coarse_references)
 
-    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
-        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for."""
+    def step_counts(self, steps: int | None = None, levels_given: bool = False) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for, and
+        `levels_given`: whether it says their noise levels too."""
         raise NotImplementedError
+
+    def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
+        """Noise levels, before the scheduler's shift, at which those steps begin; None: the plain pipeline's."""
+        return None
 
     @property
     def needs_coarse_steps(self) -> bool:
@@ -185,16 +192,29 @@ class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
     Attributes:
-        quality: sets preset, finish and kv_refresh where they are None: "fast", "balanced", "best", or "paper",
-            SpecEdit as its paper has it. QUALITIES has the values, docs/choose.md what each costs.
+        quality: sets preset, finish, kv_refresh and solver where they are None, and mixed_from where preset and stages
+            are too: "fast", "balanced", "best", or "paper", SpecEdit as its paper has it. QUALITIES has the values,
+            docs/choose.md what each costs. Presets 8 and 4 have solver="euler".
         preset: number of function evaluations of the main trajectory: 30, 18, 11, 9 or 6, and 8 or 4 for
             step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of the preset's.
+        mixed_from: the noise level in (0, 1), before the scheduler's shift, at which the mixed steps begin: the coarse
+            steps go there from 1 in even steps, the mixed and full ones from there to 0. None: all steps are even, as
+            the plain pipeline's. A call's own `sigmas` are kept, and shared out as even ones are: to coarse steps the
+            first (1 - mixed_from) of them.
+        solver: of the flow's differential equation. "euler": the scheduler's. "ab2": the two-step Adams-Bashforth
+            method for steps of any length, of second order: a step has the velocity at its middle, extrapolated from
+            the velocities at its start and at the step before. It costs no evaluation. The first step of each stage,
+            and one behind a callback that changes the latents or the text, is Euler's; with kv_refresh="bracket" the
+            first mixed step has the second whole pass for its other velocity. A "quarter" draft is Euler's.
         draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's
             and the last's, no extra step. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
             (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
             coarse steps.
         draft_steps: steps of the "quarter" draft (the paper's N_draft).
+        draft_ahead: with the "coarse" draft, so many coarse steps more, for the draft alone, at the noise levels of the
+            first mixed steps. So small things are drawn at full resolution from an earlier level on, and what is
+            verified is as clear as with more coarse steps. With a mask they are not run.
         finish: "full": the last steps run on all tokens at full resolution (the paper's). "locked": they stay mixed,
             coarse tokens follow the source, and latents that were not selected are the source's.
         unselected: what target tokens that were not selected are until the full steps of finish="full". "source": in
@@ -230,8 +250,11 @@ class SpecEditConfig(EditConfig):
     quality: str = "balanced"
     preset: int | None = None
     stages: tuple[int, int, int] | None = None
+    mixed_from: float | None = None
+    solver: str | None = None
     draft: str = "coarse"
     draft_steps: int = 8
+    draft_ahead: int = 0
     finish: str | None = None
     unselected: str = "source"
     metric: str = "decoder"
@@ -248,16 +271,27 @@ class SpecEditConfig(EditConfig):
         super().__post_init__()
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
-        for name, value in QUALITIES[self.quality].items():
+        defaults = dict(QUALITIES[self.quality])
+        if self.preset is not None or self.stages is not None:
+            defaults["mixed_from"] = None
+        if self.preset in DISTILLED:
+            defaults["solver"] = "euler"
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 follows = name != "kv_refresh" or self.finish == "locked" or self.unselected == "source"
                 object.__setattr__(self, name, value if follows else 1)
         _one_of("preset", self.preset, tuple(PRESETS))
+        _one_of("solver", self.solver, SOLVERS)
+        if self.mixed_from is not None:
+            _number("mixed_from", self.mixed_from, 0.0, 1.0)
+            if self.mixed_from in (0, 1):
+                raise ValueError(f"mixed_from: expected a number between 0 and 1, got {self.mixed_from}")
         _one_of("draft", self.draft, DRAFTS)
         _one_of("finish", self.finish, FINISHES)
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _integer("draft_steps", self.draft_steps, 1)
+        _integer("draft_ahead", self.draft_ahead, 0)
         if self.kv_refresh != BRACKET:
             _integer("kv_refresh", self.kv_refresh, 1)
         if self.kv_refresh != 1 and self.finish == "full" and self.unselected == "coarse":
@@ -283,19 +317,37 @@ class SpecEditConfig(EditConfig):
                 raise ValueError(f"stages: finish='full' needs full steps after mixed ones, got {self.stages!r}")
             object.__setattr__(self, "stages", tuple(self.stages))
 
-    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
-        """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total."""
+    def step_counts(self, steps: int | None = None, levels_given: bool = False) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total.
+
+        levels_given: their noise levels are the caller's, and come even: as many are coarse as lie over mixed_from.
+        """
         assert self.preset is not None  # __post_init__ has set it
         counts = self.stages or PRESETS[self.preset]
-        return counts if steps is None else split_steps(counts, steps)
+        if steps is None:
+            return counts
+        coarse, mixed, full = counts
+        if not levels_given or self.mixed_from is None or not coarse or not mixed + full:
+            return split_steps(counts, steps)
+        least = (mixed > 0) + (full > 0)
+        coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))
+        _, mixed, full = split_steps((0, mixed, full), steps - coarse)
+        return coarse, mixed, full
+
+    def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
+        coarse, rest = counts[0], counts[1] + counts[2]
+        if self.mixed_from is None or not coarse or not rest:
+            return None
+        ahead = [1 - (1 - self.mixed_from) * i / coarse for i in range(coarse)]
+        return ahead + [self.mixed_from * (1 - i / rest) for i in range(rest)]
 
     @property
     def needs_coarse_steps(self) -> bool:
-        return self.draft == "coarse"
+        return self.draft == "coarse" and not self.draft_ahead
 
     @property
     def separate_steps(self) -> int:
-        return self.draft_steps if self.draft == "quarter" else 0
+        return {"quarter": self.draft_steps, "coarse": self.draft_ahead}.get(self.draft, 0)
 
     @property
     def may_drift(self) -> bool:

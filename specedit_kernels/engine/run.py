@@ -56,20 +56,24 @@ def run_stages(
     if selection is not None and run.ends(selection):
         return run.source, selection, scores
 
+    # with a mask nothing has to be found
+    ahead = min(config.draft_ahead, mixed_steps + full_steps) if selection is None and config.draft == "coarse" else 0
     # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
     if first_full:
         guided = config.draft_guidance
         fine, (estimate, _) = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
         scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
-    elif coarse_steps:
+    elif coarse_steps + ahead:
         small = stages.source_at(run, coarse_grid(run.grid))
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
+        seen = [algebra.pooled_level(s) for s in levels[: coarse_steps + ahead + 1]]
         coarse, (first, last) = stages.dense_steps(
-            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance
+            run, coarse, seen, behind, "coarse", guided=config.draft_guidance, solver=config.solver, ahead=ahead
         )
+        run.stats.draft_nfe += ahead
         if selection is None:
-            found = Draft(last, small, first if coarse_steps > 1 else None)
+            found = Draft(last, small, first if coarse_steps + ahead > 1 else None)
             scores, selection = verify(run, found, "coarse")
         else:
             clock.mark("coarse")
@@ -88,7 +92,7 @@ def run_stages(
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
         run.timesteps[coarse_steps:] = [1000 * s for s in levels[coarse_steps:-1]]
-        clean, _ = stages.dense_steps(run, fine, levels[coarse_steps:], full, "full")
+        clean, _ = stages.dense_steps(run, fine, levels[coarse_steps:], full, "full", solver=config.solver)
         clock.mark("full")
     else:
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]

@@ -204,6 +204,52 @@ def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
     return (tokens.to(torch.float32) + span * velocity).to(tokens.dtype)
 
 
+class Solver:
+    """Steps of dx/ds = velocity(x, s) from one noise level to the next, of any lengths.
+
+    name: "euler", or "ab2": the two-step Adams-Bashforth method for uneven steps. Over a step from s to s' the velocity
+    is taken for linear in the level, through its values at s and at the start of the step before: x' = x + (s' - s)
+    (v + (s' - s) / 2 * slope). Without a step before, and without a slope from elsewhere, the step is Euler's.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._former: tuple[Tensor, Tensor] | None = None  # level, velocity
+
+    def step(self, tokens: Tensor, velocity: Tensor, level: Tensor, to: Tensor, slope: Tensor | None = None) -> Tensor:
+        """The tokens at level `to`. level, to: 0-dim. slope: the velocity's over the level, where it is known."""
+        if self.name == "euler":
+            return euler(tokens, velocity, to - level)
+        # a copy: a compiled transformer may write over its output
+        present = velocity.to(torch.float32, copy=True)
+        if slope is None and self._former is not None:
+            before, former = self._former
+            slope = (present - former) / (level - before)
+        self._former = level, present
+        span = to - level
+        return euler(tokens, present if slope is None else present + span / 2 * slope, span)
+
+    def restart(self) -> None:
+        """Forget the step before: the state, or what the velocity depends on, is not what that step left."""
+        self._former = None
+
+
+def _version(x: Tensor) -> tuple[int, int]:
+    """Another one for another tensor, and for other contents."""
+    return id(x), -1 if x.is_inference() else x._version
+
+
+def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens behind the callback of a step of the main trajectory; the solver restarts where that changed them, or
+    the text."""
+    before, text = _version(tokens), _version(run.positive.embeds)
+    found = run.on_step(run.step, timestep, tokens)
+    run.step += 1
+    if (_version(found), _version(run.positive.embeds)) != (before, text):
+        solver.restart()
+    return found
+
+
 def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
     # a blocking copy would wait for the stage before
     return torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
@@ -211,14 +257,14 @@ def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
 
 def dense_steps(
     run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True,
+    guided: bool = True, solver: str = "euler", ahead: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
 
-    guided: False leaves true guidance out.
+    guided: False leaves true guidance out. main: whether they are the main trajectory's. ahead: the last so many are
+    not, and the state that is returned is that before them.
 
-    Returns (the state at the last level, the clean estimates x - s v at the first and the last step's start), all as
-    latent images.
+    Returns (the state, the clean estimates x - s v at the first and the last step's start), all as latent images.
     """
     patch, condition = run.patch, [] if run.model.keeps_references else condition
     grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
@@ -229,23 +275,25 @@ def dense_steps(
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
+    solve = Solver(solver)
+    ends, kept = len(levels) - 1 - ahead, tokens
     for i in range(len(levels) - 1):
         if run.interrupted():
             continue
-        timestep = at[i] * 1000
+        timestep, main = at[i] * 1000, main and i < ends
         if main:
             run.on_start(timestep)
         velocity = run.velocity(torch.cat([tokens, *behind], dim=1), conditionings[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
-        tokens = euler(tokens, velocity, at[i + 1] - at[i])
+        tokens = solve.step(tokens, velocity, at[i], at[i + 1])
         run.record(stage, levels[i], [total] * run.batch, passes=2 if guided else 1)
         if main:
-            tokens = run.on_step(run.step, timestep, tokens)
-            run.step += 1
+            tokens = _called_back(run, solve, timestep, tokens)
         else:
             run.on_draft_step()
-    state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
+        kept = tokens if i < ends else kept
+    state, first, estimate = (unpack(x, grids[0], patch) for x in (kept, first, estimate))
     return state, (first, estimate)
 
 
@@ -552,6 +600,7 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
 
     kv_refresh="bracket": the first step alone computes the whole sequence, and one pass more ("bracket") at the last
     step's level. The other tokens' keys and values of an active step lie between those two, in proportion to its level.
+    With solver="ab2" that pass's velocity is the first step's second one.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(levels) - 1
@@ -560,10 +609,11 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
         every = steps if bracket else 1
     at = _device_levels(levels, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
+    solve = Solver(run.config.solver)
     for i in range(steps):
         if run.interrupted():
             continue
-        timestep = at[i] * 1000
+        timestep, slope = at[i] * 1000, None
         run.on_start(timestep)
         if i % every == 0:
             locked = lock and i > 0
@@ -572,8 +622,11 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
             run.record("mixed", levels[i], state.lengths, lock_text=locked)
             if bracket:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
-                run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
+                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", levels[-2], state.lengths)
+                if solve.name != "euler":
+                    behind = torch.where(state.free, behind, state.drift)
+                    slope = (behind.float() - velocity.float()) / (at[-2] - at[0])
         else:
             if bracket:
                 weight = (at[0] - at[i]) / (at[0] - at[-2])
@@ -584,9 +637,8 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", levels[i], state.fine, keys=state.lengths, lock_text=lock)
-        state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
-        state.tokens = run.on_step(run.step, timestep, state.tokens)
-        run.step += 1
+        state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
+        state.tokens = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
         run.stats.kv_cache_bytes = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
 
@@ -621,7 +673,8 @@ def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[floa
     topped = algebra.top_up(fine.float(), level, to, run.fresh_noise(fine.shape))
     mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
-    return dense_steps(run, joined, levels, [r.latents for r in run.references], "full")[0]
+    shown = [r.latents for r in run.references]
+    return dense_steps(run, joined, levels, shown, "full", solver=run.config.solver)[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
