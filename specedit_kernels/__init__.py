@@ -19,16 +19,22 @@ __version__ = "0.1.0"
 _NAMES = {
     "FlashEditConfig": "flash_edit",
     "LIGHTNING_SCHEDULE": "engine.config",
+    "METRICS": "engine.config",
     "EditResult": "editing",
     "PRESETS": "engine.config",
+    "REFERENCES": "engine.config",
     "SpecEditConfig": "engine.config",
     "SpecEditHandle": "engine.enable",
     "SpecEditPipelineOutput": "engine.output",
     "SpecEditStats": "engine.output",
+    "codec_of": "engine.registry",
     "disable_specedit": "engine.enable",
+    "edit_alpha": "engine.stages",
     "edit_image": "editing",
     "enable_specedit": "engine.enable",
     "supported_models": "engine.registry",
+    "threshold_scale": "engine.stages",
+    "verify": "engine.stages",
 }
 _PIPELINES = (
     "FlashEditFluxKontextPipeline",

@@ -27,7 +27,7 @@ from tiny_models import call_options, paper, qwen_text, small_qwen, tiny_image, 
 
 from specedit_kernels import SpecEditFluxKontextPipeline, disable_specedit, enable_specedit
 from specedit_kernels.engine import _diffusers, fused
-from specedit_kernels.engine.runner import StepRunner, inspect, lies
+from specedit_kernels.engine.runner import StepRunner, inspect, weight_signature
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BENCH = Path(__file__).resolve().parents[1] / "bench" / "models"
@@ -188,16 +188,16 @@ def test_a_graphs_premises_know_all_memory_of_a_quantised_weight(bench, name):
     edits = (enable_specedit(pipe), edit(pipe, "fused"))  # libraries arrange their weights at the first call
     assert edits[1].stats.runner == "fused"
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
-    premises = lies(pipe.transformer)
-    assert premises == lies(pipe.transformer)
+    premises = weight_signature(pipe.transformer)
+    assert premises == weight_signature(pipe.transformer)
     tensors = quantised_parts(layer)
     assert len(tensors) >= (1 if name.startswith("gguf") else 2)
     for x in tensors:
         kept = x.data
         x.data = kept.clone()
-        assert lies(pipe.transformer) != premises
+        assert weight_signature(pipe.transformer) != premises
         x.data = kept
-        assert lies(pipe.transformer) == premises
+        assert weight_signature(pipe.transformer) == premises
 
 
 def quantised_parts(layer):
@@ -286,11 +286,11 @@ def test_cast_layers_stay_where_they_lie():
     pipe = make()
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     enable_specedit(pipe)
-    before = lies(pipe.transformer)
+    before = weight_signature(pipe.transformer)
     quick = edit(pipe, "fused")
-    assert quick.stats.runner == "fused" and lies(pipe.transformer) == before
+    assert quick.stats.runner == "fused" and weight_signature(pipe.transformer) == before
     assert away(quick.images, edit(pipe).images) < 1e-4
-    assert lies(pipe.transformer) != before  # the hook moves them
+    assert weight_signature(pipe.transformer) != before  # the hook moves them
 
 
 # LoRA
@@ -354,7 +354,7 @@ def test_a_hot_swapped_lora_is_the_new_one(bench, scale):
     pipe.enable_lora_hotswap(target_rank=8)
     enable_specedit(pipe)
     loaded(bench, pipe, "one", rank=8)
-    first, premises = same_in_both(pipe, **call), lies(pipe.transformer)
+    first, premises = same_in_both(pipe, **call), weight_signature(pipe.transformer)
     assert torch.equal(edit(pipe, "fused", **call).images, first)  # a scale that is a tensor is as it was
     state = bench.lora_state(pipe.transformer, 4, seed=1)
     pipe.load_lora_weights(state, adapter_name="one", hotswap=True)
@@ -364,10 +364,10 @@ def test_a_hot_swapped_lora_is_the_new_one(bench, scale):
     other.load_lora_weights(state, adapter_name="one")
     assert away(second, first) > 1e-3 and away(second, edit(other, "fused", **call).images) < 1e-4
     # all was written where it lay, but for numbers on the host, which a graph keeps
-    assert lies(pipe.transformer) == premises
+    assert weight_signature(pipe.transformer) == premises
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
     layer.scaling["one"].fill_(2.0)
-    assert lies(pipe.transformer) != premises
+    assert weight_signature(pipe.transformer) != premises
 
 
 @torch.no_grad()
@@ -456,11 +456,11 @@ def test_graphs_of_a_moved_model_are_of_where_it_lies(monkeypatch):
     class Captured(Replayed):
         def __init__(self, function, inputs, pool, called):
             assert called
-            captured.append(lies(pipe.transformer))
+            captured.append(weight_signature(pipe.transformer))
             super().__init__(function, inputs, pool)
 
         def __call__(self, inputs):
-            assert captured[-1] == lies(pipe.transformer)
+            assert captured[-1] == weight_signature(pipe.transformer)
             return super().__call__(inputs)
 
     monkeypatch.setattr(runner, "CapturedStep", Captured)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture files: nothing of theirs is lost, damage is told in one line, a write is whole or not at all."""
+"""Picture files: nothing of theirs is lost, damage is said in one line, a write is whole or not at all."""
 
 import io
 import itertools

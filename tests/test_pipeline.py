@@ -135,8 +135,8 @@ def make_run(pipe, config, mask, batch=1, image_seed=0, generator=None):
     class Caught(Exception):
         pass
 
-    def catch(run, counts, levels, user_mask):
-        caught.update(run=run, counts=counts, levels=levels, mask=user_mask)
+    def catch(run, counts, sigmas, user_mask):
+        caught.update(run=run, counts=counts, sigmas=sigmas, mask=user_mask)
         raise Caught
 
     pipe._run = catch
@@ -147,7 +147,7 @@ def make_run(pipe, config, mask, batch=1, image_seed=0, generator=None):
             pipe(generator=generator or [seeded(i) for i in range(batch)], **options)
     finally:
         del pipe._run
-    return caught["run"], caught["counts"], caught["levels"], caught["mask"]
+    return caught["run"], caught["counts"], caught["sigmas"], caught["mask"]
 
 
 @torch.no_grad()
@@ -319,7 +319,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         return state
 
     def velocity(run, tokens, conditioning, found, first=None, guided=True):
-        level = conditioning[0] / 1000
+        sigma = conditioning[0] / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
         if found[0].attention is None:
             clean = next(grids.pack(c) for c in clean if 2 * grids.pack(c).shape[1] == tokens.shape[1])
@@ -327,7 +327,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         else:
             table = torch.cat([grids.pack(clean[0]), grids.pack(clean[1]), torch.zeros(1, 80, 64)], dim=1)
             clean = table[:, layouts[-1].index[0].clamp(min=0).long()]
-        return ((tokens - clean) / level)[:, :first]
+        return ((tokens - clean) / sigma)[:, :first]
 
     monkeypatch.setattr(stages, "expand", expand)
     monkeypatch.setattr(stages.Run, "velocity", velocity)
@@ -368,14 +368,14 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
     begun, ended = {}, {}
     real_steps, real_finish = stages.dense_steps, stages.finish_full
 
-    def dense_steps(run, state, levels, condition, stage, **options):
+    def dense_steps(run, state, sigmas, condition, stage, **options):
         if stage == "full":
-            begun.update(state=state, level=levels[0])
-        return real_steps(run, state, levels, condition, stage, **options)
+            begun.update(state=state, sigma=sigmas[0])
+        return real_steps(run, state, sigmas, condition, stage, **options)
 
-    def finish_full(run, state, level, levels, selection):
-        ended.update(run=run, state=state, level=level, active=selection.active)
-        return real_finish(run, state, level, levels, selection)
+    def finish_full(run, state, sigma, sigmas, selection):
+        ended.update(run=run, state=state, sigma=sigma, active=selection.active)
+        return real_finish(run, state, sigma, sigmas, selection)
 
     monkeypatch.setattr(stages, "dense_steps", dense_steps)
     monkeypatch.setattr(stages, "finish_full", finish_full)
@@ -385,10 +385,10 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
         specedit=paper(stages=(2, 3, 2), unselected=unselected),
         **call_options(image=[tiny_image(seed=0), tiny_image(seed=1)], prompt=["make the cat blue", "add a hat"]),
     )
-    run, level, at = ended["run"], begun["level"], ended["level"]
-    assert 0 < at < level < 1
+    run, sigma, at = ended["run"], begun["sigma"], ended["sigma"]
+    assert 0 < at < sigma < 1
     inside = stages.on_pixels(ended["active"], GRID, 2).expand_as(run.source)
-    same = begun["state"] == (1 - level) * run.source + level * run.noise
+    same = begun["state"] == (1 - sigma) * run.source + sigma * run.noise
     assert not same[inside].any()
     assert same[~inside].all() if unselected == "source" else not same[~inside].all()
     # the coarse tokens that were in the sequence kept to the source's path in the mixed steps

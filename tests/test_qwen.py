@@ -236,7 +236,7 @@ def make_run(pipe, config, mask=None, **changes):
     class Caught(Exception):
         pass
 
-    def catch(run, counts, levels, user_mask):
+    def catch(run, counts, sigmas, user_mask):
         caught.append(run)
         raise Caught
 
@@ -249,12 +249,12 @@ def make_run(pipe, config, mask=None, **changes):
     return caught[0]
 
 
-def mixed_state(run, count, level=0.7):
+def mixed_state(run, count, sigma=0.7):
     """The mixed sequence with the first `count` of 16 blocks active."""
     blocks = (torch.arange(16) < count)[None].expand(run.batch, 16)
     selection = stages.select(run, grids.from_blocks(blocks, run.grid).float(), 0.5, 0)
     fine = torch.randn(run.source.shape, generator=seeded())
-    return fine, stages.expand(run, fine, torch.randn(run.batch, 16, 8, 8), level, selection)
+    return fine, stages.expand(run, fine, torch.randn(run.batch, 16, 8, 8), sigma, selection)
 
 
 @torch.no_grad()
@@ -596,8 +596,8 @@ def test_presets_and_schedule_of_distilled_weights(preset, counts):
     # a shift of 3 at every size, down to 3 / (n + 2) before the last step
     steps = np.linspace(1.0, 1 / preset, preset)
     for tokens in (64, 4096):
-        levels = pipe._plain_levels(preset, tokens, None)
-        assert np.allclose(levels, [*(3 * steps / (1 + 2 * steps)), 0.0], atol=1e-6)
+        sigmas = pipe._plain_sigmas(preset, tokens, None)
+        assert np.allclose(sigmas, [*(3 * steps / (1 + 2 * steps)), 0.0], atol=1e-6)
     call = options(image=tiny_image(), mask_image=half_mask(3), true_cfg_scale=1.0)
     out = pipe(generator=seeded(), specedit=paper(preset=preset), **call)
     stages_of = [s.stage for s in out.stats.steps]
@@ -608,8 +608,8 @@ def test_presets_and_schedule_of_distilled_weights(preset, counts):
     assert torch.equal(pipe(generator=seeded(), specedit=everything, **call).images, expected)
 
 
-def test_a_draft_of_one_step_has_a_level(edit):
-    assert edit._plain_levels(1, 4, None) == [1.0, 0.0]
+def test_a_draft_of_one_step_has_a_sigma(edit):
+    assert edit._plain_sigmas(1, 4, None) == [1.0, 0.0]
     config = paper(stages=(0, 2, 1), draft="quarter", draft_steps=1)
     scores = edit(image=tiny_image(), generator=seeded(), specedit=config, **options()).scores
     assert scores.isfinite().all()

@@ -197,7 +197,7 @@ def test_the_signature_changes_with_weights_and_adapters():
         return inspect("graph", pipe.transformer, pipe.vae)[1]
 
     seen = [now()]
-    layer.weight.mul_(2.0)  # where it lies, a graph reads it
+    layer.weight.mul_(2.0)  # in place: a graph reads it
     assert now() == seen[0]
     layer.weight.data = layer.weight.data.clone()
     seen.append(now())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""solver="ab2" and mixed_from: the order of a run, where it restarts, and the levels of its steps."""
+"""solver="ab2" and mixed_from: the order of a run, where it restarts, and the sigmas of its steps."""
 
 import itertools
 import math
@@ -52,8 +52,8 @@ def edit(pipe, call=None, **config):
 
 def test_a_solver_has_the_order_that_it_says():
     def error(name, n):
-        levels = [(1 - i / n) ** 1.5 for i in range(n + 1)]  # uneven
-        at = torch.tensor(levels, dtype=torch.float64).float()
+        sigmas = [(1 - i / n) ** 1.5 for i in range(n + 1)]  # uneven
+        at = torch.tensor(sigmas, dtype=torch.float64).float()
         x, solver = torch.ones(3), stages.Solver(name)
         for i in range(n):
             x = solver.step(x, torch.cos(3 * at[i]) * x, at[i], at[i + 1])
@@ -64,7 +64,7 @@ def test_a_solver_has_the_order_that_it_says():
         assert all(0.85 * 2**order < r < 1.2 * 2**order for r in ratios), (name, ratios)
 
 
-# stages in fours; the mixed steps begin at one level whatever the counts are
+# stages in fours; the mixed steps begin at one sigma whatever the counts are
 PATHS = {
     "dense": dict(stages=(0, 0, 4), finish="full"),
     "mixed": dict(stages=(0, 4, 0)),
@@ -154,19 +154,19 @@ def test_a_scheduler_with_another_step_is_refused(flux):
         edit(pipe, stages=(1, 4, 0), solver="ab2")
 
 
-def test_levels_of_mixed_from(flux):
+def test_sigmas_of_mixed_from(flux):
     pipe = SpecEditFluxKontextPipeline(**flux.components)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # no shift
     config = dict(stages=(2, 3, 0), mixed_from=0.8)
-    levels = [step.level for step in edit(pipe, **config).stats.steps]
-    # coarse steps at pooled levels, s / (2 - s)
-    assert levels == pytest.approx([1, 0.9 / 1.1, 0.8, 0.8 * 2 / 3, 0.8 / 3])
-    levels = [step.level for step in edit(pipe, dict(num_inference_steps=10), **config).stats.steps]
-    assert levels[4:] == pytest.approx([0.8 * (1 - i / 6) for i in range(6)])
+    sigmas = [step.sigma for step in edit(pipe, **config).stats.steps]
+    # coarse steps at pooled sigmas, s / (2 - s)
+    assert sigmas == pytest.approx([1, 0.9 / 1.1, 0.8, 0.8 * 2 / 3, 0.8 / 3])
+    sigmas = [step.sigma for step in edit(pipe, dict(num_inference_steps=10), **config).stats.steps]
+    assert sigmas[4:] == pytest.approx([0.8 * (1 - i / 6) for i in range(6)])
     given = [1.0, 0.95, 0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.15, 0.1]
     steps = edit(pipe, dict(sigmas=given), **config).stats.steps
-    assert [step.level for step in steps if step.stage == "mixed"] == pytest.approx(given[2:])
-    even = [step.level for step in edit(pipe, stages=(1, 4, 0)).stats.steps]
+    assert [step.sigma for step in steps if step.stage == "mixed"] == pytest.approx(given[2:])
+    even = [step.sigma for step in edit(pipe, stages=(1, 4, 0)).stats.steps]
     assert even == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
 
 
@@ -177,7 +177,7 @@ def test_steps_ahead_are_the_drafts_alone(flux):
         return edit(flux, call, threshold=0.0, max_active=1.0, **config)
 
     def steps(out):
-        return [(step.stage, pytest.approx(step.level)) for step in out.stats.steps]
+        return [(step.stage, pytest.approx(step.sigma)) for step in out.stats.steps]
 
     plain, ahead = run(stages=(2, 3, 0)), run(stages=(1, 4, 0), draft_ahead=1)
     # what is verified is the same, and the fine steps begin a step earlier
@@ -195,8 +195,8 @@ def test_steps_ahead_are_the_drafts_alone(flux):
 def test_options():
     config = SpecEditConfig(stages=(2, 2, 1), mixed_from=7 / 9)
     assert config.step_counts() == (2, 2, 1) and config.step_counts(10) == (4, 4, 2)
-    assert config.step_counts(18, levels_given=True) == (4, 9, 5)
-    assert config.step_counts(3, levels_given=True) == (1, 1, 1)
+    assert config.step_counts(18, sigmas_given=True) == (4, 9, 5)
+    assert config.step_counts(3, sigmas_given=True) == (1, 1, 1)
     assert SpecEditConfig(stages=(0, 5, 1), mixed_from=0.5).sigmas((0, 5, 1)) is None
     for quality in ("fast", "balanced", "best", "paper"):
         config = SpecEditConfig(quality=quality)

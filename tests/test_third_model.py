@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that the package has never heard of, wholly in this file: the engine runs all its stages with it.
+"""A model that the package does not know, wholly in this file: the engine runs all its stages with it.
 
 Unlike the shipped ones it has tokens of 8 pixels and 48 channels, blocks of one kind under another name, a forward that
 hands no arguments on to its attention processors, positions that begin far from the origin, a schedule shift and a
@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin
-from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of
+from model_proofs import cached_step_is_whole, mixed_step_is_dense, run_of
 from tiny_models import paper, tiny_image
 
 from specedit_kernels import (
@@ -108,9 +108,9 @@ class ToyTransformer(ModelMixin, ConfigMixin, AttentionMixin):
         angles = torch.cat(parts, dim=1)
         return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
 
-    def forward(self, spots, words, level, ids):
+    def forward(self, spots, words, sigma, ids):
         x = torch.cat([words, self.enter(spots)], dim=1)
-        time = self.time((level[:, None] * torch.arange(1, 9)).sin())[:, None]
+        time = self.time((sigma[:, None] * torch.arange(1, 9)).sin())[:, None]
         cos, sin = self.rotary(ids)
         for layer in self.layers:
             x = layer(x, time, cos, sin)
@@ -178,9 +178,9 @@ class ToyEditPipeline(DiffusionPipeline):
             for branch in branches:
                 words = self.words(branch)
                 ids = torch.cat([where_words_stand(words.shape[1]), torch.cat([numbers, 9 + spots], dim=1)])
-                level = t.expand(len(lines)) / 1000
+                sigma = t.expand(len(lines)) / 1000
                 both = torch.cat([tokens, source], dim=1)
-                found.append(self.transformer(both, words, level, ids)[:, : tokens.shape[1]])
+                found.append(self.transformer(both, words, sigma, ids)[:, : tokens.shape[1]])
             velocity = found[0] if len(found) == 1 else found[0] + (strength_of_text - 1) * (found[0] - found[1])
             tokens = self.scheduler.step(velocity, t, tokens, return_dict=False)[0]
         if output_type == "latent":
@@ -419,13 +419,13 @@ def test_all_stages(pipe, draft, end):
 
 @pytest.mark.parametrize("strength", GUIDED)
 def test_a_mixed_step_of_all_blocks_is_a_dense_step(pipe, strength):
-    check_mixed_step_of_all_blocks(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))
+    mixed_step_is_dense(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))
 
 
 @pytest.mark.parametrize("lock_text", [False, True])
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, lock_text):
     config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
-    check_cached_step_while_nothing_moves(run_of(pipe, **options(config, mask_image=half())))
+    cached_step_is_whole(run_of(pipe, **options(config, mask_image=half())))
 
 
 def test_a_batch_is_its_singles(pipe):

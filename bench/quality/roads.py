@@ -52,7 +52,7 @@ class Trial:
     """What a row changes.
 
     every: the largest score of all coarse estimates counts. whole: the mask is everything. dilate: the oracle mask's,
-    less than 0: no oracle. collect: keep score maps. single: the mixed step at whose level one whole pass is made, over
+    less than 0: no oracle. collect: keep score maps. single: the mixed step at whose sigma one whole pass is made, over
     the last coarse estimate, in place of the two of a bracket.
     """
 
@@ -73,10 +73,10 @@ class State:
     maps: dict[str, torch.Tensor] = {}
 
 
-def dense_steps(run, state, levels, condition, stage, **options):
+def dense_steps(run, state, sigmas, condition, stage, **options):
     """The stage's own; keeps the clean estimate of each coarse step."""
     if stage != "coarse":
-        return OWN_DENSE(run, state, levels, condition, stage, **options)
+        return OWN_DENSE(run, state, sigmas, condition, stage, **options)
     made = []
 
     def euler(*args):
@@ -85,7 +85,7 @@ def dense_steps(run, state, levels, condition, stage, **options):
 
     stages.euler = euler
     try:
-        found = OWN_DENSE(run, state, levels, condition, stage, **options)
+        found = OWN_DENSE(run, state, sigmas, condition, stage, **options)
     finally:
         stages.euler = OWN_EULER
     grid = (state.shape[-2] // run.patch, state.shape[-1] // run.patch)
@@ -110,14 +110,14 @@ def keep(run, name, scores):
     State.maps.setdefault(name, []).append(scores.reshape(-1, *run.grid).half().cpu())
 
 
-def expand(run, fine, coarse, level, selection):
+def expand(run, fine, coarse, sigma, selection):
     run.active = selection.active
-    return OWN_EXPAND(run, fine, coarse, level, selection)
+    return OWN_EXPAND(run, fine, coarse, sigma, selection)
 
 
-def departure(run, state, tokens, velocity, level):
+def departure(run, state, tokens, velocity, sigma):
     """Scores [B, N] of how far the clean estimate of all target tokens departs from the source, on the coarse grid."""
-    clean = (tokens.float() - level * velocity.float()).to(state.table.dtype)
+    clean = (tokens.float() - sigma * velocity.float()).to(state.table.dtype)
     table = state.table.clone()
     stages.ops.scatter_tokens_(table, clean.contiguous(), state.layout.index)
     n = run.grid[0] * run.grid[1]
@@ -128,29 +128,29 @@ def departure(run, state, tokens, velocity, level):
     return OWN_VERIFY(run, stages.Draft(torch.where(mask, pool(fine), coarse), pool(run.source)))
 
 
-def mixed_steps(run, state, levels):
+def mixed_steps(run, state, sigmas):
     trial = State.trial
     if trial.single is not None:
-        return single_steps(run, state, levels)
+        return single_steps(run, state, sigmas)
     if trial.collect:
-        own, left = run.velocity, [("A", levels[0]), ("B", levels[-2])]
+        own, left = run.velocity, [("A", sigmas[0]), ("B", sigmas[-2])]
 
         def velocity(tokens, *args):
             found = own(tokens, *args)
             if left:
-                name, level = left.pop(0)
+                name, sigma = left.pop(0)
                 moved = torch.where(state.free, found, state.drift)
-                keep(run, f"{trial.collect} {name}", departure(run, state, tokens, moved, level))
+                keep(run, f"{trial.collect} {name}", departure(run, state, tokens, moved, sigma))
             return found
 
         keep(run, trial.collect + " active", run.active.float())
         run.velocity = velocity
-    return OWN_MIXED(run, state, levels)
+    return OWN_MIXED(run, state, sigmas)
 
 
-def single_steps(run, state, levels):
-    """Active steps alone, over keys and values of one whole pass at the level of step `single`."""
-    at = torch.tensor(levels, dtype=torch.float32).to(run.device)
+def single_steps(run, state, sigmas):
+    """Active steps alone, over keys and values of one whole pass at the sigma of step `single`."""
+    at = torch.tensor(sigmas, dtype=torch.float32).to(run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
     n, which = run.grid[0] * run.grid[1], State.trial.single
     table = torch.zeros_like(state.table)
@@ -158,14 +158,14 @@ def single_steps(run, state, levels):
     estimate = stages.ops.gather_tokens(table, state.layout.index, state.layout.capacity)
     moves = torch.where(state.free, (state.tokens.float() - estimate.float()) / at[0], state.drift.float())
     run.velocity(stages.euler(state.tokens, moves, at[which] - at[0]), conditionings[which], state.layouts)
-    run.record("bracket", levels[which], state.lengths)
+    run.record("bracket", sigmas[which], state.lengths)
     solve, m = stages.Solver(run.config.solver), state.first
-    for i in range(len(levels) - 1):
+    for i in range(len(sigmas) - 1):
         run.on_start(at[i] * 1000)
         v = run.velocity(state.tokens[:, :m], conditionings[i], state.active_layouts)
         v = torch.where(state.free[:, :m], v, state.drift[:, :m])
         v = torch.cat([v, state.drift[:, m:]], dim=1)
-        run.record("active", levels[i], state.fine, keys=state.lengths)
+        run.record("active", sigmas[i], state.fine, keys=state.lengths)
         state.tokens = run.on_step(run.step, at[i] * 1000, solve.step(state.tokens, v, at[i], at[i + 1]))
         run.step += 1
 

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preview:
         raise UserError("--preview: expected one picture, got many")
     if arguments.mask_output is not None:
-        raise UserError("--mask-output: expected none with many pictures; the masks lie beside the results")
+        raise UserError("--mask-output: expected none with many pictures; the masks are written beside the results")
     if arguments.output is None:
         raise UserError("--output: expected a folder for the results of many pictures")
     source, out = Path(arguments.image), Path(arguments.output)
@@ -183,7 +183,7 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read ({reason(error)})") from None
     jobs, taken = [], set()
-    for number, row in _rows(path, text):
+    for number, row in rows_of(path, text):
         where = f"{name}, line {number}"
         odd = [key for key in row if key not in FIELDS]
         if odd:
@@ -210,7 +210,7 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
     return _named(jobs)
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {field: value}) of a list."""
     if path.suffix.lower() == ".csv":
         try:

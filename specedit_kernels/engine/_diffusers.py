@@ -127,7 +127,7 @@ def moved_to(module: torch.nn.Module) -> torch.device | None:
 
 
 def bring_in(module: torch.nn.Module) -> None:
-    """Have a module that is `moved_to` a device lie there. Cheap where it does already."""
+    """Move a module that is `moved_to` a device there. Cheap where it is there already."""
     if moved_to(module) is not None:
         vars(module)["_hf_hook"].pre_forward(module)
 
@@ -282,7 +282,7 @@ def mirrored(module: torch.nn.Module) -> torch.nn.Module:
 def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None]:
     """Within it adapters (PEFT) are scaled, as the transformer's own forward has them; then their scales are as before.
 
-    A scale that is a tensor (`enable_lora_hotswap`) stays the same tensor: it is scaled where it lies.
+    A scale that is a tensor (`enable_lora_hotswap`) stays the same tensor: it is scaled in place.
     """
     if not USE_PEFT_BACKEND or scale == 1.0:
         yield

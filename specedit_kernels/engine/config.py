@@ -162,13 +162,13 @@ class EditConfig:
         _number("max_active", self.max_active, 0.0, 1.0)
         _flag("coarse_references", self.coarse_references)
 
-    def step_counts(self, steps: int | None = None, levels_given: bool = False) -> tuple[int, int, int]:
-        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for, and
-        `levels_given`: whether it says their noise levels too."""
+    def step_counts(self, steps: int | None = None, sigmas_given: bool = False) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for;
+        `sigmas_given`: whether it gives their sigmas too."""
         raise NotImplementedError
 
     def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
-        """Noise levels, before the scheduler's shift, at which those steps begin; None: the plain pipeline's."""
+        """Of those steps, before the scheduler's shift; None: the plain pipeline's."""
         return None
 
     @property
@@ -198,10 +198,10 @@ class SpecEditConfig(EditConfig):
         preset: number of function evaluations of the main trajectory: 30, 18, 11, 9 or 6, and 8 or 4 for
             step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of the preset's.
-        mixed_from: the noise level in (0, 1), before the scheduler's shift, at which the mixed steps begin: the coarse
-            steps go there from 1 in even steps, the mixed and full ones from there to 0. None: all steps are even, as
-            the plain pipeline's. A call's own `sigmas` are kept, and shared out as even ones are: to coarse steps the
-            first (1 - mixed_from) of them.
+        mixed_from: the sigma in (0, 1), before the scheduler's shift, at which the mixed steps begin: the coarse ones
+            go there from 1 in even steps, the mixed and full ones from there to 0. None: all steps are even, as the
+            plain pipeline's. A call's own `sigmas` are kept, and shared out as even ones are: to coarse steps the first
+            (1 - mixed_from) of them.
         solver: of the flow's differential equation. "euler": the scheduler's. "ab2": the two-step Adams-Bashforth
             method for steps of any length, of second order: a step has the velocity at its middle, extrapolated from
             the velocities at its start and at the step before. It costs no evaluation. The first step of each stage,
@@ -212,14 +212,14 @@ class SpecEditConfig(EditConfig):
             (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
             coarse steps.
         draft_steps: steps of the "quarter" draft (the paper's N_draft).
-        draft_ahead: with the "coarse" draft, so many coarse steps more, for the draft alone, at the noise levels of the
-            first mixed steps. So small things are drawn at full resolution from an earlier level on, and what is
+        draft_ahead: with the "coarse" draft, so many coarse steps more, for the draft alone, at the sigmas of the first
+            mixed steps. So small things are drawn at full resolution from an earlier sigma on, and what is
             verified is as clear as with more coarse steps. With a mask they are not run.
         finish: "full": the last steps run on all tokens at full resolution (the paper's). "locked": they stay mixed,
             coarse tokens follow the source, and latents that were not selected are the source's.
         unselected: what target tokens that were not selected are until the full steps of finish="full". "source": in
             the mixed steps the coarse ones follow the source, and the full steps begin from the fine source at their
-            noise level. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's).
+            sigma. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's).
             Without effect with finish="locked", whose coarse tokens follow the source in any case.
         metric: "decoder": features of the VAE decoder's first layers (the paper's eq. 6). "latent": packed latent
             tokens. "projected": the transformer's embedding of them.
@@ -236,8 +236,8 @@ class SpecEditConfig(EditConfig):
         kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
             between compute the text and the edited tokens alone, over those. 1: every step computes all. "bracket": the
             first mixed step does so, then the whole sequence is computed once more at the last mixed step's noise
-            level, which it reaches in one step; the tokens that are not recomputed then have keys and values between
-            those two, by the level of each step. All but 1 needs tokens outside the edit that follow the source: not
+            sigma, which it reaches in one step; the tokens that are not recomputed then have keys and values between
+            those two, by the sigma of each step. All but 1 needs tokens outside the edit that follow the source: not
             with finish="full" and unselected="coarse", where the default is 1.
         lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step.
             The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
@@ -317,17 +317,17 @@ class SpecEditConfig(EditConfig):
                 raise ValueError(f"stages: finish='full' needs full steps after mixed ones, got {self.stages!r}")
             object.__setattr__(self, "stages", tuple(self.stages))
 
-    def step_counts(self, steps: int | None = None, levels_given: bool = False) -> tuple[int, int, int]:
+    def step_counts(self, steps: int | None = None, sigmas_given: bool = False) -> tuple[int, int, int]:
         """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total.
 
-        levels_given: their noise levels are the caller's, and come even: as many are coarse as lie over mixed_from.
+        sigmas_given: their sigmas are the caller's, and taken for even: as many are coarse as lie over mixed_from.
         """
         assert self.preset is not None  # __post_init__ has set it
         counts = self.stages or PRESETS[self.preset]
         if steps is None:
             return counts
         coarse, mixed, full = counts
-        if not levels_given or self.mixed_from is None or not coarse or not mixed + full:
+        if not sigmas_given or self.mixed_from is None or not coarse or not mixed + full:
             return split_steps(counts, steps)
         least = (mixed > 0) + (full > 0)
         coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))

@@ -2,9 +2,9 @@
 """Linear layers in fp8: e4m3 weights with a scale for each output, activations with a scale for each row.
 
 `precision="fp8"` makes this hold within a run of a fused forward, for the layers that it asks for (`modulated`,
-`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use, a copy beside
-the one that the model keeps, so that LoRA files, disable_specedit() and runs in the model's own dtype find what they
-expect. On a CPU the same numbers are multiplied in fp32: slow, for tests and for measuring quality.
+`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use; the model keeps
+its own, so that LoRA files, disable_specedit() and runs in the model's own dtype work as before. On a CPU the same
+numbers are multiplied in fp32: slow, for tests and for measuring quality.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class _Packed:
-    """Weights of layers that take the same rows, one behind another. weight: e4m3 [N, K]. scale: fp32 [1, N]. bias: [N]
-    or None. places: where the layers' own weights lie. sample: some of their elements. dtype: of the result."""
+    """Weights of layers that take the same rows, concatenated. weight: e4m3 [N, K]. scale: fp32 [1, N]. bias: [N]
+    or None. places: addresses of the layers' own weights. sample: some of their elements. dtype: of the result."""
 
     weight: Tensor
     scale: Tensor
@@ -59,7 +59,7 @@ def _places(layers: Sequence[Any]) -> list[int]:
 
 
 def _sample(layers: Sequence[torch.nn.Module]) -> Tensor:
-    """From the middle of each weight and bias: what is merged into a weight changes all of it."""
+    """From the middle of each weight and bias: merging an adapter changes all of a weight."""
     flat = [x.flatten() for x in _parts(layers)]
     return torch.cat([x[len(x) // 2 : len(x) // 2 + _SAMPLED] for x in flat])
 

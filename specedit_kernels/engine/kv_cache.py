@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
 SCALES = torch.float32
-# what a CUDA device or a CPU rounds to no number lies beyond
+# larger values are rounded to NaN, on a CUDA device and on a CPU
 _LARGEST = torch.finfo(DTYPE).max
 
 

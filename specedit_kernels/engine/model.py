@@ -38,7 +38,7 @@ class Pictures:
     """Which pictures a full-resolution sequence shows, in its order: the target, then the references.
 
     target: the target's fine grid. references: the fine grid of each reference, the edited one first.
-    aligned: whether the edited one lies on the target's grid; then, and only then, its condition tokens can be fine
+    aligned: whether the edited one has the target's grid; then, and only then, its condition tokens can be fine
         where the target's are and coarse where they are coarse. All others keep one resolution in the mixed steps.
     coarse_others: whether those others are coarse there.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the SpecEdit pipelines share: checks, the order of the stages, noise, levels, pixels."""
+"""What the SpecEdit pipelines share: checks, the order of the stages, noise, sigmas, pixels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _LISTING = threading.Lock()
 
 def _one_call(transformer: torch.nn.Module) -> threading.RLock:
     """Held for a whole call: steps share the graphs and buffers of a runner, and what a pipeline knows of its call;
-    pipelines that share a transformer (`from_pipe`) share the scales of its adapters, and where its weights lie."""
+    pipelines that share a transformer (`from_pipe`) share the scales of its adapters, and the memory of its weights."""
     with _LISTING:
         return _CALLS.setdefault(transformer, threading.RLock())
 
@@ -129,7 +129,7 @@ class SpecEditMixin(Stock):
     specedit: the config, None for the pipeline's default, False for the stock call.
     mask_image: a picture, white where to edit. region: a box (x0, y0, x1, y1) in pixels of the source, or in per cent
         as "10%,0,50%,100%", or a list of boxes; joins mask_image.
-    mask_mode: what these do: "replace" the draft's region; or the draft looks for one, which they "limit" (what lies in
+    mask_mode: what these do: "replace" the draft's region; or the draft looks for one, which they "limit" (what is in
         both is edited) or to which they "add".
     output_size: "working": results as the model gives them. "source": each picture at its own size, as it was given (a
         PIL picture of its mode, an array of its type, a Photo), equal to its source bit for bit outside the feathered
@@ -357,6 +357,14 @@ class SpecEditMixin(Stock):
         call.image = in_fp32(call.image)
         call.sizes = picture_sizes(call.image)[: self.EDITED]
 
+    def working_size(self, image: Any, **arguments: Any) -> tuple[int, int]:
+        """(height, width) that a call with these arguments would compute at. Nothing is computed."""
+        bound = inspect.signature(type(self).__call__).bind(self, image=image, **arguments)
+        bound.apply_defaults()
+        call = Call(**ABSENT | bound.arguments)
+        self._take_pictures(call)
+        return self._size(call)
+
     def _user_mask(self, call: Call, grid: Grid, batch: int) -> Tensor | None:
         """The tokens that mask_image and region select together, bool [B, N]; None where neither is given."""
         found = []
@@ -561,7 +569,7 @@ class SpecEditMixin(Stock):
 
         # the plain schedule of this size and step count; the stages share it out
         sigmas = config.sigmas(counts) if call.sigmas is None else call.sigmas
-        levels = self._plain_levels(sum(counts), math.prod(grid), sigmas)
+        sigmas = self._plain_sigmas(sum(counts), math.prod(grid), sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
         bar = self.progress_bar(total=nfe + (config.separate_steps if call.needs_draft else 0))
@@ -605,7 +613,7 @@ class SpecEditMixin(Stock):
         wrap_processors(self.transformer)
         linears = self._fp8(config, runner)
         with bar, fp8.active(linears):
-            clean, selection, scores = self._run(run, counts, levels, user_mask)
+            clean, selection, scores = self._run(run, counts, sigmas, user_mask)
         if linears is not None:
             run.stats.precision, run.stats.fp8_bytes = config.precision, linears.bytes
             for reason, layers in linears.refused.items():
@@ -637,13 +645,13 @@ class SpecEditMixin(Stock):
         return SpecEditPipelineOutput(images=images, mask=mask, scores=scores, stats=run.stats)
 
     def _run(
-        self, run: Run, counts: tuple[int, int, int], levels: list[float], user_mask: Tensor | None
+        self, run: Run, counts: tuple[int, int, int], sigmas: list[float], user_mask: Tensor | None
     ) -> tuple[Tensor, Selection, Tensor | None]:
         """`run_stages` for this pipeline's schedule; a method with another order of stages has its own."""
-        draft_levels = None
+        draft_sigmas = None
         if user_mask is None and run.config.draft == "quarter":
-            draft_levels = self._plain_levels(run.config.draft_steps, math.prod(draft_grid(run.grid)), None)
-        return run_stages(run, counts, levels, user_mask, draft_levels, self._verify_select)
+            draft_sigmas = self._plain_sigmas(run.config.draft_steps, math.prod(draft_grid(run.grid)), None)
+        return run_stages(run, counts, sigmas, user_mask, draft_sigmas, self._verify_select)
 
     def _verify_select(self, run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
         """Score a draft and select by it; what studies selections has its own."""
@@ -659,17 +667,17 @@ class SpecEditMixin(Stock):
             raise ValueError(f"latents: expected {expected}, got {tuple(latents.shape)}")
         return unpack(latents.to(device=device, dtype=dtype), grid, patch).float()
 
-    def _plain_levels(self, steps: int, tokens: int, sigmas: list[float] | None) -> list[float]:
-        """Noise levels of the plain pipeline for that many steps and target tokens, with the final 0."""
+    def _plain_sigmas(self, steps: int, tokens: int, given: list[float] | None) -> list[float]:
+        """Sigmas of the plain pipeline for that many steps and target tokens, with the final 0. given: the call's."""
         # a copy: the pipeline's own scheduler keeps its state
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        given = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        unshifted = np.linspace(1.0, 1 / steps, steps) if given is None else given
         mu = self._shift(tokens, steps)
         with np.errstate(invalid="ignore"):
-            retrieve_timesteps(scheduler, steps, "cpu", sigmas=given, mu=mu)
-        levels = scheduler.sigmas.tolist()
-        # the one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone
-        return [1.0, 0.0] if len(levels) == 2 and math.isnan(levels[0]) else levels
+            retrieve_timesteps(scheduler, steps, "cpu", sigmas=unshifted, mu=mu)
+        sigmas = scheduler.sigmas.tolist()
+        # the one step of a schedule with a terminal sigma is 0 / 0 to the scheduler; it begins with noise alone
+        return [1.0, 0.0] if len(sigmas) == 2 and math.isnan(sigmas[0]) else sigmas
 
     def _show_schedule(self, timesteps: Sequence[float], index: int) -> None:
         """Give the pipeline's scheduler the run's own timesteps and sigmas, as the stock call leaves them there, for
@@ -799,7 +807,7 @@ def picture_sizes(image: PipelineImageInput) -> list[tuple[int, int]]:
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """ValueError where they are no falling noise levels in (0, 1]."""
+    """ValueError where they do not fall strictly within (0, 1]."""
     if len(sigmas) == 0:
         raise ValueError("sigmas: expected at least one, got none")
     found = [float(s) for s in sigmas]

@@ -48,7 +48,7 @@ _PLAIN = (torch.nn.Parameter, Tensor)
 
 
 class _Memory:
-    """Where the memory of weights lies: what graphs take for granted of them."""
+    """Addresses of weights: what captured graphs depend on."""
 
     def __init__(self) -> None:
         self.found: list[Any] = []
@@ -86,7 +86,7 @@ class _Memory:
                 self.add_held(vars(value))
 
     def add_scaling(self, scaling: Any) -> None:
-        """The numbers that an adapter multiplies by; a graph reads those on the device where they lie."""
+        """The numbers that an adapter multiplies by; a graph reads those on the device at their address."""
         for name, value in scaling.items() if isinstance(scaling, dict) else [("", scaling)]:
             if isinstance(value, Tensor):
                 value = value.data_ptr() if value.is_cuda else value.tolist()
@@ -116,8 +116,8 @@ class _Memory:
             self.found.append(repr(tuple(active)))
 
 
-def lies(*modules: torch.nn.Module) -> list[Hashable]:
-    """Where the weights of these modules lie, and the numbers that adapters (PEFT) multiply by: a graph's premises."""
+def weight_signature(*modules: torch.nn.Module) -> list[Hashable]:
+    """Addresses of these modules' weights, and the scales of adapters (PEFT): what a captured graph depends on."""
     memory = _Memory()
     for module in modules:
         for each in each_module(module):
@@ -126,7 +126,7 @@ def lies(*modules: torch.nn.Module) -> list[Hashable]:
 
 
 def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
-    """(why the runner of that name cannot run these, or "", what its graphs take for granted: `lies`).
+    """(why the runner of that name cannot run these, or "", what its graphs depend on: `weight_signature`).
 
     One pass, since a run waits for it. Modules that the fused forward calls are called with their hooks and with a
     forward of their own; only a replay would leave these out. Of what is `moved_to` a device the place is known once it
@@ -177,7 +177,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """How a captured input lies: pictures with channels last go on so, since convolutions follow them in that."""
+    """Memory format of a captured input: convolutions keep that of their input."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -300,7 +300,7 @@ class StepRunner:
         return sum(x.numel() * x.element_size() for kept in self._buffers.values() for x in kept)
 
     def watches(self, signature: list[Hashable]) -> bool:
-        """Whether weights lie where they did at the last call; never, where the signature does not say where."""
+        """Whether weights have the addresses of the last call; never, where the signature has no addresses."""
         return bool(signature) and signature == self._signature
 
     def watch(self, signature: list[Hashable]) -> None:
@@ -315,7 +315,7 @@ class StepRunner:
         if not self.moving:
             return
         bring_in(transformer)
-        signature = lies(transformer)
+        signature = weight_signature(transformer)
         if signature != self._signature:
             self._forget_graphs()
         self._signature = signature

@@ -186,15 +186,15 @@ def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) 
     assert text_mask is not None
     n, at = text_mask.shape[-1], sequence.text_at
     text, image = slice(at, at + n), slice(0, at) if at else slice(n, None)
-    words = ops.mixed_res_attn(q[:, :n], k, v, key_bias=bias, kv_lens=keys)[0]
-    picture = ops.mixed_res_attn(
+    of_text = ops.mixed_res_attn(q[:, :n], k, v, key_bias=bias, kv_lens=keys)[0]
+    of_image = ops.mixed_res_attn(
         q[:, n:], k[:, image], v[:, image],
         key_bias=None if bias is None else bias[:, image].contiguous(),
         q_lens=None if queries is None else queries - n,
         kv_lens=None if keys is None else keys - n,
     )  # fmt: skip
     sparse = ops.sparse_cross_attn(q[:, n:], k[:, text], v[:, text], sequence.region, text_mask)
-    return torch.cat([words, ops.merge_attn(*picture, *sparse)[0]], dim=1)
+    return torch.cat([of_text, ops.merge_attn(*of_image, *sparse)[0]], dim=1)
 
 
 def text_mass(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:

@@ -84,7 +84,7 @@ class FlashEditConfig(EditConfig):
     def may_drift(self) -> bool:
         return not self.bg_shield
 
-    def step_counts(self, steps: int | None = None, levels_given: bool = False) -> tuple[int, int, int]:
+    def step_counts(self, steps: int | None = None, sigmas_given: bool = False) -> tuple[int, int, int]:
         """(coarse, mixed, full) steps of the edit."""
         if self.method == "inversion":
             return 0, 0, self.steps if steps is None else steps
@@ -183,13 +183,13 @@ class FlashEditMixin(SpecEditMixin):
         return {"positive": positive, "negative": None, "source_text": source}
 
     def _run(
-        self, run: Run, counts: tuple[int, int, int], levels: list[float], user_mask: Tensor | None
+        self, run: Run, counts: tuple[int, int, int], sigmas: list[float], user_mask: Tensor | None
     ) -> tuple[Tensor, Selection, Tensor | None]:
-        run.timesteps = [1000 * level for level in levels[:-1]]
+        run.timesteps = [1000 * sigma for sigma in sigmas[:-1]]
         if run.config.method == "inversion":
             if run.preview or run.joined is not None:
                 raise ValueError("method: 'inversion' looks for no region to show or to join with a mask")
-            clean = flash_stages.multi_step_edit(run, run.source_text, levels)
+            clean = flash_stages.multi_step_edit(run, run.source_text, sigmas)
             run.clock.mark("inversion")
             return clean, stages.everything(run), None
         with active(self._generator, self.transformer):
@@ -218,7 +218,7 @@ class FlashEditMixin(SpecEditMixin):
         if run.ends(selection):
             return run.source, selection, scores
 
-        noise, words, whole = run.noise, None, all(selection.dense)
+        noise, key_text, whole = run.noise, None, all(selection.dense)
         if config.cosi and self._inverter is None:
             self._say_once("cosi: no inversion network is loaded (load_cosi): the noise is white")
         elif config.cosi and not (whole and config.region_noise == "white"):
@@ -230,12 +230,12 @@ class FlashEditMixin(SpecEditMixin):
             clock.mark("invert")
         if config.ssca and not whole:
             assert mass is not None  # the draft has watched
-            words = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
-            run.stats.key_tokens = words
+            key_text = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
+            run.stats.key_tokens = key_text
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
-        clean = flash_stages.one_step_edit(run, conditioning, source_text, noise, selection, reach, words, shield)
+        clean = flash_stages.one_step_edit(run, conditioning, source_text, noise, selection, reach, key_text, shield)
         run.on_start(torch.full((), 1000.0, dtype=torch.float32, device=run.device))
         tokens = run.on_step(0, torch.full((), 1000.0, dtype=torch.float32, device=run.device), pack(clean))
         run.step = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture files: read with every kind of damage told in one line, written whole or not at all, nothing of theirs lost.
+"""Picture files: read with one line about every kind of damage, written whole or not at all, nothing of theirs lost.
 
 `Photo` holds a picture as its file has it: mode, 16 bits a channel, alpha, colour profile, metadata.
 """
@@ -35,7 +35,7 @@ WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, OFFSETS = 256, 257, 258, 259, 262
 SAMPLES, ROWS, COUNTS, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, EXTRA = 277, 278, 279, 282, 283, 296, 338
 BYTE, LONG, UNDEFINED = 1, 4, 7
 EXIF_IFD, GPS_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 0x8825, 0xA002, 0xA003
-# Of a TIFF's own tags, those that tell of the picture and not of how its pixels lie in the file.
+# Of a TIFF's own tags, those that describe the picture and not the order of its pixels in the file.
 TOLD_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, EXIF_IFD, GPS_IFD)
 # orientation -> (transposed first, then flipped up-down, left-right)
 TURNS = {

@@ -176,19 +176,19 @@ def double_block(
         )  # fmt: skip
 
     if n:  # else its keys and values are kept ones
-        words = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
-        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    spots = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
-    place(_project(attn, spots, text=False), slice(n, None), attn.norm_q, attn.norm_k)
+        text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
+        place(_project(attn, text_in, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
+    image_in = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
+    place(_project(attn, image_in, text=False), slice(n, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
-        words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
-        ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
+        text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
+        ops.gated_residual_add_(text, _feed_forward(block.ff_context, text_in), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-    spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
-    ops.gated_residual_add_(image, _feed_forward(block.ff, spots), i_gate2)
+    image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
+    ops.gated_residual_add_(image, _feed_forward(block.ff, image_in), i_gate2)
     return watched_mass(q, k, v, sequence)
 
 
@@ -426,7 +426,7 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
         return Flux2Text(embeds, ids[0].float())
 
     def _start_noise(self, latents, shape, grid: Grid, generator, device, dtype) -> Tensor:
-        # drawn packed: the same numbers lie elsewhere
+        # drawn packed: the order of the numbers is another
         batch, channels = shape[0], shape[1] * PATCH * PATCH
         expected = (batch, channels, *grid)
         if latents is None:

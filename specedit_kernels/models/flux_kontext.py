@@ -4,7 +4,7 @@
 In order: the transformer's fused forward, the attention processor, what the stages ask of the model (`FluxKontextModel`
 calls the transformer's own forward, `FusedFluxModel` the fused one), the pipeline.
 
-Fused forward: text and image lie in one tensor [B, text | image, C] from the first block to the last. A block's
+Fused forward: text and image are one tensor [B, text | image, C] from the first block to the last. A block's
 modulation depends on the timestep alone, so that of all blocks and of all steps of a stage is computed at once
 (`modulation`), and a step (`fused_forward`) is left with what depends on its tokens. A linear layer with an adapter or
 a quantised weight is called as a module. The numbers are those of FluxTransformer2DModel.forward but for rounding:
@@ -208,19 +208,19 @@ def double_block(
         )  # fmt: skip
 
     if n:  # else its keys and values are kept ones
-        words = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
-        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    spots = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
-    place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
+        text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
+        place(_project(attn, text_in, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
+    image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
+    place(_project(attn, image_in), slice(n, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
-        words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
-        ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
+        text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
+        ops.gated_residual_add_(text, feed_forward(block.ff_context, text_in), t_gate2)
     ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-    spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
-    ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
+    image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
+    ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
     return watched_mass(q, k, v, sequence)
 
 
@@ -316,7 +316,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
-        q, k, words = attn.norm_q(q), attn.norm_k(k), None
+        q, k, text_qkv = attn.norm_q(q), attn.norm_k(k), None
         if encoder_hidden_states is not None:
             text = encoder_hidden_states
             if attn.fused_projections:
@@ -324,8 +324,8 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
             else:
                 tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
-            words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
-        out = joint_attention(self, words, (q, k, v), layout)
+            text_qkv = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
+        out = joint_attention(self, text_qkv, (q, k, v), layout)
         if encoder_hidden_states is None:
             return out
         length = encoder_hidden_states.shape[1]
@@ -382,8 +382,10 @@ class FluxKontextModel(EditModel):
         batch, length = text.embeds.shape[:2]
         positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
         ids = self.ids(text, positions)
-        words, rows = (self.transformer.pos_embed(x) for x in (text.text_ids, ids))
-        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(words, rows))
+        of_text, of_image = (self.transformer.pos_embed(x) for x in (text.text_ids, ids))
+        cos, sin = (
+            torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(of_text, of_image)
+        )
         bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
         attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
@@ -459,12 +461,17 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         own = torch.where(slot[:first] < layout.fine_lengths[:, None], slot[:first], -1)
         for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
             whole = self.edit_layout(x, pictures, layout, None, None)
-            words = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
+            text_rows = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
             assert whole.attention is not None
             tokens, sequence = length + rows.shape[1], whole.attention.sequence
             cos, sin = (table[:, :tokens] for table in (sequence.cos, sequence.sin))
             found = self._with_sequence(
-                whole, cos=cos, sin=sin, rows=torch.cat([words, rows], dim=1), text_at=image, span=(0, image + length)
+                whole,
+                cos=cos,
+                sin=sin,
+                rows=torch.cat([text_rows, rows], dim=1),
+                text_at=image,
+                span=(0, image + length),
             )
             made.append(replace(found, attention=StepLayout(found.attention.sequence, None, cache, name)))
         branch, edit = made
@@ -626,7 +633,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels, in the source's ratio; no guidance where not told."""
+    """Options of the command's calls: a folder's area in pixels, in the source's ratio; no guidance by default."""
     options: dict[str, Any] = {"true_cfg_scale": 1.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options |= {"max_area": settings["resolution"] ** 2, "_auto_resize": False}

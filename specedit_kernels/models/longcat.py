@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LongCat-Image-Edit (LongCatImageEditPipeline): all that the engine cannot know of it.
 
-Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; a step is told to it by the timestep alone.
+Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; the timestep is its only conditioning.
 Position ids: the picture's kind (0 text, 1 target, 2 reference), then row and column behind the text's tokens.
 True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout is set on the processors.
 

@@ -321,7 +321,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's side in pixels; no guidance where not told."""
+    """Options of the command's calls: a folder's side in pixels; no guidance by default."""
     options: dict[str, Any] = {"true_cfg_scale": 1.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options["output_resolution"] = settings["resolution"]

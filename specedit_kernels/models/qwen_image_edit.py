@@ -246,15 +246,15 @@ def double_block(
     out = attend(q, k, v, sequence)
     if n and not last:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
-        words = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
-        ops.gated_residual_add_(text, feed_forward(block.txt_mlp, words), t_gate2)
+        text_in = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
+        ops.gated_residual_add_(text, feed_forward(block.txt_mlp, text_in), t_gate2)
     out = linear(attn.to_out[0], out[:, n:])
     for layer in attn.to_out[1:]:
         out = layer(out)
     ops.gated_residual_add_(image, out, i_gate, modulation_index=which)
     second = [first_of(block.img_mlp)]
-    spots = modulated(image, i_scale2, i_shift2, block.img_norm2.eps, second, modulation_index=which)
-    ops.gated_residual_add_(image, feed_forward(block.img_mlp, spots), i_gate2, modulation_index=which)
+    image_in = modulated(image, i_scale2, i_shift2, block.img_norm2.eps, second, modulation_index=which)
+    ops.gated_residual_add_(image, feed_forward(block.img_mlp, image_in), i_gate2, modulation_index=which)
 
 
 Block = Callable[..., None]
@@ -437,11 +437,14 @@ class QwenImageEditModel(EditModel):
         batch, length = text.embeds.shape[:2]
         embedding, grids = self.transformer.pos_embed, (pictures.target, *pictures.references)
         table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
-        words = torch.arange(length, dtype=torch.float32, device=device)[:, None] + text_offset(grids)
+        order = torch.arange(length, dtype=torch.float32, device=device)[:, None] + text_offset(grids)
         axes, theta = embedding.axes_dim, embedding.theta
-        ahead = rotary_table(words.expand(length, 3), axes, theta)
-        behind = rotary_table(centred(table, grids), axes, theta)
-        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind))
+        text_tables = rotary_table(order.expand(length, 3), axes, theta)
+        image_tables = rotary_table(centred(table, grids), axes, theta)
+        cos, sin = (
+            torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1)
+            for a, b in zip(text_tables, image_tables)
+        )
         bias = None
         if key_bias or text.mask is not None:
             bias = cos.new_zeros(batch, length + layout.capacity)
@@ -559,10 +562,16 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         inputs |= {name: getattr(sequence, name) for name in names}
 
         def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Any) -> Tensor:
-            image, words = (x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
+            image_mod, text_mod = (x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
             with self._scaled():
                 return fused_forward(
-                    self.transformer, tokens, embeds, (image, words), replace(sequence, **given), cache, self._block
+                    self.transformer,
+                    tokens,
+                    embeds,
+                    (image_mod, text_mod),
+                    replace(sequence, **given),
+                    cache,
+                    self._block,
                 )
 
         rows = None if cache is None else cache[0][0].shape[1]
@@ -593,7 +602,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels, guidance 4 against a blank text unless told else."""
+    """Options of the command's calls: a folder's area in pixels, by default guidance 4 against a blank text."""
     options: dict[str, Any] = {"true_cfg_scale": 4.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options["max_area"] = settings["resolution"] ** 2
@@ -719,7 +728,7 @@ class SpecEditQwenImageEditPlusPipeline(_SpecEditQwenMixin, QwenImageEditPlusPip
         coarse and draft steps.
     height, width: as in QwenImageEditPlusPipeline, whose default is the ratio of the *last* picture. Give the first
         one's where they differ: else the first is stretched to the last one's ratio before it is compared, and it
-        stays fine in mixed steps, because its tokens lie on another grid than the output's.
+        stays fine in mixed steps, because its grid is not the output's.
     prompt: one; `num_images_per_prompt` gives several images.
     """
 

@@ -140,7 +140,7 @@ class _Step:
 class HostModel(EditModel):
     """A transformer of ComfyUI's under the guider of the graph.
 
-    predict: clean latents for noisy ones, in the host's shape, at a level [B], with `wrapper` in place. method: how the
+    predict: clean latents for noisy ones, in the host's shape, at a sigma [B], with `wrapper` in place. method: how the
     host places several references. fine: what a step's clean estimate was at last, for a preview.
     """
 
@@ -238,7 +238,7 @@ class HostModel(EditModel):
 
     def velocity(self, text: Text, tokens: Tensor, conditioning: Tensor, layout: WholeLayout | MixedLayout) -> Tensor:
         """Of whole pictures, the target's alone: the host gives no velocity for its references."""
-        level = conditioning / 1000
+        sigma = conditioning / 1000
         if isinstance(layout, WholeLayout):
             parts = tokens.split([math.prod(grid) for grid in layout.grids], dim=1)
             noisy, *references = (unpack(part, grid) for part, grid in zip(parts, layout.grids))
@@ -246,11 +246,11 @@ class HostModel(EditModel):
             noisy, references = unpack(tokens, (layout.slots, 1)), []
         self._step = _Step(layout, len(tokens), references)
         try:
-            clean = self.predict(self._host(noisy), level.expand(len(tokens))).reshape(noisy.shape)
+            clean = self.predict(self._host(noisy), sigma.expand(len(tokens))).reshape(noisy.shape)
         finally:
             self._step = None
         self._see(clean, layout)
-        return pack((noisy - clean) / level)
+        return pack((noisy - clean) / sigma)
 
     def _see(self, clean: Tensor, layout: WholeLayout | MixedLayout) -> None:
         if self.fine is None:
@@ -302,7 +302,7 @@ class HostModel(EditModel):
 def reference_places(references: Sequence[Grid], method: str) -> list[tuple[int, int, int]]:
     """(id on the first axis, row, column) where each reference begins, in tokens.
 
-    "index": each has an id of its own. "offset": all have 1, and lie beside or under one another.
+    "index": each has an id of its own. "offset": all have 1, and are placed beside or under one another.
     """
     if method == "index":
         return [(i + 1, 0, 0) for i in range(len(references))]

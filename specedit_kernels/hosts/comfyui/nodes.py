@@ -86,7 +86,7 @@ class SamplerNode(io.ComfyNode):
                 io.Combo.Input(
                     "kv_refresh", options=[LEFT, BRACKET, *map(str, range(1, 10))], default=LEFT, optional=True,
                     tooltip="Every k-th mixed step computes its whole sequence, the others the edit alone; bracket: the"
-                    " first one does, and what lies outside goes from there to the last one's.",
+                    " first one does, and from there the pixels outside go to the last one's.",
                 ),
                 io.Combo.Input("metric", options=list(METRICS), default="decoder", optional=True),
             ],
