@@ -742,7 +742,7 @@ def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
     found = Photo.open(tmp_path / "o.png")
     assert code == 0 and found.array.dtype == np.uint16 and found.array.ndim == 2
     code, text, _ = run(capsys, "edit", source, "add a hat", "-o", tmp_path / "o.jpg", *options)
-    assert code == 0 and "note        JPEG encodes every pixel anew" in text
+    assert code == 0 and "note        JPEG encodes every pixel again" in text
 
 
 def test_places_are_tried_before_the_work(capsys, tmp_path, model, source):

@@ -78,6 +78,7 @@ def test_enabled_and_disabled_the_very_objects_come_back(tiny):
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
 
 
+@pytest.mark.proves("eager")
 @pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(edit, guided):
     found = edit(paper(**EVERYTHING), guided)
@@ -110,7 +111,9 @@ STEPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full, cached", "expanded", "locked text", "fp8"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("full, cached", marks=pytest.mark.proves("batch")), "expanded", "locked text", "fp8"]
+)
 def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
     config = paper(**STEPS[name])
     both = edit(config, guided, num_images_per_prompt=2, generator=[seeded(5), seeded(6)], mask_image=mask()).images
@@ -121,7 +124,10 @@ def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "locked", "locked text", "bracket", "fp8", "dense"])
+@pytest.mark.parametrize(
+    "name",
+    ["full", "locked", "locked text", pytest.param("bracket", marks=pytest.mark.proves("fused")), "fp8", "dense"],
+)
 def test_fused_edits_are_the_eager_ones(edit, name, guided=True):
     if "fused" not in edit.pipe.RUNNERS:
         pytest.skip("the model has no fused forward")
@@ -173,6 +179,7 @@ def test_guidance_reaches_the_mixed_steps(edit):
 # adapters
 
 
+@pytest.mark.proves("LoRA")
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(edit, runner):
     pytest.importorskip("peft")

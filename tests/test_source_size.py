@@ -287,7 +287,7 @@ def test_files_keep_their_bits_and_metadata(pipe, tmp_path, name, turn, kind, ch
         assert tags[0x010F] == "Maker" and tags.get(0x0112, 1) == 1  # its pixels are upright
         assert out == "o.webp" or found.dpi == pytest.approx(source.dpi, abs=0.1)
     notes = result.save(tmp_path / "o.jpg")
-    assert any("JPEG encodes every pixel anew" in note for note in notes)
+    assert any("JPEG encodes every pixel again" in note for note in notes)
     assert (turn == 1) == ("turned upright by its EXIF orientation" not in result.notes)
 
 

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._softmax import softmax_step
 
-# Arguments that follow the token counts, which change with every mask: no kernel is compiled anew for their values.
+# Arguments that follow the token counts, which change with every mask: no kernel is compiled again for their values.
 LENGTHS = (
     "heads", "group", "num_tiles", "num_q", "num_k", "num_rows", "rows_q", "rows_k", "rows_out",
     "stride_qib", "stride_kib", "stride_oib",

@@ -22,7 +22,7 @@ CONFIGS = {
     ("small", 128): Config(64, 64, 4, 2),
     ("small", 256): Config(32, 32, 4, 2),
 }
-# Numbers that change with every mask: no kernel is compiled anew for their values.
+# Numbers that change with every mask: no kernel is compiled again for their values.
 LENGTHS = (
     "heads", "group", "num_tiles", "num_q", "num_k", "rows_q", "rows_k", "stride_qib", "stride_kib",
     "stride_lb", "stride_lh", "stride_ls",

@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quality",
         choices=QUALITIES,
         default="balanced",
-        help="sets --preset, --finish and how often keys and values are computed anew; paper: SpecEdit as published",
+        help="sets --preset, --finish and how often keys and values are recomputed; paper: SpecEdit as published",
     )
     p.add_argument(
         "--preset",

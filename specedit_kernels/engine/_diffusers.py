@@ -75,7 +75,7 @@ def execution_device(pipe: DiffusionPipeline) -> torch.device:
 
 
 def on_parallel(transformer: torch.nn.Module) -> bool:
-    """Whether a transformer's work is shared out over several devices."""
+    """Whether a transformer runs on several devices."""
     return getattr(transformer, "_parallel_config", None) is not None
 
 
@@ -87,7 +87,7 @@ def on_context_parallel(transformer: torch.nn.Module) -> bool:
 
 def attention_backend(transformer: torch.nn.Module) -> str | None:
     """The attention that the user asked diffusers for (`set_attention_backend`, its context manager or its environment
-    variable), None: torch's own. The first processor speaks for all."""
+    variable), None: torch's own. Read from the first processor."""
     held = (vars(module).get("processor") for module in each_module(transformer))
     own = next((getattr(p, "_attention_backend", None) for p in held if p is not None), None)
     name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if own is None else own)

@@ -139,9 +139,10 @@ class SpecEditMixin(Stock):
 
     What a model's class says:
 
-    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the
-    class of a call's options. ARGUMENTS: {name: default} of further
-    arguments of its calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
+    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by.
+    FLASH_RUNNERS: those that FlashEdit can be run by, whose layouts record attention to the text and have regions of
+    it; () for none. CONFIG: the class of a call's options. ARGUMENTS: {name: default} of further arguments of its
+    calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
     prefix `negative_`. TRUE_CFG: the stock argument that is the scale of true classifier-free guidance, "" where there
     is none. NEGATIVE: the negative prompt that the stock call has where none is given; None: it has no guidance then.
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
@@ -153,6 +154,7 @@ class SpecEditMixin(Stock):
 
     STEPS_OF_PLAIN: int
     RUNNERS: tuple[str, ...] = RUNNERS
+    FLASH_RUNNERS: tuple[str, ...] = RUNNERS
     CONFIG: type[EditConfig] = SpecEditConfig
     ARGUMENTS: Mapping[str, Any] = {
         "specedit": None, "mask_image": None, "region": None, "mask_mode": "replace", "output_size": "working",

@@ -39,7 +39,7 @@ class MixedSequence:
     text token within these, behind those of the image or 0.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
     sees; None: all see all. Text sees everything. watched: what attention the image gives to the text is asked for.
-    passing: later calls compute the keys and values of these tokens anew in any case, so packed ones need not be
+    passing: later calls recompute the keys and values of these tokens in any case, so packed ones need not be
     renewed. modulate: int32 [B, image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of
     clean pictures; None: all have one. backend: diffusers' name of the attention that the user asked for, for calls
     without lengths and bias.

@@ -15,7 +15,7 @@ from .. import ops
 from ..engine import registry, stages
 from ..engine.config import EditConfig, _flag, _integer, _number, _one_of
 from ..engine.low_rank import LowRankChange, active, detach
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, stock_class
 from ..engine.stages import Run, Selection
 from ..sampling.grid import from_blocks, pack, to_blocks, unpack
 from . import stages as flash_stages
@@ -159,6 +159,11 @@ class FlashEditMixin(SpecEditMixin):
         super()._release()
         self.unload_cosi()
 
+    def _resolve(self, call: Call) -> Any:
+        if not self.FLASH_RUNNERS:
+            raise TypeError(f"specedit: FlashEdit does not serve {stock_class(type(self)).__name__}")
+        return super()._resolve(call)
+
     def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         for name in ("negative_prompt", "negative_prompt_2", self.TRUE_CFG):
             if hasattr(call, name) and getattr(call, name) != self._default_of(name):
@@ -244,10 +249,11 @@ class FlashEditMixin(SpecEditMixin):
 
 
 @functools.cache
-def _flash_pipeline(kind: type) -> type:
+def _flash_pipeline(kind: Any) -> type:
     name = kind.__name__.replace("SpecEdit", "FlashEdit", 1)
     text = f"FlashEdit on the models of {kind.__name__}: its call, with what FlashEditMixin says."
-    return type(name, (FlashEditMixin, kind), {"__doc__": text, "__module__": __name__})
+    runners = tuple(runner for runner in kind.RUNNERS if runner in kind.FLASH_RUNNERS)
+    return type(name, (FlashEditMixin, kind), {"__doc__": text, "__module__": __name__, "RUNNERS": runners})
 
 
 def flash_pipelines() -> dict[type, type]:

@@ -265,7 +265,7 @@ class Photo:
         """Write the file, in the format of its name, whole or not at all. What had to be converted, a line each.
 
         PNG and TIFF hold every array; lossless WebP 8 bits; BMP 8 bits and no metadata; JPEG 8 bits without alpha, and
-        encodes anew. ImageFileError where it cannot be written.
+        encodes again. ImageFileError where it cannot be written.
         """
         path = Path(path)
         notes: list[str] = []
@@ -624,7 +624,7 @@ def _encoder(photo: Photo, kind: str, notes: list[str]) -> Callable[[BinaryIO], 
         notes.append(f"{kind} holds no alpha: laid on white")
         array = _on_white(array)
     if kind == "JPEG":
-        notes.append("JPEG encodes every pixel anew; PNG, TIFF and WebP keep the bits")
+        notes.append("JPEG encodes every pixel again; PNG, TIFF and WebP keep the bits")
     if kind == "BMP" and any(x is not None for x in (photo.profile, photo.exif, photo.xmp)):
         notes.append("BMP holds no colour profile and no metadata: left out")
     if (kind == "WEBP" and photo.channels < 3) or (kind == "TIFF" and array.dtype == np.uint16 and photo.channels == 2):

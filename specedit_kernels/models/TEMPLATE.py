@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StockPipeline
-from diffusers.models.transformers.transformer_stock import StockAttnProcessor
+from diffusers.models.transformers.transformer_stock import StockAttnProcessor, _get_qkv_projections
 from torch import Tensor
 
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
@@ -45,11 +45,12 @@ class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
         if self.layout is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         heads = (-1, attn.head_dim)  # -1: tensor parallelism shards them
-        q, k, v = (f(hidden_states).unflatten(-1, heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        # where the stock file has no such function: attn.to_q(hidden_states) and so on
+        q, k, v, tq, tk, tv = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k, v = (x.unflatten(-1, heads) for x in (q, k, v))
         q, k, text = attn.norm_q(q), attn.norm_k(k), None
         if encoder_hidden_states is not None:
-            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            tq, tk, tv = (f(encoder_hidden_states).unflatten(-1, heads) for f in projections)
+            tq, tk, tv = (x.unflatten(-1, heads) for x in (tq, tk, tv))
             text = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
         # not rotated: joint_attention does that
         out = joint_attention(self, text, (q, k, v), self.layout)
@@ -72,8 +73,11 @@ class StockText(Text):
 # 3. Position ids
 
 
-def image_ids(table: Tensor, text: int) -> Tensor:
-    """The model's ids of rows of (picture, row, column), fp32 [n, 3], fractions of rows and columns included."""
+def image_ids(table: Tensor, text: StockText) -> Tensor:
+    """The model's ids of rows of (picture, row, column), fp32 [n, 3], fractions of rows and columns included.
+
+    text: for ids that begin behind the text, as the page says of them.
+    """
     return table
 
 
@@ -94,7 +98,7 @@ class StockEditModel(EditModel):
     def dense_layout(self, text: StockText, pictures: Pictures, grids: Sequence[Grid]) -> StockLayout:
         device = text.embeds.device
         rows = [F.pad(token_positions(grid, device), (1, 0), value=float(i)) for i, grid in enumerate(grids)]
-        return StockLayout(image_ids(torch.cat(rows), text.embeds.shape[1]))
+        return StockLayout(image_ids(torch.cat(rows), text))
 
     def watched_layout(
         self, text: StockText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
@@ -109,7 +113,7 @@ class StockEditModel(EditModel):
         device, (batch, length) = layout.index.device, text.embeds.shape[:2]
         table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
         of_text = self.transformer.pos_embed(text.ids)
-        of_image = self.transformer.pos_embed(image_ids(table, length))
+        of_image = self.transformer.pos_embed(image_ids(table, text))
         both = zip(of_text, of_image)
         cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in both)
         bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
@@ -162,6 +166,7 @@ class SpecEditStockPipeline(SpecEditMixin, StockPipeline):
         embeds, ids = self.encode_prompt(
             **fields, device=device, num_images_per_prompt=call.num_images_per_prompt
         )  # fmt: skip
+        # positive branch first: what the negative one needs of it (its length) is kept in `call`
         return StockText(embeds, ids)
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:

@@ -179,6 +179,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     """
 
     RUNNERS = ("eager",)
+    FLASH_RUNNERS = ()
     TEXT = ("prompt",)
     TRUE_CFG = "guidance_scale"
     NEGATIVE = ""

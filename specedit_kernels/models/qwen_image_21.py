@@ -266,6 +266,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     """
 
     RUNNERS = ("eager",)
+    FLASH_RUNNERS = ()
     TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
     KWARGS = "attention_kwargs"
     PIXELS = False

@@ -618,6 +618,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
     TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
     KWARGS = "attention_kwargs"
     UNSUPPORTED = ("use_layer3d_rope", "use_additional_t_cond")
+    FLASH_RUNNERS = ("eager",)
     PIXELS = False
 
     def _seen(

@@ -76,7 +76,7 @@ class SamplerNode(io.ComfyNode):
                              tooltip="Tokens of 16 pixels by which the found region grows."),
                 io.Combo.Input(
                     "preset", options=[LEFT, *(str(n) for n in PRESETS)], default=LEFT, optional=True,
-                    tooltip="How its steps are shared out among the stages; the sigmas say how many there are.",
+                    tooltip="How its steps are divided among the stages; the sigmas say how many there are.",
                 ),
                 io.Combo.Input(
                     "finish", options=[LEFT, *FINISHES], default=LEFT, optional=True,
