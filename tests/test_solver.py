@@ -116,6 +116,30 @@ def test_it_is_nearer_to_many_steps(flux):
     assert (two - exact).abs().mean() < 0.5 * (one - exact).abs().mean()
 
 
+def test_euler_has_the_bits_of_the_plain_pipeline(flux):
+    given = dict(image=tiny_image(), num_inference_steps=5, output_type="latent")
+    plain = flux(specedit=False, **call_options(generator=torch.Generator().manual_seed(1), **given))
+    call = dict(mask_image=PIL.Image.new("L", (128, 128), 255))
+    for config in (dict(stages=(0, 0, 5)), dict(stages=(0, 5, 0)), dict(stages=(0, 0, 5), finish="full")):
+        assert torch.equal(edit(flux, call, **config).images, plain.images), config
+        assert not torch.equal(edit(flux, call, solver="ab2", **config).images, plain.images), config
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced", "best"])
+def test_the_qualities_are_steps_that_can_be_given_one_by_one(flux, quality):
+    counts, call = SpecEditConfig(quality=quality).step_counts(), dict(generator=None)
+
+    def run(**config):
+        call["generator"] = torch.Generator().manual_seed(1)
+        return edit(flux, call, **dict(finish=None, kv_refresh=None) | config)
+
+    out = run(quality=quality)
+    one_by_one = dict(stages=counts, mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket")
+    assert torch.equal(out.images, run(**one_by_one).images)
+    assert out.stats.nfe == sum(counts) and [step.stage for step in out.stats.steps].count("coarse") == counts[0]
+    assert not torch.equal(out.images, run(**one_by_one | dict(solver="euler")).images)
+
+
 def test_the_locked_tokens_are_the_sources(flux):
     euler, ab2 = (edit(flux, stages=(1, 5, 0), kv_refresh="bracket", solver=s).images for s in ("euler", "ab2"))
     columns = torch.arange(64) % 8
@@ -170,28 +194,6 @@ def test_sigmas_of_mixed_from(flux):
     assert even == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_steps_ahead_are_the_drafts_alone(flux):
-    call = dict(mask_image=None)
-
-    def run(**config):
-        return edit(flux, call, threshold=0.0, max_active=1.0, **config)
-
-    def steps(out):
-        return [(step.stage, pytest.approx(step.sigma)) for step in out.stats.steps]
-
-    plain, ahead = run(stages=(2, 3, 0)), run(stages=(1, 4, 0), draft_ahead=1)
-    # what is verified is the same, and the fine steps begin a step earlier
-    assert torch.equal(plain.scores, ahead.scores)
-    assert steps(ahead)[:2] == steps(plain)[:2] and len(ahead.stats.steps) == len(plain.stats.steps) + 1
-    assert (plain.stats.nfe, plain.stats.draft_nfe) == (5, 0) and (ahead.stats.nfe, ahead.stats.draft_nfe) == (5, 1)
-    # the trajectory is that of a run without them
-    whole = dict(stages=(1, 4, 0), uniform_stride=1)
-    assert torch.equal(run(draft_ahead=2, **whole).images, run(**whole).images)
-    # with a mask they are not run
-    assert edit(flux, stages=(1, 4, 0), draft_ahead=2).stats.draft_nfe == 0
-    assert run(stages=(0, 5, 0), draft_ahead=2).stats.nfe == 5
-
-
 def test_options():
     config = SpecEditConfig(stages=(2, 2, 1), mixed_from=7 / 9)
     assert config.step_counts() == (2, 2, 1) and config.step_counts(10) == (4, 4, 2)
@@ -206,7 +208,7 @@ def test_options():
                 assert sum(counts) == steps and min(counts) >= 1
     for preset in PRESETS:
         config = SpecEditConfig(preset=preset)
-        assert config.mixed_from is None and (preset not in (8, 4) or config.solver == "euler")
+        assert config.mixed_from is None and config.solver == "euler"
     for wrong in (dict(solver="heun"), dict(mixed_from=1), dict(mixed_from=0.0), dict(mixed_from=1.5)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SpecEditConfig(**wrong)

@@ -56,24 +56,20 @@ def run_stages(
     if selection is not None and run.ends(selection):
         return run.source, selection, scores
 
-    # with a mask nothing has to be found
-    ahead = min(config.draft_ahead, mixed_steps + full_steps) if selection is None and config.draft == "coarse" else 0
     # the first stage leaves `fine` at `sigma`, or `coarse` at its pooled sigma
     if first_full:
         guided = config.draft_guidance
         fine, (estimate, _) = stages.dense_steps(run, start, sigmas[:2], full, "draft_step", guided=guided)
         scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
-    elif coarse_steps + ahead:
+    elif coarse_steps:
         small = stages.source_at(run, coarse_grid(run.grid))
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
-        seen = [algebra.pooled_sigma(s) for s in sigmas[: coarse_steps + ahead + 1]]
         coarse, (first, last) = stages.dense_steps(
-            run, coarse, seen, behind, "coarse", guided=config.draft_guidance, solver=config.solver, ahead=ahead
+            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance, solver=config.solver
         )
-        run.stats.draft_nfe += ahead
         if selection is None:
-            found = Draft(last, small, first if coarse_steps + ahead > 1 else None)
+            found = Draft(last, small, first if coarse_steps > 1 else None)
             scores, selection = verify(run, found, "coarse")
         else:
             clock.mark("coarse")

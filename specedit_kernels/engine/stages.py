@@ -257,14 +257,14 @@ def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
 
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True, solver: str = "euler", ahead: int = 0,
+    guided: bool = True, solver: str = "euler",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
 
-    guided: False leaves true guidance out. main: whether they are the main trajectory's. ahead: the last so many are
-    not, and the state that is returned is that before them.
+    guided: False leaves true guidance out. main: whether they are the main trajectory's.
 
-    Returns (the state, the clean estimates x - s v at the first and the last step's start), all as latent images.
+    Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
+    latent images.
     """
     patch, condition = run.patch, [] if run.model.keeps_references else condition
     grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
@@ -276,11 +276,10 @@ def dense_steps(
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
     solve = Solver(solver)
-    ends, kept = len(sigmas) - 1 - ahead, tokens
     for i in range(len(sigmas) - 1):
         if run.interrupted():
             continue
-        timestep, main = at[i] * 1000, main and i < ends
+        timestep = at[i] * 1000
         if main:
             run.on_start(timestep)
         velocity = run.velocity(torch.cat([tokens, *behind], dim=1), conditionings[i], layouts, count, guided)
@@ -292,8 +291,7 @@ def dense_steps(
             tokens = _called_back(run, solve, timestep, tokens)
         else:
             run.on_draft_step()
-        kept = tokens if i < ends else kept
-    state, first, estimate = (unpack(x, grids[0], patch) for x in (kept, first, estimate))
+    state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
     return state, (first, estimate)
 
 
