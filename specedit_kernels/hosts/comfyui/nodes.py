@@ -76,8 +76,8 @@ class SamplerNode(io.ComfyNode):
                              tooltip="Tokens of 16 pixels by which the found region grows."),
                 io.Combo.Input(
                     "preset", options=[LEFT, *(str(n) for n in PRESETS)], default=LEFT, optional=True,
-                    tooltip="How Euler steps are divided among the stages, in place of the quality's steps; the sigmas say"
-                    " how many there are.",
+                    tooltip="How Euler steps are divided among the stages, in place of the quality's steps; the sigmas"
+                    " say how many there are.",
                 ),
                 io.Combo.Input(
                     "finish", options=[LEFT, *FINISHES], default=LEFT, optional=True,
