@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """kv_refresh="bracket": keys and values between two whole passes, eager, fused and packed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -101,8 +103,22 @@ def test_a_cache_lies_between_two(packed):
 
 
 def test_qualities_set_what_is_not_given():
-    assert SpecEditConfig() == SpecEditConfig(quality="balanced", preset=9, finish="locked", kv_refresh="bracket")
-    assert SpecEditConfig(quality="paper") == SpecEditConfig(quality="paper", preset=9, finish="full", kv_refresh=1)
+    bracket = dict(finish="locked", kv_refresh="bracket")
+    tiers = {"fast": (2, 2, 1), "balanced": (4, 3, 2), "best": (6, 4, 3)}
+    for quality, counts in tiers.items():
+        config = SpecEditConfig(quality=quality)
+        assert config == SpecEditConfig(quality=quality, mixed_from=7 / 9, solver="ab2", **bracket)
+        assert config.step_counts() == counts and config.preset is None
+    assert SpecEditConfig() == SpecEditConfig(quality="balanced")
+    paper = dict(quality="paper", preset=9, finish="full", kv_refresh=1, solver="euler")
+    assert SpecEditConfig(quality="paper") == SpecEditConfig(**paper)
+    # a preset and stages are the scheduler's own even steps, under every quality
+    for given in (dict(preset=9), dict(stages=(0, 0, 9))):
+        config = SpecEditConfig(**given)
+        assert (config.solver, config.mixed_from) == ("euler", None)
+        assert config == SpecEditConfig(quality="balanced", solver="euler", **bracket, **given)
+    assert SpecEditConfig(preset=9, solver="ab2", mixed_from=0.5).mixed_from == 0.5
+    assert replace(SpecEditConfig(), preset=9).step_counts() == (2, 4, 3)
     config = SpecEditConfig(quality="best", preset=11, kv_refresh=2)
     assert (config.preset, config.finish, config.kv_refresh) == (11, "locked", 2)
     assert SpecEditConfig(finish="full", unselected="coarse").kv_refresh == 1

@@ -351,7 +351,7 @@ def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):
     out = tmp_path / "o.png"
     options = ("-o", out, "--model", model, "--device", "cpu", "--preview")
     code, text, _ = run(capsys, "edit", source, "add a hat", *options)
-    assert code == 0 and "edited      nothing: a preview" in text and "steps       2;" in text and not out.exists()
+    assert code == 0 and "edited      nothing: a preview" in text and "steps       4;" in text and not out.exists()
     assert PIL.Image.open(tmp_path / "mask.png").size == (160, 128)
     more = ("--box", "0,0,50%,100%", "--mask-mode", "add")
     code, added, _ = run(capsys, "edit", source, "add a hat", *options, *more)

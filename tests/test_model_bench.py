@@ -35,18 +35,20 @@ TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
 
 @pytest.mark.slow
 def test_rows_of_every_kind(bench, tmp_path, one_thread):
-    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", "specedit*")
+    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", "*, 10%*")
     options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
     options += ("--profile", "decode")
     assert bench.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "flux_kontext.json").read_text())
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
-    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket", "fast",
-             "balanced", "best", "balanced-fp8", "locked-cached-fp8", "locked-cached-fp8-products")  # fmt: skip
+    kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket",
+             "locked-cached-fp8", "locked-cached-fp8-products")  # fmt: skip
+    kinds = [f"specedit-9-{kind}" for kind in kinds]
+    kinds += [f"quality {quality}{end}" for end in ("", " fp8") for quality in ("fast", "balanced", "best")]
     edits = []
     for runner in ("eager", "fused"):
-        edits += [f"specedit-9-{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
+        edits += [f"{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
         edits += [f"specedit-9-locked-cached {runner}, 10%, {text} text tokens" for text in (128, 256)]
     # in the order asked for
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits) :] == edits
@@ -90,18 +92,21 @@ def test_bars(bench):
 def test_rows_of_qwen(qwen_bench, tmp_path, scale):
     options = ("--side", "64", "--out", str(tmp_path), "--areas", "0.1", "--true-cfg-scale", str(scale))
     options += ("--runners", "eager", "fused")
-    assert qwen_bench.main([*TINY, *options, "--rows", "plain-9 fused", "plain-4", "specedit-9-locked*"]) == 0
+    options += ("--rows", "plain-9 fused", "plain-4", "specedit-9-locked*", "quality *")
+    assert qwen_bench.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "qwen_image_edit.json").read_text())
     assert f"true_cfg_scale {scale:g}" in report["model"]
     rows = report["rows"]
-    kinds = ("locked", "locked-cached", "locked-cached, locked text", "locked-cached, locked text, unguided draft")
+    end = ", locked text, unguided draft"
+    kinds = [f"specedit-9-locked{x}" for x in ("", "-cached", "-cached, locked text", "-cached" + end)]
+    kinds += [f"quality {quality}{x}" for quality in ("fast", "balanced", "best") for x in ("", end)]
     flops = []
     for kind in kinds:
-        eager, fused = (rows.pop(f"specedit-9-{kind} {runner}, 10%") for runner in ("eager", "fused"))
+        eager, fused = (rows.pop(f"{kind} {runner}, 10%") for runner in ("eager", "fused"))
         assert (eager["runner"], fused["runner"]) == ("eager", "fused") and eager["flops"] == fused["flops"]
         flops.append(eager["flops"])
         if scale > 1:
-            assert rows.pop(f"specedit-9-{kind} fused, branches apart, 10%")["flops"] == eager["flops"]
+            assert rows.pop(f"{kind} fused, branches apart, 10%")["flops"] == eager["flops"]
     assert list(rows) == ["plain-9 fused", "plain-4"] and rows["plain-9 fused"]["nfe"] == 9
     assert flops[:3] == sorted(flops[:3], reverse=True) and (flops[3] < flops[2]) == (scale > 1)
 

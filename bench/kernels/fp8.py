@@ -313,9 +313,11 @@ def steps():
 
     of_step = (("auto", "auto"), ("fp8", "auto"), ("fp8", "fp8"))
     cases = {f"active step, products {p}, attention {a}": partial(step, p, a) for p, a in of_step}
-    for kind in ("locked-cached", "locked-cached-fp8-products", "locked-cached-fp8-precision", "balanced",
-                 "balanced-fp8-products", "balanced-fp8"):  # fmt: skip
-        cases[f"edit, {kind}"] = partial(edit, f"specedit-9-{kind} graph, 10%")
+    locked = ("locked-cached", "locked-cached-fp8-products", "locked-cached-fp8-precision")
+    kinds = [f"specedit-9-{kind}" for kind in locked]
+    kinds += ["quality balanced", "quality balanced fp8-products", "quality balanced fp8"]
+    for kind in kinds:
+        cases[f"edit, {kind}"] = partial(edit, f"{kind} graph, 10%")
     return cases
 
 

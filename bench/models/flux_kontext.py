@@ -284,12 +284,13 @@ class Bench:
                  "locked-kv2": dict(finish="locked", kv_refresh=2), "locked-kv3": dict(finish="locked", kv_refresh=3),
                  "locked-cached": dict(finish="locked", kv_refresh=9),
                  "locked-bracket": dict(finish="locked", kv_refresh="bracket"),
-                 "fast": dict(quality="fast"), "balanced": dict(quality="balanced"), "best": dict(quality="best"),
-                 "balanced-fp8": dict(quality="balanced", precision="fp8"),
-                 "balanced-fp8-products": dict(quality="balanced", precision="fp8"),
                  "locked-cached-fp8": dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8"),
                  "locked-cached-fp8-precision": dict(finish="locked", kv_refresh=9, precision="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
+        kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
+        for ending in ("fp8", "fp8-products"):
+            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in TIERS.items()}
+        kinds |= TIERS
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
@@ -297,14 +298,14 @@ class Bench:
                 attends = (lambda *_: False) if kind.endswith("-products") else fp8.attends
                 for scattered in (False, True):
                     for share in self.args.areas:
-                        kind_of = f"specedit-9-{kind} {runner}" + (" scattered" if scattered else "")
+                        kind_of = f"{kind} {runner}" + (" scattered" if scattered else "")
                         mask, facts = (share, scattered), {"kind": kind_of, "area": share}
                         rows[f"{kind_of}, {share:.0%}"] = lambda c=config, m=mask, f=facts, a=attends: Row(
                             lambda: self.specedit(c, region(self.args.side, *m), attends=a), facts=f
                         )
             # without the padding of short prompts, as max_sequence_length leaves it out
             for text in (128, 256):
-                config = SpecEditConfig(quality="paper", runner=runner, **kinds["locked-cached"])
+                config = SpecEditConfig(quality="paper", runner=runner, **kinds["specedit-9-locked-cached"])
                 rows[f"specedit-9-locked-cached {runner}, 10%, {text} text tokens"] = lambda c=config, n=text: Row(
                     lambda: self.specedit(c, tenth, n)
                 )
@@ -414,6 +415,7 @@ def setting(args):
     }  # fmt: skip
 
 
+TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
 PEERS = ("plain-50", "compiled plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
 EDITS = tuple(f"specedit-9-{kind} graph, 10%" for kind in ("locked-cached", "locked-kv3", "locked-kv2", "locked"))
 # How many times as fast as a row of PEERS such an edit is to be, and what an active step may take of its roofline.

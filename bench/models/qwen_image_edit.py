@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from flux_kontext import Bench, Row, markdown, plot, random_modules, region, run_rows, setting
+from flux_kontext import TIERS, Bench, Row, markdown, plot, random_modules, region, run_rows, setting
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
@@ -35,11 +35,14 @@ STOCK_SIDE = 1024  # the diffusers pipeline works on a megapixel whatever it is 
 LOCKED = dict(finish="locked", kv_refresh=9)
 # cached: after the first mixed step only text and edited tokens are computed. locked text: the edited tokens alone.
 # unguided draft: the coarse steps run one branch of guidance.
-KINDS = {
+UNGUIDED = dict(lock_text=True, draft_guidance=False)
+PRESET = {
     "full": {}, "full-cached": dict(kv_refresh=9), "locked": dict(finish="locked"), "locked-cached": LOCKED,
     "locked-cached, locked text": LOCKED | dict(lock_text=True),
-    "locked-cached, locked text, unguided draft": LOCKED | dict(lock_text=True, draft_guidance=False),
+    "locked-cached, locked text, unguided draft": LOCKED | UNGUIDED,
 }  # fmt: skip
+KINDS = {f"specedit-9-{kind}": options for kind, options in PRESET.items()} | TIERS
+KINDS |= {f"{kind}, locked text, unguided draft": options | UNGUIDED for kind, options in TIERS.items()}
 
 
 def build(tiny, device, dtype):
@@ -101,7 +104,7 @@ class QwenBench(Bench):
             for kind, options in KINDS.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
                 for share in self.args.areas:
-                    facts = {"kind": f"specedit-9-{kind} {runner}", "area": share}
+                    facts = {"kind": f"{kind} {runner}", "area": share}
                     call = lambda c=config, s=share: self.specedit(c, region(self.args.side, s))  # noqa: E731
                     rows[f"{facts['kind']}, {share:.0%}"] = lambda call=call, f=facts: Row(call, facts=f)
                     if runner != "eager" and self.args.true_cfg_scale > 1:

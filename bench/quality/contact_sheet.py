@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of held-out edits: source, target, 50 plain steps, SpecEdit's default preset, and its mask.
+"""A picture of held-out edits: source, target, 50 plain steps, SpecEdit's default, and its mask.
 
 python bench/quality/contact_sheet.py --out out/sheet         # OUT/contact_sheet.png
 python bench/quality/contact_sheet.py --edits 3 70 140 199    # by their number in the evaluation set
@@ -93,9 +93,7 @@ def main():
     config = SpecEditConfig()
     rows = {
         f"{args.steps} plain steps": Row("plain", steps=args.steps),
-        f"SpecEdit, preset {config.preset}": with_thresholds([Row("specedit", config=config)], args.thresholds or [])[
-            0
-        ],
+        f"SpecEdit, {config.quality}": with_thresholds([Row("specedit", config=config)], args.thresholds or [])[0],
     }
     results = {
         title: [runner.run(row, part[piece]) for piece in torch.arange(len(part)).split(args.batch)]
@@ -103,7 +101,7 @@ def main():
     }
     images = {title: torch.cat([r.images for r in parts]) for title, parts in results.items()}
     source, target = part.pictures()
-    masks = torch.cat([r.mask for r in results[f"SpecEdit, preset {config.preset}"]])
+    masks = torch.cat([r.mask for r in results[f"SpecEdit, {config.quality}"]])
     columns = {"source": source, "target": target, **images, "its mask": overlay(source, masks)}
     captions = [
         f"{phrase}  ({KINDS[kind]}, {share:.0%} of the tokens selected)"

@@ -150,16 +150,16 @@ def _parser() -> argparse.ArgumentParser:
         "--quality",
         choices=QUALITIES,
         default="balanced",
-        help="sets --preset, --finish and how often keys and values are recomputed; paper: SpecEdit as published",
+        help="sets the steps, --finish and how often keys and values are recomputed; paper: SpecEdit as published",
     )
     p.add_argument(
         "--preset",
         type=int,
         choices=PRESETS,
         default=None,
-        help="steps of the main trajectory (default: the quality's)",
+        help="even steps of the scheduler, so many in all, in place of the quality's own",
     )
-    p.add_argument("--steps", type=int, default=None, help="scale the preset's stages to another number of steps")
+    p.add_argument("--steps", type=int, default=None, help="scale the stages to another number of steps")
     p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
     p.add_argument(
         "--finish", choices=("full", "locked"), default=None, help="tokens of the last steps (default: the quality's)"

@@ -31,10 +31,10 @@ LIGHTNING_SCHEDULE = {
 # What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": dict(preset=6, finish="locked", kv_refresh="bracket"),
-    "balanced": dict(preset=9, finish="locked", kv_refresh="bracket"),
-    "best": dict(preset=18, finish="locked", kv_refresh="bracket"),
-    "paper": dict(preset=9, finish="full", kv_refresh=1),
+    "fast": dict(stages=(2, 2, 1), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
+    "balanced": dict(stages=(4, 3, 2), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
+    "best": dict(stages=(6, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
+    "paper": dict(preset=9, mixed_from=None, solver="euler", finish="full", kv_refresh=1),
 }
 DRAFTS = ("coarse", "quarter", "full_step")
 FINISHES = ("full", "locked")
@@ -45,6 +45,7 @@ SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
+SOLVERS = ("euler", "ab2")
 RUNNERS = ("auto", "eager", "fused", "graph", "compile")
 
 # draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
@@ -121,13 +122,14 @@ class EditConfig:
         selection: "score", or a control at an equal number of blocks: "random" or "uniform".
         runner: how the transformer's steps run. "auto": "graph" where it is possible, else "fused" for quantised
             weights on a CUDA device, else "eager"; `stats.runner_reason` says why. "eager": the transformer's own
-            forward; its numbers are the plain pipeline's to the last bit where all is selected, and it holds no memory
-            between calls. "fused": the same modules in about a third of the launches, and the autoencoder's norms by an
-            op (FLUX) or its causal convolutions in two dimensions (Qwen), equal but for rounding; Qwen's two branches
-            of guidance run as one batch where their texts are nearly of one length. "graph" (on a CUDA device): fused
-            steps, and the autoencoder, captured as CUDA graphs at the first edit of a size and replayed from then on;
-            below about 1,000 tokens a step is bound by its launches without. "compile": the same with the blocks under
-            torch.compile. A pipeline that cannot have the runner asked for takes "eager", and warns why.
+            forward; with the plain pipeline's steps its numbers are that one's to the last bit where all is selected,
+            and it holds no memory between calls. "fused": the same modules in about a third of the launches, and the
+            autoencoder's norms by an op (FLUX) or its causal convolutions in two dimensions (Qwen), equal but for
+            rounding; Qwen's two branches of guidance run as one batch where their texts are nearly of one length.
+            "graph" (on a CUDA device): fused steps, and the autoencoder, captured as CUDA graphs at the first edit of a
+            size and replayed from then on; below about 1,000 tokens a step is bound by its launches without. "compile":
+            the same with the blocks under torch.compile. A pipeline that cannot have the runner asked for takes
+            "eager", and warns why.
         precision: of the linear layers of the transformer's blocks. "auto": as the model has them. "fp8": e4m3 weights
             with a scale for each output (a copy, half the model's bytes, beside its own), activations with a scale for
             each token; on sm_90 with heads of 128 channels steps that keep keys and values attend in e4m3 too, whatever
@@ -161,9 +163,14 @@ class EditConfig:
         _number("max_active", self.max_active, 0.0, 1.0)
         _flag("coarse_references", self.coarse_references)
 
-    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
-        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for."""
+    def step_counts(self, steps: int | None = None, sigmas_given: bool = False) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps`: a number that the call asks for;
+        `sigmas_given`: whether it gives their sigmas too."""
         raise NotImplementedError
+
+    def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
+        """Of those steps, before the scheduler's shift; None: the plain pipeline's."""
+        return None
 
     @property
     def needs_coarse_steps(self) -> bool:
@@ -186,11 +193,22 @@ class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
     Attributes:
-        quality: sets preset, finish and kv_refresh where they are None: "fast", "balanced", "best", or "paper",
-            SpecEdit as its paper has it. QUALITIES has the values, docs/choose.md what each costs.
-        preset: number of function evaluations of the main trajectory: 30, 18, 11, 9 or 6, and 8 or 4 for
-            step-distilled weights. A separate draft is counted apart.
-        stages: (coarse, mixed, full) step counts in place of the preset's.
+        quality: sets finish and kv_refresh where they are None, and where preset and stages are, the steps: their
+            counts, mixed_from and solver. "fast", "balanced", "best", or "paper", SpecEdit as its paper has it.
+            QUALITIES has the values, docs/choose.md what each costs.
+        preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
+            8 or 4 for step-distilled weights. A separate draft is counted apart.
+        stages: (coarse, mixed, full) step counts in place of those.
+        mixed_from: the sigma in (0, 1), before the scheduler's shift, at which the mixed steps begin: the coarse ones
+            go there from 1 in even steps, the mixed and full ones from there to 0. None, with a preset or stages: all
+            steps are even, as the plain pipeline's. A call's own `sigmas` are kept, and shared out as even ones are: to
+            coarse steps the first (1 - mixed_from) of them.
+        solver: of the flow's differential equation. "euler": the scheduler's, where preset or stages are given. "ab2":
+            the two-step Adams-Bashforth method for steps of any length, of second order: a step has the velocity at its
+            middle, extrapolated from the velocities at its start and at the step before. It costs no evaluation. The
+            first step of each stage, and one behind a callback that changes the latents or the text, is Euler's; with
+            kv_refresh="bracket" the first mixed step has the second whole pass for its other velocity. A "quarter"
+            draft is Euler's.
         draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's
             and the last's, no extra step. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
             (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
@@ -231,6 +249,8 @@ class SpecEditConfig(EditConfig):
     quality: str = "balanced"
     preset: int | None = None
     stages: tuple[int, int, int] | None = None
+    mixed_from: float | None = None
+    solver: str | None = None
     draft: str = "coarse"
     draft_steps: int = 8
     finish: str | None = None
@@ -249,11 +269,20 @@ class SpecEditConfig(EditConfig):
         super().__post_init__()
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
-        for name, value in QUALITIES[self.quality].items():
+        defaults = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
+        if self.preset is not None or self.stages is not None:
+            defaults |= dict(mixed_from=None, solver="euler")
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 follows = name != "kv_refresh" or self.finish == "locked" or self.unselected == "source"
                 object.__setattr__(self, name, value if follows else 1)
-        _one_of("preset", self.preset, tuple(PRESETS))
+        if self.preset is not None:
+            _one_of("preset", self.preset, tuple(PRESETS))
+        _one_of("solver", self.solver, SOLVERS)
+        if self.mixed_from is not None:
+            _number("mixed_from", self.mixed_from, 0.0, 1.0)
+            if self.mixed_from in (0, 1):
+                raise ValueError(f"mixed_from: expected a number between 0 and 1, got {self.mixed_from}")
         _one_of("draft", self.draft, DRAFTS)
         _one_of("finish", self.finish, FINISHES)
         _one_of("metric", self.metric, METRICS)
@@ -284,11 +313,28 @@ class SpecEditConfig(EditConfig):
                 raise ValueError(f"stages: finish='full' needs full steps after mixed ones, got {self.stages!r}")
             object.__setattr__(self, "stages", tuple(self.stages))
 
-    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
-        """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total."""
-        assert self.preset is not None  # __post_init__ has set it
-        counts = self.stages or PRESETS[self.preset]
-        return counts if steps is None else split_steps(counts, steps)
+    def step_counts(self, steps: int | None = None, sigmas_given: bool = False) -> tuple[int, int, int]:
+        """(coarse, mixed, full) steps of the main trajectory; `steps` scales them to another total.
+
+        sigmas_given: their sigmas are the caller's, and taken for even: as many are coarse as lie over mixed_from.
+        """
+        counts = self.stages or (QUALITIES[self.quality]["stages"] if self.preset is None else PRESETS[self.preset])
+        if steps is None:
+            return counts
+        coarse, mixed, full = counts
+        if not sigmas_given or self.mixed_from is None or not coarse or not mixed + full:
+            return split_steps(counts, steps)
+        least = (mixed > 0) + (full > 0)
+        coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))
+        _, mixed, full = split_steps((0, mixed, full), steps - coarse)
+        return coarse, mixed, full
+
+    def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
+        coarse, rest = counts[0], counts[1] + counts[2]
+        if self.mixed_from is None or not coarse or not rest:
+            return None
+        ahead = [1 - (1 - self.mixed_from) * i / coarse for i in range(coarse)]
+        return ahead + [self.mixed_from * (1 - i / rest) for i in range(rest)]
 
     @property
     def needs_coarse_steps(self) -> bool:

@@ -341,7 +341,7 @@ class SpecEditMixin(Stock):
             steps = len(call.sigmas)
         usual = config.step_counts()
         try:
-            counts = config.step_counts(steps)
+            counts = config.step_counts(steps, call.sigmas is not None)
         except (ValueError, TypeError) as error:
             if call.sigmas is None:
                 raise
@@ -582,7 +582,8 @@ class SpecEditMixin(Stock):
         clock.mark("encode")
 
         # the plain schedule of this size and step count; the stages share it out
-        sigmas = self._plain_sigmas(sum(counts), math.prod(grid), call.sigmas)
+        sigmas = config.sigmas(counts) if call.sigmas is None else call.sigmas
+        sigmas = self._plain_sigmas(sum(counts), math.prod(grid), sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
         bar = self.progress_bar(total=nfe + (config.separate_steps if call.needs_draft else 0))

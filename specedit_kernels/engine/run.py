@@ -66,7 +66,7 @@ def run_stages(
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
-            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance
+            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance, solver=config.solver
         )
         if selection is None:
             found = Draft(last, small, first if coarse_steps > 1 else None)
@@ -88,7 +88,7 @@ def run_stages(
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
         run.timesteps[coarse_steps:] = [1000 * s for s in sigmas[coarse_steps:-1]]
-        clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full")
+        clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver)
         clock.mark("full")
     else:
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]

@@ -212,6 +212,52 @@ def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
     return (tokens.to(torch.float32) + span * velocity).to(tokens.dtype)
 
 
+class Solver:
+    """Steps of dx/ds = velocity(x, s) from one sigma to the next, of any lengths.
+
+    name: "euler", or "ab2": the two-step Adams-Bashforth method for uneven steps. Over a step from s to s' the velocity
+    is taken for linear in sigma, through its values at s and at the start of the step before: x' = x + (s' - s)
+    (v + (s' - s) / 2 * slope). Without a step before, and without a slope from elsewhere, the step is Euler's.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._former: tuple[Tensor, Tensor] | None = None  # sigma, velocity
+
+    def step(self, tokens: Tensor, velocity: Tensor, sigma: Tensor, to: Tensor, slope: Tensor | None = None) -> Tensor:
+        """The tokens at sigma `to`. sigma, to: 0-dim. slope: the velocity's over sigma, where it is known."""
+        if self.name == "euler":
+            return euler(tokens, velocity, to - sigma)
+        # a copy: a compiled transformer may write over its output
+        present = velocity.to(torch.float32, copy=True)
+        if slope is None and self._former is not None:
+            before, former = self._former
+            slope = (present - former) / (sigma - before)
+        self._former = sigma, present
+        span = to - sigma
+        return euler(tokens, present if slope is None else present + span / 2 * slope, span)
+
+    def restart(self) -> None:
+        """Forget the step before: the state, or what the velocity depends on, is not what that step left."""
+        self._former = None
+
+
+def _version(x: Tensor) -> tuple[int, int]:
+    """Another one for another tensor, and for other contents."""
+    return id(x), -1 if x.is_inference() else x._version
+
+
+def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens behind the callback of a step of the main trajectory; the solver restarts where that changed them, or
+    the text."""
+    before, text = _version(tokens), _version(run.positive.embeds)
+    found = run.on_step(run.step, timestep, tokens)
+    run.step += 1
+    if (_version(found), _version(run.positive.embeds)) != (before, text):
+        solver.restart()
+    return found
+
+
 def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
     # a blocking copy would wait for the stage before
     return torch.tensor(sigmas, dtype=torch.float32).to(device, non_blocking=True)
@@ -219,11 +265,11 @@ def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
 
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True,
+    guided: bool = True, solver: str = "euler",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
 
-    guided: False leaves true guidance out.
+    guided: False leaves true guidance out. main: whether they are the main trajectory's.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -237,6 +283,7 @@ def dense_steps(
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
+    solve = Solver(solver)
     for i in range(len(sigmas) - 1):
         if run.interrupted():
             continue
@@ -246,11 +293,10 @@ def dense_steps(
         velocity = run.velocity(torch.cat([tokens, *behind], dim=1), conditionings[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
-        tokens = euler(tokens, velocity, at[i + 1] - at[i])
+        tokens = solve.step(tokens, velocity, at[i], at[i + 1])
         run.record(stage, sigmas[i], [total] * run.batch, passes=2 if guided else 1)
         if main:
-            tokens = run.on_step(run.step, timestep, tokens)
-            run.step += 1
+            tokens = _called_back(run, solve, timestep, tokens)
         else:
             run.on_draft_step()
     state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
@@ -561,6 +607,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
 
     kv_refresh="bracket": the first step alone computes the whole sequence, and one pass more ("bracket") at the last
     step's sigma. The other tokens' keys and values of an active step are interpolated between those two by its sigma.
+    With solver="ab2" that pass's velocity is the first step's second one.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(sigmas) - 1
@@ -569,10 +616,11 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         every = steps if bracket else 1
     at = _device_sigmas(sigmas, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
+    solve = Solver(run.config.solver)
     for i in range(steps):
         if run.interrupted():
             continue
-        timestep = at[i] * 1000
+        timestep, slope = at[i] * 1000, None
         run.on_start(timestep)
         if i % every == 0:
             locked = lock and i > 0
@@ -581,8 +629,11 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
             if bracket:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
-                run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
+                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", sigmas[-2], state.lengths)
+                if solve.name != "euler":
+                    behind = torch.where(state.free, behind, state.drift)
+                    slope = (behind.float() - velocity.float()) / (at[-2] - at[0])
         else:
             if bracket:
                 weight = (at[0] - at[i]) / (at[0] - at[-2])
@@ -593,9 +644,8 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
-        state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
-        state.tokens = run.on_step(run.step, timestep, state.tokens)
-        run.step += 1
+        state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
+        state.tokens = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
         run.stats.kv_cache_bytes = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
 
@@ -630,7 +680,8 @@ def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[floa
     topped = algebra.top_up(fine.float(), sigma, to, run.fresh_noise(fine.shape))
     mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
-    return dense_steps(run, joined, sigmas, [r.latents for r in run.references], "full")[0]
+    shown = [r.latents for r in run.references]
+    return dense_steps(run, joined, sigmas, shown, "full", solver=run.config.solver)[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:

@@ -84,7 +84,7 @@ class FlashEditConfig(EditConfig):
     def may_drift(self) -> bool:
         return not self.bg_shield
 
-    def step_counts(self, steps: int | None = None) -> tuple[int, int, int]:
+    def step_counts(self, steps: int | None = None, sigmas_given: bool = False) -> tuple[int, int, int]:
         """(coarse, mixed, full) steps of the edit."""
         if self.method == "inversion":
             return 0, 0, self.steps if steps is None else steps

@@ -62,7 +62,7 @@ class SamplerNode(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip="Where the edit is, in place of looking for it."),
                 io.Combo.Input(
                     "quality", options=list(QUALITIES), default="balanced",
-                    tooltip="Sets preset, finish and kv_refresh where they are left to it. paper: SpecEdit as its paper"
+                    tooltip="Sets steps, finish and kv_refresh where they are left to it. paper: SpecEdit as its paper"
                     " has it.",
                 ),
                 io.Boolean.Input(
@@ -76,7 +76,8 @@ class SamplerNode(io.ComfyNode):
                              tooltip="Tokens of 16 pixels by which the found region grows."),
                 io.Combo.Input(
                     "preset", options=[LEFT, *(str(n) for n in PRESETS)], default=LEFT, optional=True,
-                    tooltip="How its steps are divided among the stages; the sigmas say how many there are.",
+                    tooltip="How Euler steps are divided among the stages, in place of the quality's steps; the sigmas"
+                    " say how many there are.",
                 ),
                 io.Combo.Input(
                     "finish", options=[LEFT, *FINISHES], default=LEFT, optional=True,

@@ -66,7 +66,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
         """
         self.result = None
         falling = _checked_sigmas(sigmas)
-        counts = self.config.step_counts(len(falling) - 1)
+        counts = self.config.step_counts(len(falling) - 1, sigmas_given=True)
         base, device = model_wrap.inner_model, noise.device
         kind = adapter_of(base.diffusion_model)
         if not isinstance(base.model_sampling, comfy.model_sampling.CONST):

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few and many steps by solver, on calibration edits of any seed, never on the table's.
+
+    python bench/quality/solver.py --text-length 64 --batch 90 --rows plain-9 2+3 4+5 '2+7 euler' --out OUT
+    python bench/quality/solver.py --merge OUT/solver.json OTHER/solver.json --out OUT     # one file of several runs
+
+A row is plain-N, or C+M: C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones
+from 7/9 of the schedule; "C+M euler" and "C+M from S" change that. 50 plain steps come first: others are held against
+them, edit by edit. Writes OUT/solver.{md,json} after each row.
+"""
+
+import argparse
+import json
+import re
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from scenes import EVALUATION_SEED, KINDS
+from table_measures import mean, median
+from table_runs import (
+    Row,
+    Runner,
+    add_arguments,
+    cell,
+    jsonable,
+    load_judge,
+    load_pipeline,
+    make_set,
+    markdown_table,
+    measure,
+    prepare,
+    set_reference,
+    setting,
+    setting_text,
+    stopwatch,
+    write_json,
+    write_text,
+)
+
+from specedit_kernels import SpecEditConfig
+
+SEED = EVALUATION_SEED + 1002  # calibrate.py has 1000 and 1001
+COUNTS = {"local": 170, "small": 60, "ambiguous": 120}
+REFERENCE = "plain-50"
+COLUMNS = {"right": ("right", 3), "sharpness": ("sharp", 3), "ratio": ("ratio", 3), "recall": ("recall", 3),
+           "missed": ("missed", 3), "active": ("tokens", 3)}  # fmt: skip
+
+
+def row_of(name):
+    """The row of a name."""
+    if plain := re.fullmatch(r"plain-(\d+)", name):
+        return Row(name, steps=int(plain[1]))
+    found = re.fullmatch(r"(\d+)\+(\d+)( euler)?(?: from (0?\.\d+|\d+/\d+))?", name)
+    if not found:
+        raise ValueError(f"--rows: expected plain-N or C+M [euler] [from S], got {name!r}")
+    above, _, under = (found[4] or "7/9").partition("/")
+    config = SpecEditConfig(
+        stages=(int(found[1]), int(found[2]), 0),
+        mixed_from=float(above) / float(under or 1),
+        solver="euler" if found[3] else "ab2",
+        finish="locked",
+        kv_refresh="bracket",
+    )
+    return Row(name, config=config)
+
+
+def summary(figures, base, kinds):
+    """{kind: {column: value}}; ratio: the median over edits of the sharpness over that of 50 plain steps."""
+    out = {}
+    for i, kind in enumerate(KINDS):
+        chosen = kinds == i
+        if not chosen.any():
+            continue
+        shown = ("right", "psnr_in", "active", "recall", "missed", "drift", "flops")
+        out[kind] = {name: mean(figures[name][chosen]) for name in shown if name in figures}
+        out[kind]["sharpness"] = median(figures["sharpness"][chosen])
+        out[kind]["ratio"] = median((figures["sharpness"] / base["sharpness"])[chosen])
+    return out
+
+
+def report(runs):
+    text = ["# Steps by solver", "", "ratio: the median over edits of a row's sharpness over that of 50 plain steps."]
+    for run in runs:
+        kinds = [k for k in COUNTS if run["counts"].get(k)]
+        head = ["row", "TFLOP", *(f"{k} {title}" for k in kinds for title, _ in COLUMNS.values()), "inside dB"]
+        lines = []
+        for name, s in run["rows"].items():
+            line = [name, cell(s[kinds[0]]["flops"] / 1e12, 3)]
+            line += [cell(s[k].get(c), digits) for k in kinds for c, (_, digits) in COLUMNS.items()]
+            lines.append([*line, cell(s[kinds[0]].get("psnr_in"), 2)])
+        counts = ", ".join(f"{n} {k}" for k, n in run["counts"].items())
+        place = f"{setting_text(run['setting'])}; {counts} edits of seed {run['seed']}."
+        text += ["", place, "", markdown_table(head, lines)]
+    return "\n".join(text) + "\n"
+
+
+def write(out, runs):
+    write_json(out / "solver.json", {"runs": jsonable(runs)})
+    write_text(out / "solver.md", report(runs))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "out/solver")
+    parser.add_argument("--rows", nargs="+", default=["plain-9", "2+3", "4+5", "6+7"], metavar="ROW")
+    parser.add_argument("--counts", type=int, nargs=3, default=[*COUNTS.values()], metavar="N", help="of each kind")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after so many")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="no rows: the runs of these in one file")
+    args = parser.parse_args()
+    if args.merge:
+        write(args.out, [run for path in args.merge for run in json.loads(path.read_text())["runs"]])
+        return 0
+    try:
+        rows = [row_of(name) for name in (REFERENCE, *args.rows)]
+    except ValueError as error:
+        parser.error(str(error))
+    began = time.perf_counter()
+    device = prepare(args)
+    say = stopwatch()
+    judge = load_judge(args.judge, device)
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
+    edits = make_set(device, args.size, args.limit, dict(zip(COUNTS, args.counts)), args.seed)
+    edits.reference, own, kinds = edits.tokens.clone(), torch.zeros_like(edits.tokens), edits.edits.kind
+    counts = {k: int((kinds == i).sum()) for i, k in enumerate(KINDS) if (kinds == i).any()}
+    run = {"setting": setting(args, device), "seed": args.seed, "counts": counts, "rows": {}}
+    say(f"{len(edits)} edits of seed {args.seed}")
+    base, failed = None, False
+    for row in rows:
+        if time.perf_counter() - began > args.seconds:
+            say(f"{row.name}: no time left")
+            continue
+        columns, started = {}, time.perf_counter()
+        try:
+            for at in torch.arange(len(edits)).split(args.batch):
+                part = edits[at]
+                result = runner.run(row, part)
+                if row.name == REFERENCE:
+                    there = at.to(device)
+                    edits.reference[there], own[there] = set_reference(part, runner, result.images)
+                    part = edits[at]
+                for name, values in measure(part, result, judge, own[at.to(own.device)]).items():
+                    columns.setdefault(name, []).append(values)
+        except Exception as error:  # the others go on
+            if row.name == REFERENCE:
+                raise
+            traceback.print_exc()
+            say(f"{row.name}: failed: {type(error).__name__}: {error}")
+            failed = True
+            continue
+        figures = {name: torch.cat(values) for name, values in columns.items()}
+        base = base or figures
+        run["rows"][row.name] = summary(figures, base, kinds)
+        write(args.out, [run])
+        parts = [f"{k} {v.get('right', 0):.3f} sharp {v['sharpness']:.3f}" for k, v in run["rows"][row.name].items()]
+        say(f"{row.name}: {time.perf_counter() - started:.1f} s; " + "; ".join(parts))
+    print((args.out / "solver.md").read_text(), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
