@@ -25,8 +25,10 @@ _NAMES = {
     "SpecEditHandle": "engine.enable",
     "SpecEditPipelineOutput": "engine.output",
     "SpecEditStats": "engine.output",
+    "disable_guidance_parallelism": "engine.enable",
     "disable_specedit": "engine.enable",
     "edit_image": "editing",
+    "enable_guidance_parallelism": "engine.enable",
     "enable_specedit": "engine.enable",
     "supported_models": "engine.registry",
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .. import ops
 from . import registry
 from ._diffusers import unwrapped
 from .kv_cache import KVCache
+from .parallel import Ranks, to_heads, to_tokens
 
 
 @dataclass
@@ -59,6 +60,8 @@ class AttentionLayout:
     region: int32 [B, image slots], which row of text_mask, bool [B, regions, text slots], says what text an image slot
     attends to; None: all attend to all. Text attends to everything.
     watch: a module's attention to the text is recorded there.
+    ranks: who shares the sequence: a call brings this rank's part of the `text` text slots and of the image slots, and
+    all else that stands here is of the whole sequence, for this rank's heads. None: nobody.
     """
 
     cos: Tensor
@@ -76,6 +79,8 @@ class AttentionLayout:
     region: Tensor | None = None
     text_mask: Tensor | None = None
     watch: TextWatch | None = None
+    ranks: Ranks | None = None
+    text: int = 0
 
     def of_first(self, text: int, first: int | None, lock_text: bool = False, least_text: int = 0) -> AttentionLayout:
         """The layout of a call that brings the first so many image slots, None: all, and the `text` text slots.
@@ -96,7 +101,7 @@ class AttentionLayout:
             renewed = own[None] if renewed is None else renewed & own
         return replace(
             self, cos=self.cos[:, start:first], sin=self.sin[:, start:first], modulate=modulate, region=region,
-            first=first, start=start, renewed=renewed,
+            first=first, start=start, renewed=renewed, text=text - start,
         )  # fmt: skip
 
 
@@ -117,7 +122,11 @@ def joint_attention(
     the rotation, [B, S, H, D] each; text is None where image holds both. q and k become what v is: under autocast norms
     give fp32, and layers another dtype.
     """
-    q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
+    if layout.ranks is not None:
+        streams = [image] if text is None else [text, image]
+        q, k, v = _in_order(to_heads(streams, _row_sizes(layout), layout.ranks), layout)
+    else:
+        q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
     q, k = (apply_rotary(x, layout.cos, layout.sin, v.dtype) for x in (q, k))
     k, v, queries = kept_keys(processor, k, v, layout)
     if layout.region is not None:
@@ -127,7 +136,34 @@ def joint_attention(
     out, lse = ops.mixed_res_attn(q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=layout.lengths)
     if processor.watch is not None:
         processor.watch.see(q, k, lse)
+    if layout.ranks is not None:
+        return to_tokens(_by_rank(out, layout), _row_sizes(layout), layout.ranks)
     return out.flatten(2)
+
+
+def _part_sizes(layout: AttentionLayout) -> list[tuple[int, int]]:
+    """(text slots, image slots) of each rank, as the hooks of diffusers split them."""
+    assert layout.ranks is not None
+    image = layout.cos.shape[1] - layout.text
+    return list(zip(layout.ranks.split(layout.text), layout.ranks.split(image)))
+
+
+def _row_sizes(layout: AttentionLayout) -> list[int]:
+    return [text + image for text, image in _part_sizes(layout)]
+
+
+def _in_order(parts: Sequence[Tensor], layout: AttentionLayout) -> list[Tensor]:
+    """[text | image slots] of [text of rank 0 | image slots of rank 0 | text of rank 1 | ...]."""
+    sizes = [size for pair in _part_sizes(layout) for size in pair]
+    found = [part.split(sizes, dim=1) for part in parts]
+    return [torch.cat([*pieces[::2], *pieces[1::2]], dim=1) for pieces in found]
+
+
+def _by_rank(x: Tensor, layout: AttentionLayout) -> Tensor:
+    """The way back."""
+    text, image = zip(*_part_sizes(layout))
+    pieces = zip(x[:, : layout.text].split(text, dim=1), x[:, layout.text :].split(image, dim=1))
+    return torch.cat([piece for pair in pieces for piece in pair], dim=1)
 
 
 def kept_keys(

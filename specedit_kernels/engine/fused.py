@@ -27,12 +27,14 @@ from ._diffusers import (
     low_rank_parts,
     scaled_adapters,
     unwrapped,
+    without_context_parallel,
 )
 from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
 from .model import EditModel, Text
+from .parallel import Ranks, all_tokens, to_heads, to_tokens
 from .runner import BESIDE, StepRunner
 
 
@@ -49,7 +51,8 @@ class MixedSequence:
     compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate:
     int32 [B, image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures;
     None: all have one. backend: diffusers' name of the attention that the user asked for, for steps without lengths
-    and bias.
+    and bias. ranks: who shares the tokens, None: nobody. Each rank has the tokens `own` of the N and all that is said
+    here of the whole sequence, for its heads.
     """
 
     text: int
@@ -67,6 +70,38 @@ class MixedSequence:
     passing: bool = False
     modulate: Tensor | None = None
     backend: str | None = None
+    ranks: Ranks | None = None
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """(first, end) of this rank's tokens."""
+        tokens = self.cos.shape[1]
+        return (0, tokens) if self.ranks is None else self.ranks.bounds(tokens)
+
+    @property
+    def own_text(self) -> int:
+        """How many of them are text."""
+        if self.ranks is None:
+            return self.text
+        first, end = self.own
+        return min(end, self.text) - min(first, self.text)
+
+    def own_image(self, x: Tensor) -> Tensor:
+        """This rank's of x, [B, image tokens, ...]."""
+        if self.ranks is None:
+            return x
+        first, end = self.own
+        return x[:, max(first - self.text, 0) : max(end - self.text, 0)]
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """[B, this rank's image tokens, C] -> those of all ranks, on every rank."""
+        if self.ranks is None:
+            return x
+        sizes, before = [], 0
+        for size in self.ranks.split(self.cos.shape[1]):
+            sizes.append(max(before + size - self.text, 0) - max(before - self.text, 0))
+            before += size
+        return all_tokens(x, sizes, self.ranks)
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
@@ -249,8 +284,51 @@ def feed_forward(ff: FeedForward, x: Tensor | Rows) -> Tensor:
     return x
 
 
+def all_heads(streams: Sequence[list[Tensor]], sequence: MixedSequence) -> list[Tensor]:
+    """q, k and v of all tokens, for this rank's heads, of those of its tokens. streams: as of `to_heads`, not empty."""
+    assert sequence.ranks is not None
+    return to_heads(streams, sequence.ranks.split(sequence.cos.shape[1]), sequence.ranks)
+
+
+def of_streams(
+    text: list[Tensor] | None, image: list[Tensor] | None, sequence: MixedSequence
+) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """q, k and v of text and of image tokens [B, n, H, D], None where there are none: of this rank's tokens -> of all."""
+    if sequence.ranks is None:
+        return text, image
+    whole = all_heads([x for x in (text, image) if x is not None], sequence)
+    n = sequence.text
+    return [x[:, :n] for x in whole] if n else None, [x[:, n:] for x in whole]
+
+
+def embedded(
+    of_text: torch.nn.Module, of_image: torch.nn.Module, embeds: Tensor, tokens: Tensor, sequence: MixedSequence
+) -> Tensor:
+    """This rank's text and image tokens through their embedders, [B, n, C]."""
+    first, end = sequence.own
+    parts = [of_text(embeds[:, first : min(end, sequence.text)])] if sequence.own_text else []
+    image = sequence.own_image(tokens)
+    if image.shape[1]:
+        parts.append(of_image(image))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def new_queries(x: Tensor, heads: int, dim: int, sequence: MixedSequence) -> Tensor:
+    """Where a block's queries go, [B, N, heads, dim] of all tokens, or of this rank's share of the heads."""
+    ranks = sequence.ranks
+    return x.new_empty(x.shape[0], sequence.cos.shape[1], heads if ranks is None else heads // ranks.size, dim)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
-    """Attention [B, N, H * D]."""
+    """Attention [B, this rank's tokens, H * D]."""
+    out = _attend(q, k, v, sequence)
+    if sequence.ranks is None:
+        return out.flatten(2)
+    return to_tokens(out, sequence.ranks.split(sequence.cos.shape[1]), sequence.ranks)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
+    """Attention [B, N, H, D]."""
     k, v = k[:, : sequence.used], v[:, : sequence.used]
     if sequence.region is not None:
         out = attend_by_region(
@@ -264,7 +342,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
         out = ops.mixed_res_attn(
             q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
         )[0]  # fmt: skip
-    return out.flatten(2)
+    return out
 
 
 def watched_mass(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor | None:
@@ -310,12 +388,16 @@ class FusedModel(_Eager):
         attention_kwargs: dict[str, Any], runner: StepRunner,
     ):  # fmt: skip
         self._own = unwrapped(transformer)
-        super().__init__(cast_by_call(self._own, OWN_HOOKS), vae, guidance, attention_kwargs)
+        super().__init__(self._as_called(self._own), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
 
+    @staticmethod
+    def _as_called(transformer: torch.nn.Module) -> torch.nn.Module:
+        return cast_by_call(without_context_parallel(transformer), OWN_HOOKS)
+
     def using(self, transformer: torch.nn.Module) -> FusedModel:
-        other = super().using(cast_by_call(transformer, OWN_HOOKS))
+        other = super().using(self._as_called(transformer))
         other._own = transformer
         return other
 
@@ -339,6 +421,8 @@ class FusedModel(_Eager):
     def _kept(self, name: str, batch: int, rows: int, like: Any) -> list[Any]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
         heads, dim = self.heads
+        if self.ranks is not None:
+            heads //= self.ranks.size
 
         def pairs(name: str, count: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))

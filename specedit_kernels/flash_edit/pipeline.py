@@ -105,6 +105,7 @@ class FlashEditMixin(SpecEditMixin):
 
     CONFIG = FlashEditConfig
     ARGUMENTS = {"source_prompt": ""}
+    SEVERAL_GPUS = False
 
     _generator: LowRankChange | None = None
     _inverter: LowRankChange | None = None

@@ -45,7 +45,9 @@ from ..engine.fused import (
     FusedModel,
     Kept,
     MixedSequence,
+    all_heads,
     attend,
+    embedded,
     feed_forward,
     first_of,
     hidden,
@@ -54,6 +56,8 @@ from ..engine.fused import (
     linear,
     linear_of_each,
     modulated,
+    new_queries,
+    of_streams,
     places,
     renew,
     replaced_of_feed_forward,
@@ -174,8 +178,8 @@ def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
 def _buffers(
     x: Tensor, attn: FluxAttention, kept: Kept | None, sequence: MixedSequence
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
-    q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
+    """Where q, k and v of the sequence of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
+    q = new_queries(x, attn.inner_dim // attn.head_dim, attn.head_dim, sequence)
     return q, *places(q, kept, sequence)
 
 
@@ -187,7 +191,7 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.text
+    attn, n = block.attn, sequence.own_text
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
@@ -201,20 +205,26 @@ def double_block(
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
-    if n:  # else its keys and values are kept ones
+    words = spots = None
+    if n:
         words = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
-        place(_project(attn, words, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    spots = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
-    place(_project(attn, spots), slice(n, None), attn.norm_q, attn.norm_k)
+        words = _project(attn, words, text=True)
+    if image.shape[1]:
+        spots = _project(attn, modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn)))
+    words, spots = of_streams(words, spots, sequence)
+    if words is not None:  # else its keys and values are kept ones
+        place(words, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
+    place(spots, slice(sequence.text, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
         ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
-    ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-    spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
-    ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
+    if image.shape[1]:
+        ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
+        spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
+        ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
     return watched_mass(q, k, v, sequence)
 
 
@@ -226,8 +236,11 @@ def single_block(
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
     q, k, v = _buffers(x, attn, kept, sequence)
+    parts = _project(attn, y)
+    if sequence.ranks is not None:
+        parts = all_heads([parts], sequence)
     ops.qk_norm_rope_scatter_(
-        q, k, v, *_project(attn, y), sequence.cos, sequence.sin,
+        q, k, v, *parts, sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
     renew(kept, sequence)
@@ -264,9 +277,8 @@ def fused_forward(
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
     and where what its attention gives to the text is added.
     """
-    x = transformer.x_embedder(tokens)
-    if sequence.text:
-        x = torch.cat([transformer.context_embedder(embeds), x], dim=1)
+    embedders = transformer.context_embedder, transformer.x_embedder
+    x = embedded(*embedders, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -283,8 +295,8 @@ def fused_forward(
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = next(mods).chunk(2, dim=1)
-    image = x[:, sequence.text :]
-    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+    image = ops.adaln_modulate(x[:, sequence.own_text :], scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.of_all(transformer.proj_out(image))
 
 
 class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
@@ -395,10 +407,11 @@ class FluxKontextModel(EditModel):
 
     def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
-        if layout.attention is not None:
-            kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with with_layout(self.transformer, layout.attention):
+        attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
+        if attention is not None:
+            kwargs["specedit_layout"] = attention
+        with with_layout(self.transformer, attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
@@ -507,8 +520,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             with self._scaled():
                 seen: list[Tensor] = []
                 found = self.forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks,
-                    None if watched is None else (watched, seen),
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given, ranks=self.ranks), cache,
+                    self._blocks, None if watched is None else (watched, seen),
                 )  # fmt: skip
                 return (found, *seen)
 
@@ -516,7 +529,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         self.runner.bring(self._own)
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
-               watched, sequence.backend)  # fmt: skip
+               watched, sequence.backend, self.ranks)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, layout.buffers)
         if seen:
             [layout.watch.mass] = seen
@@ -567,6 +580,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     TEXT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
     KWARGS = "joint_attention_kwargs"
     TEXT_TO_IMAGE = True
+    SEVERAL_GPUS = True
 
     def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> FluxText:
         found = self.encode_prompt(
