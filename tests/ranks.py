@@ -40,18 +40,23 @@ def on_ranks(size, folder, function, *args, seconds=60, dies=()):
     ]
     for process in processes:
         process.start()
+    for rank, process in enumerate(processes):
+        if rank not in dies:
+            process.join(seconds + 30)
     for process in processes:
-        process.join(seconds + 30)
         process.kill()
-    results = []
+        process.join()
+    results, failed = [], []
     for rank in range(size):
-        if rank in dies:
-            results.append(None)
-            continue
-        with open(folder / f"{rank}", "rb") as file:
-            good, found = pickle.load(file)
-        assert good, f"rank {rank}: {found}"
+        good, found = True, None
+        if rank not in dies:
+            with open(folder / f"{rank}", "rb") as file:
+                good, found = pickle.load(file)
         results.append(found)
+        if not good:
+            failed.append(f"rank {rank}: {found}")
+    # what the others lost it by comes last
+    assert not failed, "\n".join(sorted(failed, key=lambda text: "another rank has ended" in text))
     return results
 
 

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """One edit on several ranks: the picture of one process, the keys and values of own heads alone, clear errors."""
 
+import functools
 import os
 import signal
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from ranks import CPU_ONLY, on_ranks, share_sequence
-from tiny_models import call_options, paper, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
+from tiny_models import WIDTH, call_options, paper, qwen_text, tiny_flux2, tiny_image, tiny_pipeline, tiny_qwen
 
 from specedit_kernels import (
+    FlashEditFluxKontextPipeline,
     disable_guidance_parallelism,
     disable_specedit,
     enable_guidance_parallelism,
     enable_specedit,
 )
 from specedit_kernels.engine.parallel import Ranks, all_tokens, to_heads, to_tokens
+from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenImageEditModel
 
 pytestmark = CPU_ONLY
 
@@ -30,7 +34,7 @@ def box(side=128, low=32, high=64):
 
 CACHED = dict(finish="locked", kv_refresh=9)
 KINDS = {
-    "full": {}, "locked": dict(finish="locked"), "cached": CACHED, "locked text": CACHED | dict(lock_text=True),
+    "full": {}, "cached": CACHED, "locked text": CACHED | dict(lock_text=True),
     "bracket": dict(finish="locked", kv_refresh="bracket"), "fp8 cache": CACHED | dict(kv_cache_dtype="fp8"),
 }  # fmt: skip
 
@@ -50,10 +54,17 @@ def qwen(text=12, guided=False, plus=False):
     def call():
         options = dict(qwen_text(text), image=tiny_image(), height=128, width=128, max_area=128 * 128)
         if guided:
-            options |= dict(qwen_text(7, negative=True, seed=4), true_cfg_scale=3.0)
+            options |= dict(qwen_text(8, negative=True, seed=4), true_cfg_scale=3.0)
         return options | dict(output_type="latent")
 
     return pipe, call
+
+
+def flux2():
+    pipe = tiny_flux2("dev")
+    embeds = torch.randn(1, 12, WIDTH, generator=torch.Generator().manual_seed(3))
+    pictures = [tiny_image(), tiny_image(seed=1)]
+    return pipe, lambda: dict(image=pictures, height=128, width=128, prompt_embeds=embeds, output_type="latent")
 
 
 def edited(pipe, call, mask, seed=7, **options):
@@ -110,10 +121,168 @@ def test_tokens_to_heads_and_back(tmp_path, sizes):
     on_ranks(2, tmp_path, _exchanged, sizes, 2)
 
 
-@pytest.mark.parametrize("make, kinds", [(flux, tuple(KINDS)), (qwen, ("full", "cached", "locked text"))])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make, kinds", [(flux, tuple(KINDS)), (flux2, ("cached",)), (qwen, ("full", "cached", "locked text"))]
+)
 def test_two_ranks_give_the_picture_of_one(tmp_path, one_thread, make, kinds):
     expected = edits(make, kinds)
     for found in on_ranks(2, tmp_path, edits, make, kinds, 2):
         same(found, expected)
         for key, (_, kept, *_) in found.items():
             assert kept == expected[key][1] // 2, key  # each has its heads' alone
+
+
+@pytest.mark.slow
+def test_four_ranks_some_with_text_alone(tmp_path, one_thread):
+    make = functools.partial(flux, heads=4)
+    expected = edits(make, ("cached",))
+    for found in on_ranks(4, tmp_path, edits, make, ("cached",), 4):
+        same(found, expected)
+        # slots are rounded up to as many for each rank
+        assert all(1 <= 4 * found[key][1] / expected[key][1] < 1.1 for key in expected)
+
+
+@pytest.mark.slow
+def test_lengths_that_ranks_do_not_divide(tmp_path, one_thread):
+    make = functools.partial(qwen, text=13, plus=True)
+    expected = edits(make, ("cached",))
+    for found in on_ranks(2, tmp_path, edits, make, ("cached",), 2, True, dict(ulysses_anything=True)):
+        same(found, expected)
+
+
+def _odd_text():
+    pipe, call = qwen(text=13)
+    share_sequence(pipe.transformer, 2)
+    enable_specedit(pipe)
+    with pytest.raises(ValueError, match="2 ranks do not divide 13 text and .* ulysses_anything=True"):
+        edited(pipe, call, box())
+    # the fused forward shares out the sequence itself
+    with pytest.raises(ValueError, match="2 ranks do not divide 13 text"):
+        edited(pipe, call, box(), runner="compile")  # which runs eagerly
+    assert "is not compiled: expected 'graph' or 'fused'" in pipe._runner_reason
+    return edited(pipe, call, box(), runner="fused")[3]
+
+
+def test_the_eager_forward_says_what_it_cannot_divide(tmp_path):
+    assert on_ranks(2, tmp_path, _odd_text) == ["fused", "fused"]
+
+
+def _drafted(make):
+    torch.manual_seed(dist.get_rank())  # without a generator each rank would draw noise of its own
+    return edits(make, ("full", "cached"), 2, masked=False, seed=None)
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_noise_and_region(tmp_path, one_thread):
+    first, second = on_ranks(2, tmp_path, _drafted, flux)
+    for key, (images, _, mask, _) in first.items():
+        assert torch.equal(images, second[key][0]) and torch.equal(mask, second[key][2]), key
+        assert mask.any()
+    assert len({tuple(images.flatten()[:3].tolist()) for images, *_ in first.values()}) > 1  # no seed is fixed
+
+
+def _guided(sequence):
+    pipe, call = qwen(guided=True)
+    group = None
+    if sequence:
+        names = ("guidance", "ring", "ulysses")
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)
+        group = mesh["guidance"].get_group()
+        share_sequence(pipe.transformer, 2, mesh=mesh)
+    enable_specedit(pipe)
+    alone, steps = None, []
+    if not sequence:
+        alone = edited(pipe, call, box(), draft_guidance=False, **CACHED)
+    enable_guidance_parallelism(pipe, group)
+    found = {}
+    for runner, kind in (("eager", QwenImageEditModel), ("fused", FusedQwenModel)):
+        velocity = kind.velocity
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "velocity", lambda *args, of=velocity: steps.append(1) or of(*args))
+            found[runner] = edited(pipe, call, box(), runner=runner, draft_guidance=False, **CACHED)
+    disable_guidance_parallelism(pipe)
+    assert pipe._specedit_guides is None
+    return alone, found, len(steps)
+
+
+@pytest.mark.slow
+def test_guidance_on_two_ranks(tmp_path, one_thread):
+    for alone, found, steps in on_ranks(2, tmp_path, _guided, False):
+        for name, (images, _, _, runner) in found.items():
+            torch.testing.assert_close(images, alone[0], rtol=0, atol=2e-5)
+            assert runner == name
+        assert steps == 2 * 9  # of each runner: a call a step, not two
+        assert found["eager"][1] < alone[1]  # of one branch
+
+
+@pytest.mark.slow
+def test_guidance_and_sequence_on_four_ranks(tmp_path, one_thread):
+    [(alone, *_), _] = on_ranks(2, _sub(tmp_path, "two"), _guided, False)
+    for _, found, _ in on_ranks(4, _sub(tmp_path, "four"), _guided, True):
+        for images, *_ in found.values():
+            torch.testing.assert_close(images, alone[0], rtol=0, atol=2e-5)
+
+
+def _sub(folder, name):
+    (folder / name).mkdir()
+    return folder / name
+
+
+def _refused():
+    pipe, _ = flux()
+    share_sequence(pipe.transformer, 2)
+    pipe.transformer._parallel_config.context_parallel_config.ring_degree = 2
+    with pytest.raises(ValueError, match="transformer: expected ring_degree=1 .*, got 2"):
+        enable_specedit(pipe)
+    pipe.transformer._parallel_config.context_parallel_config.ring_degree = 1
+    pipe.transformer.register_to_config(num_attention_heads=3)
+    with pytest.raises(ValueError, match="transformer: expected a ulysses_degree that divides its 3 heads, got 2"):
+        enable_specedit(pipe)
+    pipe.transformer.register_to_config(num_attention_heads=2)
+    flash = FlashEditFluxKontextPipeline.from_pipe(pipe)
+    with pytest.raises(ValueError, match="transformer: expected no context parallelism"):
+        flash(**call_options(image=tiny_image()))
+    with pytest.raises(TypeError, match="pipe: expected a pipeline with SpecEdit, got FlashEdit"):
+        enable_guidance_parallelism(flash)
+    enable_specedit(pipe)
+    alone = dist.new_group([0]), dist.new_group([1])
+    with pytest.raises(ValueError, match="group: expected 2 ranks, one for each branch of guidance, got 1"):
+        enable_guidance_parallelism(pipe, alone[dist.get_rank()])
+    # what is enabled beside is undone, the hooks of diffusers stay
+    disable_specedit(pipe)
+    assert pipe.transformer._parallel_config is not None
+
+
+def test_what_is_refused(tmp_path):
+    on_ranks(2, tmp_path, _refused)
+    pipe, _ = flux()
+    enable_specedit(pipe)
+    with pytest.raises(RuntimeError, match="group: expected torch.distributed.init_process_group"):
+        enable_guidance_parallelism(pipe)
+
+
+def _loses_a_rank(runner, end):
+    pipe, call = flux()
+    share_sequence(pipe.transformer, 2)
+    enable_specedit(pipe)
+
+    def on_step(pipe, index, timestep, tensors):
+        if dist.get_rank() == 1 and index == 3:
+            os.kill(os.getpid(), end)
+        return {}
+
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError) as found:
+        pipe(specedit=paper(runner=runner), mask_image=box(), callback_on_step_end=on_step, **call())
+    return str(found.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    "runner, end", [("fused", signal.SIGKILL), ("eager", signal.SIGKILL), ("fused", signal.SIGSTOP)]
+)
+def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path, one_thread, runner, end):
+    [(text, seconds), _] = on_ranks(2, tmp_path, _loses_a_rank, runner, end, seconds=4, dies=(1,))
+    if runner == "fused":
+        assert text.startswith("rank 0: another rank has ended, or did not answer in the time limit")
+    assert "\n" not in text and seconds < 20

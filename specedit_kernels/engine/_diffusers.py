@@ -39,6 +39,7 @@ __all__ = [
     "retrieve_timesteps",
     "scaled_adapters",
     "through",
+    "ulysses_group",
     "unwrapped",
     "waits_for_host",
     "without_context_parallel",
@@ -63,6 +64,11 @@ def on_parallel(transformer: torch.nn.Module) -> bool:
 def context_parallel(transformer: torch.nn.Module) -> Any:
     """How its sequence is (a ContextParallelConfig), None where it is not."""
     return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+
+
+def ulysses_group(config: Any) -> Any:
+    """The process group of a ContextParallelConfig's Ulysses ranks."""
+    return config._ulysses_mesh.get_group()
 
 
 def _shares_sequence(hook: Any) -> bool:

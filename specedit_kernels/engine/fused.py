@@ -293,7 +293,7 @@ def all_heads(streams: Sequence[list[Tensor]], sequence: MixedSequence) -> list[
 def of_streams(
     text: list[Tensor] | None, image: list[Tensor] | None, sequence: MixedSequence
 ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """q, k and v of text and of image tokens [B, n, H, D], None where there are none: of this rank's tokens -> of all."""
+    """q, k and v [B, n, H, D] of text and of image tokens, None where there are none: of this rank's -> of all."""
     if sequence.ranks is None:
         return text, image
     whole = all_heads([x for x in (text, image) if x is not None], sequence)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._diffusers import context_parallel
+from ._diffusers import context_parallel, ulysses_group
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def sequence_ranks(transformer: torch.nn.Module) -> Ranks | None:
         return None
     if config.ring_degree > 1:
         raise ValueError(f"transformer: expected ring_degree=1 (Ulysses alone is supported), got {config.ring_degree}")
-    ranks = Ranks.of(config._ulysses_mesh.get_group(), config.ulysses_anything)
+    ranks = Ranks.of(ulysses_group(config), config.ulysses_anything)
     heads = transformer.config["num_attention_heads"]
     if heads % ranks.size:
         raise ValueError(f"transformer: expected a ulysses_degree that divides its {heads} heads, got {ranks.size}")
@@ -90,8 +90,8 @@ def _all_to_all(got: Tensor, sent: Tensor, rows_got: Sequence[int], rows_sent: S
 def to_heads(streams: Sequence[Sequence[Tensor]], sizes: Sequence[int], ranks: Ranks) -> list[Tensor]:
     """q, k and v of this rank's tokens -> those of all tokens for its heads, [B, sum(sizes), H / ranks, D] each.
 
-    streams: q, k and v of the rank's tokens, [B, n, H, D] each, one stream behind the other. sizes: tokens of each rank,
-    in whose order all are.
+    streams: q, k and v of the rank's tokens, [B, n, H, D] each, one stream behind the other. sizes: tokens of each
+    rank, in whose order all are.
     """
     dtype = streams[0][0].dtype
     for part in streams[0]:
