@@ -49,7 +49,7 @@ class Ranks:
         return first, first + sizes[self.rank]
 
 
-def sequence_ranks(transformer: torch.nn.Module) -> Ranks | None:
+def sequence_ranks(transformer: Any) -> Ranks | None:
     """The ranks that share a transformer's sequence (`enable_parallelism(config=ContextParallelConfig(...))`), or None.
 
     ValueError where they share it in a way that no run can serve.
@@ -81,10 +81,10 @@ def _exchange(ranks: Ranks) -> Iterator[None]:
 
 def _all_to_all(got: Tensor, sent: Tensor, rows_got: Sequence[int], rows_sent: Sequence[int], ranks: Ranks) -> None:
     """dist.all_to_all_single of rows; without their numbers where all are one, which NCCL sends as one."""
-    even = len({*rows_got, *rows_sent}) == 1
-    rows = (None, None) if even else (list(rows_got), list(rows_sent))
+    uneven = len({*rows_got, *rows_sent}) > 1
+    got_as, sent_as = (list(rows_got), list(rows_sent)) if uneven else (None, None)
     with _exchange(ranks):
-        dist.all_to_all_single(got, sent, *rows, group=ranks.group)
+        dist.all_to_all_single(got, sent, got_as, sent_as, group=ranks.group)
 
 
 def to_heads(streams: Sequence[Sequence[Tensor]], sizes: Sequence[int], ranks: Ranks) -> list[Tensor]:

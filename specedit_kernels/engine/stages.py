@@ -195,7 +195,8 @@ class Run:
         if guided and passes > 1 and self.model.guides is not None:
             [text], [at], [layout] = texts, conditioning, layouts
             own = self.model.velocity(text, tokens, at, layout)[:, :first]
-            return self.model.guide(*of_each(own, self.model.guides), self.true_cfg_scale)
+            positive, negative = of_each(own, self.model.guides)
+            return self.model.guide(positive, negative, self.true_cfg_scale)
         if len(texts) < passes:  # branches that run as one batch see the same tokens
             tokens = tokens.repeat(passes, 1, 1)
         found = [
