@@ -25,7 +25,6 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-# What .ci/run checks; `make lint` is the whole.
 ruff: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

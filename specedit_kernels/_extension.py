@@ -49,5 +49,5 @@ def build_info():
 
 @functools.cache
 def architectures():
-    """The architectures that the extension was built for, as setup.py was told, such as "90a"; "" without one."""
+    """The architectures that the extension was built for, as setup.py got them, such as "90a"; "" without one."""
     return (build_info() or "").rpartition(", sm ")[2]

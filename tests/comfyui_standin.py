@@ -235,7 +235,7 @@ class SamplerCustomAdvanced:
 
 
 class _Types:
-    """comfy_api.latest.io: each type has Input and Output, which keep what they are told."""
+    """comfy_api.latest.io: each type has Input and Output, which keep their arguments."""
 
     class ComfyNode:
         pass

@@ -4,7 +4,12 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
 """
 
+import datetime
+import importlib.metadata
+import json
 import os
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -12,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import support_matrix
 
 from specedit_kernels import _extension
 
@@ -43,12 +49,52 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", names, indirect=True)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--matrix", metavar="FILE", help="write what the tests marked `proves` say: a JSON, for the page")
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped where there is no CUDA device."""
+    """Tests marked gpu are skipped where there is no CUDA device. What a test proves goes with its report."""
+    for item in items:
+        marks = [(mark.args, mark.kwargs) for mark in item.iter_markers("proves")]
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        item.user_properties += [("proves", proof) for proof in support_matrix.proofs_of(marks, values)]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class Matrix:
+    """Gathers the reports of tests that prove a feature of a model, in the process that has all of them."""
+
+    def __init__(self, config):
+        self.config, self.outcomes = config, []
+
+    def pytest_runtest_logreport(self, report):
+        # of a setup that failed or skipped there is no call
+        if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+            test = report.nodeid.partition("[")[0].rpartition("tests/")[2]
+            said = [proof for name, proof in report.user_properties if name == "proves"]
+            self.outcomes += [{**proof, "outcome": report.outcome, "test": test} for proof in said]
+
+    def pytest_sessionfinish(self):
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        root = Path(__file__).resolve().parents[1]
+        asked = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        content = {
+            "device": device, "commit": commit or "unknown", "date": datetime.date.today().isoformat(),
+            "command": f"python -m pytest tests -m {self.config.option.markexpr!r}",
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+            "models": support_matrix.collected(self.outcomes),
+        }  # fmt: skip
+        Path(self.config.getoption("matrix")).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def pytest_configure(config):
+    if config.getoption("matrix") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Matrix(config))
 
 
 @pytest.fixture

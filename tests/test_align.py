@@ -128,7 +128,7 @@ def test_other_scenes_and_backgrounds_are_not_found(pair, one_thread):
     for other in (scene(4), background, np.zeros_like(source), np.full_like(source, 200)):
         found = estimate_drift(source, other)
         assert not found.found and not found.moved and not found.recoloured
-        assert "no drift could be told" in str(found)
+        assert "no drift could be estimated" in str(found)
         assert np.array_equal(align(other, found, SIZE)[0], other.astype(np.float32) / np.float32(255))
 
 

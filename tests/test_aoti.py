@@ -66,7 +66,7 @@ def test_a_program_without_python_runs_the_block(built, tmp_path, device):
         and "libtorch_cpu" in linked
         and "python" not in linked.lower().replace(str(Path(torch.__file__).parent).lower(), "")
     )
-    # a result that differs is told
+    # a result that differs is printed
     cases = torch.load(tmp_path / "cases.pt")
     cases[0][7] += 1
     torch.save(cases, tmp_path / "cases.pt")

@@ -57,7 +57,7 @@ def test_it_is_nearer_to_whole_steps_than_stale_keys(flux):
 def test_two_whole_passes_and_active_steps(flux):
     stats = edit(flux, kv_refresh="bracket").stats
     assert [s.stage for s in stats.steps] == ["coarse", "mixed", "bracket", "active", "active", "active", "active"]
-    assert stats.nfe == 6 and stats.steps[2].level == stats.steps[-1].level
+    assert stats.nfe == 6 and stats.steps[2].sigma == stats.steps[-1].sigma
     # with two steps there is nothing between
     stats = edit(flux, stages=(1, 2, 0), kv_refresh="bracket").stats
     assert [s.stage for s in stats.steps] == ["coarse", "mixed", "mixed"]

@@ -131,9 +131,11 @@ def test_wheel_carries_the_license_the_version_and_the_types_mark(wheel):
 
 
 def test_wheel_is_light(wheel):
-    """The tiny checkpoints are for a clone."""
+    """The tiny checkpoints are for a clone; the bench's pictures are in it."""
     names = zipfile.ZipFile(wheel).namelist()
-    assert not [name for name in names if name.startswith("specedit_kernels/assets/")]
+    found = {name for name in names if name.startswith("specedit_kernels/assets/")}
+    shipped = {path.name for path in (ROOT / "specedit_kernels" / "assets" / "bench").iterdir()}
+    assert found == {f"specedit_kernels/assets/bench/{name}" for name in shipped} and len(found) == 9
     assert wheel.stat().st_size < 2**20
 
 

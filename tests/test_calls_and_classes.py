@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline's users meet around an edit: classes in and out, saving, arguments, what callbacks see."""
+"""What a pipeline's users see around an edit: classes in and out, saving, arguments, what callbacks see."""
 
 import inspect
 import logging

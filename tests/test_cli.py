@@ -250,7 +250,7 @@ def test_mask_undoes_a_drift(capsys, tmp_path, model):
     assert "of another aspect (5.9 %): stretched, as --no-align asks" in run_on(crop, "--no-align")
     # another scene
     text = run_on(scene(1, size))
-    assert "no drift could be told" in text and "perhaps the whole scene changed" in text
+    assert "no drift could be estimated" in text and "perhaps the whole scene changed" in text
     # the same picture in another colour space
     linear = Photo(source, LINEAR).with_picture(PIL.Image.fromarray(source)).array
     assert marked(run_on(linear, "--no-align", icc_profile=LINEAR)) == 0 < marked(run_on(linear, "--no-align"))
@@ -742,7 +742,7 @@ def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
     found = Photo.open(tmp_path / "o.png")
     assert code == 0 and found.array.dtype == np.uint16 and found.array.ndim == 2
     code, text, _ = run(capsys, "edit", source, "add a hat", "-o", tmp_path / "o.jpg", *options)
-    assert code == 0 and "note        JPEG encodes every pixel anew" in text
+    assert code == 0 and "note        JPEG encodes every pixel again" in text
 
 
 def test_places_are_tried_before_the_work(capsys, tmp_path, model, source):

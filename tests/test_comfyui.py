@@ -25,7 +25,7 @@ from specedit_kernels.sampling.grid import pack, unpack
 from specedit_kernels.sampling.layout import build_layout
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LEVELS = [1.0, 0.9, 0.8, 0.65, 0.5, 0.25, 0.0]
+SIGMAS = [1.0, 0.9, 0.8, 0.65, 0.5, 0.25, 0.0]
 COUNTS = (2, 2, 2)
 SIZE, GRID, TEXT = (96, 64), (6, 4), 5
 FURTHER_NOISE = 0x5EED
@@ -45,8 +45,8 @@ def comfy(monkeypatch):
 
 
 class Pipeline(SpecEditFluxKontextPipeline):
-    def _plain_levels(self, steps, tokens, sigmas):
-        return list(LEVELS)
+    def _plain_sigmas(self, steps, tokens, given):
+        return list(SIGMAS)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ class Edit:
 
     def found(self, callback=None, seed=7, **options):
         guider = self.guider()
-        return guider.sample(self.sampler(**options), self.noise, torch.tensor(LEVELS), seed, callback)
+        return guider.sample(self.sampler(**options), self.noise, torch.tensor(SIGMAS), seed, callback)
 
     def expected(self, mask=None, seed=7, **options):
         output = self.pipe(
@@ -140,12 +140,12 @@ def test_nothing_stays(comfy):
     edit = Edit(comfy)
     guider = edit.guider()
     weights = {name: x.clone() for name, x in edit.base.diffusion_model.state_dict().items()}
-    first = guider.sample(edit.sampler(), edit.noise, torch.tensor(LEVELS))
+    first = guider.sample(edit.sampler(), edit.noise, torch.tensor(SIGMAS))
     other = Edit(comfy)
     other.reference, other.image = other.reference.flip(-1), other.image.flip(2)
-    guider.sample(other.sampler(), edit.noise, torch.tensor(LEVELS))
+    guider.sample(other.sampler(), edit.noise, torch.tensor(SIGMAS))
     assert guider.model_options == {"transformer_options": {}}
-    assert torch.equal(guider.sample(edit.sampler(), edit.noise, torch.tensor(LEVELS)), first)
+    assert torch.equal(guider.sample(edit.sampler(), edit.noise, torch.tensor(SIGMAS)), first)
     after = edit.base.diffusion_model.state_dict()
     assert all(torch.equal(x, after[name]) for name, x in weights.items())
 
@@ -159,8 +159,8 @@ def test_other_wrappers_stay_in_use(comfy):
 
     guider = edit.guider()
     host.add_wrapper_with_key("diffusion_model", "another", wrapper, guider.model_options, is_model_options=True)
-    guider.sample(edit.sampler(mask=half_mask()), edit.noise, torch.tensor(LEVELS))
-    assert len(seen) == len(LEVELS) - 1
+    guider.sample(edit.sampler(mask=half_mask()), edit.noise, torch.tensor(SIGMAS))
+    assert len(seen) == len(SIGMAS) - 1
 
 
 def test_interrupted(comfy):
@@ -177,20 +177,20 @@ def test_interrupted(comfy):
 
 
 def test_progress_and_preview(comfy):
-    edit, told = Edit(comfy), []
-    out = edit.found(callback=lambda *args: told.append(args), mask=half_mask())
-    assert [index for index, *_ in told] == list(range(len(LEVELS) - 1))
-    assert all(x.shape == edit.noise.shape and total == len(LEVELS) - 1 for _, x, _, total in told)
-    torch.testing.assert_close(told[-1][1], out, rtol=0, atol=1e-5)
-    mixed = told[3][1]  # the source's latents nowhere, the edit's where the mask is
-    assert (mixed[..., :4, :4] - told[1][1][..., :4, :4]).abs().max() > 1e-3
-    assert torch.equal(mixed[..., 4:, :], told[1][1][..., 4:, :])
+    edit, seen_by_callback = Edit(comfy), []
+    out = edit.found(callback=lambda *args: seen_by_callback.append(args), mask=half_mask())
+    assert [index for index, *_ in seen_by_callback] == list(range(len(SIGMAS) - 1))
+    assert all(x.shape == edit.noise.shape and total == len(SIGMAS) - 1 for _, x, _, total in seen_by_callback)
+    torch.testing.assert_close(seen_by_callback[-1][1], out, rtol=0, atol=1e-5)
+    mixed = seen_by_callback[3][1]  # the source's latents nowhere, the edit's where the mask is
+    assert (mixed[..., :4, :4] - seen_by_callback[1][1][..., :4, :4]).abs().max() > 1e-3
+    assert torch.equal(mixed[..., 4:, :], seen_by_callback[1][1][..., 4:, :])
 
 
 def test_transformer_is_loaded_again_after_the_vae(comfy):
     edit = Edit(comfy)
     guider = edit.guider()
-    guider.sample(edit.sampler(threshold=0.02), edit.noise, torch.tensor(LEVELS))
+    guider.sample(edit.sampler(threshold=0.02), edit.noise, torch.tensor(SIGMAS))
     # the VAE reads the decoder's features; the transformer's next step comes behind them
     assert comfy.loaded == [[guider.model_patcher], ["the VAE"], ["the VAE"], ["the VAE"], [guider.model_patcher]]
 
@@ -206,15 +206,15 @@ def test_noise_mask_of_the_latent(comfy):
     edit = Edit(comfy)
     mask = torch.zeros(1, 16, SIZE[0] // 8, SIZE[1] // 8)
     mask[..., :4, :4] = 1
-    found = edit.guider().sample(edit.sampler(), edit.noise, torch.tensor(LEVELS), 7, denoise_mask=mask)
+    found = edit.guider().sample(edit.sampler(), edit.noise, torch.tensor(SIGMAS), 7, denoise_mask=mask)
     assert torch.equal(found, edit.found(mask=half_mask()))
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(levels=[0.8, 0.4, 0.2, 0.0]), "sigmas: expected to begin at 1"),
-        (dict(levels=[1.0, 0.5, 0.2]), "sigmas: expected falling noise levels down to 0"),
+        (dict(sigmas=[0.8, 0.4, 0.2, 0.0]), "sigmas: expected to begin at 1"),
+        (dict(sigmas=[1.0, 0.5, 0.2]), "sigmas: expected them to fall to 0"),
         (dict(noise=torch.zeros(1, 16, 12, 6)), "latent_image: expected sides in multiples of 32 pixels, got 48 x 96"),
         (dict(cond=("control", object())), "positive: ControlNet"),
         (dict(cond=("area", (1, 1, 0, 0))), "positive: areas"),
@@ -236,7 +236,7 @@ def test_refusals(comfy, change, message):
     cond["model_conds"].pop(change.get("gone"), None)
     with pytest.raises(ValueError, match=message):
         sampler = edit.sampler(mask=half_mask())
-        guider.sample(sampler, change.get("noise", edit.noise), torch.tensor(change.get("levels", LEVELS)))
+        guider.sample(sampler, change.get("noise", edit.noise), torch.tensor(change.get("sigmas", SIGMAS)))
 
 
 def test_foreign_model(comfy):
@@ -244,7 +244,7 @@ def test_foreign_model(comfy):
     guider = edit.guider()
     guider.inner_model.diffusion_model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"model: .* got Linear"):
-        guider.sample(edit.sampler(), edit.noise, torch.tensor(LEVELS))
+        guider.sample(edit.sampler(), edit.noise, torch.tensor(SIGMAS))
 
 
 def test_reference_places(comfy):
@@ -265,12 +265,12 @@ def layout_of(pictures, blocks, batch=1):
 def test_ids(comfy, kind, corner, text):
     pictures = Pictures((6, 4), ((6, 4), (2, 4)))
     model = getattr(comfy.model, kind)(None, None, None, "offset")
-    made = model.mixed_layout(None, pictures, layout_of(pictures, [1]), False, True, False)
+    made = model.mixed_layout(None, pictures, layout_of(pictures, [1]), True, False)
     ids = made.ids[0]
     row, column = corner
     assert ids[0].tolist() == [0, row, column] and ids[3].tolist() == [0, row + 1, column + 1]
     assert ids[4].tolist() == [0, row + 0.5, column + 2.5]  # a coarse token at its block's centre
-    assert ids[9].tolist() == [1, row, column]  # the condition lies on the target
+    assert ids[9].tolist() == [1, row, column]  # the condition has the target's position
     beside = (0.0, 4.0) if kind == "HostFlux" else (-1.0, 2.0)
     below = (6.0, 0.0) if kind == "HostFlux" else (5.0, -2.0)
     assert ids[18].tolist() == [1, *(beside if 2 + 6 > 4 + 4 else below)]
@@ -282,15 +282,15 @@ def test_qwen_ids_are_replaced_in_its_forward(comfy):
     pictures = Pictures((6, 4), ((6, 4),))
     given = []
 
-    def predict(x, level):
+    def predict(x, sigma):
         executor = host.Executor(transformer._forward, transformer, [model.wrapper])
         given.append(x.shape)
-        out = executor.execute(torch.cat([x, x]), level, torch.zeros(2, 3, 8), None, None, ["a reference"],
+        out = executor.execute(torch.cat([x, x]), sigma, torch.zeros(2, 3, 8), None, None, ["a reference"],
                                {"uuids": ["a", "b"]})  # fmt: skip
         return out[:1]
 
     model = comfy.model.HostQwen(transformer, None, predict)
-    layout = model.mixed_layout(None, pictures, layout_of(pictures, [1]), False, True, False)
+    layout = model.mixed_layout(None, pictures, layout_of(pictures, [1]), True, False)
     tokens = torch.randn(1, layout.slots, 64)
     velocity = model.velocity(Text(torch.zeros(1, 3, 8)), tokens, torch.tensor(500.0), layout)
     torch.testing.assert_close(velocity, (tokens - 2 * tokens) / 0.5)
@@ -312,7 +312,7 @@ def test_attention_of_two_branches(comfy):
     pictures, text = Pictures((6, 4), ((6, 4),)), 3
     order = layout_of(pictures, [1, 2], batch=2)
     model = comfy.model.HostFlux(None, None, None)
-    layout = model.mixed_layout(None, pictures, order, True, True, False)
+    layout = model.mixed_layout(None, pictures, order, True, False)
     q, k, v = attention_inputs(2, 2, text, layout.slots)
     for seen in (True, False):
         bias = torch.nn.functional.pad(layout.key_bias, (text, 0))
@@ -338,7 +338,7 @@ def test_attention_over_cached_keys(comfy):
     pictures, text = Pictures((6, 4), ((6, 4),)), 3
     order = layout_of(pictures, [1, 2], batch=2)
     model = comfy.model.HostFlux(None, None, None)
-    layout = model.mixed_layout(None, pictures, order, True, True, True)
+    layout = model.mixed_layout(None, pictures, order, True, True)
     first = model.active_layout(None, layout, 8)
     q, k, v = attention_inputs(2, 2, text, layout.slots)
     comfy.model.MixedAttention(layout, ["a", "b"], True)(None, q, k, v, 2, skip_reshape=True)
@@ -350,7 +350,7 @@ def test_attention_over_cached_keys(comfy):
     for names, rows in ((["a", "b"], slice(0, 4)), (["b"], slice(2, 4))):
         half = [x[rows] for x in (q2, k2, v2)]
         out = comfy.model.MixedAttention(first, names, True)(None, *half, 2, skip_reshape=True)
-        whole = comfy.model.MixedAttention(model.mixed_layout(None, pictures, order, True, True, False), names, True)(
+        whole = comfy.model.MixedAttention(model.mixed_layout(None, pictures, order, True, False), names, True)(
             None, torch.cat([q2[rows], q[rows, :, text + 8 :]], 2), k[rows], v[rows], 2, skip_reshape=True
         )
         used = fresh[rows]
@@ -359,7 +359,7 @@ def test_attention_over_cached_keys(comfy):
 
 def test_another_attention_is_the_hosts(comfy):
     pictures = Pictures((6, 4), ((6, 4),))
-    layout = comfy.model.HostFlux(None, None, None).mixed_layout(None, pictures, layout_of(pictures, [1]), False, True,
+    layout = comfy.model.HostFlux(None, None, None).mixed_layout(None, pictures, layout_of(pictures, [1]), True,
                                                                  False)  # fmt: skip
     attention = comfy.model.MixedAttention(layout, ["a"], True)
     q, k = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 4, 16)
@@ -418,7 +418,7 @@ def test_sample_gives_the_mask(comfy):
         .args
     )
     assert sampler.config == SpecEditConfig(quality="paper", finish="locked", kv_refresh=2)
-    sigmas = torch.tensor(LEVELS)
+    sigmas = torch.tensor(SIGMAS)
     latent, mask, stats = nodes["SpecEditSample"].execute(edit.noise, edit.guider(), sampler, sigmas,
                                                           {"samples": edit.noise}).args  # fmt: skip
     assert mask.shape == (1, *SIZE) and torch.equal(mask, half_mask())
@@ -469,8 +469,8 @@ def test_stages_say_what_they_lack(comfy):
     edit = Edit(comfy)
     for config, message in (
         (SpecEditConfig(stages=(0, 4, 2), **PAPER), "counts: expected a coarse step"),
-        (SpecEditConfig(stages=COUNTS, draft="quarter", **PAPER), "draft_levels: expected those"),
+        (SpecEditConfig(stages=COUNTS, draft="quarter", **PAPER), "draft_sigmas: expected those"),
     ):
         sampler = comfy.sampler.SpecEditSampler(config, edit.vae, edit.image)
         with pytest.raises(ValueError, match=message):
-            edit.guider().sample(sampler, edit.noise, torch.tensor(LEVELS))
+            edit.guider().sample(sampler, edit.noise, torch.tensor(SIGMAS))

@@ -27,7 +27,7 @@ def touched(region, size, working, feather):
     y = (np.arange(height) + 0.5) * h / height
     x = (np.arange(width) + 0.5) * w / width
     cells = region[(y * region.shape[0] / h).astype(int)][:, (x * region.shape[1] / w).astype(int)]
-    # the working size's pixels in the region, all that lie within the feather and a pixel of bilinear reach
+    # the working size's pixels in the region, all within the feather and a pixel of bilinear reach
     ry, rx = np.nonzero(edit_weight(region, working, 0).numpy() > 0)
     reach = feather + 1
     near = np.zeros((height, width), bool)

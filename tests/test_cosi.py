@@ -70,28 +70,28 @@ def test_losses_are_their_formulas():
 
 def test_a_teacher_that_knows_the_picture_tells_the_noise():
     clean, noise = normal(*SHAPE), normal(*SHAPE, seed=1)
-    for level in (0.1, 0.7):
-        at = torch.tensor(level)
+    for sigma in (0.1, 0.7):
+        at = torch.tensor(sigma)
         state = (1 - at) * clean + at * noise
         torch.testing.assert_close(teacher_noise(state, noise - clean, at), noise)
         # off by an error of the picture: w(t) = t^2 makes (1 - t)^2 of its square
         wrong = clean + 0.5
-        told = teacher_noise(state, (state - wrong) / at, at)
-        assert math.isclose(teacher_loss(noise, told, at), (1 - level) ** 2 * 0.25, rel_tol=1e-4)
-    told = noise.clone().requires_grad_()
-    teacher_loss(noise.requires_grad_(), told, torch.tensor(0.5)).backward()
-    assert told.grad is None and noise.grad is not None
+        predicted_noise = teacher_noise(state, (state - wrong) / at, at)
+        assert math.isclose(teacher_loss(noise, predicted_noise, at), (1 - sigma) ** 2 * 0.25, rel_tol=1e-4)
+    predicted_noise = noise.clone().requires_grad_()
+    teacher_loss(noise.requires_grad_(), predicted_noise, torch.tensor(0.5)).backward()
+    assert predicted_noise.grad is None and noise.grad is not None
 
 
 def test_completed_noise_has_unit_variance():
     white = normal(2, 16, 64, 64)
-    told = torch.cat([normal(1, 16, 64, 64, seed=1) * 0.6, torch.zeros(1, 16, 64, 64)])
-    out = complete_noise(told, white)
+    predicted_noise = torch.cat([normal(1, 16, 64, 64, seed=1) * 0.6, torch.zeros(1, 16, 64, 64)])
+    out = complete_noise(predicted_noise, white)
     assert torch.allclose(out.square().mean(dim=(1, 2, 3)), torch.ones(2), atol=0.02)
     torch.testing.assert_close(out[1], white[1])
-    told = torch.full((1, 16, 4, 4), 2.0, requires_grad=True)  # tells more than all
-    complete_noise(told, normal(1, 16, 4, 4)).sum().backward()
-    assert told.grad.isfinite().all()
+    predicted_noise = torch.full((1, 16, 4, 4), 2.0, requires_grad=True)  # tells more than all
+    complete_noise(predicted_noise, normal(1, 16, 4, 4)).sum().backward()
+    assert predicted_noise.grad.isfinite().all()
 
 
 def test_generation_and_inversion_are_one_step_of_the_model(pipe):
@@ -103,8 +103,8 @@ def test_generation_and_inversion_are_one_step_of_the_model(pipe):
         calls.append((float(t), tokens.shape[1])) or velocity(text, tokens, t, layout)
     )
     with torch.no_grad():
-        clean, told = predict_clean(model, text, noise, [source]), predict_noise(model, text, source)
-    assert calls == [(1000.0, 32), (0.0, 16)] and clean.shape == told.shape == noise.shape
+        clean, predicted_noise = predict_clean(model, text, noise, [source]), predict_noise(model, text, source)
+    assert calls == [(1000.0, 32), (0.0, 16)] and clean.shape == predicted_noise.shape == noise.shape
     model.velocity = lambda text, tokens, t, layout: torch.ones_like(tokens)
     assert torch.equal(predict_clean(model, text, noise, [source]), noise - 1)
     assert torch.equal(predict_noise(model, text, source), source + 1)
@@ -130,24 +130,24 @@ def test_answer_loss_is_its_formula_and_prefers_one_of_two_answers_to_their_mean
 
 def test_matching_moves_the_pictures_by_the_difference_of_the_two_models(pipe):
     made, noise = normal(*SHAPE).requires_grad_(), normal(*SHAPE, seed=1)
-    source, level, weight = normal(*SHAPE, seed=2), torch.tensor([0.3, 0.8]), torch.ones(2, 1, 8, 8)
+    source, sigma, weight = normal(*SHAPE, seed=2), torch.tensor([0.3, 0.8]), torch.ones(2, 1, 8, 8)
     weight[:, :, :4] = 3.0
     teacher, second = flux(pipe), flux(pipe)
     bias = torch.tensor(0.5, requires_grad=True)
     teacher.velocity = lambda text, tokens, t, layout: 0.2 * tokens
     second.velocity = lambda text, tokens, t, layout: 0.2 * tokens + bias
-    loss, told = matching_loss(teacher, second, flux_text(), made, [source], noise, level, weight)
-    at, clean = level.view(2, 1, 1, 1), made.detach()
+    loss, second_loss = matching_loss(teacher, second, flux_text(), made, [source], noise, sigma, weight)
+    at, clean = sigma.view(2, 1, 1, 1), made.detach()
     state = (1 - at) * clean + at * noise
     real = state - at * 0.2 * state
     scale = ((clean - real).abs() * weight).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * 16)
     [slope] = torch.autograd.grad(loss, made, retain_graph=True)
-    # z of the second model lies 0.5 level below the teacher's
+    # z of the second model is 0.5 sigma below the teacher's
     expected = -0.5 * at / scale.view(2, 1, 1, 1) * weight / (weight.sum() * 16)
     torch.testing.assert_close(slope, expected.expand_as(slope))
     flow = ((noise - clean - 0.2 * state - 0.5).square() * weight).sum() / (weight.sum() * 16)
-    torch.testing.assert_close(told, flow)
-    told.backward()
+    torch.testing.assert_close(second_loss, flow)
+    second_loss.backward()
     assert bias.grad is not None and made.grad is None
 
 

@@ -72,7 +72,7 @@ def relied_on():
         "torch has hooks for all modules": all(
             hasattr(torch.nn.modules.module, n) for n in ("_global_forward_hooks", "_global_forward_pre_hooks")
         ),
-        "hooks of torch lie in two dictionaries": layer._forward_hooks == layer._forward_pre_hooks == {},
+        "hooks of torch are in two dictionaries": layer._forward_hooks == layer._forward_pre_hooks == {},
         "the schedule's shift takes five numbers": list(inspect.signature(calculate_shift).parameters)[1:]
         == ["base_seq_len", "max_seq_len", "base_shift", "max_shift"],
         "timesteps are set from sigmas": "sigmas" in inspect.signature(retrieve_timesteps).parameters,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture files: nothing of theirs is lost, damage is told in one line, a write is whole or not at all."""
+"""Picture files: nothing of theirs is lost, damage is said in one line, a write is whole or not at all."""
 
 import io
 import itertools
@@ -106,7 +106,7 @@ def test_what_a_format_does_not_hold_is_said(tmp_path):
     photo = Photo(picture(4, np.uint16), SRGB, exif().tobytes())
     notes = photo.save(tmp_path / "a.jpg")
     assert [n.split(":")[0] for n in notes[:2]] == ["JPEG holds 8 bits a channel", "JPEG holds no alpha"]
-    assert "encodes every pixel anew" in notes[2]
+    assert "encodes every pixel again" in notes[2]
     found = Photo.open(tmp_path / "a.jpg")
     assert found.profile == SRGB and told(found.exif) == told(photo.exif) and found.array.shape == (5, 7, 3)
     assert "BMP holds no colour profile and no metadata" in Photo(picture(3), SRGB).save(tmp_path / "a.bmp")[0]

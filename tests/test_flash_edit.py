@@ -24,8 +24,9 @@ from specedit_kernels import (
     SpecEditQwenImageEditPlusPipeline,
 )
 from specedit_kernels.cli import main
-from specedit_kernels.engine.attention import AttentionLayout, joint_attention, over_another_text
+from specedit_kernels.engine.attention import joint_attention
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.engine.sequence import MixedSequence, StepLayout
 from specedit_kernels.flash_edit import stages as flash_stages
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
 from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER
@@ -100,50 +101,63 @@ BLOCK = SimpleNamespace(kept=None, watch=None)  # stands for a block's processor
 def sequence(seed=0, text=5, image=12, heads=2, dim=16, batch=2):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, text + image, heads, dim, generator=generator) for _ in range(3))
-    angle = torch.rand(batch, text + image, dim // 2, generator=generator).repeat_interleave(2, dim=-1)
-    return (q, k, v), AttentionLayout(angle.cos(), angle.sin(), None, None)
+    angle = torch.rand(batch, text + image, dim // 2, generator=generator)
+    return (q, k, v), MixedSequence(text, angle.cos(), angle.sin())
+
+
+def attention(qkv, sequence):
+    return joint_attention(BLOCK, None, qkv, StepLayout(sequence))
 
 
 def test_text_that_all_regions_see_is_dense_attention():
-    qkv, layout = sequence()
+    qkv, dense = sequence()
     bias = torch.cat([torch.zeros(2, 5), torch.randn(2, 12, generator=seeded())], dim=1)
-    layout = replace(layout, key_bias=bias, lengths=torch.tensor([17, 14]).int())
+    used = torch.tensor([17, 14]).int()
+    dense = replace(dense, key_bias=bias, queries=used, keys=used)
     region = torch.arange(12).remainder(2).int().expand(2, 12)
-    sparse = replace(layout, region=region, text_mask=torch.ones(2, 2, 5, dtype=torch.bool))
-    got, expected = (joint_attention(BLOCK, None, qkv, x) for x in (sparse, layout))
+    sparse = replace(dense, region=region, text_mask=torch.ones(2, 2, 5, dtype=torch.bool))
+    got, expected = (attention(qkv, x) for x in (sparse, dense))
     for i, length in enumerate((17, 14)):
         torch.testing.assert_close(got[i, :length], expected[i, :length], atol=2e-6, rtol=1e-5)
 
 
 def test_a_region_does_not_see_the_text_that_is_taken_from_it():
-    (q, k, v), layout = sequence()
+    (q, k, v), dense = sequence()
     mask = torch.ones(2, 2, 5, dtype=torch.bool)
     mask[:, 0, 3] = False
     region = (torch.arange(12) >= 8).int().expand(2, 12)
-    sparse = replace(layout, region=region, text_mask=mask)
-    before = joint_attention(BLOCK, None, (q, k, v), sparse)
+    sparse = replace(dense, region=region, text_mask=mask)
+    before = attention((q, k, v), sparse)
     v = v.clone()
     v[:, 3] += 1
-    changed = (joint_attention(BLOCK, None, (q, k, v), sparse) - before).abs().amax(dim=(0, 2)) > 1e-4
+    changed = (attention((q, k, v), sparse) - before).abs().amax(dim=(0, 2)) > 1e-4
     assert changed.tolist() == [True] * 5 + [False] * 8 + [True] * 4
 
 
-def test_shielded_slots_keep_the_keys_and_values_of_the_cache():
-    (q, k, v), layout = sequence()
-    layout = replace(layout, cache=KVCache())
-    joint_attention(BLOCK, None, (q, k, v), layout)
-    kept = [x.clone() for x in BLOCK.kept]
-    # a call with 3 text slots in place of 5, and of 12 image slots the first 6, of which sample 1 owns 4
-    own = torch.arange(6) < torch.tensor([[6], [4]])
-    part = replace(layout, cos=layout.cos[:, 2:], sin=layout.sin[:, 2:], cached_text=5, own=own).of_first(3, 6)
-    fresh = [x[:, 2:11] + 1 for x in (q, k, v)]
-    keys, values = (over_another_text(old, new, part) for old, new in zip(kept, fresh[1:]))
-    for old, new, found in zip(kept, fresh[1:], (keys, values)):
-        for i, count in enumerate((6, 4)):
-            expected = torch.cat([new[i, : 3 + count], old[i, 5 + count :]])
-            assert torch.equal(found[i], expected)
-    out = joint_attention(BLOCK, None, tuple(fresh), part)
-    assert out.shape == (2, 9, 32) and all(torch.equal(a, b) for a, b in zip(kept, BLOCK.kept))
+@pytest.mark.parametrize("lengths", [(5, 3), (3, 5)])
+def test_shielded_slots_keep_the_keys_and_values_of_the_source(lengths):
+    """Two texts of different lengths; of 12 image slots the edit has the first 6, of which sample 1 owns 4."""
+    (source, edit), longest = lengths, max(lengths)
+    (q, k, v), whole = sequence(text=longest)
+    block, cache = SimpleNamespace(kept=None, watch=None), KVCache(rows=longest + 12)
+
+    def layout_of(text):
+        at = longest - text
+        used = torch.full((2,), text + 12, dtype=torch.int32)
+        rows = torch.arange(at, longest + 12, dtype=torch.int32).expand(2, -1)
+        changes = dict(text=text, cos=whole.cos[:, at:], sin=whole.sin[:, at:], queries=used, keys=used, rows=rows)
+        return StepLayout(replace(whole, span=(at, longest + 12), **changes), torch.tensor([6, 4]).int() + text, cache)
+
+    of_source, of_edit = (tuple(x[:, longest - n :] + i for x in (q, k, v)) for i, n in enumerate(lengths))
+    joint_attention(block, None, of_source, layout_of(source))
+    got = joint_attention(block, None, tuple(x[:, : edit + 6] for x in of_edit), layout_of(edit).active(edit, 6))
+    for i, count in enumerate((6, 4)):
+        # without a cache: the edit's text and own slots before the source's others
+        parts = (torch.cat([a[i, : edit + count], b[i, source + count :]])[None] for a, b in zip(of_edit, of_source))
+        at = longest - edit
+        alone = replace(whole, text=edit, cos=whole.cos[i : i + 1, at:], sin=whole.sin[i : i + 1, at:])
+        expected = attention(tuple(parts), alone)[0, : edit + count]
+        torch.testing.assert_close(got[i, : edit + count], expected, atol=2e-6, rtol=1e-5)
 
 
 def test_the_watched_mass_is_the_softmax_weight(pipe):

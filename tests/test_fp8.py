@@ -82,7 +82,7 @@ def round_blocks(*lists):
 
 
 def assert_close(got, expected, plain):
-    """Equal but for numbers that lie between two of e4m3's and fall to either side; far nearer than to plain ones."""
+    """Equal but for numbers halfway between two of e4m3's, rounded to either; far nearer than to plain ones."""
     error, distance = (got - expected).norm(), (got - plain).norm()
     assert error < 0.2 * distance and distance < 0.2 * plain.norm()
 

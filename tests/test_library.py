@@ -155,7 +155,7 @@ def test_outputs_that_lie_on_themselves_are_refused(backend, call, name, argumen
     ):
         args = list(clone(good))
         args[i], before = bad, clone(args)
-        with pytest.raises(ValueError, match=f"{name}: {argument}: expected a tensor whose elements do not lie on"):
+        with pytest.raises(ValueError, match=f"{name}: {argument}: expected a tensor whose elements do not overlap in"):
             op(*args, **kwargs)
         assert all(torch.equal(a, b) for j, (a, b) in enumerate(zip(args, before))
                    if isinstance(a, torch.Tensor) and j != i)  # fmt: skip

@@ -519,7 +519,7 @@ def test_full_size(backend, poison, random, device, queries, keys, dim, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_feature_at_sizes_that_are_cut_into_parts(backend, poison, random, integers, device, dim, dtype):
-    """Tiles in whole rounds, tiles cut along their keys, empty parts, a tile with 64 rows or fewer: all at once."""
+    """Tiles in whole waves, tiles cut along their keys, empty parts, a tile with 64 rows or fewer: all at once."""
     q, k, v = qkv(random, device, 3, 700, 3000, 12, dim, 4, dtype=dtype)
     bias = random(3, 3000, device=device) * 2
     bias[:, ::5], bias[0, 400:1500] = -INF, math.log(4)
@@ -615,7 +615,7 @@ def test_what_the_cuda_kernel_leaves_to_triton(change, words):
 
 @pytest.mark.gpu  # more than 2^31 elements need a GPU
 def test_offsets_past_32_bits(backend, device):
-    """The last batch element's rows lie more than 2^31 elements from the first."""
+    """The last batch element's rows are more than 2^31 elements from the first."""
     if backend == "reference":
         pytest.skip("the reference has no offsets of its own")
     rows = (2**31) // (24 * 128) + 200

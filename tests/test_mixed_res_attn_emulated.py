@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 # None, the producer of K and V, that of the biases, one of a consumer.
 SLOW_WARPS = (-1, 0, 1, 4)
 CASES = (
-    "one_tile", "few_rows_d64", "rounds", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs",
+    "one_tile", "few_rows_d64", "waves", "parts", "lengths", "lengths_0", "packed", "jumps", "stairs",
     "stairs_of_one_tile", "late",
     "far_scores", "far_scores_kv_index", "far_scores_q_index", "masks", "masks_bf16", "masks_kv_index", "shares",
     "shares_of_lengths", "parts_of_lengths", "many_sharers", "scatter", "kv_index", "kv_index_parts", "kv_index_d64",
@@ -89,7 +89,7 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
     [
         # Biases are overwritten before they were used.
         ("producer_bias", "sm90::mbarrier_wait(&s.k_empty[pipe.stage], pipe.phase ^ 1);\n      __syncwarp();", "",
-         "rounds", 4),
+         "waves", 4),
         # The bias of the neighbouring key.
         ("producer_bias", "columns[i * 32 + lane] = bias_columns_of", "columns[(i * 32 + lane) ^ 1] = bias_columns_of",
          "one_tile", -1),

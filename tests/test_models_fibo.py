@@ -70,6 +70,7 @@ def options(guided=True, pictures=1, **changes):
                 height=128, width=128, **changes)  # fmt: skip
 
 
+@pytest.mark.proves("eager", "several references", "true guidance", model="FIBO-Edit")
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("guided", [False, True])
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided, pictures):
@@ -98,6 +99,7 @@ def test_nothing_selected_returns_the_source(guided):
     proofs.the_rest_is_the_sources(pair()[1], **options(guided, 2))
 
 
+@pytest.mark.proves("batch", model="FIBO-Edit")
 @pytest.mark.parametrize("guided", [False, True])
 def test_batches_are_their_singles(guided):
     words = ["make the cat blue", "remove a red hat"]
@@ -118,6 +120,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others, padded):
     proofs.mixed_is_dense(pair()[1], FiboText(embeds, layers, mask, torch.zeros(12, 3)), (8, 8), others, fused=False)
 
 
+@pytest.mark.proves("LoRA", model="FIBO-Edit")
 def test_lora_of_the_pipelines_own_loader():
     pytest.importorskip("peft")
     plain = tiny_fibo()

@@ -41,8 +41,7 @@ class TinyProcessor:
         return [[1, 2]]
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch, one_thread):
+def without_encoder(patch):
     """In place of the vision encoder: a text that depends on the prompt, words about each picture's vision tokens, one
     for 32 x 32 pixels, and padding behind the shorter prompt of a batch."""
 
@@ -60,7 +59,12 @@ def small(monkeypatch, one_thread):
         pad = torch.tensor(slots + [False] * (max(lengths) - len(slots)))
         return embeds, mask, pad.expand(len(prompt), -1)
 
-    monkeypatch.setattr(QwenImage21Pipeline, "_get_qwen_prompt_embeds", encode)
+    patch.setattr(QwenImage21Pipeline, "_get_qwen_prompt_embeds", encode)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, one_thread):
+    without_encoder(monkeypatch)
 
 
 def tiny_qwen21(seed=0):
@@ -96,6 +100,7 @@ def options(guided=False, pictures=1, **changes):
     return found | dict(negative_prompt="red", true_cfg_scale=3.0) if guided else found
 
 
+@pytest.mark.proves("eager", "several references", "true guidance", model="Qwen-Image-2.1")
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("guided", [False, True])
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided, pictures):
@@ -117,6 +122,7 @@ def test_nothing_selected_returns_the_source(guided):
     proofs.the_rest_is_the_sources(pair()[1], **options(guided, 2))
 
 
+@pytest.mark.proves("batch", model="Qwen-Image-2.1")
 @pytest.mark.parametrize("guided", [False, True])
 def test_batches_are_their_singles(guided):
     # of one length: the stock pipeline places the target behind the padding of a shorter text, and so does this
@@ -152,7 +158,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_picture(padded):
         whole = lambda: model.velocity(text, target, conditioning, model.dense_layout(text, pictures, (grid,)))  # noqa: E731
         expected = whole() if whole_first else None
         for cached in (False, True):
-            made = model.mixed_layout(text, pictures, layout, padded=False, key_bias=True, cached=cached)
+            made = model.mixed_layout(text, pictures, layout, key_bias=True, cached=cached)
             found.append(model.velocity(text, target[:, layout.index[0].long()], conditioning, made))
         expected = whole() if expected is None else expected
         for got in found:
@@ -180,6 +186,7 @@ def test_a_coarse_target_is_the_stock_forward_on_that_size():
             assert torch.allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.proves("LoRA", model="Qwen-Image-2.1")
 def test_lora_of_the_pipelines_own_loader():
     pytest.importorskip("peft")
     plain = tiny_qwen21()

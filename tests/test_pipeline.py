@@ -24,13 +24,9 @@ from specedit_kernels import (
     enable_specedit,
 )
 from specedit_kernels.engine import pipeline, stages
-from specedit_kernels.engine.attention import (
-    AttentionLayout,
-    SpecEditAttnProcessor,
-    joint_attention,
-    wrap_processors,
-)
+from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, wrap_processors
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.engine.sequence import MixedSequence, StepLayout
 from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,8 +135,8 @@ def make_run(pipe, config, mask, batch=1, image_seed=0, generator=None):
     class Caught(Exception):
         pass
 
-    def catch(run, counts, levels, user_mask):
-        caught.update(run=run, counts=counts, levels=levels, mask=user_mask)
+    def catch(run, counts, sigmas, user_mask):
+        caught.update(run=run, counts=counts, sigmas=sigmas, mask=user_mask)
         raise Caught
 
     pipe._run = catch
@@ -151,7 +147,7 @@ def make_run(pipe, config, mask, batch=1, image_seed=0, generator=None):
             pipe(generator=generator or [seeded(i) for i in range(batch)], **options)
     finally:
         del pipe._run
-    return caught["run"], caught["counts"], caught["levels"], caught["mask"]
+    return caught["run"], caught["counts"], caught["sigmas"], caught["mask"]
 
 
 @torch.no_grad()
@@ -323,7 +319,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         return state
 
     def velocity(run, tokens, conditioning, found, first=None, guided=True):
-        level = conditioning[0] / 1000
+        sigma = conditioning[0] / 1000
         clean = [target, grids.pool(target), grids.pool(grids.pool(target))]
         if found[0].attention is None:
             clean = next(grids.pack(c) for c in clean if 2 * grids.pack(c).shape[1] == tokens.shape[1])
@@ -331,7 +327,7 @@ def test_an_ideal_model_gives_its_picture(pipe, monkeypatch, finish, unselected,
         else:
             table = torch.cat([grids.pack(clean[0]), grids.pack(clean[1]), torch.zeros(1, 80, 64)], dim=1)
             clean = table[:, layouts[-1].index[0].clamp(min=0).long()]
-        return ((tokens - clean) / level)[:, :first]
+        return ((tokens - clean) / sigma)[:, :first]
 
     monkeypatch.setattr(stages, "expand", expand)
     monkeypatch.setattr(stages.Run, "velocity", velocity)
@@ -372,14 +368,14 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
     begun, ended = {}, {}
     real_steps, real_finish = stages.dense_steps, stages.finish_full
 
-    def dense_steps(run, state, levels, condition, stage, **options):
+    def dense_steps(run, state, sigmas, condition, stage, **options):
         if stage == "full":
-            begun.update(state=state, level=levels[0])
-        return real_steps(run, state, levels, condition, stage, **options)
+            begun.update(state=state, sigma=sigmas[0])
+        return real_steps(run, state, sigmas, condition, stage, **options)
 
-    def finish_full(run, state, level, levels, selection):
-        ended.update(run=run, state=state, level=level, active=selection.active)
-        return real_finish(run, state, level, levels, selection)
+    def finish_full(run, state, sigma, sigmas, selection):
+        ended.update(run=run, state=state, sigma=sigma, active=selection.active)
+        return real_finish(run, state, sigma, sigmas, selection)
 
     monkeypatch.setattr(stages, "dense_steps", dense_steps)
     monkeypatch.setattr(stages, "finish_full", finish_full)
@@ -389,10 +385,10 @@ def test_what_was_not_selected_when_the_full_steps_begin(pipe, monkeypatch, unse
         specedit=paper(stages=(2, 3, 2), unselected=unselected),
         **call_options(image=[tiny_image(seed=0), tiny_image(seed=1)], prompt=["make the cat blue", "add a hat"]),
     )
-    run, level, at = ended["run"], begun["level"], ended["level"]
-    assert 0 < at < level < 1
+    run, sigma, at = ended["run"], begun["sigma"], ended["sigma"]
+    assert 0 < at < sigma < 1
     inside = stages.on_pixels(ended["active"], GRID, 2).expand_as(run.source)
-    same = begun["state"] == (1 - level) * run.source + level * run.noise
+    same = begun["state"] == (1 - sigma) * run.source + sigma * run.noise
     assert not same[inside].any()
     assert same[~inside].all() if unselected == "source" else not same[~inside].all()
     # the coarse tokens that were in the sequence kept to the source's path in the mixed steps
@@ -485,7 +481,7 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, mas
         at = torch.tensor(700.0)
         whole = run.velocity(state.tokens, at, state.layouts)
         active = run.velocity(state.tokens[:, : state.first], at, state.active_layouts)
-        used = torch.arange(state.first)[None] < torch.tensor(state.lengths)[:, None]
+        used = torch.arange(state.first)[None] < torch.tensor(state.fine)[:, None]  # each sample's own
         assert torch.allclose(active[used], whole[:, : state.first][used], atol=1e-5)
         if lock_text:
             again = run.velocity(state.tokens, at, state.locked_layouts)
@@ -508,26 +504,29 @@ def test_a_draft_without_guidance_is_the_unguided_one_and_counts_half(pipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [None, [12, 7]])
+@pytest.mark.parametrize("lengths", [[12, 12], [12, 7]])
 def test_cached_keys_are_the_old_ones_but_for_those_brought_anew(lengths):
     def tokens(slots):
         return tuple(torch.randn(2, slots, 2, 16) * 3 for _ in range(3))
 
     torch.manual_seed(0)
-    angle = torch.randn(2, 12, 16)
-    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    layout = AttentionLayout(angle.cos(), angle.sin(), torch.randn(2, 12), lengths, cache=KVCache())
+    angle = torch.randn(2, 12, 8)
+    lengths, fresh = (torch.tensor(x, dtype=torch.int32) for x in (lengths, [8, 6]))
+    sequence = MixedSequence(3, angle.cos(), angle.sin(), torch.randn(2, 12), lengths, lengths)
+    layout = StepLayout(sequence, fresh, KVCache())
     text, image = tokens(3), tokens(9)
     block = SimpleNamespace(kept=None, watch=None)
     joint_attention(block, text, image, layout)
     text, moved = tokens(3), tokens(5)
-    got = joint_attention(block, text, moved, layout.of_first(3, 5))
-    # the same over fresh first slots and the old others, written out
-    old = (torch.cat([a, b[:, 5:]], dim=1) for a, b in zip(moved, image))
+    got = joint_attention(block, text, moved, layout.active(3, 5))
+    # the same over each sample's own fresh slots and the old others, written out
+    own = (torch.arange(5) < fresh[:, None] - 3)[..., None, None]
+    old = (torch.cat([torch.where(own, a, b[:, :5]), b[:, 5:]], dim=1) for a, b in zip(moved, image))
     expected = joint_attention(block, text, tuple(old), replace(layout, cache=None))[:, :8]
-    assert torch.allclose(got, expected, atol=1e-5)
+    for i, count in enumerate((8, 6)):
+        assert torch.allclose(got[i, :count], expected[i, :count], atol=1e-5)
     # and the next such call finds them renewed
-    again = joint_attention(block, text, moved, layout.of_first(3, 5))
+    again = joint_attention(block, text, moved, layout.active(3, 5))
     assert torch.equal(again, got)
 
 

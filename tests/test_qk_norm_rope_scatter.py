@@ -119,7 +119,7 @@ def test_two_sets_of_weights_are_two_calls(backend, poison, random, device, spli
 
 
 def test_strides(backend, poison, random, device):
-    """Views of one projection, of longer buffers and of tables in diffusers' two forms are read where they lie."""
+    """Views of one projection, of longer buffers and of tables in diffusers' two forms are read without a copy."""
     joint = random(2, 9, 8 * 16, dtype=torch.bfloat16, device=device)
     q, k, v = (x.unflatten(-1, (-1, 16)) for x in joint.split((64, 32, 32), dim=-1))
     buffers = random(2, 30, 2, 2, 20, dtype=torch.bfloat16, device=device)

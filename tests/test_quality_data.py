@@ -2,6 +2,7 @@
 """The generator of edits, its tokenizers and the judge's geometry, without any trained weight."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def scenes(quality_on_path):
 @pytest.fixture(scope="module")
 def renderer(scenes):
     return scenes.Renderer("cpu")
+
+
+@pytest.mark.parametrize("path", sorted(QUALITY.glob("*.py")), ids=lambda path: path.stem)
+def test_public_names_alone_are_imported(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\bspecedit_kernels(\.\w+)*\.(engine\b|_(?!_))", text), "expected public names alone"
+    assert "sys.path" not in text
 
 
 def draw(scenes, n, seed=0, **kwargs):

@@ -4,6 +4,7 @@
 import functools
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -235,7 +236,7 @@ def make_run(pipe, config, mask=None, **changes):
     class Caught(Exception):
         pass
 
-    def catch(run, counts, levels, user_mask):
+    def catch(run, counts, sigmas, user_mask):
         caught.append(run)
         raise Caught
 
@@ -248,12 +249,12 @@ def make_run(pipe, config, mask=None, **changes):
     return caught[0]
 
 
-def mixed_state(run, count, level=0.7):
+def mixed_state(run, count, sigma=0.7):
     """The mixed sequence with the first `count` of 16 blocks active."""
     blocks = (torch.arange(16) < count)[None].expand(run.batch, 16)
     selection = stages.select(run, grids.from_blocks(blocks, run.grid).float(), 0.5, 0)
     fine = torch.randn(run.source.shape, generator=seeded())
-    return fine, stages.expand(run, fine, torch.randn(run.batch, 16, 8, 8), level, selection)
+    return fine, stages.expand(run, fine, torch.randn(run.batch, 16, 8, 8), sigma, selection)
 
 
 @torch.no_grad()
@@ -329,14 +330,15 @@ def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
     at = torch.tensor(700.0)
     base = run.velocity(state.tokens, at, state.layouts)
     layout = state.layouts[0]
+    sequence = layout.attention.sequence
 
     def change(**fields):
-        changed = qwen_model.QwenLayout(layout.shapes, type(layout.attention)(**{**vars(layout.attention), **fields}))
+        changed = replace(layout, attention=replace(layout.attention, sequence=replace(sequence, **fields)))
         return (run.velocity(state.tokens, at, [changed]) - base).abs().max()
 
-    assert change(modulate=torch.zeros_like(layout.attention.modulate)) > 1e-4
-    assert change(cos=layout.attention.cos.flip(1), sin=layout.attention.sin.flip(1)) > 1e-4
-    bias = layout.attention.key_bias
+    assert change(modulate=torch.zeros_like(sequence.modulate)) > 1e-4
+    assert change(cos=sequence.cos.flip(1), sin=sequence.sin.flip(1)) > 1e-4
+    bias = sequence.key_bias
     assert bias[0, :12].isinf().tolist() == [False] * 9 + [True] * 3  # three padded text tokens
     assert change(key_bias=bias.nan_to_num(neginf=0.0)) > 1e-4
     assert change() == 0
@@ -347,9 +349,8 @@ def test_timestep_positions_and_mask_of_a_mixed_sequence_matter(plus):
 
 def tables(pipe, run, count=6):
     _, state = mixed_state(run, count)
-    return state, torch.complex(
-        *(x[0, :, ::2] for x in (state.layouts[0].attention.cos, state.layouts[0].attention.sin))
-    )
+    sequence = state.layouts[0].attention.sequence
+    return state, torch.complex(sequence.cos[0], sequence.sin[0])
 
 
 @torch.no_grad()
@@ -371,7 +372,7 @@ def test_positions_of_a_mixed_sequence_are_those_of_the_full_layout(plus):
         y, x = 2 * (block // (columns // 2)), 2 * (block % (columns // 2))
         four = [first + (y + i) * columns + x + j for i in (0, 1) for j in (0, 1)]
         assert torch.allclose(got[12 + slot] ** 4, image[four].prod(dim=0), atol=1e-5)
-    middle = state.layouts[0].attention.modulate[0]
+    middle = state.layouts[0].attention.sequence.modulate[0]
     targets = int(state.layout.target_lengths)
     assert targets == 6 * 4 + 10 and (middle[:targets] == 0).all() and (middle[targets:] == 1).all()
 
@@ -595,8 +596,8 @@ def test_presets_and_schedule_of_distilled_weights(preset, counts):
     # a shift of 3 at every size, down to 3 / (n + 2) before the last step
     steps = np.linspace(1.0, 1 / preset, preset)
     for tokens in (64, 4096):
-        levels = pipe._plain_levels(preset, tokens, None)
-        assert np.allclose(levels, [*(3 * steps / (1 + 2 * steps)), 0.0], atol=1e-6)
+        sigmas = pipe._plain_sigmas(preset, tokens, None)
+        assert np.allclose(sigmas, [*(3 * steps / (1 + 2 * steps)), 0.0], atol=1e-6)
     call = options(image=tiny_image(), mask_image=half_mask(3), true_cfg_scale=1.0)
     out = pipe(generator=seeded(), specedit=paper(preset=preset), **call)
     stages_of = [s.stage for s in out.stats.steps]
@@ -607,8 +608,8 @@ def test_presets_and_schedule_of_distilled_weights(preset, counts):
     assert torch.equal(pipe(generator=seeded(), specedit=everything, **call).images, expected)
 
 
-def test_a_draft_of_one_step_has_a_level(edit):
-    assert edit._plain_levels(1, 4, None) == [1.0, 0.0]
+def test_a_draft_of_one_step_has_a_sigma(edit):
+    assert edit._plain_sigmas(1, 4, None) == [1.0, 0.0]
     config = paper(stages=(0, 2, 1), draft="quarter", draft_steps=1)
     scores = edit(image=tiny_image(), generator=seeded(), specedit=config, **options()).scores
     assert scores.isfinite().all()

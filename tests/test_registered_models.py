@@ -5,15 +5,13 @@ import dataclasses
 import inspect
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of
+from model_proofs import EVERYTHING, cached_step_is_whole, lora, mask, mixed_step_is_dense, run_of, seeded
 from tiny_models import TINY, paper
 
 from specedit_kernels import disable_specedit, enable_specedit, supported_models
@@ -24,9 +22,6 @@ from specedit_kernels.engine.pipeline import SpecEditMixin
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = [name for names in supported_models().values() for name in names]
-SIDE = 128
-
-
 # Models whose sequences are not [text, target, pictures] of one joint attention: held to model_proofs by files of
 # their own.
 APART = {"BriaFiboEditPipeline": "test_models_fibo.py", "QwenImage21Pipeline": "test_models_qwen_image_21.py"}
@@ -64,19 +59,9 @@ def arguments(call, guided=False, **more):
     return dict(output_type="latent", generator=seeded()) | call(guided=guided) | more
 
 
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
-
-
-def half():
-    array = np.zeros((SIDE, SIDE), np.uint8)
-    array[:, : SIDE // 2] = 255
-    return PIL.Image.fromarray(array)
-
-
 def is_guided(edit):
     """Whether the pipeline has true guidance, which gives a run a second branch."""
-    return run_of(edit.pipe, **arguments(edit.call, True, specedit=paper(), mask_image=half())).negative is not None
+    return run_of(edit.pipe, **arguments(edit.call, True, specedit=paper(), mask_image=mask())).negative is not None
 
 
 # edits
@@ -93,10 +78,10 @@ def test_enabled_and_disabled_the_very_objects_come_back(tiny):
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
 
 
+@pytest.mark.proves("eager")
 @pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(edit, guided):
-    config = paper(stages=(0, 2, 2), draft="quarter", draft_steps=1, threshold=-1.0)
-    found = edit(config, guided)
+    found = edit(paper(**EVERYTHING), guided)
     assert found.stats.fallback == "dense" and found.mask.all()
     expected = edit(False, guided, num_inference_steps=4).images
     assert torch.equal(found.images, expected) and expected.std() > 0.01
@@ -126,23 +111,28 @@ STEPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full, cached", "expanded", "locked text", "fp8"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("full, cached", marks=pytest.mark.proves("batch")), "expanded", "locked text", "fp8"]
+)
 def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
     config = paper(**STEPS[name])
-    both = edit(config, guided, num_images_per_prompt=2, generator=[seeded(5), seeded(6)], mask_image=half()).images
+    both = edit(config, guided, num_images_per_prompt=2, generator=[seeded(5), seeded(6)], mask_image=mask()).images
     for i in range(2):
-        one = edit(config, guided, generator=seeded(5 + i), mask_image=half()).images
+        one = edit(config, guided, generator=seeded(5 + i), mask_image=mask()).images
         assert torch.allclose(both[i], one[0], atol=1e-5) and one.std() > 0.01
     assert not torch.allclose(both[0], both[1], atol=1e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "locked", "locked text", "bracket", "fp8", "dense"])
+@pytest.mark.parametrize(
+    "name",
+    ["full", "locked", "locked text", pytest.param("bracket", marks=pytest.mark.proves("fused")), "fp8", "dense"],
+)
 def test_fused_edits_are_the_eager_ones(edit, name, guided=True):
     if "fused" not in edit.pipe.RUNNERS:
         pytest.skip("the model has no fused forward")
     eager, fused = (
-        edit(paper(**STEPS[name], runner=runner), guided, mask_image=half()) for runner in ("eager", "fused")
+        edit(paper(**STEPS[name], runner=runner), guided, mask_image=mask()) for runner in ("eager", "fused")
     )
     assert fused.stats.runner == "fused" and eager.stats.runner == "eager"
     assert torch.allclose(fused.images, eager.images, atol=1e-4) and eager.images.std() > 0.01
@@ -151,7 +141,7 @@ def test_fused_edits_are_the_eager_ones(edit, name, guided=True):
 
 def test_locked_latents_outside_the_edit_are_the_sources(edit):
     config = paper(**STEPS["bracket"])
-    found, run = edit(config, mask_image=half()), run_of(edit.pipe, **arguments(edit.call, specedit=config))
+    found, run = edit(config, mask_image=mask()), run_of(edit.pipe, **arguments(edit.call, specedit=config))
     outside = ~found.mask.flatten(1)
     expected = edit.pipe._latents(run.model, run.source)
     if expected.dim() == 4:  # a picture, not packed tokens
@@ -165,23 +155,23 @@ def test_locked_latents_outside_the_edit_are_the_sources(edit):
 
 @pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
 def test_a_mixed_step_of_all_blocks_is_a_dense_step(edit, guided):
-    call = arguments(edit.call, guided, specedit=paper(), mask_image=half())
-    check_mixed_step_of_all_blocks(run_of(edit.pipe, **call))
+    call = arguments(edit.call, guided, specedit=paper(), mask_image=mask())
+    mixed_step_is_dense(run_of(edit.pipe, **call))
 
 
 @pytest.mark.parametrize("lock_text", [False, True], ids=["", "locked text"])
 @pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(edit, guided, lock_text):
     config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
-    call = arguments(edit.call, guided, specedit=config, mask_image=half())
-    check_cached_step_while_nothing_moves(run_of(edit.pipe, **call))
+    call = arguments(edit.call, guided, specedit=config, mask_image=mask())
+    cached_step_is_whole(run_of(edit.pipe, **call))
 
 
 def test_guidance_reaches_the_mixed_steps(edit):
     if not is_guided(edit):
         pytest.skip("the model has no true guidance")
     config = paper(**STEPS["locked"])
-    one, two = (edit(config, guided, mask_image=half()) for guided in (False, True))
+    one, two = (edit(config, guided, mask_image=mask()) for guided in (False, True))
     assert not torch.allclose(one.images, two.images, atol=1e-3)
     assert two.stats.flops > one.stats.flops
 
@@ -189,17 +179,7 @@ def test_guidance_reaches_the_mixed_steps(edit):
 # adapters
 
 
-def lora_of(transformer, rank=2):
-    """Weights of an adapter on each q projection, as a LoRA file has them."""
-    random, found = torch.Generator().manual_seed(7), {}
-    for name, layer in transformer.named_modules():
-        if name.endswith(("to_q", "to_qkv")) and isinstance(layer, torch.nn.Linear):
-            found[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=random)
-            found[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=random)
-    assert found, "expected layers named to_q or to_qkv"
-    return found
-
-
+@pytest.mark.proves("LoRA")
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(edit, runner):
     pytest.importorskip("peft")
@@ -209,17 +189,19 @@ def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(edit, runner):
     config = paper(**STEPS["locked text"], runner=runner)
 
     def run():
-        return edit(config, mask_image=half()).images
+        return edit(config, mask_image=mask()).images
 
     before = run()
     if hasattr(pipe, "load_lora_weights"):
-        pipe.load_lora_weights(lora_of(pipe.transformer), adapter_name="test")
+        pipe.load_lora_weights(lora(pipe.transformer, ("to_q", "to_qkv"), scale=1.0), adapter_name="test")
     else:
-        pipe.transformer.load_lora_adapter(lora_of(pipe.transformer), adapter_name="test", prefix="transformer")
+        pipe.transformer.load_lora_adapter(
+            lora(pipe.transformer, ("to_q", "to_qkv"), scale=1.0), adapter_name="test", prefix="transformer"
+        )
     try:
         changed = run()
         assert changed.isfinite().all() and not torch.allclose(changed, before, atol=1e-3)
-        other = edit(paper(**STEPS["locked text"], runner="eager"), mask_image=half()).images
+        other = edit(paper(**STEPS["locked text"], runner="eager"), mask_image=mask()).images
         assert torch.allclose(changed, other, atol=1e-3)
     finally:
         pipe.transformer.unload_lora()

@@ -114,7 +114,7 @@ def test_a_failed_capture_goes_on_uncaptured(stubbed, monkeypatch, warnings):
     monkeypatch.setattr(runner, "CapturedStep", fail)
     call(steps, 3)
     call(steps, 4)
-    assert warnings.messages == ["runner='graph': capturing failed, steps go on uncaptured: out of memory"]
+    assert warnings.messages == ["runner='graph': steps go on uncaptured: capturing failed: out of memory"]
     assert steps.graph_bytes == 0 and steps.captures == 1 and (steps.name, steps.mode) == ("graph", "fused")
 
 
@@ -197,7 +197,7 @@ def test_the_signature_changes_with_weights_and_adapters():
         return inspect("graph", pipe.transformer, pipe.vae)[1]
 
     seen = [now()]
-    layer.weight.mul_(2.0)  # where it lies, a graph reads it
+    layer.weight.mul_(2.0)  # in place: a graph reads it
     assert now() == seen[0]
     layer.weight.data = layer.weight.data.clone()
     seen.append(now())
@@ -268,6 +268,35 @@ def test_graphs_are_bounded_on_the_device():
     # moved or replaced weights free all of them
     steps.watch(["other"])
     assert not steps._graphs and steps.graph_bytes == 0
+
+
+@needs_gpu
+def test_a_failed_capture_leaves_torch_as_it_was():
+    """Random numbers, other captures and the allocator go on working; the reason is kept."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    device, before = torch.device("cuda", torch.cuda.current_device()), torch.cuda.memory_reserved()
+    steps = StepRunner("graph")
+    big = torch.ones(1 << 20, device=device)
+
+    def waits(x):
+        return torch.rand_like(x.repeat(64)) * (x + 1).sum().item()
+
+    assert steps("waits", waits, {"x": big}).shape == (64 << 20,)
+    assert steps.mode == "fused" and steps.failure.startswith("capturing failed: ") and "\n" not in steps.failure
+    generator = torch.Generator(device).manual_seed(0)
+    first = torch.randn(8, device=device)
+    assert (
+        not torch.equal(first, torch.randn(8, device=device)) and torch.randn(8, device=device, generator=generator)[0]
+    )
+    other = StepRunner("graph")
+    for _ in range(2):
+        assert torch.equal(other("double", double, {"x": big}), 2 * big)
+    assert other.captures == 1
+    del steps, other, big
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (4 << 20)
 
 
 @needs_gpu

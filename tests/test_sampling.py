@@ -9,7 +9,7 @@ import torch
 
 from specedit_kernels.sampling import flops, grid, layout, noise, schedule
 
-LEVELS = [0.0, 0.1, 0.35, 0.8, 1.0]
+SIGMAS = [0.0, 0.1, 0.35, 0.8, 1.0]
 
 
 def linear_map(function, *shape):
@@ -84,30 +84,30 @@ def test_hadamard_is_orthonormal_and_its_own_inverse():
     assert torch.allclose(noise.hadamard_merge(*noise.hadamard_split(x)), x, atol=1e-14)
 
 
-def test_levels_of_expansion_and_pooling_are_inverse():
-    for level in LEVELS:
-        assert noise.pooled_level(noise.expanded_level(level)) == pytest.approx(level, abs=1e-15)
-    assert noise.expanded_level(1.0) == 1.0 and noise.expanded_level(0.0) == 0.0
+def test_sigmas_of_expansion_and_pooling_are_inverse():
+    for sigma in SIGMAS:
+        assert noise.pooled_sigma(noise.expanded_sigma(sigma)) == pytest.approx(sigma, abs=1e-15)
+    assert noise.expanded_sigma(1.0) == 1.0 and noise.expanded_sigma(0.0) == 0.0
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_expand_state_has_exact_mean_and_white_covariance(level):
-    to = noise.expanded_level(level)
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_expand_state_has_exact_mean_and_white_covariance(sigma):
+    to = noise.expanded_sigma(sigma)
     # mean: the clean coarse part, upsampled, times 1 - s'
-    mean = linear_map(lambda z: noise.expand_state((1 - level) * z, level, torch.zeros(1, 1, 4, 4).double()), 2, 2)
+    mean = linear_map(lambda z: noise.expand_state((1 - sigma) * z, sigma, torch.zeros(1, 1, 4, 4).double()), 2, 2)
     up = linear_map(lambda z: z.repeat_interleave(2, -1).repeat_interleave(2, -2), 2, 2)
     assert torch.allclose(mean, (1 - to) * up, atol=1e-14)
     # covariance: coarse noise and detail noise are independent white fields
-    of_parent = linear_map(lambda n: noise.expand_state(level * n, level, torch.zeros(1, 1, 4, 4).double()), 2, 2)
-    of_detail = linear_map(lambda n: noise.expand_state(torch.zeros(1, 1, 2, 2).double(), level, n), 4, 4)
+    of_parent = linear_map(lambda n: noise.expand_state(sigma * n, sigma, torch.zeros(1, 1, 4, 4).double()), 2, 2)
+    of_detail = linear_map(lambda n: noise.expand_state(torch.zeros(1, 1, 2, 2).double(), sigma, n), 4, 4)
     covariance = of_parent @ of_parent.T + of_detail @ of_detail.T
     assert torch.allclose(covariance, to**2 * torch.eye(16, dtype=torch.float64), atol=1e-14)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_expansion_with_the_noise_that_was_pooled_gives_that_noise_back(level):
-    to = noise.expanded_level(level)
-    matrix = linear_map(lambda n: noise.expand_state(level * noise.pool_noise(n), level, n), 4, 4)
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_expansion_with_the_noise_that_was_pooled_gives_that_noise_back(sigma):
+    to = noise.expanded_sigma(sigma)
+    matrix = linear_map(lambda n: noise.expand_state(sigma * noise.pool_noise(n), sigma, n), 4, 4)
     assert torch.allclose(matrix, to * torch.eye(16, dtype=torch.float64), atol=1e-14)
 
 
@@ -129,81 +129,81 @@ def test_repeating_packed_tokens_is_not_white():
     assert (covariance - torch.eye(16, dtype=torch.float64)).abs().max() > 0.2
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_pool_state_has_exact_mean_and_white_covariance(level):
-    to = noise.pooled_level(level)
-    mean = linear_map(lambda z: noise.pool_state((1 - level) * z, level), 4, 4)
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_pool_state_has_exact_mean_and_white_covariance(sigma):
+    to = noise.pooled_sigma(sigma)
+    mean = linear_map(lambda z: noise.pool_state((1 - sigma) * z, sigma), 4, 4)
     pooling = linear_map(grid.pool, 4, 4)
     assert torch.allclose(mean, (1 - to) * pooling, atol=1e-14)
-    spread = linear_map(lambda n: noise.pool_state(level * n, level), 4, 4)
+    spread = linear_map(lambda n: noise.pool_state(sigma * n, sigma), 4, 4)
     assert torch.allclose(spread @ spread.T, to**2 * torch.eye(4, dtype=torch.float64), atol=1e-14)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("rise", [lambda s: s, noise.expanded_level, lambda s: (1 + s) / 2])
-def test_top_up_has_exact_mean_and_white_covariance(level, rise):
-    to = rise(level)
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("rise", [lambda s: s, noise.expanded_sigma, lambda s: (1 + s) / 2])
+def test_top_up_has_exact_mean_and_white_covariance(sigma, rise):
+    to = rise(sigma)
     zero = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
-    mean = linear_map(lambda z: noise.top_up((1 - level) * z, level, to, zero), 2, 2)
+    mean = linear_map(lambda z: noise.top_up((1 - sigma) * z, sigma, to, zero), 2, 2)
     assert torch.allclose(mean, (1 - to) * torch.eye(4, dtype=torch.float64), atol=1e-14)
-    old = linear_map(lambda n: noise.top_up(level * n, level, to, zero), 2, 2)
-    new = linear_map(lambda n: noise.top_up(zero, level, to, n), 2, 2)
+    old = linear_map(lambda n: noise.top_up(sigma * n, sigma, to, zero), 2, 2)
+    new = linear_map(lambda n: noise.top_up(zero, sigma, to, n), 2, 2)
     assert torch.allclose(old @ old.T + new @ new.T, to**2 * torch.eye(4, dtype=torch.float64), atol=1e-14)
 
 
-@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
-def test_a_noised_picture_pools_to_the_pooled_picture_with_the_pooled_noise(level):
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
+def test_a_noised_picture_pools_to_the_pooled_picture_with_the_pooled_noise(sigma):
     clean, white = torch.randn(2, 1, 2, 6, 6)
     assert torch.equal(noise.noised(clean, 0.0, white), clean) and torch.equal(noise.noised(clean, 1.0, white), white)
-    fine = noise.noised(clean.bfloat16(), level, white)
+    fine = noise.noised(clean.bfloat16(), sigma, white)
     assert fine.dtype == torch.float32
-    expected = noise.noised(grid.pool(clean.bfloat16().float()), noise.pooled_level(level), noise.pool_noise(white))
-    assert torch.allclose(noise.pool_state(fine, level), expected, atol=1e-6)
+    expected = noise.noised(grid.pool(clean.bfloat16().float()), noise.pooled_sigma(sigma), noise.pool_noise(white))
+    assert torch.allclose(noise.pool_state(fine, sigma), expected, atol=1e-6)
 
 
 def test_top_up_cannot_take_noise_away():
-    with pytest.raises(ValueError, match="to_level: expected level <= to_level"):
+    with pytest.raises(ValueError, match="to_sigma: expected sigma <= to_sigma"):
         noise.top_up(torch.zeros(1, 1, 2, 2), 0.5, 0.4, torch.zeros(1, 1, 2, 2))
 
 
 # schedules
 
 
-def plain_levels(n, shift=3.0):
+def plain_sigmas(n, shift=3.0):
     t = [1 - i / n for i in range(n + 1)]
     return [shift * x / (1 + (shift - 1) * x) for x in t]
 
 
 @pytest.mark.parametrize("stages", [(3, 3, 3), (0, 4, 2), (5, 0, 3), (2, 6, 0), (0, 0, 4), (4, 0, 0)])
-def test_stage_levels_meet_at_the_transitions(stages):
-    levels = plain_levels(sum(stages))
-    plan = schedule.stage_levels(levels, *stages)
+def test_stage_sigmas_meet_at_the_transitions(stages):
+    sigmas = plain_sigmas(sum(stages))
+    plan = schedule.stage_sigmas(sigmas, *stages)
     assert [len(p) for p in (plan.coarse, plan.mixed, plan.full)] == [n + 1 for n in stages]
     for part in (plan.coarse, plan.mixed, plan.full):
         assert all(a > b for a, b in itertools.pairwise(part))
     # the noise that an expansion leaves is where the next stage begins, and the tail is the plain schedule's own
-    assert noise.expanded_level(plan.coarse[-1]) == pytest.approx(levels[stages[0]])
-    assert plan.mixed[0] == pytest.approx(levels[stages[0]])
+    assert noise.expanded_sigma(plan.coarse[-1]) == pytest.approx(sigmas[stages[0]])
+    assert plan.mixed[0] == pytest.approx(sigmas[stages[0]])
     if stages[1] and stages[2]:
-        assert noise.expanded_level(plan.mixed[-1]) == pytest.approx(plan.full[0])
-    assert list(plan.full) == levels[stages[0] + stages[1] :]
+        assert noise.expanded_sigma(plan.mixed[-1]) == pytest.approx(plan.full[0])
+    assert list(plan.full) == sigmas[stages[0] + stages[1] :]
     if not stages[2]:
         assert plan.mixed[-1] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(
-    ("levels", "stages", "message"),
+    ("sigmas", "stages", "message"),
     [
-        ([1.0, 0.0], (1, 1, 0), "levels: expected 3 levels"),
+        ([1.0, 0.0], (1, 1, 0), "sigmas: expected 3 sigmas"),
         ([1.0, 1.0, 0.0], (1, 1, 0), "strictly decreasing"),
         ([1.5, 1.0, 0.0], (1, 1, 0), r"within \[0, 1\]"),
         ([1.0], (0, 0, 0), "stages: expected"),
         ([1.0, 0.0], (2, -1, 0), "stages: expected"),
     ],
 )
-def test_stage_levels_rejects(levels, stages, message):
+def test_stage_sigmas_rejects(sigmas, stages, message):
     with pytest.raises(ValueError, match=message):
-        schedule.stage_levels(levels, *stages)
+        schedule.stage_sigmas(sigmas, *stages)
 
 
 def test_split_steps_keeps_shares_and_used_stages():

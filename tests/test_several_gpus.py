@@ -21,6 +21,7 @@ from specedit_kernels import (
     enable_specedit,
 )
 from specedit_kernels.engine.parallel import Ranks, all_tokens, to_heads, to_tokens
+from specedit_kernels.engine.sequence import MixedSequence, all_heads, own_tokens
 from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenImageEditModel
 
 pytestmark = CPU_ONLY
@@ -60,8 +61,8 @@ def qwen(text=12, guided=False, plus=False):
     return pipe, call
 
 
-def flux2():
-    pipe = tiny_flux2("dev")
+def flux2(kind="dev"):
+    pipe = tiny_flux2(kind)
     embeds = torch.randn(1, 12, WIDTH, generator=torch.Generator().manual_seed(3))
     pictures = [tiny_image(), tiny_image(seed=1)]
     return pipe, lambda: dict(image=pictures, height=128, width=128, prompt_embeds=embeds, output_type="latent")
@@ -101,6 +102,51 @@ def test_the_parts_of_a_sequence():
     assert ranks.bounds(10) == (3, 6)
 
 
+def _sequence(text, image, by_stream=False, ranks=None):
+    tables = torch.zeros(1, text + image, 1)
+    return MixedSequence(text, tables, tables, ranks=ranks, by_stream=by_stream)
+
+
+@pytest.mark.parametrize("text, image", [(5, 9), (13, 2), (0, 7)])
+@pytest.mark.parametrize("by_stream", [False, True])
+def test_each_token_is_of_one_rank(text, image, by_stream):
+    words, cells = torch.arange(text)[None], torch.arange(image)[None]
+    sequences = [_sequence(text, image, by_stream, Ranks(None, rank, 4)) for rank in range(4)]
+    parts = [(x.own_text(words), x.own_image(cells)) for x in sequences]
+    assert torch.equal(torch.cat([x for x, _ in parts], 1), words)
+    assert torch.equal(torch.cat([x for _, x in parts], 1), cells)
+    for (a, b), sequence in zip(parts, sequences):
+        assert (a.shape[1], b.shape[1]) == sequence.own
+    counts = [a.shape[1] + b.shape[1] for a, b in parts]
+    if not by_stream:  # the first ranks have the text, and all as many tokens
+        assert max(counts) - min(counts) <= 1
+    alone = _sequence(text, image)
+    assert alone.own == (text, image) and alone.own_text(words) is words
+
+
+def _there_and_back(by_stream):
+    ranks, generator = Ranks.of(None), torch.Generator().manual_seed(0)
+    for text, image in ((5, 4), (1, 7), (0, 5)):
+        sequence = _sequence(text, image, by_stream, ranks)
+        whole = [torch.randn(2, text + image, 4, 3, generator=generator) for _ in range(3)]
+        streams = [
+            [sequence.own_text(x[:, :text]) for x in whole],
+            [sequence.own_image(x[:, text:]) for x in whole],
+        ]
+        found = all_heads(streams, sequence)
+        for x, y in zip(found, whole):
+            assert torch.equal(x, y.unflatten(2, (ranks.size, -1))[:, :, ranks.rank])
+        own = torch.cat([x[0] for x in streams], dim=1).flatten(2)
+        assert torch.equal(own_tokens(found[0], sequence), own)
+        image_of_all = sequence.whole_image(streams[1][0].flatten(2))
+        assert torch.equal(image_of_all, whole[0][:, text:].flatten(2))
+
+
+@pytest.mark.parametrize("by_stream", [False, True])
+def test_a_sequence_to_heads_and_back(tmp_path, by_stream):
+    on_ranks(2, tmp_path, _there_and_back, by_stream)
+
+
 def _exchanged(sizes, batch):
     ranks, heads, dim = Ranks.of(None), 4, 3
     generator = torch.Generator().manual_seed(0)
@@ -121,10 +167,17 @@ def test_tokens_to_heads_and_back(tmp_path, sizes):
     on_ranks(2, tmp_path, _exchanged, sizes, 2)
 
 
+def proves(model):
+    return pytest.mark.proves("several GPUs", model=model)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "make, kinds", [(flux, tuple(KINDS)), (flux2, ("cached",)), (qwen, ("full", "cached", "locked text"))]
-)
+@pytest.mark.parametrize("make, kinds", [
+    pytest.param(flux, tuple(KINDS), marks=proves("FLUX.1-Kontext")),
+    pytest.param(flux2, ("cached",), marks=proves("FLUX.2-dev")),
+    pytest.param(functools.partial(flux2, "klein"), ("cached",), marks=proves("FLUX.2-klein 4B, 9B (distilled, base)")),
+    pytest.param(qwen, ("full", "cached", "locked text"), marks=proves("Qwen-Image-Edit")),
+])  # fmt: skip
 def test_two_ranks_give_the_picture_of_one(tmp_path, one_thread, make, kinds):
     expected = edits(make, kinds)
     for found in on_ranks(2, tmp_path, edits, make, kinds, 2):
@@ -144,6 +197,7 @@ def test_four_ranks_some_with_text_alone(tmp_path, one_thread):
 
 
 @pytest.mark.slow
+@proves("Qwen-Image-Edit-2509, -2511")
 def test_lengths_that_ranks_do_not_divide(tmp_path, one_thread):
     make = functools.partial(qwen, text=13, plus=True)
     expected = edits(make, ("cached",))

@@ -138,7 +138,7 @@ def test_edits_of_one_transformer_in_two_threads_are_those_of_one():
     assert not wrong
 
 
-# offloading: what is not brought in is no number (poison), or lies on no device
+# offloading: what is not brought in is no number (poison), or on no device
 
 
 def on_disk(module, kind, folder):

@@ -215,7 +215,7 @@ def test_boxes():
 
 @pytest.mark.parametrize("shift, zoom, colour", [((3.0, -2.0), 1.0, 1.0), ((0, 0), 1.01, 0.98)])
 def test_drift_is_undone_before_the_edit_is_put_back(shift, zoom, colour):
-    """The run lies beside its source: without its being brought back, the region's border would show it."""
+    """The run is shifted against its source: without alignment, the region's border would show it."""
     source = scene(0, (320, 288))
     decoded = (moved(source, *shift, zoom).astype(np.float32) * colour / 255).clip(0, 1)
     region = np.zeros((18, 20), bool)
@@ -287,7 +287,7 @@ def test_files_keep_their_bits_and_metadata(pipe, tmp_path, name, turn, kind, ch
         assert tags[0x010F] == "Maker" and tags.get(0x0112, 1) == 1  # its pixels are upright
         assert out == "o.webp" or found.dpi == pytest.approx(source.dpi, abs=0.1)
     notes = result.save(tmp_path / "o.jpg")
-    assert any("JPEG encodes every pixel anew" in note for note in notes)
+    assert any("JPEG encodes every pixel again" in note for note in notes)
     assert (turn == 1) == ("turned upright by its EXIF orientation" not in result.notes)
 
 

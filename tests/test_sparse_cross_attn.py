@@ -182,7 +182,7 @@ def test_empty(backend, device, queries, tokens, batch):
     assert not out.any() and (lse == -INF).all()
 
 
-@pytest.mark.gpu  # only a kernel meets such a region: the CPU refuses it
+@pytest.mark.gpu  # only a kernel gets such a region: the CPU refuses it
 def test_unknown_regions_see_nothing(call):
     q, k, v, region, mask = call(regions=2)
     region[:, 5], region[:, 6] = 2, -7

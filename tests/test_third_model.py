@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that the package has never heard of, wholly in this file: the engine runs all its stages with it.
+"""A model that the package does not know, wholly in this file: the engine runs all its stages with it.
 
 Unlike the shipped ones it has tokens of 8 pixels and 48 channels, blocks of one kind under another name, a forward that
 hands no arguments on to its attention processors, positions that begin far from the origin, a schedule shift and a
@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin
-from parity import check_cached_step_while_nothing_moves, check_mixed_step_of_all_blocks, run_of
+from model_proofs import cached_step_is_whole, mixed_step_is_dense, run_of
 from tiny_models import paper, tiny_image
 
 from specedit_kernels import (
@@ -35,14 +35,10 @@ from specedit_kernels import (
     supported_models,
 )
 from specedit_kernels.engine import registry
-from specedit_kernels.engine.attention import (
-    AttentionLayout,
-    SpecEditAttnProcessor,
-    joint_attention,
-    with_layout,
-)
+from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from specedit_kernels.engine.model import EditModel, Text, in_order, key_bias_in_order
 from specedit_kernels.engine.pipeline import SpecEditMixin, preprocess
+from specedit_kernels.engine.sequence import StepLayout, mixed_step_layout, whole_step_layout
 from specedit_kernels.flash_edit import flash_pipelines
 from specedit_kernels.sampling.grid import pack, token_positions, unpack
 from specedit_kernels.sampling.layout import table_positions
@@ -112,9 +108,9 @@ class ToyTransformer(ModelMixin, ConfigMixin, AttentionMixin):
         angles = torch.cat(parts, dim=1)
         return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
 
-    def forward(self, spots, words, level, ids):
+    def forward(self, spots, words, sigma, ids):
         x = torch.cat([words, self.enter(spots)], dim=1)
-        time = self.time((level[:, None] * torch.arange(1, 9)).sin())[:, None]
+        time = self.time((sigma[:, None] * torch.arange(1, 9)).sin())[:, None]
         cos, sin = self.rotary(ids)
         for layer in self.layers:
             x = layer(x, time, cos, sin)
@@ -182,9 +178,9 @@ class ToyEditPipeline(DiffusionPipeline):
             for branch in branches:
                 words = self.words(branch)
                 ids = torch.cat([where_words_stand(words.shape[1]), torch.cat([numbers, 9 + spots], dim=1)])
-                level = t.expand(len(lines)) / 1000
+                sigma = t.expand(len(lines)) / 1000
                 both = torch.cat([tokens, source], dim=1)
-                found.append(self.transformer(both, words, level, ids)[:, : tokens.shape[1]])
+                found.append(self.transformer(both, words, sigma, ids)[:, : tokens.shape[1]])
             velocity = found[0] if len(found) == 1 else found[0] + (strength_of_text - 1) * (found[0] - found[1])
             tokens = self.scheduler.step(velocity, t, tokens, return_dict=False)[0]
         if output_type == "latent":
@@ -222,7 +218,7 @@ class SpecEditToyProcessor(SpecEditAttnProcessor):
 @dataclass(frozen=True)
 class ToyLayout:
     ids: torch.Tensor
-    attention: AttentionLayout | None = None
+    attention: StepLayout | None = None
 
 
 def toy_positions(table):
@@ -241,27 +237,22 @@ class ToyModel(EditModel):
         return ToyLayout(torch.cat([where_words_stand(text.embeds.shape[1]), toy_positions(torch.cat(places))]))
 
     def watched_layout(self, text, pictures, grids, watch):
-        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
-        cos, sin = (x.expand(batch, *x.shape) for x in self.transformer.rotary(layout.ids))
-        return replace(layout, attention=AttentionLayout(cos, sin, None, None, watch=watch))
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        tables = tuple(x[None] for x in self.transformer.rotary(layout.ids))
+        return replace(layout, attention=whole_step_layout(length, tables, batch, watch=watch))
 
-    def mixed_layout(self, text, pictures, layout, padded, key_bias, cached):
+    def mixed_layout(self, text, pictures, layout, key_bias, cached):
         batch, length = text.embeds.shape[:2]
         table = table_positions(pictures.target, None, pictures.others, pictures.coarse_others)
         ahead, behind = (self.transformer.rotary(x) for x in (where_words_stand(length), toy_positions(table)))
         cos, sin = (torch.cat([a.expand(batch, -1, -1), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind))
-        attention = AttentionLayout(
-            cos, sin,
-            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
-            lengths=layout.lengths + length if padded else None,
-            cache=self.new_cache() if cached else None,
-            fresh=layout.fine_lengths + length if cached else None,
-        )  # fmt: skip
+        bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         return ToyLayout(torch.zeros(length + layout.capacity, 3), attention)
 
     def active_layout(self, text, layout, first, lock_text=False):
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return ToyLayout(layout.ids[: made.cos.shape[1]], made)
+        made = super().active_layout(text, layout, first, lock_text)
+        return replace(made, ids=layout.ids[: made.attention.sequence.cos.shape[1]])
 
     def velocity(self, text, tokens, conditioning, layout):
         start = layout.attention.start if layout.attention else 0
@@ -428,13 +419,13 @@ def test_all_stages(pipe, draft, end):
 
 @pytest.mark.parametrize("strength", GUIDED)
 def test_a_mixed_step_of_all_blocks_is_a_dense_step(pipe, strength):
-    check_mixed_step_of_all_blocks(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))
+    mixed_step_is_dense(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))
 
 
 @pytest.mark.parametrize("lock_text", [False, True])
 def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(pipe, lock_text):
     config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
-    check_cached_step_while_nothing_moves(run_of(pipe, **options(config, mask_image=half())))
+    cached_step_is_whole(run_of(pipe, **options(config, mask_image=half())))
 
 
 def test_a_batch_is_its_singles(pipe):

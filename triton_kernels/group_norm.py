@@ -116,7 +116,7 @@ def tile(channels, size, channels_last, element_size):
 
 
 def group_norm(x, num_groups, weight, bias, eps, silu):
-    """x [B, C, ...], contiguous or with channels last; weight, bias [C]. Returns the same, as x lies."""
+    """x [B, C, ...], contiguous or with channels last; weight, bias [C]. Returns the same, in x's memory format."""
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._softmax import softmax_step
 
-# Arguments that follow the token counts, which change with every mask: no kernel is compiled anew for their values.
+# Arguments that follow the token counts, which change with every mask: no kernel is compiled again for their values.
 LENGTHS = (
     "heads", "group", "num_tiles", "num_q", "num_k", "num_rows", "rows_q", "rows_k", "rows_out",
     "stride_qib", "stride_kib", "stride_oib",
@@ -53,7 +53,7 @@ DENSE_CONFIGS = {
     ("small", 256): Config(32, 32, 4, 2),
 }
 # With kv_index a row's address is data, so K and V tiles are copied row by row. Measured at ("large", 128) on an H100:
-# 128x64 with 2, 3 or 4 stages and 64x64 with 2 lie within 5 % at 8704 x 8704 (4057 to 4250 us); at 922 x 8704 this one
+# 128x64 with 2, 3 or 4 stages and 64x64 with 2 are within 5 % at 8704 x 8704 (4057 to 4250 us); at 922 x 8704 this one
 # is the fastest (661 us).
 GATHER_CONFIGS = {
     ("large", 64): Config(128, 64, 8, 3),
@@ -66,7 +66,7 @@ FP32_CONFIGS = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config
 
 @triton.jit
 def _load_rows(base, rows, valid, stride_row, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK_N, BLOCK_D] of `base`; 0 where not `valid` (None: all are), so that 0 * V never meets a NaN."""
+    """[BLOCK_N, BLOCK_D] of `base`; 0 where not `valid` (None: all are), so that there is no 0 * NaN."""
     pointers = base + rows.to(tl.int64)[:, None] * stride_row + d[None, :]
     if valid is not None:
         tile = tl.load(pointers, mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)

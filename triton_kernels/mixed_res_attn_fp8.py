@@ -22,7 +22,7 @@ CONFIGS = {
     ("small", 128): Config(64, 64, 4, 2),
     ("small", 256): Config(32, 32, 4, 2),
 }
-# Numbers that change with every mask: no kernel is compiled anew for their values.
+# Numbers that change with every mask: no kernel is compiled again for their values.
 LENGTHS = (
     "heads", "group", "num_tiles", "num_q", "num_k", "rows_q", "rows_k", "stride_qib", "stride_kib",
     "stride_lb", "stride_lh", "stride_ls",
@@ -52,7 +52,7 @@ def _attend(
     rows = rows.to(tl.int64)
     k_at = k_base + rows[:, None] * stride_kn + d[None, :]
     v_at = v_base + rows[:, None] * stride_vn + d[None, :] * stride_vd
-    # 0 where there is no row, so that 0 * V never meets a NaN
+    # 0 where there is no row, so that there is no 0 * NaN
     if valid is not None:
         k = tl.load(k_at, mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         v = tl.load(v_at, mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
@@ -203,7 +203,7 @@ def _join_kernel(
     stride_ls, heads, num_tiles, num_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of BLOCK_R rows of one head; out and lse lie as a part of theirs."""
+    """Join the splits of BLOCK_R rows of one head; out and lse have the layout of one split."""
     pid = tl.program_id(0)
     slot = pid % num_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     h = pid // num_tiles % heads

@@ -36,7 +36,7 @@ def interleaved_us(fns, budget_ms=100.0, rounds=10):
     """{name: median device time of one call in µs}, warm L2, of the callables in ``fns``, {name: callable}.
 
     Each is captured many times over in a CUDA graph; the graphs are replayed in turn, each round in another order, so
-    that a drift of the clocks, and what the one before leaves of power and L2, meets all of them alike.
+    that a drift of the clocks, and what the one before leaves of power and L2, is the same for all of them.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

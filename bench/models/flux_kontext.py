@@ -49,7 +49,7 @@ from specedit_kernels.engine.autoencoder import KLCodec, in_channels_last
 from specedit_kernels.engine.config import RUNNERS
 from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.models import flux_kontext as flux_fused
-from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel, FusedLayout
+from specedit_kernels.models.flux_kontext import FluxLayout, FluxText, FusedFluxModel, StepLayout
 from specedit_kernels.sampling.flops import transformer_flops
 
 TOKEN = 16  # pixels a side
@@ -222,7 +222,8 @@ class Bench:
                 kept = model.runner.buffers("kept", 2 * model.blocks, (1, keys, heads, dim), self.dtype, self.device)
                 for x in kept:
                     x.normal_()
-                layouts.append(FusedLayout(sequence, None, list(zip(kept[::2], kept[1::2])), "kept"))
+                attention = StepLayout(sequence, None, list(zip(kept[::2], kept[1::2])), "kept")
+                layouts.append(FluxLayout(torch.zeros(slots, 3, device=self.device), attention))
             with fp8.active(model.runner.linears if precision == "fp8" else None):
                 for _ in range(10):
                     found = model.velocity(words, tokens, conditioning, layouts[0])

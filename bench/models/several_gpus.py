@@ -4,14 +4,18 @@
     torchrun --nproc-per-node 2 bench/models/several_gpus.py --out runs/models
     torchrun --nproc-per-node 2 bench/models/several_gpus.py --tiny --out /tmp/models   # any machine, gloo
 
-Parts, in order, each on disk when it is done: "links" (what an all-to-all moves), "same" (a small model on one GPU and
-on all: latents compared, runner by runner), "kontext" (FLUX.1-Kontext's size: an edit on one GPU and with its sequence
-on all, and a folder's pictures), "qwen" (Qwen-Image-Edit's size: guidance branches on two GPUs, or the sequence on
-all). Random weights; text embeddings are given; a square tenth of the picture is edited (--area). One-GPU rows run on
-every GPU at once, apart from each other; seconds are wall clock between barriers. Writes OUT/several_gpus.json, .md.
+    torchrun --nproc-per-node 2 bench/models/several_gpus.py --parts kontext qwen --seconds 110   # full sizes alone
+
+Parts, in order: "links" (what an all-to-all moves), "same" (a small model on one GPU and on all: latents compared,
+runner by runner), "kontext" (FLUX.1-Kontext's size: an edit on one GPU, then with its sequence on all, side by side),
+"qwen" (Qwen-Image-Edit's size with guidance: one GPU, its branches on two, a folder's pictures, the sequence on all).
+Each row is on disk when it is done. Random weights, made once a part; text embeddings are given; a square tenth of the
+picture is edited (--area). One-GPU rows run on every GPU at once, apart from each other; seconds are wall clock between
+barriers. Writes OUT/several_gpus.json, .md.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -27,6 +31,7 @@ import qwen_image_edit
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
+from diffusers.hooks.context_parallel import remove_context_parallel
 from flux_kontext import Bench, region, setting
 from qwen_image_edit import QwenBench
 
@@ -64,15 +69,21 @@ class Group:
             torch.cuda.synchronize()
         dist.barrier()
 
-    def seconds(self, call, repeat):
-        """Median wall clock of call() from one barrier to the next; one call before warms it up."""
+    def late(self, begun, seconds):
+        """Whether so many seconds have passed since `begun` on any rank."""
+        late = torch.tensor(float(time.perf_counter() - begun > seconds), device=self.device)
+        dist.all_reduce(late)
+        return bool(late.item())
+
+    def seconds(self, call, repeat, warm=1):
+        """Median wall clock of call() from one barrier to the next; `warm` calls before warm it up."""
         found = []
-        for i in range(repeat + 1):
+        for i in range(-warm, repeat):
             self.synchronize()
             begun = time.perf_counter()
             stats = call()
             self.synchronize()
-            if i:
+            if i >= 0:
                 found.append(time.perf_counter() - begun)
         return sorted(found)[(len(found) - 1) // 2], stats
 
@@ -82,11 +93,19 @@ class Group:
                 "stages": stats.seconds, "kv_cache_bytes": stats.kv_cache_bytes, "nfe": stats.nfe,
                 "backend": stats.backend}  # fmt: skip
 
-    def share(self, transformer):
-        """The transformer's sequence over all ranks, for good."""
-        devices = mock.patch.object(torch.accelerator, "device_count", lambda: self.size)
-        with devices:  # diffusers divides by it, and counts none on a CPU
+    @contextlib.contextmanager
+    def shared(self, transformer):
+        """Within it the transformer's sequence is shared by all ranks."""
+        # diffusers divides by the count of devices, and finds none on a CPU
+        with mock.patch.object(torch.accelerator, "device_count", lambda: self.size):
             transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self.size))
+        try:
+            yield
+        finally:  # diffusers has no call for it
+            remove_context_parallel(transformer, transformer._cp_plan)
+            transformer._parallel_config = None
+            for processor in transformer.attn_processors.values():
+                processor._parallel_config = None
 
 
 def of_bench(args, group, side, text, **more):
@@ -190,38 +209,31 @@ def same(args, group):
             enable_guidance_parallelism(bench.pipe)
             compared("guidance on 2")
             disable_guidance_parallelism(bench.pipe)
-        group.share(bench.pipe.transformer)
-        compared(f"sequence on {group.size}", 2)
+        with group.shared(bench.pipe.transformer):
+            compared(f"sequence on {group.size}", 2)
         bench.pipe._free_runner()
     return found
 
 
 def kontext(args, group, put):
     bench = Bench(of_bench(args, group, args.sides[0], args.text_length))
-    config = SpecEditConfig(quality="paper", max_active=0.95, runner=args.runner, **LOCKED)
-    whole = SpecEditConfig(quality="paper", max_active=0.95, runner=args.runner, finish="locked")
-    eager = SpecEditConfig(quality="paper", max_active=0.95, runner="eager", **LOCKED)
-    kinds = {f"cached {args.runner}": (config, args.sides), "cached eager": (eager, args.sides[-1:])}
-    if args.whole:
-        kinds[f"whole steps {args.runner}"] = whole, args.sides[:1]
-
-    def rows(where):
-        for kind, (config_of, sides) in kinds.items():
-            for side in sides:
-                bench.args.side = side
-                pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-                bench.options |= dict(image=flux_kontext.Image.fromarray(pixels), height=side, width=side,
-                                      max_area=side**2)  # fmt: skip
-                call = lambda c=config_of, s=side: bench.specedit(c, region(s, args.area))  # noqa: E731
-                repeat = args.repeat if "whole" not in kind else 1
-                put(f"kontext {side} {kind}: {where}", group.row(call, repeat))
-                if side == args.sides[-1] and where == "1 GPU" and config_of is config:
-                    put("folder", folder(args, group, call))
-
-    rows("1 GPU")
-    group.share(bench.pipe.transformer)
-    rows(f"sequence on {group.size}")
-    bench.pipe._free_runner()
+    kinds = {f"cached {args.runner}": (LOCKED, args.runner)}
+    if args.more:
+        kinds |= {"cached eager": (LOCKED, "eager"), f"whole steps {args.runner}": ({"finish": "locked"}, args.runner)}
+    places = {
+        "1 GPU": contextlib.nullcontext,
+        f"sequence on {group.size}": lambda: group.shared(bench.pipe.transformer),
+    }
+    for side in args.sides:
+        pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        bench.options |= dict(image=flux_kontext.Image.fromarray(pixels), height=side, width=side, max_area=side**2)
+        for where, place in places.items():
+            for kind, (options, runner) in kinds.items():
+                config = SpecEditConfig(quality="paper", max_active=0.95, runner=runner, **options)
+                call = lambda c=config, s=side: bench.specedit(c, region(s, args.area))  # noqa: E731
+                with place():
+                    put(f"kontext {side} {kind}: {where}", lambda call=call: group.row(call, args.repeat))
+        bench.pipe._free_runner()
 
 
 def folder(args, group, call):
@@ -233,32 +245,38 @@ def folder(args, group, call):
             for _ in range(count):
                 call()
 
-    one, _ = group.seconds(alone, 1)
-    numbers = iter(range(99))
+    call()
+    one, _ = group.seconds(alone, 1, warm=0)
 
     def together():
-        # a heap of its own for each call
-        prefix = dist.PrefixStore(f"folder {next(numbers)}", dist.distributed_c10d._get_default_store())
+        prefix = dist.PrefixStore("folder", dist.distributed_c10d._get_default_store())
         for _ in Share(prefix, group.rank, group.size).take(count * group.size):
             call()
 
-    all_of, _ = group.seconds(together, 1)
+    all_of, _ = group.seconds(together, 1, warm=0)
     return {"pictures": count, "seconds_of_one": one, "seconds_of_all": all_of, "of_linear": one / all_of}
 
 
 def qwen(args, group, put):
-    side = args.sides[-1]
+    side = args.sides[0]
     bench = QwenBench(of_bench(args, group, side, args.qwen_text_length, true_cfg_scale=4.0))
     config = SpecEditConfig(quality="paper", max_active=0.95, runner=args.runner, **LOCKED)
-    call = lambda: bench.specedit(config, region(side, args.area))  # noqa: E731
+
+    def call():
+        return bench.specedit(config, region(side, args.area))
+
+    def row():
+        return group.row(call, args.repeat)
+
     kind = f"qwen {side} cached {args.runner}"
-    put(f"{kind}: 1 GPU", group.row(call, args.repeat))
+    put(f"{kind}: 1 GPU", row)
     if group.size == 2:
         enable_guidance_parallelism(bench.pipe)
-        put(f"{kind}, guidance: guidance on 2", group.row(call, args.repeat))
+        put(f"{kind}, guidance: guidance on 2", row)
         disable_guidance_parallelism(bench.pipe)
-    group.share(bench.pipe.transformer)
-    put(f"{kind}: sequence on {group.size}", group.row(call, args.repeat))
+    put("folder", lambda: folder(args, group, call))
+    with group.shared(bench.pipe.transformer):
+        put(f"{kind}: sequence on {group.size}", row)
     bench.pipe._free_runner()
 
 
@@ -317,21 +335,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/models"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--sides", type=int, nargs="+", help="Kontext's pictures in pixels; the last is Qwen's too")
+    parser.add_argument("--sides", type=int, nargs="+", help="Kontext's pictures in pixels; the first is Qwen's too")
     parser.add_argument("--area", type=float, default=0.1, help="edited share")
     parser.add_argument("--runner", help="of the seconds (default: graph; tiny: fused)")
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--qwen-text-length", type=int, default=1540)
-    parser.add_argument("--whole", action="store_true", help="Kontext's edits without cached keys and values too")
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--more", action="store_true", help="Kontext's edits run eagerly, and without a cache, too")
+    parser.add_argument("--repeat", type=int, default=2, help="timed edits of a row, after one that warms it up")
     parser.add_argument("--pictures", type=int, default=5, help="of the folder, for each GPU")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no further part is begun after so many")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no further row is begun after so many")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
     begun = time.perf_counter()
     diffusers.utils.logging.set_verbosity_error()
     group = Group()
-    args.sides = args.sides or ([256, 128] if args.tiny else [2048, 1024])
+    args.sides = args.sides or ([128, 256] if args.tiny else [1024, 2048])
     args.runner = args.runner or ("graph" if group.cuda else "fused")
     if args.tiny:
         args.text_length = min(args.text_length, 64)
@@ -347,32 +365,39 @@ def main(argv=None):
             (args.out / "several_gpus.json").write_text(json.dumps(head | found, indent=1))
             (args.out / "several_gpus.md").write_text(markdown(head, found))
 
-    def put(name, figures):
-        found.setdefault("rows", {})[name] = figures
-        write()
+    def said(name, figures=""):
         if group.rank == 0:
-            print(f"{time.perf_counter() - begun:6.1f} s  {name} {json.dumps(figures)[:300]}", flush=True)
+            print(f"{time.perf_counter() - begun:6.1f} s  {name} {figures}", flush=True)
+
+    def put(name, measure):
+        """Measure a row, if there is time, and write it."""
+        rows = found.setdefault("rows", {})
+        if group.late(begun, args.seconds):
+            rows[name] = {"error": "not begun, the time was over"}
+        else:
+            try:
+                rows[name] = measure()
+            except Exception as error:
+                rows[name] = {"error": f"rank {group.rank}: {type(error).__name__}: {error}"}
+                write()
+                raise
+        write()
+        said(name, json.dumps(rows[name])[:300])
 
     failed = False
     for part in args.parts:
-        late = torch.tensor(float(time.perf_counter() - begun > args.seconds), device=group.device)
-        dist.all_reduce(late)
-        if late.item():
-            put(part, {"error": "not begun, the time was over"})
-            continue
         try:
-            if part in ("links", "same"):
+            if group.late(begun, args.seconds):
+                said(part, "not begun, the time was over")
+            elif part in ("links", "same"):
                 found[part] = {"links": links, "same": same}[part](args, group)
                 write()
-                if group.rank == 0:
-                    print(f"{time.perf_counter() - begun:6.1f} s  {part} done", flush=True)
+                said(part, "done")
             else:
                 {"kontext": kontext, "qwen": qwen}[part](args, group, put)
-        except Exception as error:
+        except torch.cuda.OutOfMemoryError as error:
             failed = True
-            put(part, {"error": f"rank {group.rank}: {type(error).__name__}: {error}"})
-            if not isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+            said(part, str(error))
         if group.cuda:
             torch.cuda.empty_cache()
     if group.rank == 0:

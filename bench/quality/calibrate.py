@@ -38,9 +38,7 @@ from table_runs import (
     write_text,
 )
 
-from specedit_kernels import SpecEditConfig
-from specedit_kernels.engine import stages
-from specedit_kernels.engine.config import METRICS, PRESETS, REFERENCES
+from specedit_kernels import METRICS, PRESETS, REFERENCES, SpecEditConfig, threshold_scale, verify
 
 # Ambiguous edits set no threshold: a draft and the plain run of the same noise choose places of their own.
 COUNTS = {"local": 140, "small": 60}
@@ -109,8 +107,8 @@ class Probe:
         for metric in METRICS:
             for reference in REFERENCES:
                 run.config = replace(base, metric=metric, reference=reference)
-                scores = stages.verify(run, draft)
-                scale = stages.threshold_scale(scores, base.resolved_relative())
+                scores = verify(run, draft)
+                scale = threshold_scale(scores, base.resolved_relative())
                 self.scores[metric, reference] = (scores / scale).reshape(-1, *run.grid)
         raise Measured
 

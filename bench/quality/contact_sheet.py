@@ -6,11 +6,10 @@ python bench/quality/contact_sheet.py --edits 3 70 140 199    # by their number 
 """
 
 import argparse
-import io
 import os
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from scenes import KINDS, TASKS
 from table_measures import to_pixels
 from table_runs import (
@@ -28,9 +27,9 @@ from table_runs import (
 )
 
 from specedit_kernels import SpecEditConfig
+from specedit_kernels.images.sheet import encode_within
 
 LIMIT = 1_500_000  # bytes
-GAP, CAPTION, TITLE = 4, 18, 20
 # (task, small, which of them): two of a kind look different
 WANTED = [
     ("replace", False, 3),
@@ -65,31 +64,10 @@ def overlay(source, mask):
     return torch.where(inside, 0.55 * source + 0.45 * red, 0.45 * source)
 
 
-def draw_sheet(columns, captions, side):
-    """columns: {title: [k, 3, H, W] in [0, 1]}; a row for each caption."""
-    height, width = TITLE + len(captions) * (side + CAPTION), len(columns) * (side + GAP) - GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for c, (title, images) in enumerate(columns.items()):
-        left = c * (side + GAP)
-        pen.text((left + 2, 4), title, fill="black", font=font)
-        for r in range(len(captions)):
-            array = (images[r].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-            small = Image.fromarray(array).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(small, (left, TITLE + r * (side + CAPTION)))
-    for r, caption in enumerate(captions):
-        pen.text((2, TITLE + r * (side + CAPTION) + side + 2), caption, fill="black", font=font)
-    return sheet
-
-
-def encode_within(columns, captions, limit=LIMIT):
-    """PNG bytes of the largest sheet within `limit` bytes."""
-    for side in range(192, 63, -8):
-        stream = io.BytesIO()
-        draw_sheet(columns, captions, side).save(stream, "PNG", optimize=True)
-        if stream.tell() <= limit:
-            return stream.getvalue()
-    raise ValueError(f"columns: {len(columns)} x {len(captions)} pictures do not fit into {limit} bytes")
+def pil_pictures(images):
+    """[n, 3, H, W] in [0, 1] -> PIL pictures."""
+    levels = (images.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return [Image.fromarray(array) for array in levels]
 
 
 def main():
@@ -135,7 +113,7 @@ def main():
     ]
     path = args.out / "contact_sheet.png"
     temporary = path.with_suffix(".part")
-    temporary.write_bytes(encode_within(columns, captions))
+    temporary.write_bytes(encode_within({title: pil_pictures(x) for title, x in columns.items()}, captions, LIMIT))
     os.replace(temporary, path)
     if judge is not None:
         for title, parts in results.items():

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from runtime import replace_file
 
-from specedit_kernels import ops
+from specedit_kernels import codec_of, ops
 from specedit_kernels.images.align import Drift, align, estimate_drift
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
@@ -80,7 +80,7 @@ def drifted(picture, case):
 
 
 def corners(drift):
-    """Where the source's corners lie in the edited picture, [2, 2]: (x, y) of the first, and of the last."""
+    """The source's corners in the edited picture, [2, 2]: (x, y) of the first, and of the last."""
     scale, shift = drift.placement()
     return np.array([shift, [a * s + b for a, s, b in zip(scale, drift.source_size, shift)]])
 
@@ -107,9 +107,7 @@ class Scorer:
     def __init__(self):
         from diffusers import AutoencoderKL
 
-        from specedit_kernels.engine.autoencoder import KLCodec
-
-        self.codec = KLCodec(AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32))
+        self.codec = codec_of(AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32))
 
     def size(self, picture):
         height, width = picture.shape[:2]

@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 
 import torch
+from contact_sheet import pil_pictures
 from families import family_in
 from judge import WEIGHTS, Judge, judge_edits
 from models import as_pictures
-from PIL import Image, ImageDraw
 from runtime import RUN_DIR, device, log
 from sampler import decode_latents, encode_images, encode_text, euler, noise_like
 from scenes import EVALUATION_COUNTS, KINDS, TASKS, TOKEN, Renderer, evaluation_set
 from table_measures import grow, masked_psnr, sharpness, to_pixels
+
+from specedit_kernels.images.sheet import draw_sheet
 
 
 def changed_mask(source, output, floor=0.1):
@@ -65,24 +67,6 @@ def summary(rows, edits):
             else:
                 out[name][column] = value.mean().item() if len(value) else math.nan
     return out
-
-
-def contact_sheet(columns, phrases, path, side=160):
-    """columns: {title: [k, 3, H, W]}; a row an edit."""
-    count = len(phrases)
-    sheet = Image.new("RGB", (len(columns) * (side + 4), 14 + count * (side + 16)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for c, (title, images) in enumerate(columns.items()):
-        draw.text((c * (side + 4) + 2, 1), title, fill="black")
-        for r in range(count):
-            array = (images[r].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-            sheet.paste(
-                Image.fromarray(array).resize((side, side), Image.Resampling.BILINEAR),
-                (c * (side + 4), 14 + r * (side + 16)),
-            )
-    for r, text in enumerate(phrases):
-        draw.text((2, 14 + r * (side + 16) + side + 1), text, fill="black")
-    sheet.save(path)
 
 
 def load_judge(dev):
@@ -157,9 +141,8 @@ def main():
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "plain.json").write_text(json.dumps(result) + "\n")
-    contact_sheet(
-        {name: torch.stack(images) for name, images in shown.items()}, shown_phrases, args.out / "contact.png"
-    )
+    columns = {name: pil_pictures(torch.stack(images)) for name, images in shown.items()}
+    draw_sheet(columns, shown_phrases, 160).save(args.out / "contact.png")
     for group in (*KINDS, "unique", "new object"):
         for name in methods:
             values = result["summary"][name].get(group)

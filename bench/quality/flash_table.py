@@ -41,8 +41,7 @@ from table_runs import (
 )
 
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
-from specedit_kernels.engine.low_rank import LowRankChange
-from specedit_kernels.flash_edit.pipeline import GENERATOR
+from specedit_kernels.flash_edit import GENERATOR, LowRankChange
 
 FLASH = FlashEditConfig()
 

@@ -8,7 +8,7 @@ answer that could be drawn. An edit is right if
 * replace, add: the crop at the edit's place shows the new object;
 * add without a place: the crop around the largest connected area that differs from the source shows the new object;
 * remove: the crop where the object stood shows none; or around its place the picture without it is nearest among that,
-  the unedited source and the pictures with any other object in its pose (what lies behind the object can only be
+  the unedited source and the pictures with any other object in its pose (what is behind the object can only be
   guessed, so the second alone would be too much to ask);
 * recolour: there, the object in the asked colour is nearest among that, the unedited source, the object in each other
   colour, no object, and each other object in its pose in the asked colour;
@@ -69,7 +69,7 @@ class Judge(nn.Module):
 
 def cut(images, boxes):
     """images [n, 3, H, H] in [0, 1]; boxes [n, 3]: x, y of the centre and side, fractions of the frame ->
-    [n, 3, CROP, CROP]. What lies beyond the frame repeats its edge."""
+    [n, 3, CROP, CROP]. Beyond the frame its edge is repeated."""
     if images.shape[-1] != FRAME:
         images = F.interpolate(images.float(), size=(FRAME, FRAME), mode="area")
     boxes = boxes.to(images)

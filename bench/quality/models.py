@@ -120,7 +120,7 @@ def make_scheduler():
 
 
 def make_qwen_vae():
-    """8x down, 16 channels, for pictures: without the layers that join frames, which a lone frame never meets.
+    """8x down, 16 channels, for pictures: without the layers that join frames, which a single frame does not use.
 
     Two thirds of every kernel look at earlier frames. They are zeros in a picture, and zeros here; the last third
     begins as large as a kernel of its own would.

@@ -72,9 +72,9 @@ class Ranks:
         """Rank 0's floats on every rank."""
         if self.count == 1:
             return values
-        told = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(told, 0)
-        return told.tolist()
+        values_of_rank_0 = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(values_of_rank_0, 0)
+        return values_of_rank_0.tolist()
 
     @torch.no_grad()
     def mean_(self, tensors):

@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from families import family_of
 
-from specedit_kernels.engine.registry import codec_of
+from specedit_kernels import codec_of
 from specedit_kernels.sampling.grid import pack, unpack
 
 
@@ -54,7 +54,7 @@ def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5):
     scheduler.set_timesteps(
         sigmas=np.linspace(1.0, 1 / steps, steps), device=dev, mu=shift_mu(scheduler, tokens.shape[1])
     )
-    # The one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone.
+    # The one step of a schedule with a terminal sigma is 0 / 0 to the scheduler; it begins with noise alone.
     scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.nan_to_num(1.0), scheduler.timesteps.nan_to_num(1000.0)
     scheduler.set_begin_index(0)
     strength = torch.full((n,), guidance, device=dev)

@@ -35,8 +35,7 @@ from table_runs import (
     write_text,
 )
 
-from specedit_kernels import SpecEditConfig, ops
-from specedit_kernels.engine import stages
+from specedit_kernels import SpecEditConfig, ops, threshold_scale, verify
 
 COUNTS = {"local": 140, "small": 60, "ambiguous": 80, "global": 20}
 
@@ -60,7 +59,7 @@ class LayerProbe(Probe):
         self.maps |= {f"detail{i}": x for i, x in enumerate(layers(run.source, small))}
         for metric in ("latent", "projected"):
             run.config = replace(run.config, metric=metric)
-            self.maps[metric] = stages.verify(run, draft)
+            self.maps[metric] = verify(run, draft)
         self.maps = {name: x.reshape(-1, *run.grid) for name, x in self.maps.items()}
         raise Measured
 
@@ -137,7 +136,7 @@ def rules(maps, threshold):
     larger = torch.maximum(now, before)
 
     def followed(scores, power, least=None):
-        return scores / stages.threshold_scale(scores.flatten(1), power, least)[..., None]
+        return scores / threshold_scale(scores.flatten(1), power, least)[..., None]
 
     found = {
         IN_USE: followed(larger, 0.5, threshold),

@@ -33,8 +33,12 @@ from table_measures import (
     to_pixels,
 )
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
-from specedit_kernels.engine.stages import edit_alpha
+from specedit_kernels import (
+    SpecEditConfig,
+    SpecEditFluxKontextPipeline,
+    SpecEditQwenImageEditPipeline,
+    edit_alpha,
+)
 from specedit_kernels.sampling.flops import transformer_flops
 
 ROOT = Path(__file__).resolve().parents[2]

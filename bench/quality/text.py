@@ -90,7 +90,7 @@ def train_clip_pieces():
 
 @lru_cache(maxsize=1)
 def clip_tokenizer():
-    """CLIPTokenizer with `<|endoftext|>` as its last id: transformers pools at the first one it meets, but at the
+    """CLIPTokenizer with `<|endoftext|>` as its last id: transformers pools at the first one, but at the
     largest id where the configuration says 2."""
     from transformers import CLIPTokenizer
 

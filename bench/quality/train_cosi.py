@@ -25,9 +25,9 @@ from scenes import TASKS, Renderer
 from stream import EditStream
 from table_runs import SHIPPED
 
+from specedit_kernels.flash_edit import GENERATOR, INVERTER
 from specedit_kernels.flash_edit.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
-from specedit_kernels.flash_edit.pipeline import GENERATOR, INVERTER
 from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
 from specedit_kernels.sampling.grid import unpack
 
@@ -143,8 +143,8 @@ class Training:
         # the editor has never met the empty text: those rows take no part in the matching
         return loss, (chosen, made.float(), source, torch.where(aside, 1e-6, weight))
 
-    def levels(self, count, size, generator):
-        """Noise levels, uniform in time by the editor's own shift, fp32 [count]."""
+    def sigmas(self, count, size, generator):
+        """Sigmas, uniform in time by the editor's own shift, fp32 [count]."""
         time_ = torch.rand(count, generator=generator) * 0.96 + 0.02
         shift = torch.tensor(shift_mu(self.pipe.scheduler, (size // 16) ** 2)).exp()
         return (shift * time_ / (1 + (shift - 1) * time_)).to(self.dev)
@@ -155,18 +155,18 @@ class Training:
         count = len(made)
         models = [self.adapter(x, count) for x in (self.pipe.transformer, second.module)]
         with autocast(self.dev):
-            matching, told = matching_loss(
+            matching, second_loss = matching_loss(
                 *models,
                 text,
                 made,
                 [source],
                 white(made.shape, generator, self.dev),
-                self.levels(count, made.shape[-1] * 8, generator),
+                self.sigmas(count, made.shape[-1] * 8, generator),
                 weight,
             )
-        second.learn(told)
+        second.learn(second_loss)
         total = self.args.anchor * loss + (matching if second.steps > ALONE else 0)
-        return {"loss": total, "distil": loss, "second": told, "matching": matching}
+        return {"loss": total, "distil": loss, "second": second_loss, "matching": matching}
 
     def invert(self, generating, inverting, stage, generator):
         source, noise, _, _, states, pooled = self.batch(generator, 0.0, 0.4)
@@ -174,8 +174,8 @@ class Training:
         fresh = white((2 * count, *source.shape[1:]), generator, self.dev)
         teacher = None
         if stage == 2:
-            level = torch.rand((), generator=generator).to(self.dev) * 0.98 + 0.01
-            teacher = (self.adapter(self.editor, count), level)
+            sigma = torch.rand((), generator=generator).to(self.dev) * 0.98 + 0.01
+            teacher = (self.adapter(self.editor, count), sigma)
         with autocast(self.dev):
             return inversion_loss(
                 self.adapter(generating, count),

@@ -26,7 +26,7 @@ from sampler import shift_mu
 from scenes import Renderer
 from stream import EditStream
 
-from specedit_kernels.engine.registry import codec_of
+from specedit_kernels import codec_of
 from specedit_kernels.sampling.grid import pack
 
 SIZES = (512, 256, 128)

@@ -17,7 +17,7 @@ from runtime import RUN_DIR, Clock, autocast, device, log
 from scenes import LOCAL_TASKS, TASKS, Renderer, evaluation_set
 from stream import EditStream
 
-from specedit_kernels.engine.registry import codec_of
+from specedit_kernels import codec_of
 
 REUSE = 3  # steps on the same pictures, degraded and cut anew
 SHARES = (0.4, 0.15, 0.05, 0.25, 0.15)  # of LOCAL_TASKS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: `specedit edit`, `specedit mask`, `specedit doctor`. A file a subcommand."""
+"""The command: `specedit edit`, `mask`, `bench`, `ui` and `doctor`. A file a subcommand."""
 
 from .main import main
 

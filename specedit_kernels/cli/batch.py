@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _run(arguments: argparse.Namespace, share: ranks.Share | None) -> int:
     if arguments.preview:
         raise UserError("--preview: expected one picture, got many")
     if arguments.mask_output is not None:
-        raise UserError("--mask-output: expected none with many pictures; the masks lie beside the results")
+        raise UserError("--mask-output: expected none with many pictures; the masks are written beside the results")
     if arguments.output is None:
         raise UserError("--output: expected a folder for the results of many pictures")
     source, out = Path(arguments.image), Path(arguments.output)
@@ -138,9 +139,9 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
-    names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold")
-    names += ("mask_mode", "runner")
-    found = {name: getattr(arguments, name) for name in (*names, "true_cfg_scale", "reference")}
+    names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold",
+             "mask_mode", "runner", "true_cfg_scale", "reference")  # fmt: skip
+    found = {name: getattr(arguments, name) for name in names}
     found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}
 
@@ -209,7 +210,7 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read ({reason(error)})") from None
     jobs, taken = [], set()
-    for number, row in _rows(path, text):
+    for number, row in rows_of(path, text):
         where = f"{name}, line {number}"
         odd = [key for key in row if key not in FIELDS]
         if odd:
@@ -217,7 +218,8 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
         row = {key: value for key, value in row.items() if value not in (None, "")}
         image, output, mask = row.get("image"), row.get("output", ""), row.get("mask")
         instruction = row.get("instruction", arguments.instruction)
-        for key, value in (("image", image), ("instruction", instruction), ("output", output), ("mask", mask or "")):
+        given = (("image", image), ("instruction", instruction), ("output", output), ("mask", mask or ""))
+        for key, value in given:
             if not isinstance(value, str):
                 raise UserError(f"{where}: {key}: expected a text, got {'none' if value is None else repr(value)}")
         if output and (Path(output).name != output or Path(output).suffix.lower() not in WRITTEN or output in taken):
@@ -229,12 +231,13 @@ def _listed(path: Path, arguments: argparse.Namespace) -> list[Job]:
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
             raise UserError(f"{where}: seed: expected a whole number, got {row['seed']!r}") from None
+        assert isinstance(image, str)
         place = path.parent / image
         jobs.append(Job(place, instruction, output, seed, path.parent / mask if mask else _mask(place, arguments)))
     return _named(jobs)
 
 
-def _rows(path: Path, text: str):
+def rows_of(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {field: value}) of a list."""
     if path.suffix.lower() == ".csv":
         try:
@@ -249,9 +252,9 @@ def _rows(path: Path, text: str):
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                content = json.loads(line)
             except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
+                content = None
+            if not isinstance(content, dict):
                 raise UserError(f"{shown(path)}, line {number}: expected a JSON object")
-            yield number, row
+            yield number, content

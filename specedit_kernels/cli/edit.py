@@ -84,7 +84,7 @@ class Editor:
         if self.references:
             # the picture that is edited sets the size, not the last one
             settings["height"], settings["width"] = self.pipe.size_of(image, settings.get("max_area"))
-        with failing(self.arguments, self.pipe.device), _run_notes() as notes:
+        with failing(self.arguments, self.pipe.device), run_notes() as notes:
             result = self.pipe(
                 image=[photo, *self.references] if self.references else photo,
                 prompt=instruction,
@@ -204,7 +204,7 @@ def failing(arguments: argparse.Namespace, device: Any):
 
 
 @contextmanager
-def _run_notes():
+def run_notes():
     """While it is open: what our own loggers warn of, and a prompt that diffusers cuts, a line each."""
     found: list[str] = []
 

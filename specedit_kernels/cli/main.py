@@ -61,6 +61,12 @@ def _ui(arguments: argparse.Namespace) -> int:
     return ui.run(arguments)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from . import bench
+
+    return bench.run(arguments)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
 
@@ -144,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quality",
         choices=QUALITIES,
         default="balanced",
-        help="sets --preset, --finish and how often keys and values are computed anew; paper: SpecEdit as published",
+        help="sets --preset, --finish and how often keys and values are recomputed; paper: SpecEdit as published",
     )
     p.add_argument(
         "--preset",
@@ -209,6 +215,33 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at; another one shows the page to others")
     p.add_argument("--port", type=int, default=7860, help="the port to listen at")
     p.set_defaults(run=_ui)
+
+    p = commands.add_parser(
+        "bench", help="the qualities beside the stock pipeline, on a model's own weights", formatter_class=defaults
+    )
+    p.add_argument("--model", default=None, help="as of edit")
+    p.add_argument(
+        "--pictures",
+        metavar="DIR",
+        default=None,
+        help="a folder of pictures with a list of instructions (.jsonl, .json, .csv; GEdit-Bench's fields too), or "
+        "with NAME.txt beside each (default: seven that are shipped)",
+    )
+    p.add_argument("--language", default="en", help="of a list that has instructions in several")
+    p.add_argument(
+        "-o", "--output", default=None, metavar="DIR", help="for the results; what is finished in it is kept (default: "
+        "bench-NAME of the model)",
+    )  # fmt: skip
+    p.add_argument("--minutes", type=_number, default=10.0, help="for all of it; 0: the report of what is finished")
+    p.add_argument("--steps", type=int, default=None, help="of the stock pipeline (default: its own)")
+    p.add_argument(
+        "--preset", type=int, choices=PRESETS, action="append", default=[], help="a further row; may be repeated"
+    )
+    p.add_argument("--no-compile", dest="compile", action="store_false", help="without the rows of torch.compile")
+    p.add_argument("--true-cfg-scale", type=_number, default=None, help="as of edit")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of the noise, of every edit")
+    p.add_argument("--device", default=None, help=DEVICE)
+    p.set_defaults(run=_bench)
 
     p = commands.add_parser("doctor", help="print which backend serves each op here, and why")
     p.add_argument(

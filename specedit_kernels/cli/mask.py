@@ -90,7 +90,7 @@ def placed(drift: Any, aligned: bool) -> str:
         stretched = "" if drift.same_aspect else f", of another aspect ({100 * abs(we * hs / (he * ws) - 1):.1f} %)"
         return f"{we} x {he} for {ws} x {hs}{stretched}: stretched, as --no-align asks"
     if not drift.found:
-        return f"{drift}: perhaps the whole scene changed; compared as it lies"
+        return f"{drift}: perhaps the whole scene changed; compared without alignment"
     return f"{drift}{'; undone' * (drift.moved or drift.recoloured)}"
 
 

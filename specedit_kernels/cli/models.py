@@ -63,7 +63,8 @@ def takes_several_pictures(name: str) -> bool:
     """Whether a pipeline class takes further reference pictures."""
     from ..engine import registry
 
-    return name in registry.model_of(name).several_pictures
+    model = registry.model_of(name)
+    return model is not None and name in model.several_pictures
 
 
 def model_settings(folder: Path, name: str, true_cfg_scale: float | None = None) -> dict[str, Any]:
@@ -96,7 +97,9 @@ def model_settings(folder: Path, name: str, true_cfg_scale: float | None = None)
     if scale is not None and not (_is_number(scale) and 0 <= scale <= 1000):
         raise UserError(f"{shown(path)}: true_cfg_scale: expected a number from 0 to 1000, got {scale!r}")
     scale = true_cfg_scale if true_cfg_scale is not None else scale
-    options = registry.model_of(name).command(settings, None if scale is None else float(scale))
+    model = registry.model_of(name)
+    assert model is not None  # pipeline_class has found it
+    options = model.command(settings, None if scale is None else float(scale))
     if "max_sequence_length" in settings:
         options["max_sequence_length"] = settings["max_sequence_length"]
     return options
@@ -116,7 +119,7 @@ def device_of(name: str | None) -> tuple[Any, Any]:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
-        if device.type == "cuda" and device.index is None and ranks.several():
+        if device == torch.device("cuda") and ranks.several():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=device)
         if device.type == "cuda":
@@ -159,7 +162,7 @@ def loading(what: str, folder: Path):
         raise UserError(f"{shown(folder)}: {what} cannot be loaded: {reason(error)}") from None
 
 
-def load_pipeline(kind: type, folder: Path, device: Any, dtype: Any) -> Any:
+def load_pipeline(kind: Any, folder: Path, device: Any, dtype: Any) -> Any:
     """A pipeline of a class from a folder on a device; UserError where any part of it is absent or damaged."""
     with loading("the model", folder):
         return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)

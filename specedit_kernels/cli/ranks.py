@@ -47,14 +47,14 @@ class Share:
         """By a launcher's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). UserError without them."""
         from datetime import timedelta
 
-        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=START)))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"several processes: {str(error).splitlines()[0]}") from None
-        return cls(dist.PrefixStore("specedit", store), rank, size)
+        return cls(PrefixStore("specedit", store), rank, size)
 
     # what the ranks tell each other; nothing waits within the store, whose lock the signs of life need too
 

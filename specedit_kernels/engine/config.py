@@ -199,7 +199,7 @@ class SpecEditConfig(EditConfig):
             coarse tokens follow the source, and latents that were not selected are the source's.
         unselected: what target tokens that were not selected are until the full steps of finish="full". "source": in
             the mixed steps the coarse ones follow the source, and the full steps begin from the fine source at their
-            noise level. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's).
+            sigma. "coarse": the coarse ones follow the model, and are expanded for the full steps (the paper's).
             Without effect with finish="locked", whose coarse tokens follow the source in any case.
         metric: "decoder": features of the VAE decoder's first layers (the paper's eq. 6). "latent": packed latent
             tokens. "projected": the transformer's embedding of them.
@@ -216,8 +216,8 @@ class SpecEditConfig(EditConfig):
         kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
             between compute the text and the edited tokens alone, over those. 1: every step computes all. "bracket": the
             first mixed step does so, then the whole sequence is computed once more at the last mixed step's noise
-            level, which it reaches in one step; the tokens that are not recomputed then have keys and values between
-            those two, by the level of each step. All but 1 needs tokens outside the edit that follow the source: not
+            sigma, which it reaches in one step; the tokens that are not recomputed then have keys and values between
+            those two, by the sigma of each step. All but 1 needs tokens outside the edit that follow the source: not
             with finish="full" and unselected="coarse", where the default is 1.
         lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step.
             The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.

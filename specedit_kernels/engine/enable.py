@@ -43,7 +43,7 @@ def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = Non
         config = SpecEditConfig()
     if not isinstance(config, SpecEditConfig):
         raise TypeError(f"config: expected SpecEditConfig, got {type(config).__name__}")
-    kind = type(pipe)
+    kind: Any = type(pipe)
     if not isinstance(pipe, SpecEditMixin):
         ours = registry.pipeline_of(kind)
         if ours is None:

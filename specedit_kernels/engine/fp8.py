@@ -2,9 +2,9 @@
 """Linear layers in fp8: e4m3 weights with a scale for each output, activations with a scale for each row.
 
 `precision="fp8"` makes this hold within a run of a fused forward, for the layers that it asks for (`modulated`,
-`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use, a copy beside
-the one that the model keeps, so that LoRA files, disable_specedit() and runs in the model's own dtype find what they
-expect. On a CPU the same numbers are multiplied in fp32: slow, for tests and for measuring quality.
+`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use; the model keeps
+its own, so that LoRA files, disable_specedit() and runs in the model's own dtype work as before. On a CPU the same
+numbers are multiplied in fp32: slow, for tests and for measuring quality.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
-from ._diffusers import foreign_forward, hooked
+from ._diffusers import foreign_forward, hooked, is_wrapper
 from .low_rank import OWN_HOOKS
 
 # torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them
@@ -40,8 +39,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class _Packed:
-    """Weights of layers that take the same rows, one behind another. weight: e4m3 [N, K]. scale: fp32 [1, N]. bias: [N]
-    or None. places: where the layers' own weights lie. sample: some of their elements. dtype: of the result."""
+    """Weights of layers that take the same rows, concatenated. weight: e4m3 [N, K]. scale: fp32 [1, N]. bias: [N]
+    or None. places: addresses of the layers' own weights. sample: some of their elements. dtype: of the result."""
 
     weight: Tensor
     scale: Tensor
@@ -60,7 +59,7 @@ def _places(layers: Sequence[Any]) -> list[int]:
 
 
 def _sample(layers: Sequence[torch.nn.Module]) -> Tensor:
-    """From the middle of each weight and bias: what is merged into a weight changes all of it."""
+    """From the middle of each weight and bias: merging an adapter changes all of a weight."""
     flat = [x.flatten() for x in _parts(layers)]
     return torch.cat([x[len(x) // 2 : len(x) // 2 + _SAMPLED] for x in flat])
 
@@ -71,7 +70,7 @@ def _refuses(layers: Sequence[Any]) -> str:
         if type(layer) is not torch.nn.Linear:
             return f"a {type(layer).__name__} is more than a weight and a bias"
         weight = layer.weight
-        if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point() or weight.element_size() < 2:
+        if is_wrapper(weight) or not weight.is_floating_point() or weight.element_size() < 2:
             return f"a weight is a {type(weight).__name__} of {weight.dtype}"
         if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
             return f"a weight of {list(weight.shape)} is not in multiples of {MULTIPLE}"

@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,10 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from .. import ops
-from ..sampling.layout import SequenceLayout
 from . import fp8, kv_cache
 from ._diffusers import (
     attention_backend,
     cast_by_call,
-    dispatch_attention,
     foreign_forward,
     hooked,
     low_rank_parts,
@@ -29,104 +27,15 @@ from ._diffusers import (
     unwrapped,
     without_context_parallel,
 )
-from .attention import AttentionLayout, TextWatch, attend_by_region, text_mass
 from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
-from .model import EditModel, Text
-from .parallel import Ranks, all_tokens, to_heads, to_tokens
+from .model import EditModel
 from .runner import BESIDE, StepRunner
+from .sequence import renew
 
 
-@dataclass(frozen=True)
-class MixedSequence:
-    """What a step has to know of its sequence: `text` tokens, then image tokens; N tokens in all.
-
-    cos, sin: fp32 [B or 1, N, D/2], rotary tables. key_bias: fp32 [B, keys] or None. queries, keys: int32 [B], how many
-    tokens ask and how many keys are there, None: all. rows: int32 [B, N], the key that each token is, -1: none, to be
-    left as it is; None: in order. Without text tokens those of the text stay as they were kept. text_at: the key of the
-    first text token, behind those of the image or 0. used: keys there are where that is known beforehand, None: all.
-    region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
-    sees; None: all see all. watched: what attention the image gives to the text is asked for. passing: later steps
-    compute the keys and values of these tokens anew in any case, so packed ones need not be renewed. modulate:
-    int32 [B, image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of clean pictures;
-    None: all have one. backend: diffusers' name of the attention that the user asked for, for steps without lengths
-    and bias. ranks: who shares the tokens, None: nobody. Each rank has the tokens `own` of the N and all that is said
-    here of the whole sequence, for its heads.
-    """
-
-    text: int
-    cos: Tensor
-    sin: Tensor
-    key_bias: Tensor | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    rows: Tensor | None = None
-    text_at: int = 0
-    used: int | None = None
-    region: Tensor | None = None
-    text_mask: Tensor | None = None
-    watched: bool = False
-    passing: bool = False
-    modulate: Tensor | None = None
-    backend: str | None = None
-    ranks: Ranks | None = None
-
-    @property
-    def own(self) -> tuple[int, int]:
-        """(first, end) of this rank's tokens."""
-        tokens = self.cos.shape[1]
-        return (0, tokens) if self.ranks is None else self.ranks.bounds(tokens)
-
-    @property
-    def own_text(self) -> int:
-        """How many of them are text."""
-        if self.ranks is None:
-            return self.text
-        first, end = self.own
-        return min(end, self.text) - min(first, self.text)
-
-    def own_image(self, x: Tensor) -> Tensor:
-        """This rank's of x, [B, image tokens, ...]."""
-        if self.ranks is None:
-            return x
-        first, end = self.own
-        return x[:, max(first - self.text, 0) : max(end - self.text, 0)]
-
-    def of_all(self, x: Tensor) -> Tensor:
-        """[B, this rank's image tokens, C] -> those of all ranks, on every rank."""
-        if self.ranks is None:
-            return x
-        sizes, before = [], 0
-        for size in self.ranks.split(self.cos.shape[1]):
-            sizes.append(max(before + size - self.text, 0) - max(before - self.text, 0))
-            before += size
-        return all_tokens(x, sizes, self.ranks)
-
-
-# Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
-# of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor] | PackedKV
-
-
-def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
-    """Where a block writes its keys and values and reads all: `kept`, [B, keys, H, D], or new ones like q."""
-    if kept is None:
-        return torch.empty_like(q), torch.empty_like(q)
-    if isinstance(kept, PackedKV):
-        if sequence.rows is not None:  # else all of them are written
-            kept.load()
-        return kept.scratch
-    return kept
-
-
-def renew(kept: Kept | None, sequence: MixedSequence) -> None:
-    """Call when a block's keys and values are written."""
-    if isinstance(kept, PackedKV) and not sequence.passing:
-        kept.store()
-
-
-def is_plain(layer: torch.nn.Module, x: Tensor | None = None) -> bool:
+def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
     """Whether a layer is nothing but its weight and bias: no adapter, no quantised weight, no hook but our own.
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
@@ -187,7 +96,7 @@ def join_(layers: Iterable[torch.nn.Module]) -> bool:
 def separate_(layers: Iterable[torch.nn.Module]) -> None:
     """Undo `join_`: each weight in memory of its own again."""
     for name in ("weight", "bias"):
-        parts = [getattr(layer, name, None) for layer in layers]
+        parts: list[Any] = [getattr(layer, name, None) for layer in layers]
         if any(type(x) not in (torch.nn.Parameter, Tensor) for x in parts) or _as_one(parts) is None:
             continue
         for x in parts:
@@ -195,22 +104,25 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
                 x.data = x.detach().clone()
 
 
-def linear_of_each(layers: Iterable[torch.nn.Module], x: Tensor | Rows) -> list[Tensor]:
+def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8,
     with what adapters of low rank add to each."""
-    layers, joined = list(layers), ()
+    layers = list(layers)
     y = fp8.product(layers, x)
     if y is not None:
         parts = y.split([layer.out_features for layer in layers], dim=-1)
-        return [changed(layer, x, part) for layer, part in zip(layers, parts)]
+        # `modulated` and `hidden` give no rows where a change is active
+        return list(parts) if isinstance(x, Rows) else [changed(layer, x, part) for layer, part in zip(layers, parts)]
+    assert isinstance(x, Tensor)
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     bases, added = zip(*map(low_rank_parts, layers))
+    weight = bias = None
     if all(is_plain(base, x) for base in bases):
-        joined = [_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias")]
-    if not joined or any(part is None for part in joined):
+        weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+    if weight is None or bias is None:
         return [layer(x) for layer in layers]
-    parts = F.linear(x, *joined).split([base.out_features for base in bases], dim=-1)
+    parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
     return [_with_added(x, changed(base, x, part), of) for base, part, of in zip(bases, parts, added)]
 
 
@@ -258,6 +170,7 @@ def gelu(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
     """
     if fp8.serves([layer]):
         return F.gelu(linear(layer, x), approximate="tanh")
+    assert isinstance(x, Tensor)
     if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
@@ -284,94 +197,9 @@ def feed_forward(ff: FeedForward, x: Tensor | Rows) -> Tensor:
     return x
 
 
-def all_heads(streams: Sequence[list[Tensor]], sequence: MixedSequence) -> list[Tensor]:
-    """q, k and v of all tokens, for this rank's heads, of those of its tokens. streams: as of `to_heads`, not empty."""
-    assert sequence.ranks is not None
-    return to_heads(streams, sequence.ranks.split(sequence.cos.shape[1]), sequence.ranks)
-
-
-def of_streams(
-    text: list[Tensor] | None, image: list[Tensor] | None, sequence: MixedSequence
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """q, k and v [B, n, H, D] of text and of image tokens, None where there are none: of this rank's -> of all."""
-    if sequence.ranks is None:
-        return text, image
-    whole = all_heads([x for x in (text, image) if x is not None], sequence)
-    n = sequence.text
-    return [x[:, :n] for x in whole] if n else None, [x[:, n:] for x in whole]
-
-
-def embedded(
-    of_text: torch.nn.Module, of_image: torch.nn.Module, embeds: Tensor, tokens: Tensor, sequence: MixedSequence
-) -> Tensor:
-    """This rank's text and image tokens through their embedders, [B, n, C]."""
-    first, end = sequence.own
-    parts = [of_text(embeds[:, first : min(end, sequence.text)])] if sequence.own_text else []
-    image = sequence.own_image(tokens)
-    if image.shape[1]:
-        parts.append(of_image(image))
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
-def new_queries(x: Tensor, heads: int, dim: int, sequence: MixedSequence) -> Tensor:
-    """Where a block's queries go, [B, N, heads, dim] of all tokens, or of this rank's share of the heads."""
-    ranks = sequence.ranks
-    return x.new_empty(x.shape[0], sequence.cos.shape[1], heads if ranks is None else heads // ranks.size, dim)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
-    """Attention [B, this rank's tokens, H * D]."""
-    out = _attend(q, k, v, sequence)
-    if sequence.ranks is None:
-        return out.flatten(2)
-    return to_tokens(out, sequence.ranks.split(sequence.cos.shape[1]), sequence.ranks)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
-    """Attention [B, N, H, D]."""
-    k, v = k[:, : sequence.used], v[:, : sequence.used]
-    if sequence.region is not None:
-        out = attend_by_region(
-            q, k, v, sequence.region, sequence.text_mask, text_at=sequence.text_at, queries=sequence.queries
-        )  # fmt: skip
-    elif sequence.key_bias is None and sequence.keys is None and sequence.backend is not None:
-        out = dispatch_attention(q, k, v, sequence.backend)
-    elif sequence.key_bias is None and sequence.keys is None:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    else:
-        out = ops.mixed_res_attn(
-            q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
-        )[0]  # fmt: skip
-    return out
-
-
-def watched_mass(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor | None:
-    """What `attention.TextWatch` records, where it is asked for: fp32 [B, image tokens, text tokens]."""
-    if not sequence.watched:
-        return None
-    return text_mass(q, k, ops.mixed_res_attn(q, k, v)[1], sequence.text)
-
-
 # Mixed sequences get slots by a sixteenth of their power of two, within these bounds: one capture then serves all edits
 # of nearly one size, and few slots are empty.
 FEWEST_SLOTS, MOST_SLOTS = 32, 128
-
-
-@dataclass(frozen=True)
-class FusedLayout:
-    """sequence: the step's. fresh: int32 [B], the tokens that an active step computes, text included, or None.
-
-    cache: where the keys and values of each block are kept, None to keep none; buffers: the runner's name for them.
-    like: a tensor [B, ...] of the dtype and on the device of the tokens, for caches.
-    watch: a module's attention to the text is recorded there.
-    """
-
-    sequence: MixedSequence
-    fresh: Tensor | None = None
-    cache: list[Kept] | None = None
-    buffers: str = ""
-    like: Tensor | None = None
-    watch: TextWatch | None = None
 
 
 if TYPE_CHECKING:
@@ -438,56 +266,36 @@ class FusedModel(_Eager):
         [scratch] = pairs(f"{name}, of the block at work", 1, dim, dtype)
         return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
 
-    def _mixed(
-        self, text: Text, layout: SequenceLayout, same: AttentionLayout, cached: bool, **more: Any
-    ) -> FusedLayout:
-        """The layout of a mixed sequence from the eager adapter's. more: further fields of the sequence.
+    @property
+    def least_text(self) -> int:
+        """None: a block of no text leaves out the layers of the text."""
+        return 0
 
-        `same` has lengths in any case: a capture with them serves sequences with and without empty slots.
-        """
-        length = text.embeds.shape[1]
-        cos, sin = (x[..., ::2].contiguous() for x in (same.cos, same.sin))
-        sequence = MixedSequence(length, cos, sin, same.key_bias, same.lengths, same.lengths, **more)
-        if not cached:
-            return FusedLayout(sequence)
-        made = FusedLayout(sequence, layout.fine_lengths + length, like=text.embeds)
-        return self.another_cache(made)
+    def _cached(self, layout: Any, like: Tensor) -> Any:
+        """A mixed layout with a cache of the runner's. like: StepLayout's."""
+        return self.another_cache(replace(layout, attention=replace(layout.attention, like=like)))
 
-    def another_cache(self, layout: FusedLayout) -> FusedLayout:
+    def another_cache(self, layout: Any) -> Any:
         name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        rows = layout.sequence.cos.shape[1]
-        return replace(layout, cache=self._kept(name, layout.like.shape[0], rows, layout.like), buffers=name)
+        attention = layout.attention
+        batch, rows = attention.like.shape[0], attention.sequence.cos.shape[1]
+        cache = self._kept(name, batch, rows, attention.like)
+        return replace(layout, attention=replace(attention, cache=cache, buffers=name))
 
-    def blend(self, layout: FusedLayout, near: FusedLayout, far: FusedLayout, weight: Tensor) -> None:
+    def blend(self, layout: Any, near: Any, far: Any, weight: Tensor) -> None:
+        of, *ends = (x.attention for x in (layout, near, far))
+
         def run(weight: Tensor) -> Tensor:
-            for of, a, b in zip(layout.cache, near.cache, far.cache):
+            for kept, a, b in zip(of.cache, *(x.cache for x in ends)):
                 pairs = [(x.values() if isinstance(x, PackedKV) else x) for x in (a, b)]
-                into = of.scratch if isinstance(of, PackedKV) else of
+                into = kept.scratch if isinstance(kept, PackedKV) else kept
                 for out, x, y in zip(into, *pairs):
                     torch.lerp(x, y, weight.to(x.dtype), out=out)
-                renew(of, layout.sequence)
+                renew(kept, of.sequence)
             return weight
 
-        names = BESIDE.join(x.buffers for x in (layout, near, far))
-        self.runner(("blend", layout.sequence.cos.shape[1]), run, {"weight": weight}, names)
+        names = BESIDE.join(x.buffers for x in (of, *ends))
+        self.runner(("blend", of.sequence.cos.shape[1]), run, {"weight": weight}, names)
 
-    def active_layout(self, text: Text, layout: FusedLayout, first: int | None, lock_text: bool = False) -> FusedLayout:
-        whole, length = layout.sequence, text.embeds.shape[1]
-        start = length if lock_text else 0
-        # each sample's own fine tokens alone are computed anew
-        fresh = whole.keys if first is None else layout.fresh
-        end = whole.cos.shape[1] if first is None else length + first
-        order = torch.arange(start, end, dtype=torch.int32, device=whole.cos.device)
-        sequence = replace(
-            whole,
-            text=length - start,
-            cos=whole.cos[:, start:end],
-            sin=whole.sin[:, start:end],
-            queries=fresh - start,
-            rows=torch.where(order < fresh[:, None], order, -1),
-            passing=first is not None,
-        )
-        return replace(layout, sequence=sequence)
-
-    def kv_bytes(self, layouts: Sequence[FusedLayout]) -> int:
+    def kv_bytes(self, layouts: Sequence[Any]) -> int:
         return self.runner.buffer_bytes

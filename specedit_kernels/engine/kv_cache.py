@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
 SCALES = torch.float32
-# what a CUDA device or a CPU rounds to no number lies beyond
+# larger values are rounded to NaN, on a CUDA device and on a CPU
 _LARGEST = torch.finfo(DTYPE).max
 
 
@@ -61,14 +61,20 @@ class KVCache:
 
     A block's are its attention processor's `kept` while a call runs (`attention.with_layout`), and here between calls:
     a compiled block guards on its own processor, where a table of all blocks would have it guard on the table's length.
-    packed: in fp8. pairs: of each processor keys and values [B, S, Hk, D], packed ones with their scales behind; None
-    before the first call.
+    packed: in fp8. rows: how many keys are kept, None: those of the call that fills the cache. pairs: of each processor
+    keys and values [B, rows, Hk, D], packed ones with their scales behind; None before the first call.
     """
 
-    def __init__(self, packed: bool = False):
-        self.packed = packed
+    def __init__(self, packed: bool = False, rows: int | None = None):
+        self.packed, self.rows = packed, rows
         self.pairs: list[tuple[Tensor, ...] | None] = []
         self.dtype = torch.float32  # of what was packed last
+
+    def blank(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows, zeros, of the kind of k and v."""
+        assert self.rows is not None
+        shape = (k.shape[0], self.rows, *k.shape[2:])
+        return k.new_zeros(shape), v.new_zeros(shape)
 
     def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """As a processor keeps them; `v` may be a view of more than itself, what is kept is not."""

@@ -2,7 +2,7 @@
 """Low-rank changes of a transformer's linear layers, applied to calls within a `with` block: weight + up @ down.
 
 The weights stay as they are, so adapters, quantisation and offloading of the transformer hold for the changed one too,
-and no second transformer lies in memory. What is active is known to a thread alone.
+and there is no second transformer in memory. A change is active in its own thread alone.
 """
 
 from __future__ import annotations

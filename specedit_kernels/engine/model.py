@@ -20,10 +20,11 @@ from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
 from ._diffusers import through
-from .attention import AttentionLayout, TextWatch, attention_modules
+from .attention import attention_modules
 from .kv_cache import KVCache
 from .parallel import Ranks, of_first
 from .registry import codec_of
+from .sequence import StepLayout, TextWatch
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Pictures:
     """Which pictures a full-resolution sequence shows, in its order: the target, then the references.
 
     target: the target's fine grid. references: the fine grid of each reference, the edited one first.
-    aligned: whether the edited one lies on the target's grid; then, and only then, its condition tokens can be fine
+    aligned: whether the edited one has the target's grid; then, and only then, its condition tokens can be fine
         where the target's are and coarse where they are coarse. All others keep one resolution in the mixed steps.
     coarse_others: whether those others are coarse there.
     """
@@ -63,7 +64,8 @@ class EditModel(ABC):
 
     text: a `Text` of the adapter's own kind.
     A layout is what an adapter makes for one branch's text and one kind of sequence, and what it gets back with the
-    tokens of that sequence; the stages do not look into it.
+    tokens of that sequence: a frozen dataclass with a field `attention`, a StepLayout, or None for whole pictures in
+    the transformer's own forward. The stages do not look into it.
     guidance: fp32 [B], a distilled guidance scale, or None. attention_kwargs: the caller's, given to every call.
     """
 
@@ -119,33 +121,37 @@ class EditModel(ABC):
         """`dense_layout` with attention of our own, which records what `watch` asks for."""
 
     @abstractmethod
-    def mixed_layout(
-        self, text: Any, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> Any:
+    def mixed_layout(self, text: Any, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool) -> Any:
         """Layout of a mixed-resolution sequence.
 
-        padded: some slots are empty. key_bias: weigh coarse keys. cached: keep keys and values, for `active_layout`.
+        key_bias: weigh coarse keys. cached: keep keys and values, for `active_layout`.
         """
 
-    @abstractmethod
     def active_layout(self, text: Any, layout: Any, first: int | None, lock_text: bool = False) -> Any:
         """Layout of a call that brings the first so many image slots of a cached mixed sequence, and attends to all.
 
         first: the slots that hold all fine target tokens; None: the call brings every slot. lock_text: it brings no
         text, whose keys and values stay.
         """
+        made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
+        return replace(layout, attention=made)
 
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:
-        """Layout of a sequence without empty slots whose image slots see text by their region: AttentionLayout's."""
-        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+        """Layout of a sequence without empty slots whose image slots see text by their region: MixedSequence's."""
+        made = self.mixed_layout(text, pictures, layout, key_bias=False, cached=False)
         if region is None:
             return made
-        bias = made.attention.key_bias
-        if bias is not None:  # some of the words are padding
+        bias = made.attention.sequence.key_bias
+        if bias is not None and text_mask is not None:  # some of the text is padding
             text_mask = text_mask & (bias[:, None, : text_mask.shape[-1]] > float("-inf"))
-        return replace(made, attention=replace(made.attention, region=region, text_mask=text_mask))
+        return self._with_sequence(made, region=region, text_mask=text_mask)
+
+    @staticmethod
+    def _with_sequence(layout: Any, **changes: Any) -> Any:
+        attention = layout.attention
+        return replace(layout, attention=replace(attention, sequence=replace(attention.sequence, **changes)))
 
     def shield_layouts(
         self, source: Text, text: Text, pictures: Pictures, layout: SequenceLayout, first: int, region: Tensor | None,
@@ -155,22 +161,27 @@ class EditModel(ABC):
 
         The first `fine_lengths` slots of each sample are the edit's own; the others, and all behind, are the branch's.
         """
-        branch = self.mixed_layout(source, pictures, layout, padded=False, key_bias=False, cached=True)
-        edit = self.edit_layout(text, pictures, layout, region, text_mask)
-        slot = torch.arange(first, device=layout.index.device)
-        changes = dict(
-            cache=branch.attention.cache, cached_text=source.embeds.shape[1], own=slot < layout.fine_lengths[:, None]
-        )
-        edit = replace(edit, attention=replace(edit.attention, **changes))
+        lengths = [x.embeds.shape[1] for x in (source, text)]
+        # the two texts differ in length: each ends where the image begins
+        longest = max(lengths)
+        rows = longest + layout.capacity
+        cache, made = self.new_cache(rows), []
+        for x, length, sees in ((source, lengths[0], (None, None)), (text, lengths[1], (region, text_mask))):
+            whole, unused = self.edit_layout(x, pictures, layout, *sees), longest - length
+            row = torch.arange(unused, rows, dtype=torch.int32, device=layout.index.device)
+            row = row.expand(layout.index.shape[0], -1).contiguous()
+            whole = self._with_sequence(whole, rows=row, span=(unused, rows))
+            made.append(replace(whole, attention=replace(whole.attention, cache=cache)))
+        branch, edit = made
         return branch, self.active_layout(text, edit, first)
 
     def joined(self, texts: Sequence[Any]) -> Any:
         """One text for all guidance branches, stacked along the batch, where they run faster so; else None."""
         return None
 
-    def new_cache(self) -> KVCache:
-        """An empty cache of an AttentionLayout."""
-        return KVCache(packed=self.fp8_cache)
+    def new_cache(self, rows: int | None = None) -> KVCache:
+        """An empty cache of a StepLayout. rows: KVCache's."""
+        return KVCache(self.fp8_cache, rows)
 
     @property
     def least_text(self) -> int:
@@ -187,7 +198,7 @@ class EditModel(ABC):
             x = x if ranks is None else of_first(x, ranks)
         return x
 
-    def shared(self, attention: AttentionLayout | None, text: int, image: int) -> AttentionLayout | None:
+    def shared(self, attention: StepLayout | None, text: int, image: int) -> StepLayout | None:
         """The layout of a call of the transformer's own forward with that many tokens, whose hooks share them out.
 
         ValueError where the hooks cannot.
@@ -200,7 +211,9 @@ class EditModel(ABC):
                 f"transformer: {ranks.size} ranks do not divide {text} text and {image} image tokens: expected"
                 " ulysses_anything=True of ContextParallelConfig, or a runner other than 'eager'"
             )
-        return None if attention is None else replace(attention, ranks=ranks, text=text)
+        if attention is None:
+            return None
+        return replace(attention, sequence=replace(attention.sequence, ranks=ranks, by_stream=True))
 
     def timestep_conditioning(self, text: Any, timesteps: Tensor) -> Iterable[Any]:
         """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""
@@ -243,7 +256,7 @@ class EditModel(ABC):
         """The transformer's embedding of packed tokens: [B, N, 4C] -> [B, N, width]."""
         return through(self.transformer, self.embedder(), tokens)
 
-    def flops(self, text: Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
+    def flops(self, text: Any, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
         """Useful FLOPs of one pass over one sample with that many image tokens, which attend to `keys` of them.
 
         lock_text: the text is attended to, not computed.

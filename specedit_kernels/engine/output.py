@@ -20,17 +20,22 @@ from ..images.align import Drift
 class StepRecord:
     """One model step. `tokens`: image tokens (target and condition) of each sample, `keys`: those they attend to.
 
-    `flops`: useful ones, batch sum. passes: of the guidance branches, at most so many. lock_text: the text was attended
-    to, not computed.
+    sigma: where it begins. `flops`: useful ones, batch sum. passes: of the guidance branches, at most so many.
+    lock_text: the text was attended to, not computed.
     """
 
     stage: str
-    level: float
+    sigma: float
     tokens: tuple[int, ...]
     keys: tuple[int, ...]
     flops: int
     passes: int = 2
     lock_text: bool = False
+
+    @property
+    def level(self) -> float:
+        """The former name of `sigma`."""
+        return self.sigma
 
 
 @dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the SpecEdit pipelines share: checks, the order of the stages, noise, levels, pixels."""
+"""What the SpecEdit pipelines share: checks, the order of the stages, noise, sigmas, pixels."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _LISTING = threading.Lock()
 
 def _one_call(transformer: torch.nn.Module) -> threading.RLock:
     """Held for a whole call: steps share the graphs and buffers of a runner, and what a pipeline knows of its call;
-    pipelines that share a transformer (`from_pipe`) share the scales of its adapters, and where its weights lie."""
+    pipelines that share a transformer (`from_pipe`) share the scales of its adapters, and the memory of its weights."""
     with _LISTING:
         return _CALLS.setdefault(transformer, threading.RLock())
 
@@ -130,7 +130,7 @@ class SpecEditMixin(Stock):
     specedit: the config, None for the pipeline's default, False for the stock call.
     mask_image: a picture, white where to edit. region: a box (x0, y0, x1, y1) in pixels of the source, or in per cent
         as "10%,0,50%,100%", or a list of boxes; joins mask_image.
-    mask_mode: what these do: "replace" the draft's region; or the draft looks for one, which they "limit" (what lies in
+    mask_mode: what these do: "replace" the draft's region; or the draft looks for one, which they "limit" (what is in
         both is edited) or to which they "add".
     output_size: "working": results as the model gives them. "source": each picture at its own size, as it was given (a
         PIL picture of its mode, an array of its type, a Photo), equal to its source bit for bit outside the feathered
@@ -140,9 +140,10 @@ class SpecEditMixin(Stock):
 
     What a model's class says:
 
-    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by. CONFIG: the
-    class of a call's options. ARGUMENTS: {name: default} of further
-    arguments of its calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
+    STEPS_OF_PLAIN: the stock pipeline's own default number of steps. RUNNERS: what its model can be run by.
+    FLASH_RUNNERS: those that FlashEdit can be run by, whose layouts record attention to the text and have regions of
+    it; () for none. CONFIG: the class of a call's options. ARGUMENTS: {name: default} of further arguments of its
+    calls. TEXT: the stock arguments that give one guidance branch's text; the other branch's have the
     prefix `negative_`. TRUE_CFG: the stock argument that is the scale of true classifier-free guidance, "" where there
     is none. NEGATIVE: the negative prompt that the stock call has where none is given; None: it has no guidance then.
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
@@ -154,6 +155,7 @@ class SpecEditMixin(Stock):
 
     STEPS_OF_PLAIN: int
     RUNNERS: tuple[str, ...] = RUNNERS
+    FLASH_RUNNERS: tuple[str, ...] = RUNNERS
     CONFIG: type[EditConfig] = SpecEditConfig
     ARGUMENTS: Mapping[str, Any] = {
         "specedit": None, "mask_image": None, "region": None, "mask_mode": "replace", "output_size": "working",
@@ -239,7 +241,7 @@ class SpecEditMixin(Stock):
         if options.get("torch_dtype") is not None or options.get("dtype") is not None:
             return super().from_pipe(pipeline, **options)
         # the stock method ends with a cast of the shared modules, to fp32 where no dtype is given
-        stays = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})
+        stays: Any = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})
         made = super(SpecEditMixin, stays).from_pipe(pipeline, **options)
         made.__class__ = cls
         return made
@@ -278,7 +280,7 @@ class SpecEditMixin(Stock):
             attention_kwargs = dict(getattr(call, self.KWARGS) or {})
             setattr(self, f"_{self.KWARGS}", attention_kwargs)
         self._guidance_scale = call.guidance_scale
-        self._current_timestep = None
+        self._current_timestep: Tensor | None = None
         self._interrupt = False
         runner = self._runner(config)
         device = self._device_of(runner)
@@ -361,6 +363,14 @@ class SpecEditMixin(Stock):
         call.image = in_fp32(call.image)
         call.sizes = picture_sizes(call.image)[: self.EDITED]
 
+    def working_size(self, image: Any, **arguments: Any) -> tuple[int, int]:
+        """(height, width) that a call with these arguments would compute at. Nothing is computed."""
+        bound = inspect.signature(type(self).__call__).bind(self, image=image, **arguments)
+        bound.apply_defaults()
+        call = Call(**ABSENT | bound.arguments)
+        self._take_pictures(call)
+        return self._size(call)
+
     def _user_mask(self, call: Call, grid: Grid, batch: int) -> Tensor | None:
         """The tokens that mask_image and region select together, bool [B, N]; None where neither is given."""
         found = []
@@ -385,18 +395,19 @@ class SpecEditMixin(Stock):
 
     def _runner(self, config: EditConfig) -> StepRunner | None:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
-        name, why = config.runner, ""
+        name, why, found = config.runner, "", None
         if name == "auto":
-            name, why = self.fastest_runner()
+            name, why, found = self._fastest_runner()
         self._runner_reason = why
         if name == "eager":
             return None
         if self._specedit_runner is not None and self._specedit_runner.name != name:
             self._free_runner()  # before weights are looked at: it brings them back to where they were
+            found = None
         signature: list[Any] = []
         reason, undo = f"{type(self).__name__} has no other", None
         if name in self.RUNNERS:
-            reason, signature = inspect_weights(name, self.transformer, self.vae)
+            reason, signature = found or inspect_weights(name, self.transformer, self.vae)
             kept = self._specedit_runner
             arranged = self._moving() or (kept is not None and kept.watches(signature))
             undo = None if reason or arranged else self._arrange()
@@ -424,7 +435,7 @@ class SpecEditMixin(Stock):
         reason = "the transformer's own forward is called (runner='eager')"
         if runner is not None:
             reason = fp8.reason_against(self._device_of(runner))
-        if reason:
+        if runner is None or reason:
             self._say_once(f"precision='fp8': layers compute as they are: {reason}")
             return None
         return runner.linears
@@ -435,18 +446,26 @@ class SpecEditMixin(Stock):
 
     def fastest_runner(self) -> tuple[str, str]:
         """(the runner that "auto" stands for, why no faster one), by what was measured (docs/benchmarks.md)."""
+        return self._fastest_runner()[:2]
+
+    def _fastest_runner(self) -> tuple[str, str, tuple[str, list[Any]] | None]:
+        """`fastest_runner`, and what `inspect_weights` found of it, which takes long enough to be done once."""
         if "graph" not in self.RUNNERS:
-            return "eager", f"{type(self).__name__} has no other"
-        if execution_device(self).type != "cuda":
-            return "eager", "graphs need a CUDA device"
-        reason, _ = inspect_weights("graph", self.transformer, self.vae)
+            return "eager", f"{type(self).__name__} has no other", None
+        # the pipeline's own answer looks for hooks in every module
+        if next(self.transformer.parameters()).device.type != "cuda" and execution_device(self).type != "cuda":
+            return "eager", "graphs need a CUDA device", None
+        found = inspect_weights("graph", self.transformer, self.vae)
+        reason = found[0]
         if not reason:
-            return "graph", ""
+            return "graph", "", found
         # without graphs the host's launches bound a step, and only products of quantised weights gain by fewer of them
         quantised = any(type(x) is not torch.nn.Parameter for x in self.transformer.parameters())
-        if quantised and not inspect_weights("fused", self.transformer, self.vae)[0]:
-            return "fused", reason
-        return "eager", reason
+        if quantised:
+            found = inspect_weights("fused", self.transformer, self.vae)
+            if not found[0]:
+                return "fused", reason, found
+        return "eager", reason, None
 
     def _arrange(self) -> Callable[[], None] | None:
         """Bring weights into the order in memory that a runner likes best. What undoes it; None: none was moved."""
@@ -555,7 +574,7 @@ class SpecEditMixin(Stock):
         clock.mark("encode")
 
         # the plain schedule of this size and step count; the stages share it out
-        levels = self._plain_levels(sum(counts), math.prod(grid), call.sigmas)
+        sigmas = self._plain_sigmas(sum(counts), math.prod(grid), call.sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
         bar = self.progress_bar(total=nfe + (config.separate_steps if call.needs_draft else 0))
@@ -599,7 +618,7 @@ class SpecEditMixin(Stock):
         wrap_processors(self.transformer)
         linears = self._fp8(config, runner)
         with bar, fp8.active(linears):
-            clean, selection, scores = self._run(run, counts, levels, user_mask)
+            clean, selection, scores = self._run(run, counts, sigmas, user_mask)
         if linears is not None:
             run.stats.precision, run.stats.fp8_bytes = config.precision, linears.bytes
             for reason, layers in linears.refused.items():
@@ -621,6 +640,7 @@ class SpecEditMixin(Stock):
         run.stats.runner_reason = self._runner_reason
         if runner:
             run.stats.runner, run.stats.graph_bytes = runner.mode, runner.graph_bytes
+            run.stats.runner_reason = run.stats.runner_reason or runner.failure
             run.stats.captures = runner.captures - captures
         self._specedit_stats = run.stats
         if not call.return_dict:
@@ -630,13 +650,13 @@ class SpecEditMixin(Stock):
         return SpecEditPipelineOutput(images=images, mask=mask, scores=scores, stats=run.stats)
 
     def _run(
-        self, run: Run, counts: tuple[int, int, int], levels: list[float], user_mask: Tensor | None
+        self, run: Run, counts: tuple[int, int, int], sigmas: list[float], user_mask: Tensor | None
     ) -> tuple[Tensor, Selection, Tensor | None]:
         """`run_stages` for this pipeline's schedule; a method with another order of stages has its own."""
-        draft_levels = None
+        draft_sigmas = None
         if user_mask is None and run.config.draft == "quarter":
-            draft_levels = self._plain_levels(run.config.draft_steps, math.prod(draft_grid(run.grid)), None)
-        return run_stages(run, counts, levels, user_mask, draft_levels, self._verify_select)
+            draft_sigmas = self._plain_sigmas(run.config.draft_steps, math.prod(draft_grid(run.grid)), None)
+        return run_stages(run, counts, sigmas, user_mask, draft_sigmas, self._verify_select)
 
     def _verify_select(self, run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
         """Score a draft and select by it; what studies selections has its own."""
@@ -652,17 +672,17 @@ class SpecEditMixin(Stock):
             raise ValueError(f"latents: expected {expected}, got {tuple(latents.shape)}")
         return unpack(latents.to(device=device, dtype=dtype), grid, patch).float()
 
-    def _plain_levels(self, steps: int, tokens: int, sigmas: list[float] | None) -> list[float]:
-        """Noise levels of the plain pipeline for that many steps and target tokens, with the final 0."""
+    def _plain_sigmas(self, steps: int, tokens: int, given: list[float] | None) -> list[float]:
+        """Sigmas of the plain pipeline for that many steps and target tokens, with the final 0. given: the call's."""
         # a copy: the pipeline's own scheduler keeps its state
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        unshifted = np.linspace(1.0, 1 / steps, steps) if given is None else given
         mu = self._shift(tokens, steps)
         with np.errstate(invalid="ignore"):
-            retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
-        levels = scheduler.sigmas.tolist()
-        # the one step of a schedule with a terminal level is 0 / 0 to the scheduler; it begins with noise alone
-        return [1.0, 0.0] if len(levels) == 2 and math.isnan(levels[0]) else levels
+            retrieve_timesteps(scheduler, steps, "cpu", sigmas=unshifted, mu=mu)
+        sigmas = scheduler.sigmas.tolist()
+        # the one step of a schedule with a terminal sigma is 0 / 0 to the scheduler; it begins with noise alone
+        return [1.0, 0.0] if len(sigmas) == 2 and math.isnan(sigmas[0]) else sigmas
 
     def _show_schedule(self, timesteps: Sequence[float], index: int) -> None:
         """Give the pipeline's scheduler the run's own timesteps and sigmas, as the stock call leaves them there, for
@@ -705,12 +725,11 @@ class SpecEditMixin(Stock):
     def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call) -> list[Any]:
         """Each picture at its source's size, as it was given; what was found of its drift goes into the stats."""
         config, changed = run.config, selection.changed
-        decoded = run.model.decode(clean) if any(changed) else per_image(run.pixels, "image", run.batch)
-        source = per_image(run.pixels, "image", run.batch)
+        pixels = per_image(run.pixels, "image", run.batch)
         source, decoded = (
             # an autoencoder's alpha is left out: the source has its own, or none
             (x[:, :3].float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-            for x in (source, decoded)
+            for x in (pixels, run.model.decode(clean) if any(changed) else pixels)
         )
         regions = selection.edited.reshape(run.batch, *run.grid).cpu().numpy()
         run.clock.mark("decode")
@@ -719,8 +738,7 @@ class SpecEditMixin(Stock):
             given, photo = call.given[i // times], call.photos[i // times]
             array, drift = photo.array.copy(), None
             if changed[i]:
-                parts = source[i], decoded[i], regions[i]
-                array, drift = put_back(photo, *parts, config.feather, config.may_drift)
+                array, drift = put_back(photo, source[i], decoded[i], regions[i], config.feather, config.may_drift)
             run.stats.drift.append(drift)
             images.append(as_given(given, photo, array, call.output_type))
         run.clock.mark("composite")
@@ -794,7 +812,7 @@ def picture_sizes(image: PipelineImageInput) -> list[tuple[int, int]]:
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """ValueError where they are no falling noise levels in (0, 1]."""
+    """ValueError where they do not fall strictly within (0, 1]."""
     if len(sigmas) == 0:
         raise ValueError("sigmas: expected at least one, got none")
     found = [float(s) for s in sigmas]

@@ -30,7 +30,7 @@ class Model:
     processor class: make(processor, transformer, its name) -> SpecEditAttnProcessor}. codecs: {autoencoder class: codec
     class}. replaced: {transformer class: function of a transformer that gives (module, class or classes) of everything
     whose forward the model's fused forward stands for}; a module with another forward is run eagerly. pre_hooks:
-    forward pre-hooks that the model's own processors put on blocks, which no runner takes for somebody else's.
+    forward pre-hooks that the model's own processors put on blocks: runners accept them.
     command: (model folder's settings, true_cfg_scale or None) -> options of a call, for the command.
     several_pictures: names of the stock pipelines that take further reference pictures.
     """

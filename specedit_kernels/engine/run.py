@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..sampling import noise as algebra
 from ..sampling.grid import coarse_grid
-from ..sampling.schedule import stage_levels
+from ..sampling.schedule import stage_sigmas
 from . import stages
 from .stages import Draft, Run, Selection
 
@@ -18,15 +18,15 @@ from .stages import Draft, Run, Selection
 def run_stages(
     run: Run,
     counts: tuple[int, int, int],
-    levels: Sequence[float],
+    sigmas: Sequence[float],
     user_mask: Tensor | None,
-    draft_levels: Sequence[float] | None = None,
+    draft_sigmas: Sequence[float] | None = None,
     verify: Callable[[Run, Draft, str], tuple[Tensor, Selection]] | None = None,
 ) -> tuple[Tensor, Selection, Tensor | None]:
     """The stages in order. Returns (clean latents [B, C, H, W], selection, scores [B, N] or None).
 
-    counts: (coarse, mixed, full) steps. levels: noise levels of the plain full-resolution run, with the final 0.
-    user_mask: bool [B, N] on the fine grid, in place of a draft. draft_levels: those of a "quarter" draft.
+    counts: (coarse, mixed, full) steps. sigmas: those of the plain full-resolution run, with the final 0.
+    user_mask: bool [B, N] on the fine grid, in place of a draft. draft_sigmas: those of a "quarter" draft.
     verify: what scores a draft and selects by it, `verify_select` where None.
 
     ValueError where there is neither a mask nor what the draft needs.
@@ -41,7 +41,7 @@ def run_stages(
         coarse_steps, mixed_steps = 1, coarse_steps + mixed_steps - 1
     if config.finish == "locked":
         mixed_steps, full_steps = mixed_steps + full_steps, 0
-    plan = stage_levels(levels, coarse_steps, mixed_steps, full_steps)
+    plan = stage_sigmas(sigmas, coarse_steps, mixed_steps, full_steps)
     run.timesteps = [1000 * s for part in (plan.coarse, plan.mixed, plan.full) for s in part[:-1]]
     start = run.noise.to(run.source.dtype)
     full = [r.latents for r in run.references]
@@ -50,16 +50,16 @@ def run_stages(
     if user_mask is not None:
         selection = stages.select(run, user_mask.to(run.device).float(), 0.5, 0)
     elif config.draft == "quarter":
-        if draft_levels is None:
-            raise ValueError("draft_levels: expected those of draft='quarter', got None")
-        scores, selection = verify(run, stages.draft(run, draft_levels), "draft")
+        if draft_sigmas is None:
+            raise ValueError("draft_sigmas: expected those of draft='quarter', got None")
+        scores, selection = verify(run, stages.draft(run, draft_sigmas), "draft")
     if selection is not None and run.ends(selection):
         return run.source, selection, scores
 
-    # the first stage leaves `fine` at `level`, or `coarse` at its pooled level
+    # the first stage leaves `fine` at `sigma`, or `coarse` at its pooled sigma
     if first_full:
         guided = config.draft_guidance
-        fine, (estimate, _) = stages.dense_steps(run, start, levels[:2], full, "draft_step", guided=guided)
+        fine, (estimate, _) = stages.dense_steps(run, start, sigmas[:2], full, "draft_step", guided=guided)
         scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
     elif coarse_steps:
         small = stages.source_at(run, coarse_grid(run.grid))
@@ -78,23 +78,23 @@ def run_stages(
     if run.ends(selection):
         return run.source, selection, scores
 
-    level = levels[coarse_steps]
+    sigma = sigmas[coarse_steps]
     if first_full:
-        pooled = algebra.pool_state(fine.float(), level)
+        pooled = algebra.pool_state(fine.float(), sigma)
     elif coarse_steps:
         pooled = coarse.float()
         fine = algebra.expand_state(pooled, plan.coarse[-1], run.noise).to(start.dtype)
     else:
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
-        run.timesteps[coarse_steps:] = [1000 * s for s in levels[coarse_steps:-1]]
-        clean, _ = stages.dense_steps(run, fine, levels[coarse_steps:], full, "full")
+        run.timesteps[coarse_steps:] = [1000 * s for s in sigmas[coarse_steps:-1]]
+        clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full")
         clock.mark("full")
     else:
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
-        at = algebra.pooled_level(level)
-        topped = algebra.top_up(pooled, at, level, run.fresh_noise(pooled.shape)).to(start.dtype)
-        state = stages.expand(run, fine, topped, level, selection)
+        at = algebra.pooled_sigma(sigma)
+        topped = algebra.top_up(pooled, at, sigma, run.fresh_noise(pooled.shape)).to(start.dtype)
+        state = stages.expand(run, fine, topped, sigma, selection)
         clock.mark("expand")
         stages.mixed_steps(run, state, plan.mixed)
         clock.mark("mixed")

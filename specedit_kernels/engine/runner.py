@@ -8,22 +8,23 @@ import functools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from . import fp8, low_rank, registry
 from ._diffusers import (
     bring_in,
     context_parallel,
+    each_module,
     foreign_forward,
     global_hooks,
     hooked,
     is_cast,
+    is_wrapper,
     moved_to,
     on_parallel,
     unwrapped,
@@ -33,7 +34,7 @@ from ._diffusers import (
 
 logger = logging.getLogger("specedit_kernels")
 
-Inputs = dict[str, Tensor | None]
+Inputs = Mapping[str, Tensor | None]
 
 # Graphs kept at once. A run has one for each of its sequences (coarse, mixed, active, full) and one for each call of
 # the autoencoder, so this holds two or three sizes of edits; beside the pool that all share, one takes its inputs (some
@@ -49,21 +50,21 @@ _PLAIN = (torch.nn.Parameter, Tensor)
 
 
 class _Memory:
-    """Where the memory of weights lies: what graphs take for granted of them."""
+    """Addresses of weights: what captured graphs depend on."""
 
     def __init__(self) -> None:
-        self.found: list[Hashable] = []
+        self.found: list[Any] = []
         self.devices: set[torch.device] = set()
         self._seen: set[int] = set()
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Any) -> None:
         """A weight: its own memory, that of the tensors a wrapper holds, and of what a quantised one has beside it."""
         if type(x) in _PLAIN:
             self.devices.add(x.device)
             self.found.append((x.data_ptr(), x.dtype))
             return
         self.found.append(type(x))
-        if is_traceable_wrapper_subclass(x):
+        if is_wrapper(x):
             for name in x.__tensor_flatten__()[0]:
                 self.add(getattr(x, name))
             return
@@ -87,7 +88,7 @@ class _Memory:
                 self.add_held(vars(value))
 
     def add_scaling(self, scaling: Any) -> None:
-        """The numbers that an adapter multiplies by; a graph reads those on the device where they lie."""
+        """The numbers that an adapter multiplies by; a graph reads those on the device at their address."""
         for name, value in scaling.items() if isinstance(scaling, dict) else [("", scaling)]:
             if isinstance(value, Tensor):
                 value = value.data_ptr() if value.is_cuda else value.tolist()
@@ -96,12 +97,19 @@ class _Memory:
     def add_module(self, module: torch.nn.Module) -> None:
         """All of one module, without its children."""
         own = vars(module)
-        self.found.append(type(module))
+        found = self.found
+        found.append(type(module))
         quantised = False
-        for x in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if x is not None:
-                self.add(x)
-                quantised = quantised or type(x) not in _PLAIN
+        for kind in ("_parameters", "_buffers"):
+            for x in own[kind].values():
+                if x is None:
+                    continue
+                if type(x) in _PLAIN:  # `add` in place: a call for each weight takes longer than all else here
+                    self.devices.add(x.device)
+                    found.append((x.data_ptr(), x.dtype))
+                else:
+                    quantised = True
+                    self.add(x)
         if quantised:
             self.add_held({k: v for k, v in own.items() if not k.startswith("_")})
         if "scaling" in own:
@@ -110,17 +118,17 @@ class _Memory:
             self.found.append(repr(tuple(active)))
 
 
-def lies(*modules: torch.nn.Module) -> list[Hashable]:
-    """Where the weights of these modules lie, and the numbers that adapters (PEFT) multiply by: a graph's premises."""
+def weight_signature(*modules: torch.nn.Module) -> list[Hashable]:
+    """Addresses of these modules' weights, and the scales of adapters (PEFT): what a captured graph depends on."""
     memory = _Memory()
     for module in modules:
-        for each in module.modules():
+        for each in each_module(module):
             memory.add_module(each)
     return memory.found
 
 
 def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tuple[str, list[Hashable]]:
-    """(why the runner of that name cannot run these, or "", what its graphs take for granted: `lies`).
+    """(why the runner of that name cannot run these, or "", what its graphs depend on: `weight_signature`).
 
     One pass, since a run waits for it. Modules that the fused forward calls are called with their hooks and with a
     forward of their own; only a replay would leave these out. Of what is `moved_to` a device the place is known once it
@@ -145,17 +153,19 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
         device = moved_to(part)
         if device is not None:
             memory.devices.add(device)
-        for module in part.modules():
+        for module in each_module(part):
             own = vars(module)  # a module looks for what it does not have for long
             called = part is transformer and module not in passed
-            cast = called and is_cast(module, low_rank.OWN_HOOKS)
-            if (graphs or not called) and not (module is part and device) and not cast:
+            if (graphs or not called) and not (module is part and device):
+                cast = False
                 if hooked(own, known):
-                    return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
-                if "forward" in own and foreign_forward(module):
+                    cast = called and is_cast(module, low_rank.OWN_HOOKS)
+                    if not cast:
+                        return f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out", []
+                if "forward" in own and not cast and foreign_forward(module):
                     return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
             if graphs:
-                reason = waits_for_host(module)
+                reason = waits_for_host(module, name == "compile")
                 if reason:
                     return reason, []
                 if device is None:
@@ -173,7 +183,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """How a captured input lies: pictures with channels last go on so, since convolutions follow them in that."""
+    """Memory format of a captured input: convolutions keep that of their input."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -199,6 +209,16 @@ def _first_call(function: Callable[..., Any], inputs: Inputs) -> Any:
     return output
 
 
+def _end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Undo what a failed capture leaves behind in torch (2.11 to 2.13): the allocator goes on filling the graph's pool,
+    and the device's random generator raises at every later use, the user's too."""
+    with contextlib.suppress(RuntimeError):  # it did end
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    # the end of a capture that succeeds is what resets the generator
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device), capture_error_mode="thread_local"):
+        torch.zeros(1, dtype=torch.float32, device=device)
+
+
 class CapturedStep:
     """One call of a function of tensors as a CUDA graph, replayed over new contents of the same shapes.
 
@@ -220,16 +240,22 @@ class CapturedStep:
             _first_call(function, self.inputs)
         with torch.cuda.device(device):
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
-                before = torch.cuda.memory_reserved()
-                self.output = function(**self.inputs)
-                self.pool_bytes = torch.cuda.memory_reserved() - before
+            try:
+                with torch.cuda.graph(self.graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved()
+                    self.output = function(**self.inputs)
+                    self.pool_bytes = torch.cuda.memory_reserved() - before
+            except Exception:
+                _end_failed_capture(device, pool)
+                raise
         self.input_bytes = sum(x.numel() * x.element_size() for x in self.inputs.values() if x is not None)
 
     def _fill(self, inputs: Inputs) -> None:
         for name, x in inputs.items():
             if x is not None:
-                self.inputs[name].copy_(x)
+                kept = self.inputs[name]
+                assert kept is not None
+                kept.copy_(x)
 
     def __call__(self, inputs: Inputs) -> Any:
         self._fill(inputs)
@@ -253,7 +279,8 @@ class StepRunner:
         self.captures = 0
         self._limit = graphs
         self._capturing = name != "fused"
-        self._graphs: OrderedDict[Hashable, CapturedStep] = OrderedDict()
+        self.failure = ""  # why it stopped capturing
+        self._graphs: OrderedDict[tuple[Any, ...], CapturedStep] = OrderedDict()
         self._pool: Any = None
         self._pool_bytes = 0
         self._buffers: dict[str, list[Tensor]] = {}
@@ -279,7 +306,7 @@ class StepRunner:
         return sum(x.numel() * x.element_size() for kept in self._buffers.values() for x in kept)
 
     def watches(self, signature: list[Hashable]) -> bool:
-        """Whether weights lie where they did at the last call; never, where the signature does not say where."""
+        """Whether weights have the addresses of the last call; never, where the signature has no addresses."""
         return bool(signature) and signature == self._signature
 
     def watch(self, signature: list[Hashable]) -> None:
@@ -294,7 +321,7 @@ class StepRunner:
         if not self.moving:
             return
         bring_in(transformer)
-        signature = lies(transformer)
+        signature = weight_signature(transformer)
         if signature != self._signature:
             self._forget_graphs()
         self._signature = signature
@@ -328,7 +355,7 @@ class StepRunner:
         self._buffers.clear()
         self.linears.clear()
 
-    def _drop(self, keys: Sequence[Hashable]) -> None:
+    def _drop(self, keys: Sequence[tuple[Any, ...]]) -> None:
         if not keys:
             return
         # one of them may still be running
@@ -381,7 +408,8 @@ class StepRunner:
                     self._pool = torch.cuda.graph_pool_handle()
                 step = CapturedStep(function, inputs, self._pool, self.moving)
             except RuntimeError as error:
-                logger.warning("runner=%r: capturing failed, steps go on uncaptured: %s", self.name, error)
+                self.failure = f"capturing failed: {str(error).partition(chr(10))[0]}"
+                logger.warning("runner=%r: steps go on uncaptured: capturing failed: %s", self.name, error)
                 self._capturing = False
                 self._drop(list(self._graphs))
                 return function(**inputs)

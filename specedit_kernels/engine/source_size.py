@@ -43,7 +43,7 @@ def put_back(
 
     source, decoded: floats in [0, 1], [h, w, 3], sRGB, at the working size. region: bool [rows, columns]. drifts:
     whether the model may have moved or recoloured what it was not to edit: then the run is brought back onto the source
-    first, by what lies outside the region, and what it does not show stays the source's.
+    first, by the pixels outside the region; pixels that it does not show stay the source's.
     """
     drift = None
     if drifts and not region.all():

@@ -2,7 +2,7 @@
 """The stages of a SpecEdit run on any model that has an adapter, under the paper's names (arXiv 2605.02152).
 
 draft -> verify -> select -> expand -> mixed-resolution steps -> finish. The state that goes from stage to stage is a
-latent image [B, C, H, W] at one noise level. Nothing in a step loop waits for the device; `select` reads a few counts
+latent image [B, C, H, W] at one sigma. Nothing in a step loop waits for the device; `select` reads a few counts
 on the host, once, because the length of the mixed sequence has to be known there.
 """
 
@@ -65,7 +65,7 @@ class Run:
 
     source: clean latents of the edited picture on the fine grid, [B, C, patch*rows, patch*columns]; pixels: its
     pictures in [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
-    references: the pictures behind the target in the model's sequence, the edited one first; where that lies on the
+    references: the pictures behind the target in the model's sequence, the edited one first; where that has the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
     joined: how the user's mask joins the draft's region, "limit" or "add", and its tokens, bool [B, N]; or None.
@@ -205,15 +205,16 @@ class Run:
         ]
         if passes == 1:
             return found[0]
-        return self.model.guide(*(found if len(texts) > 1 else found[0].chunk(2)), self.true_cfg_scale)
+        positive, negative = found if len(texts) > 1 else found[0].chunk(2)
+        return self.model.guide(positive, negative, self.true_cfg_scale)
 
     def record(
-        self, stage: str, level: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
+        self, stage: str, sigma: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
     ) -> None:
         """how: what else `flops` takes."""
         keys = tokens if keys is None else keys
         flops = self.flops(tokens, keys, **how)
-        self.stats.steps.append(StepRecord(stage, level, tuple(tokens), tuple(keys), flops, **how))
+        self.stats.steps.append(StepRecord(stage, sigma, tuple(tokens), tuple(keys), flops, **how))
 
 
 def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
@@ -222,20 +223,20 @@ def euler(tokens: Tensor, velocity: Tensor, span: Tensor) -> Tensor:
     return (tokens.to(torch.float32) + span * velocity).to(tokens.dtype)
 
 
-def _device_levels(levels: Sequence[float], device: torch.device) -> Tensor:
+def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
     # a blocking copy would wait for the stage before
-    return torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.tensor(sigmas, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def dense_steps(
-    run: Run, state: Tensor, levels: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
+    run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
     guided: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
 
     guided: False leaves true guidance out.
 
-    Returns (the state at the last level, the clean estimates x - s v at the first and the last step's start), all as
+    Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
     """
     patch, condition = run.patch, [] if run.model.keeps_references else condition
@@ -243,11 +244,11 @@ def dense_steps(
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.called_with(guided)
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
-    at = _device_levels(levels, run.device)
+    at = _device_sigmas(sigmas, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
-    for i in range(len(levels) - 1):
+    for i in range(len(sigmas) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
@@ -257,7 +258,7 @@ def dense_steps(
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = euler(tokens, velocity, at[i + 1] - at[i])
-        run.record(stage, levels[i], [total] * run.batch, passes=2 if guided else 1)
+        run.record(stage, sigmas[i], [total] * run.batch, passes=2 if guided else 1)
         if main:
             tokens = run.on_step(run.step, timestep, tokens)
             run.step += 1
@@ -306,7 +307,7 @@ def references_at(run: Run, times: int, source: Tensor) -> list[Tensor]:
     return found
 
 
-def draft(run: Run, levels: Sequence[float]) -> Draft:
+def draft(run: Run, sigmas: Sequence[float]) -> Draft:
     """The paper's draft: a whole run at 4x lower resolution a side, references at that resolution too.
 
     Its noise is that of the main trajectory, pooled twice, so that both see the same composition.
@@ -322,8 +323,8 @@ def draft(run: Run, levels: Sequence[float]) -> Draft:
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
-    proposal, _ = dense_steps(run, start, levels, behind, "draft", main=False, guided=run.config.draft_guidance)
-    run.stats.draft_nfe = len(levels) - 1
+    proposal, _ = dense_steps(run, start, sigmas, behind, "draft", main=False, guided=run.config.draft_guidance)
+    run.stats.draft_nfe = len(sigmas) - 1
     return Draft(proposal, source)
 
 
@@ -332,7 +333,10 @@ def feature_maps(codec: Any, embed: Callable[[Tensor], Tensor] | None, metric: s
     if metric == "decoder":
         return codec.features(latents)
     tokens = pack(latents, codec.patch)
-    return [embed(tokens) if metric == "projected" else tokens]
+    if metric != "projected":
+        return [tokens]
+    assert embed is not None
+    return [embed(tokens)]
 
 
 def _mean_discrepancy(a: Sequence[Tensor], b: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -387,7 +391,7 @@ LEAST_THRESHOLD = 0.03  # what a picture that was only saved again, as a JPEG of
 def threshold_scale(scores: Tensor, relative: float, threshold: float | None = None) -> Tensor:
     """What a threshold is multiplied by for each picture, fp32 [B, 1]: (largest score / 2) ** relative.
 
-    scores: fp32 [B, N], where a NaN does not count. A strong draft's scores all lie higher, those around its edit too.
+    scores: fp32 [B, N], where a NaN does not count. All scores of a strong draft are higher, those around its edit too.
     threshold: what is multiplied; one over LEAST_THRESHOLD does not fall under it.
     """
     largest = scores.nan_to_num(nan=0.0).amax(dim=1, keepdim=True)
@@ -479,14 +483,14 @@ def select(run: Run, scores: Tensor, threshold: float, dilation: int) -> Selecti
 
 @dataclass
 class MixedState:
-    """The sequence of the mixed-resolution steps, at one noise level.
+    """The sequence of the mixed-resolution steps, at one sigma.
 
     tokens: [B, capacity, 4C], target then condition slots. table: all rows, [B, rows, 4C], to scatter back into.
     free: bool [B, capacity, 1], slots that follow the model; the others follow `drift`, [B, capacity, 4C].
     layouts: the model's, one for each of the run's texts. fine: the fine target tokens of each sample; first: slots,
     the sequence's first ones, that hold them all. Over cached keys and values, where there are any: active_layouts, the
     model's for these alone; locked_layouts, for all slots without the text. brackets: for each of `layouts`, with
-    kv_refresh="bracket", (the layout that keeps those of the far level, the one that keeps what lies between).
+    kv_refresh="bracket", (the layout that keeps those of the last sigma, the one that keeps the interpolated).
     """
 
     tokens: Tensor
@@ -503,19 +507,19 @@ class MixedState:
     brackets: list[tuple[Any, Any]]
 
 
-def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Selection) -> MixedState:
-    """Lay out the mixed sequence: active blocks from `fine`, the rest from `coarse`, both at noise `level`.
+def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Selection) -> MixedState:
+    """Lay out the mixed sequence: active blocks from `fine`, the rest from `coarse`, both at `sigma`.
 
     fine: [B, C, H, W], the expanded state (eq. 8, `expand_state`). coarse: [B, C, H / 2, W / 2].
     Unless unselected="coarse" leaves them to the model (with the full finish), the coarse tokens are the source's,
-    noised to the level, and follow it from here on.
+    noised to the sigma, and follow it from here on.
     """
     config, pictures = run.config, run.pictures
     source_coarse = pool(run.source)
     drift = None
     if config.finish == "locked" or config.unselected == "source":
         noise = algebra.pool_noise(run.noise)
-        coarse = algebra.noised(source_coarse, level, noise).to(run.source.dtype)
+        coarse = algebra.noised(source_coarse, sigma, noise).to(run.source.dtype)
         drift = noise - source_coarse
     shown = not run.model.keeps_references
     others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]] if shown else []
@@ -538,13 +542,12 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
         n = math.prod(run.grid)
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
-    padded = min(lengths) < capacity
     fine_counts = tuple(CHILDREN * count for count in selection.counts)
     lock, first = config.lock_text, run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(run.joined_branches)
-    layouts = [run.model.mixed_layout(text, pictures, shared, padded, config.key_bias, cached) for text in texts]
+    layouts = [run.model.mixed_layout(text, pictures, shared, config.key_bias, cached) for text in texts]
     pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
     if config.kv_refresh == BRACKET:
         brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]
@@ -559,7 +562,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, level: float, selection: Sele
     )  # fmt: skip
 
 
-def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
+def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     """Steps on the mixed sequence, in place of `state.tokens`.
 
     Every kv_refresh-th computes it whole and leaves keys and values behind. The steps between ("active") compute the
@@ -567,14 +570,14 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
     source, so nothing but their keys and values is missing. With lock_text the first step alone computes the text.
 
     kv_refresh="bracket": the first step alone computes the whole sequence, and one pass more ("bracket") at the last
-    step's level. The other tokens' keys and values of an active step lie between those two, in proportion to its level.
+    step's sigma. The other tokens' keys and values of an active step are interpolated between those two by its sigma.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
-    steps = len(levels) - 1
+    steps = len(sigmas) - 1
     bracket = every == BRACKET and steps > 2
     if every == BRACKET:
         every = steps if bracket else 1
-    at = _device_levels(levels, run.device)
+    at = _device_sigmas(sigmas, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
     for i in range(steps):
         if run.interrupted():
@@ -585,11 +588,11 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
             locked = lock and i > 0
             velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
-            run.record("mixed", levels[i], state.lengths, lock_text=locked)
+            run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
             if bracket:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
                 run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
-                run.record("bracket", levels[-2], state.lengths)
+                run.record("bracket", sigmas[-2], state.lengths)
         else:
             if bracket:
                 weight = (at[0] - at[i]) / (at[0] - at[-2])
@@ -599,7 +602,7 @@ def mixed_steps(run: Run, state: MixedState, levels: Sequence[float]) -> None:
             velocity = run.velocity(state.tokens[:, :n], conditionings[i], state.active_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
-            run.record("active", levels[i], state.fine, keys=state.lengths, lock_text=lock)
+            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = euler(state.tokens, velocity, at[i + 1] - at[i])
         state.tokens = run.on_step(run.step, timestep, state.tokens)
         run.step += 1
@@ -621,23 +624,23 @@ def on_pixels(mask: Tensor, grid: Grid, times: int) -> Tensor:
     return image.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
 
 
-def finish_full(run: Run, state: MixedState, level: float, levels: Sequence[float], selection: Selection) -> Tensor:
+def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[float], selection: Selection) -> Tensor:
     """The paper's finish: bring every token to full resolution, then plain steps. Clean latents [B, C, H, W].
 
-    The fine tokens, at `level`, get fresh noise up to levels[0]. The others begin there from the coarse ones, expanded
+    The fine tokens, at `sigma`, get fresh noise up to sigmas[0]. The others begin there from the coarse ones, expanded
     (unselected="coarse"), or from the fine source with the run's first noise: a white field of which the coarse tokens
-    that followed the source held the pool, so that pooling this state gives exactly what they are at `level`.
+    that followed the source held the pool, so that pooling this state gives exactly what they are at `sigma`.
     """
     fine, coarse = _scatter_back(run, state)
-    to = levels[0]
+    to = sigmas[0]
     if run.config.unselected == "source":
         rest = algebra.noised(run.source, to, run.noise)
     else:
-        rest = algebra.expand_state(coarse.float(), level, run.noise)
-    topped = algebra.top_up(fine.float(), level, to, run.fresh_noise(fine.shape))
+        rest = algebra.expand_state(coarse.float(), sigma, run.noise)
+    topped = algebra.top_up(fine.float(), sigma, to, run.fresh_noise(fine.shape))
     mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
-    return dense_steps(run, joined, levels, [r.latents for r in run.references], "full")[0]
+    return dense_steps(run, joined, sigmas, [r.latents for r in run.references], "full")[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:

@@ -134,5 +134,5 @@ class TinyCodec:
         return self._decoded(latents)[-1] * 2 - 1
 
     def features(self, latents: Tensor) -> list[Tensor]:
-        """Feature maps [B, c, h, w]: the decoder's first convolution and what lies behind its first two resolutions."""
+        """Feature maps [B, c, h, w]: the decoder's first convolution and the outputs of its first two resolutions."""
         return self._decoded(latents)[:3]

@@ -21,25 +21,25 @@ def grid_of(latents: Tensor) -> Grid:
 
 
 def velocity_of(
-    model: EditModel, text: Text, state: Tensor, level: Tensor, references: Sequence[Tensor], pictures: Pictures
+    model: EditModel, text: Text, state: Tensor, sigma: Tensor, references: Sequence[Tensor], pictures: Pictures
 ) -> Tensor:
-    """Velocity [B, C, H, W] of a state, behind it the clean references. level: fp32 in [0, 1], 0-dim or each sample's
+    """Velocity [B, C, H, W] of a state, behind it the clean references. sigma: fp32 in [0, 1], 0-dim or each sample's
     [B] (the latter through an adapter that calls the transformer's own forward)."""
     grids = [grid_of(x) for x in (state, *references)]
     tokens = torch.cat([pack(x) for x in (state, *references)], dim=1)
-    [conditioning] = model.timestep_conditioning(text, level[None] * 1000)
+    [conditioning] = model.timestep_conditioning(text, sigma[None] * 1000)
     found = model.velocity(text, tokens, conditioning, model.dense_layout(text, pictures, grids))
     return unpack(found[:, : grids[0][0] * grids[0][1]], grids[0])
 
 
 def predict_clean(model: EditModel, text: Text, noise: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """The generator: the clean picture of white noise in one step from level 1, z = e - v(e, 1)."""
+    """The generator: the clean picture of white noise in one step from sigma 1, z = e - v(e, 1)."""
     pictures = Pictures(grid_of(noise), tuple(grid_of(x) for x in references))
     return noise - velocity_of(model, text, noise, noise.new_ones((), dtype=torch.float32), references, pictures)
 
 
 def predict_noise(model: EditModel, text: Text, clean: Tensor) -> Tensor:
-    """The inversion network: what a clean picture tells of its noise, in one step at level 0, e = z + v(z, 0).
+    """The inversion network: what a clean picture tells of its noise, in one step at sigma 0, e = z + v(z, 0).
 
     It sees the picture itself as the target, so it needs no condition tokens.
     """

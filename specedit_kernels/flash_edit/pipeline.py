@@ -15,7 +15,7 @@ from .. import ops
 from ..engine import registry, stages
 from ..engine.config import EditConfig, _flag, _integer, _number, _one_of
 from ..engine.low_rank import LowRankChange, active, detach
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, stock_class
 from ..engine.stages import Run, Selection
 from ..sampling.grid import from_blocks, pack, to_blocks, unpack
 from . import stages as flash_stages
@@ -160,6 +160,11 @@ class FlashEditMixin(SpecEditMixin):
         super()._release()
         self.unload_cosi()
 
+    def _resolve(self, call: Call) -> Any:
+        if not self.FLASH_RUNNERS:
+            raise TypeError(f"specedit: FlashEdit does not serve {stock_class(type(self)).__name__}")
+        return super()._resolve(call)
+
     def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         for name in ("negative_prompt", "negative_prompt_2", self.TRUE_CFG):
             if hasattr(call, name) and getattr(call, name) != self._default_of(name):
@@ -184,13 +189,13 @@ class FlashEditMixin(SpecEditMixin):
         return {"positive": positive, "negative": None, "source_text": source}
 
     def _run(
-        self, run: Run, counts: tuple[int, int, int], levels: list[float], user_mask: Tensor | None
+        self, run: Run, counts: tuple[int, int, int], sigmas: list[float], user_mask: Tensor | None
     ) -> tuple[Tensor, Selection, Tensor | None]:
-        run.timesteps = [1000 * level for level in levels[:-1]]
+        run.timesteps = [1000 * sigma for sigma in sigmas[:-1]]
         if run.config.method == "inversion":
             if run.preview or run.joined is not None:
                 raise ValueError("method: 'inversion' looks for no region to show or to join with a mask")
-            clean = flash_stages.multi_step_edit(run, run.source_text, levels)
+            clean = flash_stages.multi_step_edit(run, run.source_text, sigmas)
             run.clock.mark("inversion")
             return clean, stages.everything(run), None
         with active(self._generator, self.transformer):
@@ -219,7 +224,7 @@ class FlashEditMixin(SpecEditMixin):
         if run.ends(selection):
             return run.source, selection, scores
 
-        noise, words, whole = run.noise, None, all(selection.dense)
+        noise, key_text, whole = run.noise, None, all(selection.dense)
         if config.cosi and self._inverter is None:
             self._say_once("cosi: no inversion network is loaded (load_cosi): the noise is white")
         elif config.cosi and not (whole and config.region_noise == "white"):
@@ -231,12 +236,12 @@ class FlashEditMixin(SpecEditMixin):
             clock.mark("invert")
         if config.ssca and not whole:
             assert mass is not None  # the draft has watched
-            words = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
-            run.stats.key_tokens = words
+            key_text = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
+            run.stats.key_tokens = key_text
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
         # where all is edited there is no background to shield
         shield = config.bg_shield and not whole
-        clean = flash_stages.one_step_edit(run, conditioning, source_text, noise, selection, reach, words, shield)
+        clean = flash_stages.one_step_edit(run, conditioning, source_text, noise, selection, reach, key_text, shield)
         run.on_start(torch.full((), 1000.0, dtype=torch.float32, device=run.device))
         tokens = run.on_step(0, torch.full((), 1000.0, dtype=torch.float32, device=run.device), pack(clean))
         run.step = 1
@@ -245,10 +250,11 @@ class FlashEditMixin(SpecEditMixin):
 
 
 @functools.cache
-def _flash_pipeline(kind: type) -> type:
+def _flash_pipeline(kind: Any) -> type:
     name = kind.__name__.replace("SpecEdit", "FlashEdit", 1)
     text = f"FlashEdit on the models of {kind.__name__}: its call, with what FlashEditMixin says."
-    return type(name, (FlashEditMixin, kind), {"__doc__": text, "__module__": __name__})
+    runners = tuple(runner for runner in kind.RUNNERS if runner in kind.FLASH_RUNNERS)
+    return type(name, (FlashEditMixin, kind), {"__doc__": text, "__module__": __name__, "RUNNERS": runners})
 
 
 def flash_pipelines() -> dict[type, type]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import stages
-from ..engine.attention import TextWatch
 from ..engine.model import EditModel, Text
+from ..engine.sequence import TextWatch
 from ..engine.stages import Run, Selection
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, coarse_grid, from_blocks, pack, unpack
@@ -38,7 +38,7 @@ def draft(run: Run, conditioning: Any, watched: torch.nn.Module | None) -> Flash
     """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
 
     change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
-    The source stands for the source branch's prediction, which is to be it. conditioning: the model's, of level 1.
+    The source stands for the source branch's prediction, which is to be it. conditioning: the model's, of sigma 1.
     watched: the attention whose text is watched (`watched_module`), or None.
     """
     grid = coarse_grid(run.grid)
@@ -51,7 +51,7 @@ def draft(run: Run, conditioning: Any, watched: torch.nn.Module | None) -> Flash
     if watched is None:
         layout = run.model.dense_layout(run.positive, run.pictures, grids)
     else:
-        watch = TextWatch(watched, run.positive.embeds.shape[1])
+        watch = TextWatch(watched)
         layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
     velocity = run.model.velocity(run.positive, every, conditioning, layout)
@@ -101,7 +101,7 @@ def white_inside(run: Run, noise: Tensor, selection: Selection) -> Tensor:
 class RegionFirst:
     """The whole full-resolution sequence with the edit region's slots first.
 
-    The region is its target tokens, the condition tokens at their places, and all of pictures that lie on another grid.
+    The region is its target tokens, the condition tokens at their places, and all of pictures with another grid.
     layout: every block is fine; its fine_lengths are the region's. region: bool [B, slots]. counts: slots of the
     region, of each sample. reached: bool [B, slots], those that key text tokens reach. fine, blocks: target tokens, and
     blocks of them; table: rows [target noise | unused | source | unused | others], the rows of `layout`.
@@ -119,7 +119,7 @@ class RegionFirst:
         """Tokens of all slots [B, slots, 4C]; of_source: the source's in target slots, zeros in the others."""
         index = self.layout.index
         if of_source:
-            index = torch.where(self.layout.targets, index + self.fine + self.blocks, -1)
+            index = torch.where(self.layout.target_slots(), index + self.fine + self.blocks, -1)
         return ops.gather_tokens(self.table, index, self.layout.capacity)
 
 
@@ -150,11 +150,11 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
 
 def one_step_edit(
     run: Run, conditioning: Any, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor,
-    words: Tensor | None, shield: bool,
+    key_text: Tensor | None, shield: bool,
 ) -> Tensor:  # fmt: skip
-    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. conditioning: the model's, of level 1.
+    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. conditioning: the model's, of sigma 1.
 
-    words: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
+    key_text: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
     shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
     computes text and edit region alone over these. The background's latents are the source's own, as in SpecEdit's
     locked finish, where the paper has the source branch's reconstruction of them.
@@ -163,8 +163,8 @@ def one_step_edit(
     tokens, layout = sequence.rows(), sequence.layout
     capacity = tokens.shape[1]
     text_visibility: tuple[Tensor | None, Tensor | None] = (None, None)
-    if words is not None:
-        text_visibility = sequence.reached.int(), torch.stack([~words, torch.ones_like(words)], dim=1)
+    if key_text is not None:
+        text_visibility = sequence.reached.int(), torch.stack([~key_text, torch.ones_like(key_text)], dim=1)
     if shield:
         first = min(model.slots(max(sequence.counts)), capacity)
         branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *text_visibility)
@@ -173,7 +173,7 @@ def one_step_edit(
         rebuilt = tokens - model.velocity(source_text, tokens, source_conditioning, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)
-        error = (rebuilt.float() - clean.float()).square() * layout.targets[..., None]
+        error = (rebuilt.float() - clean.float()).square() * layout.target_slots()[..., None]
         run.stats.source_error = error.sum(dim=(1, 2)) / (sequence.fine * error.shape[2])
         edited = tokens[:, :first] - model.velocity(text, tokens[:, :first], conditioning, edit)
         clean[:, :first] = torch.where(sequence.region[:, :first, None], edited, clean[:, :first])
@@ -186,14 +186,14 @@ def one_step_edit(
     return unpack(sequence.table[:, : sequence.fine], run.grid)
 
 
-def multi_step_edit(run: Run, source_text: Text, levels: list[float]) -> Tensor:
-    """The baseline: Euler inversion under the source's text, then Euler editing, len(levels) - 1 steps each.
+def multi_step_edit(run: Run, source_text: Text, sigmas: list[float]) -> Tensor:
+    """The baseline: Euler inversion under the source's text, then Euler editing, len(sigmas) - 1 steps each.
 
-    levels: from 1 down to 0. Clean latents [B, C, H, W].
+    sigmas: from 1 down to 0. Clean latents [B, C, H, W].
     """
     behind = [r.latents for r in run.references]
     branch = replace(run, positive=source_text, on_draft_step=lambda: None)
-    noise, _ = stages.dense_steps(branch, run.source, levels[::-1], behind, "invert", main=False)
+    noise, _ = stages.dense_steps(branch, run.source, sigmas[::-1], behind, "invert", main=False)
     if run.config.guidance > 1:
         run.negative, run.true_cfg_scale = source_text, run.config.guidance
-    return stages.dense_steps(run, noise, levels, behind, "edit")[0]
+    return stages.dense_steps(run, noise, sigmas, behind, "edit")[0]

@@ -131,7 +131,7 @@ class SpecEditDenoiseStep(ModularPipelineBlocks):
         raise NotImplementedError
 
     def _pipeline(self, components: Any) -> Any:
-        """The pipeline over these components, made anew where one of them was exchanged."""
+        """The pipeline over these components, made again where one of them was exchanged."""
         parts = {spec.name: getattr(components, spec.name) for spec in self.COMPONENTS if spec.name != "guider"}
         made = _PIPELINES.get(components)
         if made is None or any(getattr(made, name) is not part for name, part in parts.items()):

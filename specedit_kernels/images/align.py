@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drift: how an editor's output lies and looks against its source, from what the edit left alone, and its undoing.
+"""Drift: placement and colours of an editor's output against its source, estimated outside the edit, and its undoing.
 
 Editors give back pictures that are moved, zoomed or recoloured by a little, and of another size. `estimate_drift` finds
 a scale and a shift of each axis and a gain and an offset of each colour; `align` brings the output back.
@@ -39,7 +39,7 @@ SMALLEST_COLOUR = 0.006  # of 1, at black or white: less is none
 
 @dataclass(frozen=True)
 class Drift:
-    """Where an edited picture lies on its source, and its colours.
+    """Placement of an edited picture on its source, and its colours.
 
     source_size, edited_size: (width, height) in pixels. scale: (x, y), the size of what is seen, over what a plain
     resize of the edited picture to the source's size gives. shift: (x, y), how far the picture's middle moved in that
@@ -60,7 +60,7 @@ class Drift:
 
     @property
     def moved(self) -> bool:
-        """Whether the edited picture lies otherwise than a plain resize puts it."""
+        """Whether the edited picture is placed otherwise than by a plain resize."""
         return self.shift != (0.0, 0.0) or self.scale != (1.0, 1.0)
 
     @property
@@ -73,7 +73,7 @@ class Drift:
         return _same_aspect(self.source_size, self.edited_size)
 
     def placement(self) -> tuple[Sequence[float], Sequence[float]]:
-        """(scale, shift), (x, y) each: the point p of the source lies at p * scale + shift of the edited picture."""
+        """(scale, shift), (x, y) each: the point p of the source is at p * scale + shift of the edited picture."""
         pairs = list(zip(self.source_size, self.edited_size, self.scale, self.shift))
         scale = tuple(e / s * k for s, e, k, _ in pairs)
         shift = tuple(e / 2 + e / s * (d - k * s / 2) for s, e, k, d in pairs)
@@ -97,7 +97,9 @@ class Drift:
                     how += f", the source from ({bx:.1f}, {by:.1f}) to ({ax * ws + bx:.1f}, {ay * hs + by:.1f}) of it"
                 parts[0] += f", of another aspect ({100 * other:.1f} %): {how}"
         if not self.found:
-            parts.append(f"no drift could be told: {100 * self.inliers:.0f} % of the picture agree with one placement")
+            parts.append(
+                f"no drift could be estimated: {100 * self.inliers:.0f} % of the picture agree with one placement"
+            )
             return "; ".join(parts)
         if self.moved and stretched:
             dx, dy = self.shift
@@ -173,7 +175,7 @@ class _Pyramid:
         return len(self.planes)
 
 
-# Of one axis each: source point p lies at p * scale + shift of the edited picture; (x, y).
+# Of one axis each: source point p is at p * scale + shift of the edited picture; (x, y).
 @dataclass(frozen=True)
 class _Map:
     scale: Sequence[float]
@@ -358,7 +360,7 @@ def _consensus(blocks: _Blocks, size: tuple[int, int], near: float) -> tuple[Ten
     return inside, tuple(start.tolist()), tuple(steep.tolist())
 
 
-def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: int, rounds: int) -> _Map:
+def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: int, iterations: int) -> _Map:
     """Gauss-Newton on the pixels: the map that makes the warped picture equal to the source where they can be equal.
 
     Where the difference is more than the texture and a misplacement of half a pixel explain, a pixel counts little.
@@ -366,7 +368,7 @@ def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
     """
     h, w = source.shape[-2:]
     x, y = torch.arange(w).float() / w - 0.5, (torch.arange(h).float() / h - 0.5)[:, None]
-    for _ in range(rounds):
+    for _ in range(iterations):
         warped, covered = _warp(edited, to, factor, (w, h))
         warped = _detail(warped)
         ok = (usable & covered).float()
@@ -415,7 +417,7 @@ def _coarse(source: Tensor, usable: Tensor, edited: _Pyramid, factor: int, plain
 
 
 def estimate_drift(source: np.ndarray, edited: np.ndarray, exclude: np.ndarray | None = None) -> Drift:
-    """The drift of an edited picture against its source, told by what the edit left alone.
+    """The drift of an edited picture against its source, estimated from the pixels that the edit left alone.
 
     source, edited: [height, width, 3], uint8, uint16, or floats in [0, 1]; their sizes may differ, and their aspects
     (a crop or a border is found where the content is not zoomed by more than 6 % against a fit to either side).
@@ -523,14 +525,14 @@ def _colours(source: _Pyramid, edited: _Pyramid, to: _Map, usable: Tensor, seen:
     a, b = reduced[:, ok].double(), warped[:, ok].double()
     line = torch.stack([torch.ones(3), (b - a)[:, first[ok]].median(dim=1).values]).double()
     for _ in range(12):
-        told = line[0][:, None] * a + line[1][:, None]
-        off = b - told.clamp(0, 1)
+        fitted = line[0][:, None] * a + line[1][:, None]
+        off = b - fitted.clamp(0, 1)
         spread = 1.4826 * off[:, first[ok]].abs().median(dim=1, keepdim=True).values.clamp(min=0.002)
         weight = (1 - (off / (4.7 * spread)).square()).clamp(min=0).square().amin(dim=0)
         if float(weight.mean()) < LEAST_AGREEING:
             return (1.0,) * 3, (0.0,) * 3
-        # what is clipped at black or white lies on no line
-        weight = weight * ((told > -0.002) & (told < 1.002)).all(dim=0)
+        # clipped black and white pixels are on no line
+        weight = weight * ((fitted > -0.002) & (fitted < 1.002)).all(dim=0)
         total = weight.sum().clamp(min=1e-9)
         mean_a, mean_b = (a * weight).sum(1, keepdim=True) / total, (b * weight).sum(1, keepdim=True) / total
         x, y = a - mean_a, b - mean_b
@@ -547,7 +549,7 @@ def _colours(source: _Pyramid, edited: _Pyramid, to: _Map, usable: Tensor, seen:
 
 
 def _told(to: _Map, source: tuple[int, int], edited: tuple[int, int]) -> dict:
-    """shift and scale of a Drift; those of no drift where it is too small to be told from none."""
+    """shift and scale of a Drift; those of no drift where it cannot be distinguished from none."""
     plain = _plain(source, edited)
     coarser = max(1.0, *plain.scale)
     if to.distance(plain, source) < SMALLEST_MOVE * coarser:

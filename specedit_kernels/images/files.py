@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture files: read with every kind of damage told in one line, written whole or not at all, nothing of theirs lost.
+"""Picture files: read with one line about every kind of damage, written whole or not at all, nothing of theirs lost.
 
 `Photo` holds a picture as its file has it: mode, 16 bits a channel, alpha, colour profile, metadata.
 """
@@ -35,7 +35,7 @@ WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, OFFSETS = 256, 257, 258, 259, 262
 SAMPLES, ROWS, COUNTS, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, EXTRA = 277, 278, 279, 282, 283, 296, 338
 BYTE, LONG, UNDEFINED = 1, 4, 7
 EXIF_IFD, GPS_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 0x8825, 0xA002, 0xA003
-# Of a TIFF's own tags, those that tell of the picture and not of how its pixels lie in the file.
+# Of a TIFF's own tags, those that describe the picture and not the order of its pixels in the file.
 TOLD_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, EXIF_IFD, GPS_IFD)
 # orientation -> (transposed first, then flipped up-down, left-right)
 TURNS = {
@@ -256,16 +256,16 @@ class Photo:
 
         array = self.from_rgb(np.asarray(picture))
         if self.alpha is not None:
-            alpha = PIL.Image.fromarray(self.alpha.astype(np.float32)).resize(picture.size, PIL.Image.LANCZOS)
-            alpha = _of_kind(np.asarray(alpha) / _top(self.array.dtype), self.array.dtype)
-            array = np.dstack([array, alpha])
+            alpha = PIL.Image.fromarray(self.alpha.astype(np.float32))
+            resized = alpha.resize(picture.size, PIL.Image.Resampling.LANCZOS)
+            array = np.dstack([array, _of_kind(np.asarray(resized) / _top(self.array.dtype), self.array.dtype)])
         return replace(self, array=array)
 
     def save(self, path: str | os.PathLike) -> tuple[str, ...]:
         """Write the file, in the format of its name, whole or not at all. What had to be converted, a line each.
 
         PNG and TIFF hold every array; lossless WebP 8 bits; BMP 8 bits and no metadata; JPEG 8 bits without alpha, and
-        encodes anew. ImageFileError where it cannot be written.
+        encodes again. ImageFileError where it cannot be written.
         """
         path = Path(path)
         notes: list[str] = []
@@ -583,7 +583,7 @@ def _beside(target: Path) -> tuple[int, str]:
     return tempfile.mkstemp(prefix=".specedit-", dir=target.parent)
 
 
-def write_file(path: str | os.PathLike, encode: Callable[[BinaryIO], None]) -> None:
+def write_file(path: str | os.PathLike, encode: Callable[[BinaryIO], Any]) -> None:
     """A file that `encode` writes, whole or not at all: to one beside it first, then renamed; links are followed."""
     temporary = None
     try:
@@ -624,7 +624,7 @@ def _encoder(photo: Photo, kind: str, notes: list[str]) -> Callable[[BinaryIO], 
         notes.append(f"{kind} holds no alpha: laid on white")
         array = _on_white(array)
     if kind == "JPEG":
-        notes.append("JPEG encodes every pixel anew; PNG, TIFF and WebP keep the bits")
+        notes.append("JPEG encodes every pixel again; PNG, TIFF and WebP keep the bits")
     if kind == "BMP" and any(x is not None for x in (photo.profile, photo.exif, photo.xmp)):
         notes.append("BMP holds no colour profile and no metadata: left out")
     if (kind == "WEBP" and photo.channels < 3) or (kind == "TIFF" and array.dtype == np.uint16 and photo.channels == 2):

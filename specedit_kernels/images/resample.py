@@ -39,7 +39,7 @@ def resample(
     """Lanczos resampling (three lobes, widened where it makes smaller): fp32 [C, h, w] -> [C, rows, columns].
 
     window: (top, bottom, left, right), the part of the output grid that is computed. scale, shift: (x, y) each; the
-    output's point p lies at p * scale + shift of the input. Points outside the input take the border's values. Only
+    output's point p is at p * scale + shift of the input. Points outside the input take the border's values. Only
     the input under the window is read. Values may overshoot the input's range by some per cent at hard edges.
     """
     top, bottom, left, right = window

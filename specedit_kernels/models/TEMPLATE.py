@@ -15,15 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StockPipeline
-from diffusers.models.transformers.transformer_stock import StockAttnProcessor
+from diffusers.models.transformers.transformer_stock import StockAttnProcessor, _get_qkv_projections
 from torch import Tensor
 
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import StepLayout, TextWatch, mixed_step_layout, whole_step_layout
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -35,7 +36,7 @@ class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -44,11 +45,12 @@ class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
         if self.layout is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         heads = (-1, attn.head_dim)  # -1: tensor parallelism shards them
-        q, k, v = (f(hidden_states).unflatten(-1, heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        # where the stock file has no such function: attn.to_q(hidden_states) and so on
+        q, k, v, tq, tk, tv = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k, v = (x.unflatten(-1, heads) for x in (q, k, v))
         q, k, text = attn.norm_q(q), attn.norm_k(k), None
         if encoder_hidden_states is not None:
-            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            tq, tk, tv = (f(encoder_hidden_states).unflatten(-1, heads) for f in projections)
+            tq, tk, tv = (x.unflatten(-1, heads) for x in (tq, tk, tv))
             text = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
         # not rotated: joint_attention does that
         out = joint_attention(self, text, (q, k, v), self.layout)
@@ -71,8 +73,11 @@ class StockText(Text):
 # 3. Position ids
 
 
-def image_ids(table: Tensor, text: int) -> Tensor:
-    """The model's ids of rows of (picture, row, column), fp32 [n, 3], fractions of rows and columns included."""
+def image_ids(table: Tensor, text: StockText) -> Tensor:
+    """The model's ids of rows of (picture, row, column), fp32 [n, 3], fractions of rows and columns included.
+
+    text: for ids that begin behind the text, as the page says of them.
+    """
     return table
 
 
@@ -81,7 +86,7 @@ class StockLayout:
     """ids: [S, 3], shared by the batch. attention: the mixed sequence's, None for whole pictures."""
 
     ids: Tensor
-    attention: AttentionLayout | None = None
+    attention: StepLayout | None = None
 
 
 class StockEditModel(EditModel):
@@ -93,41 +98,33 @@ class StockEditModel(EditModel):
     def dense_layout(self, text: StockText, pictures: Pictures, grids: Sequence[Grid]) -> StockLayout:
         device = text.embeds.device
         rows = [F.pad(token_positions(grid, device), (1, 0), value=float(i)) for i, grid in enumerate(grids)]
-        return StockLayout(image_ids(torch.cat(rows), text.embeds.shape[1]))
+        return StockLayout(image_ids(torch.cat(rows), text))
 
     def watched_layout(
         self, text: StockText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
     ) -> StockLayout:
-        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
-        table = self.transformer.pos_embed(torch.cat([text.ids, layout.ids]))
-        cos, sin = (x.expand(batch, *x.shape) for x in table)
-        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        cos, sin = self.transformer.pos_embed(torch.cat([text.ids, layout.ids]))
+        return replace(layout, attention=whole_step_layout(length, (cos[None], sin[None]), batch, watch=watch))
 
     def mixed_layout(
-        self, text: StockText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: StockText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> StockLayout:
         device, (batch, length) = layout.index.device, text.embeds.shape[:2]
         table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
         of_text = self.transformer.pos_embed(text.ids)
-        of_image = self.transformer.pos_embed(image_ids(table, length))
+        of_image = self.transformer.pos_embed(image_ids(table, text))
         both = zip(of_text, of_image)
         cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in both)
-        attention = AttentionLayout(
-            cos,
-            sin,
-            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
-            lengths=layout.lengths + length if padded else None,
-            cache=self.new_cache() if cached else None,
-            fresh=layout.fine_lengths + length if cached else None,
-        )
+        bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         # of the right length; the processors have each sample's own
         return StockLayout(torch.zeros(layout.capacity, 3, device=device, dtype=torch.float32), attention)
 
     def active_layout(
         self, text: StockText, layout: StockLayout, first: int | None, lock_text: bool = False
     ) -> StockLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return StockLayout(layout.ids[:first], made)
+        return super().active_layout(text, replace(layout, ids=layout.ids[:first]), first, lock_text)
 
     # 4. One call of the transformer
 
@@ -169,6 +166,7 @@ class SpecEditStockPipeline(SpecEditMixin, StockPipeline):
         embeds, ids = self.encode_prompt(
             **fields, device=device, num_images_per_prompt=call.num_images_per_prompt
         )  # fmt: skip
+        # positive branch first: what the negative one needs of it (its length) is kept in `call`
         return StockText(embeds, ids)
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:

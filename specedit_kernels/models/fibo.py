@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
@@ -25,12 +25,13 @@ from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
 from torch import Tensor
 
 from ..engine._diffusers import execution_device, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.config import SpecEditConfig
 from ..engine.model import Pictures, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import StepLayout
 from ..sampling.grid import BLOCK
 from ..sampling.layout import SequenceLayout
 from .flux_kontext import FluxKontextModel, FluxLayout, SpecEditFluxAttnProcessor
@@ -49,7 +50,7 @@ class SpecEditFiboSingleAttnProcessor(SpecEditAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -124,15 +125,17 @@ class FiboModel(FluxKontextModel):
         return negative + scale * (positive - negative)
 
     def mixed_layout(
-        self, text: FiboText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: FiboText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> FluxLayout:
-        made = super().mixed_layout(text, pictures, layout, padded, key_bias, cached)
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached)
         if text.mask is None:
             return made
-        cos, length = made.attention.cos, text.embeds.shape[1]
-        bias = cos.new_zeros(cos.shape[:2]) if made.attention.key_bias is None else made.attention.key_bias.clone()
+        assert made.attention is not None
+        sequence, length = made.attention.sequence, text.embeds.shape[1]
+        bias = sequence.key_bias
+        bias = sequence.cos.new_zeros(sequence.cos.shape[:2]) if bias is None else bias.clone()
         bias[:, :length].masked_fill_(~text.mask.to(bias.device), float("-inf"))
-        return replace(made, attention=replace(made.attention, key_bias=bias))
+        return self._with_sequence(made, key_bias=bias)
 
     def velocity(self, text: FiboText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs, start = dict(self.attention_kwargs), 0
@@ -176,6 +179,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     """
 
     RUNNERS = ("eager",)
+    FLASH_RUNNERS = ()
     TEXT = ("prompt",)
     TRUE_CFG = "guidance_scale"
     NEGATIVE = ""

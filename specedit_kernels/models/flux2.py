@@ -38,34 +38,32 @@ from diffusers.models.transformers.transformer_flux2 import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..engine import fp8
-from ..engine._diffusers import through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, joint_attention, with_layout
+from ..engine._diffusers import is_wrapper, through
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import (
+from ..engine.fused import linear, linear_of_each, modulated
+from ..engine.low_rank import active_serial
+from ..engine.model import EditModel, Text
+from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.registry import Model, register
+from ..engine.runner import StepRunner
+from ..engine.sequence import (
     Kept,
     MixedSequence,
+    StepLayout,
     all_heads,
     attend,
     embedded,
-    linear,
-    linear_of_each,
-    modulated,
     new_queries,
     of_streams,
     places,
     renew,
     watched_mass,
 )
-from ..engine.low_rank import active_serial
-from ..engine.model import EditModel, Text
-from ..engine.pipeline import Call, SpecEditMixin
-from ..engine.registry import Model, register
-from ..engine.runner import StepRunner
 from ..sampling.grid import BLOCK, PATCH, Grid
 from .flux_kontext import Blocks, FluxKontextModel, FluxLayout, FusedFluxModel, SpecEditFluxAttnProcessor
 
@@ -127,10 +125,11 @@ def _feed_forward(ff: Flux2FeedForward, x: Tensor | Rows) -> Tensor:
     return linear(ff.linear_out, _swiglu(linear(ff.linear_in, x)))
 
 
-def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
+def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a mere weight without the copy of both."""
-    plain = type(layer) is torch.nn.Linear and layer.bias is None and not active_serial() and not fp8.serves([layer])
-    plain = plain and not is_traceable_wrapper_subclass(layer.weight) and a.dtype == layer.weight.dtype
+    plain = type(layer) is torch.nn.Linear and not active_serial() and not fp8.serves([layer])
+    plain = plain and getattr(layer, "bias", layer) is None
+    plain = plain and not is_wrapper(layer.weight) and a.dtype == layer.weight.dtype
     if not plain or torch.is_autocast_enabled(a.device.type):
         return linear(layer, torch.cat([a, b], dim=-1))
     at = a.shape[-1]
@@ -172,7 +171,7 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.own_text
+    attn, n = block.attn, sequence.own[0]
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
@@ -180,34 +179,36 @@ def double_block(
     k, v = places(q, kept, sequence)
 
     def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
+        q_in, k_in, v_in = parts
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
-    words = spots = None
+    text_qkv = image_qkv = None
     if n:
-        words = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
-        words = _project(attn, words, text=True)
+        text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
+        text_qkv = _project(attn, text_in, text=True)
     if image.shape[1]:
-        spots = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
-        spots = _project(attn, spots, text=False)
-    words, spots = of_streams(words, spots, sequence)
-    if words is not None:  # else its keys and values are kept ones
-        place(words, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
-    place(spots, slice(sequence.text, None), attn.norm_q, attn.norm_k)
+        image_in = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
+        image_qkv = _project(attn, image_in, text=False)
+    text_qkv, image_qkv = of_streams(text_qkv, image_qkv, sequence)
+    if text_qkv is not None:  # else its keys and values are kept ones
+        place(text_qkv, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
+    assert image_qkv is not None
+    place(image_qkv, slice(sequence.text, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
-        words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
-        ops.gated_residual_add_(text, _feed_forward(block.ff_context, words), t_gate2)
+        text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
+        ops.gated_residual_add_(text, _feed_forward(block.ff_context, text_in), t_gate2)
     if image.shape[1]:
         ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-        spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
-        ops.gated_residual_add_(image, _feed_forward(block.ff, spots), i_gate2)
+        image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
+        ops.gated_residual_add_(image, _feed_forward(block.ff, image_in), i_gate2)
     return watched_mass(q, k, v, sequence)
 
 
@@ -219,12 +220,11 @@ def single_block(
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
     parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
-    if sequence.ranks is not None:
-        parts = all_heads([parts], sequence)
-    q = x.new_empty(parts[0].shape)
+    q_in, k_in, v_in = all_heads([parts], sequence)
+    q = x.new_empty(q_in.shape)
     k, v = places(q, kept, sequence)
     ops.qk_norm_rope_scatter_(
-        q, k, v, *parts, sequence.cos, sequence.sin,
+        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
     renew(kept, sequence)
@@ -238,7 +238,8 @@ BLOCKS: Blocks = (double_block, single_block)
 @functools.cache
 def compiled_blocks() -> Blocks:
     """`double_block` and `single_block` under torch.compile, without a graph break."""
-    return tuple(torch.compile(block, fullgraph=True) for block in BLOCKS)
+    double, single = (torch.compile(block, fullgraph=True) for block in BLOCKS)
+    return double, single
 
 
 def fused_forward(
@@ -263,14 +264,14 @@ def fused_forward(
             seen = double(layer, x, known, kept, of_image, of_text)
         else:
             seen = single(layer, x, known, kept, of_single)
-        if seen is not None:
+        if watch and seen is not None:
             watch[1].append(seen)
         if x.dtype == torch.float16:
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = of_last.chunk(2, dim=1)
-    image = ops.adaln_modulate(x[:, sequence.own_text :], scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.of_all(transformer.proj_out(image))
+    image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):
@@ -282,7 +283,7 @@ class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, attention_mask, image_rotary_emb)
@@ -449,7 +450,7 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
         return Flux2Text(embeds, ids[0].float())
 
     def _start_noise(self, latents, shape, grid: Grid, generator, device, dtype) -> Tensor:
-        # drawn packed: the same numbers lie elsewhere
+        # drawn packed: the order of the numbers is another
         batch, channels = shape[0], shape[1] * PATCH * PATCH
         expected = (batch, channels, *grid)
         if latents is None:

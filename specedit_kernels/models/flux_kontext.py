@@ -4,7 +4,7 @@
 In order: the transformer's fused forward, the attention processor, what the stages ask of the model (`FluxKontextModel`
 calls the transformer's own forward, `FusedFluxModel` the fused one), the pipeline.
 
-Fused forward: text and image lie in one tensor [B, text | image, C] from the first block to the last. A block's
+Fused forward: text and image are one tensor [B, text | image, C] from the first block to the last. A block's
 modulation depends on the timestep alone, so that of all blocks and of all steps of a stage is computed at once
 (`modulation`), and a step (`fused_forward`) is left with what depends on its tokens. A linear layer with an adapter or
 a quantised weight is called as a module. The numbers are those of FluxTransformer2DModel.forward but for rounding:
@@ -37,17 +37,11 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import unwrapped
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fp8 import Rows
 from ..engine.fused import (
-    FusedLayout,
     FusedModel,
-    Kept,
-    MixedSequence,
-    all_heads,
-    attend,
-    embedded,
     feed_forward,
     first_of,
     hidden,
@@ -56,26 +50,37 @@ from ..engine.fused import (
     linear,
     linear_of_each,
     modulated,
-    new_queries,
-    of_streams,
-    places,
-    renew,
     replaced_of_feed_forward,
     separate_,
-    watched_mass,
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin, picture_size, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import (
+    Kept,
+    MixedSequence,
+    StepLayout,
+    TextWatch,
+    all_heads,
+    attend,
+    embedded,
+    mixed_step_layout,
+    new_queries,
+    of_streams,
+    places,
+    renew,
+    watched_mass,
+    whole_step_layout,
+)
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 
 logger = logging.getLogger("specedit_kernels")
 
 
-def _modulated(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
+def _modulated(transformer: FluxTransformer2DModel) -> list[Any]:
     """The norms that have a modulation, in the order of its vectors."""
     double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     return [*(n for b in double for n in (b.norm1, b.norm1_context)), *(b.norm for b in single), transformer.norm_out]
@@ -100,7 +105,7 @@ Kinds = tuple[type, type, type, type]
 KINDS: Kinds = (FluxTransformer2DModel, FluxTransformerBlock, FluxSingleTransformerBlock, FluxAttention)
 
 
-def replaced(transformer: torch.nn.Module, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type]]:
+def replaced(transformer: Any, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type]]:
     """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
     linear layers too, where they are more than a weight and a bias. kinds: those of a model of FLUX.1's shape."""
     whole, double, single, attention = kinds
@@ -161,7 +166,7 @@ def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[
     """q, k and v [B, N, H, D] of image tokens, or of text in a double block."""
     parts = linear_of_each(_inputs(attn, text), x)
     if attn.fused_projections:
-        parts = parts[0].chunk(3, dim=-1)
+        parts = list(parts[0].chunk(3, dim=-1))
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
@@ -191,40 +196,43 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.own_text
+    attn, n = block.attn, sequence.own[0]
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
     q, k, v = _buffers(x, attn, kept, sequence)
 
     def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
+        q_in, k_in, v_in = parts
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
-    words = spots = None
+    text_qkv = image_qkv = None
     if n:
-        words = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
-        words = _project(attn, words, text=True)
+        text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
+        text_qkv = _project(attn, text_in, text=True)
     if image.shape[1]:
-        spots = _project(attn, modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn)))
-    words, spots = of_streams(words, spots, sequence)
-    if words is not None:  # else its keys and values are kept ones
-        place(words, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
-    place(spots, slice(sequence.text, None), attn.norm_q, attn.norm_k)
+        image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
+        image_qkv = _project(attn, image_in)
+    text_qkv, image_qkv = of_streams(text_qkv, image_qkv, sequence)
+    if text_qkv is not None:  # else its keys and values are kept ones
+        place(text_qkv, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
+    assert image_qkv is not None
+    place(image_qkv, slice(sequence.text, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
-        words = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
-        ops.gated_residual_add_(text, feed_forward(block.ff_context, words), t_gate2)
+        text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
+        ops.gated_residual_add_(text, feed_forward(block.ff_context, text_in), t_gate2)
     if image.shape[1]:
         ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-        spots = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
-        ops.gated_residual_add_(image, feed_forward(block.ff, spots), i_gate2)
+        image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
+        ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
     return watched_mass(q, k, v, sequence)
 
 
@@ -236,11 +244,9 @@ def single_block(
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
     q, k, v = _buffers(x, attn, kept, sequence)
-    parts = _project(attn, y)
-    if sequence.ranks is not None:
-        parts = all_heads([parts], sequence)
+    q_in, k_in, v_in = all_heads([_project(attn, y)], sequence)
     ops.qk_norm_rope_scatter_(
-        q, k, v, *parts, sequence.cos, sequence.sin,
+        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
     )  # fmt: skip
     renew(kept, sequence)
@@ -258,7 +264,8 @@ BLOCKS: Blocks = (double_block, single_block)
 @functools.cache
 def compiled_blocks() -> Blocks:
     """`double_block` and `single_block` under torch.compile, without a graph break."""
-    return tuple(torch.compile(block, fullgraph=True) for block in BLOCKS)
+    double, single = (torch.compile(block, fullgraph=True) for block in BLOCKS)
+    return double, single
 
 
 def fused_forward(
@@ -277,8 +284,7 @@ def fused_forward(
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
     and where what its attention gives to the text is added.
     """
-    embedders = transformer.context_embedder, transformer.x_embedder
-    x = embedded(*embedders, embeds, tokens, sequence)
+    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -289,14 +295,14 @@ def fused_forward(
             seen = double(layer, x, known, kept, next(mods), next(mods))
         else:
             seen = single(layer, x, known, kept, next(mods))
-        if seen is not None:
+        if watch and seen is not None:
             watch[1].append(seen)
         if x.dtype == torch.float16:
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = next(mods).chunk(2, dim=1)
-    image = ops.adaln_modulate(x[:, sequence.own_text :], scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.of_all(transformer.proj_out(image))
+    image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
@@ -309,7 +315,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if specedit_layout is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -320,7 +326,7 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
-        q, k, words = attn.norm_q(q), attn.norm_k(k), None
+        q, k, text_qkv = attn.norm_q(q), attn.norm_k(k), None
         if encoder_hidden_states is not None:
             text = encoder_hidden_states
             if attn.fused_projections:
@@ -328,8 +334,8 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
             else:
                 tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             tq, tk, tv = (x.unflatten(-1, (-1, attn.head_dim)) for x in (tq, tk, tv))
-            words = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
-        out = joint_attention(self, words, (q, k, v), layout)
+            text_qkv = (attn.norm_added_q(tq), attn.norm_added_k(tk), tv)
+        out = joint_attention(self, text_qkv, (q, k, v), layout)
         if encoder_hidden_states is None:
             return out
         length = encoder_hidden_states.shape[1]
@@ -350,62 +356,55 @@ class FluxLayout:
     """ids: [S, 3], shared by the batch; attention: the mixed sequence's, None for whole pictures."""
 
     ids: Tensor
-    attention: AttentionLayout | None
+    attention: StepLayout | None = None
 
 
 class FluxKontextModel(EditModel):
     """FluxTransformer2DModel with AutoencoderKL.
 
-    A model of its shape has its own `ids` and `velocity`, and a text with `text_ids`, [T, axes].
+    A model of its shape has its own `ids` and `velocity`, and in the place of FluxText one of its own, with `text_ids`,
+    [T, axes].
     """
 
     def embedder(self) -> torch.nn.Module:
         return self.transformer.x_embedder
 
-    def ids(self, text: FluxText, positions: Tensor) -> Tensor:
+    def ids(self, text: Any, positions: Tensor) -> Tensor:
         """Position ids [n, axes] of image tokens at fp32 [n, 3], (picture, row, column), the target being picture 0."""
         return positions
 
-    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
+    def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
         places = []
         for image, grid in enumerate(grids):
             place = token_positions(grid, text.embeds.device)
             places.append(torch.cat([torch.full_like(place[:, :1], image), place], dim=1))
         # in the text's dtype, as the pipelines give them
-        return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype), None)
+        return FluxLayout(self.ids(text, torch.cat(places)).to(text.text_ids.dtype))
 
-    def watched_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
-        layout, batch = self.dense_layout(text, pictures, grids), text.embeds.shape[0]
-        table = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
-        cos, sin = (x.expand(batch, *x.shape) for x in table)
-        return replace(layout, attention=AttentionLayout(cos, sin, key_bias=None, lengths=None, watch=watch))
+    def watched_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
+        layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
+        cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
+        return replace(layout, attention=whole_step_layout(length, (cos[None], sin[None]), batch, watch=watch))
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> FluxLayout:
         batch, length = text.embeds.shape[:2]
         positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
         ids = self.ids(text, positions)
-        words, rows = (self.transformer.pos_embed(x) for x in (text.text_ids, ids))
-        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(words, rows))
-        attention = AttentionLayout(
-            cos=cos,
-            sin=sin,
-            key_bias=F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None,
-            lengths=layout.lengths + length if padded else None,
-            cache=self.new_cache() if cached else None,
-            fresh=layout.fine_lengths + length if cached else None,
+        of_text, of_image = (self.transformer.pos_embed(x) for x in (text.text_ids, ids))
+        cos, sin = (
+            torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(of_text, of_image)
         )
+        bias = F.pad(key_bias_in_order(pictures, layout), (length, 0)) if key_bias else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, self.new_cache() if cached else None)
         # the model makes one rotary table for the whole batch from these; the processor takes each sample's own
         return FluxLayout(ids.new_zeros(layout.capacity, ids.shape[1]), attention)
 
-    def active_layout(
-        self, text: FluxText, layout: FluxLayout, first: int | None, lock_text: bool = False
-    ) -> FluxLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return FluxLayout(layout.ids[:first], made)
+    def active_layout(self, text: Any, layout: FluxLayout, first: int | None, lock_text: bool = False) -> FluxLayout:
+        return super().active_layout(text, replace(layout, ids=layout.ids[:first]), first, lock_text)
 
-    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
+    def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         start = 0 if layout.attention is None else layout.attention.start
         attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
@@ -442,30 +441,29 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
         return compiled_blocks() if compiled else BLOCKS
 
-    def dense_layout(self, text: FluxText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
-        ids = super().dense_layout(text, pictures, grids).ids
-        cos, sin = self.transformer.pos_embed(torch.cat([text.text_ids, ids]))
-        tables = (x[None, :, ::2].contiguous() for x in (cos, sin))
-        return FusedLayout(MixedSequence(len(text.text_ids), *tables, backend=self._backend))
+    def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
+        layout = super().dense_layout(text, pictures, grids)
+        cos, sin = (
+            x[None, :, ::2].contiguous() for x in self.transformer.pos_embed(torch.cat([text.text_ids, layout.ids]))
+        )
+        return replace(layout, attention=StepLayout(MixedSequence(len(text.text_ids), cos, sin, backend=self._backend)))
 
-    def watched_layout(
-        self, text: FluxText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
-    ) -> FusedLayout:
-        return replace(self.dense_layout(text, pictures, grids), watch=watch)
+    def watched_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> FluxLayout:
+        made = self.dense_layout(text, pictures, grids)
+        assert made.attention is not None
+        return replace(made, attention=replace(made.attention, watch=watch))
 
     def edit_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, region: Tensor | None,
-        text_mask: Tensor | None,
-    ) -> FusedLayout:  # fmt: skip
-        made = self.mixed_layout(text, pictures, layout, padded=False, key_bias=False, cached=False)
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
+    ) -> FluxLayout:
+        made = super().edit_layout(text, pictures, layout, region, text_mask)
         # no slot is empty
-        whole = replace(made.sequence, queries=None, keys=None, region=region, text_mask=text_mask)
-        return replace(made, sequence=whole)
+        return self._with_sequence(made, queries=None, keys=None)
 
     def shield_layouts(
-        self, source: FluxText, text: FluxText, pictures: Pictures, layout: SequenceLayout, first: int,
-        region: Tensor | None, text_mask: Tensor | None,
-    ) -> tuple[FusedLayout, FusedLayout]:  # fmt: skip
+        self, source: Any, text: Any, pictures: Pictures, layout: SequenceLayout, first: int, region: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> tuple[FluxLayout, FluxLayout]:  # fmt: skip
         # keys and values of the image first, then the text's: the two texts differ in length
         batch, image = layout.index.shape
         device, lengths = layout.index.device, [x.embeds.shape[1] for x in (source, text)]
@@ -473,29 +471,34 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         cache, made = self._kept(name, batch, image + max(lengths), text.embeds), []
         own = torch.where(slot[:first] < layout.fine_lengths[:, None], slot[:first], -1)
         for x, length, rows in ((source, lengths[0], slot.expand(batch, image)), (text, lengths[1], own)):
-            whole = self.edit_layout(x, pictures, layout, None, None).sequence
-            words = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
-            tokens = length + rows.shape[1]
-            sequence = replace(
-                whole, cos=whole.cos[:, :tokens], sin=whole.sin[:, :tokens], rows=torch.cat([words, rows], dim=1),
-                text_at=image, used=image + length,
-            )  # fmt: skip
-            made.append(FusedLayout(sequence, None, cache, name))
+            whole = self.edit_layout(x, pictures, layout, None, None)
+            text_rows = torch.arange(image, image + length, dtype=torch.int32, device=device).expand(batch, length)
+            assert whole.attention is not None
+            tokens, sequence = length + rows.shape[1], whole.attention.sequence
+            cos, sin = (table[:, :tokens] for table in (sequence.cos, sequence.sin))
+            found = self._with_sequence(
+                whole,
+                cos=cos,
+                sin=sin,
+                rows=torch.cat([text_rows, rows], dim=1),
+                text_at=image,
+                span=(0, image + length),
+            )
+            made.append(replace(found, attention=StepLayout(found.attention.sequence, None, cache, name)))
         branch, edit = made
         if region is not None:
             region = region[:, :first].contiguous()
         fresh = layout.fine_lengths + lengths[1]
         keys = torch.full_like(fresh, image + lengths[1])
-        sequence = replace(edit.sequence, queries=fresh, keys=keys, region=region, text_mask=text_mask)
-        return branch, replace(edit, sequence=sequence)
+        return branch, self._with_sequence(edit, queries=fresh, keys=keys, region=region, text_mask=text_mask)
 
     def mixed_layout(
-        self, text: FluxText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> FusedLayout:
-        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
-        return self._mixed(text, layout, same, cached)
+        self, text: Any, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> FluxLayout:
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
+        return self._cached(made, text.embeds) if cached else made
 
-    def timestep_conditioning(self, text: FluxText, timesteps: Tensor) -> Iterable[Tensor]:
+    def timestep_conditioning(self, text: Any, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep."""
         self.runner.bring(self._own)
         steps, batch = len(timesteps), text.pooled.shape[0]
@@ -506,17 +509,19 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             )
         return found.unflatten(0, (steps, batch)).unbind()
 
-    def velocity(self, text: FluxText, tokens: Tensor, conditioning: Tensor, layout: FusedLayout) -> Tensor:
-        sequence, cache = layout.sequence, layout.cache
+    def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
+        attention = layout.attention
+        assert attention is not None
+        sequence, cache, watch = attention.sequence, attention.cache, attention.watch
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask")
         watched = None
-        if layout.watch is not None:
+        if watch is not None:
             blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
-            watched = next(i for i, block in enumerate(blocks) if block.attn is layout.watch.module)
+            watched = next(i for i, block in enumerate(blocks) if block.attn is watch.module)
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=conditioning)
         inputs |= {name: getattr(sequence, name) for name in names}
 
-        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Tensor | None) -> tuple[Tensor, ...]:
+        def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Any) -> tuple[Tensor, ...]:
             with self._scaled():
                 seen: list[Tensor] = []
                 found = self.forward(
@@ -528,11 +533,11 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         rows = None if cache is None else cache[0][0].shape[1]
         self.runner.bring(self._own)
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
-        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.used, sequence.passing, scale, rows,
+        tag = ("step", transformer, sequence.text, sequence.text_at, sequence.span, sequence.passing, scale, rows,
                watched, sequence.backend, self.ranks)  # fmt: skip
-        found, *seen = self.runner(tag, step, inputs, layout.buffers)
-        if seen:
-            [layout.watch.mass] = seen
+        found, *seen = self.runner(tag, step, inputs, attention.buffers)
+        if watch is not None:
+            [watch.mass] = seen
         return found
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
@@ -640,7 +645,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels, in the source's ratio; no guidance where not told."""
+    """Options of the command's calls: a folder's area in pixels, in the source's ratio; no guidance by default."""
     options: dict[str, Any] = {"true_cfg_scale": 1.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options |= {"max_area": settings["resolution"] ** 2, "_auto_resize": False}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LongCat-Image-Edit (LongCatImageEditPipeline): all that the engine cannot know of it.
 
-Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; a step is told to it by the timestep alone.
+Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; the timestep is its only conditioning.
 Position ids: the picture's kind (0 text, 1 target, 2 reference), then row and column behind the text's tokens.
 True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout is set on the processors.
 
@@ -32,6 +32,7 @@ from ..engine.model import Text
 from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import StepLayout
 from ..sampling.grid import BLOCK, PATCH
 from .flux_kontext import (
     FluxKontextModel,
@@ -70,10 +71,10 @@ class SpecEditLongCatAttnProcessor(SpecEditFluxAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, self.layout
-        )
+        layout = self.layout if specedit_layout is None else specedit_layout
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, layout)
 
 
 @dataclass
@@ -175,8 +176,9 @@ class SpecEditLongCatImageEditPipeline(SpecEditMixin, LongCatImageEditPipeline):
     def _model(
         self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
     ) -> LongCatModel:
-        parts = (self.transformer, self.vae, None, {})
-        return LongCatModel(*parts) if runner is None else FusedLongCatModel(*parts, runner)
+        if runner is None:
+            return LongCatModel(self.transformer, self.vae, None, {})
+        return FusedLongCatModel(self.transformer, self.vae, None, {}, runner)
 
     _arrange = SpecEditFluxKontextPipeline._arrange
 

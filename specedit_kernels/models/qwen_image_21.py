@@ -29,14 +29,14 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as stock
 from torch import Tensor
 
-from .. import ops
 from ..engine._diffusers import scaled_adapters, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, apply_rotary, kept_keys, with_layout
+from ..engine.attention import SpecEditAttnProcessor, apply_rotary, kept_keys, with_layout
 from ..engine.config import EditConfig, SpecEditConfig
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import StepLayout, TextWatch, attend, mixed_step_layout, whole_step_layout
 from ..engine.stages import Run
 from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid, pack, token_positions
@@ -69,13 +69,13 @@ class SpecEditQwen21AttnProcessor(SpecEditAttnProcessor):
         dim = attn.inner_dim // attn.heads
         layers = (attn.to_q, attn.to_k, attn.to_v)
         q, k, v = (layer(hidden_states).unflatten(-1, (-1, dim)) for layer in layers)
-        q, k = (apply_rotary(x, layout.cos, layout.sin, v.dtype) for x in (attn.norm_q(q), attn.norm_k(k)))
-        k, v, queries = kept_keys(self, k, v, layout)
+        sequence = layout.sequence
+        q, k = (apply_rotary(x, sequence.cos, sequence.sin, v.dtype) for x in (attn.norm_q(q), attn.norm_k(k)))
+        k, v = kept_keys(self, k, v, layout)
+        assert layer_cache is not None
         before = layer_cache.get()  # text and references: of all steps
         k, v = (torch.cat(pair, dim=1) for pair in zip(before, (k, v)))
-        lengths = None if layout.lengths is None else layout.lengths + before[0].shape[1]
-        out = ops.mixed_res_attn(q, k, v, key_bias=layout.key_bias, q_lens=queries, kv_lens=lengths)[0]
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        return attn.to_out[1](attn.to_out[0](attend(q, k, v, sequence)))
 
 
 class Qwen21Codec(WanCodec):
@@ -100,7 +100,7 @@ class Qwen21Layout:
     """grid: of a whole target; attention: the mixed sequence's, None for whole pictures."""
 
     grid: Grid | None
-    attention: AttentionLayout | None
+    attention: StepLayout | None
 
 
 class Qwen21Model(EditModel):
@@ -166,19 +166,25 @@ class Qwen21Model(EditModel):
             return Qwen21Layout(self.grid, None)
         place = token_positions(grids[0], text.embeds.device)
         cos, sin = self._table(text, F.pad(place, (1, 0)), grids[0])
-        return Qwen21Layout(None, self._attention(text, *(x.expand(len(text.embeds), *x.shape) for x in (cos, sin))))
+        made = whole_step_layout(0, (cos[None], sin[None]), len(text.embeds))
+        return Qwen21Layout(None, self._behind_prefix(text, made))
 
-    def _attention(
-        self, text: Qwen21Text, cos: Tensor, sin: Tensor, bias: Tensor | None = None, **more: Any
-    ) -> AttentionLayout:
-        """bias: of the target's keys."""
-        valid, prefix = self._valid(text), text.slots.shape[1] + (SLOT - 1) * int(text.slots.sum())
+    def _behind_prefix(self, text: Qwen21Text, made: StepLayout) -> StepLayout:
+        """The layout of a target whose tokens attend to text and references too, whose keys come first."""
+        sequence, valid, prefix = made.sequence, self._valid(text), self._prefix(text)
+        bias, keys = sequence.key_bias, sequence.keys
+        assert keys is not None
         if bias is not None or valid is not None:
-            bias = cos.new_zeros(cos.shape[:2]) if bias is None else bias
+            if bias is None:
+                bias = sequence.cos.new_zeros(len(text.embeds), sequence.cos.shape[1])
             bias = F.pad(bias, (prefix, 0))
             if valid is not None:
                 bias[:, :prefix].masked_fill_(~valid, float("-inf"))
-        return AttentionLayout(cos, sin, bias, **{"lengths": None} | more)
+        return replace(made, sequence=replace(sequence, key_bias=bias, keys=keys + prefix))
+
+    def _prefix(self, text: Qwen21Text) -> int:
+        """Keys of text and references."""
+        return text.slots.shape[1] + (SLOT - 1) * int(text.slots.sum())
 
     def watched_layout(
         self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
@@ -186,27 +192,27 @@ class Qwen21Model(EditModel):
         raise NotImplementedError("the target's attention to the text is not recorded (FlashEdit)")
 
     def mixed_layout(
-        self, text: Qwen21Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: Qwen21Text, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> Qwen21Layout:
         rows = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
         # of the target's rows alone: the others have another picture's number
         places = torch.cat([torch.zeros_like(rows[:, :1]), rows[:, 1:]], dim=1)
         cos, sin = (in_order(x, layout) for x in self._table(text, places, pictures.target))
         bias = key_bias_in_order(pictures, layout) if key_bias else None
-        lengths = layout.lengths if padded else None
-        made = self._attention(text, cos, sin, bias, lengths=lengths)
-        if cached:
-            made = replace(made, cache=self.new_cache(), fresh=layout.fine_lengths)
-        return Qwen21Layout(None, made)
+        made = mixed_step_layout(0, (cos, sin), layout, bias, self.new_cache() if cached else None)
+        return Qwen21Layout(None, self._behind_prefix(text, made))
 
     def active_layout(
         self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
     ) -> Qwen21Layout:
-        return replace(layout, attention=layout.attention.of_first(0, first))
+        assert layout.attention is not None
+        # the text is a part of no call
+        return replace(layout, attention=layout.attention.active(0, first))
 
     def velocity(self, text: Qwen21Text, tokens: Tensor, conditioning: Tensor, layout: Qwen21Layout) -> Tensor:
         timestep = conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000
         if layout.attention is None:
+            assert layout.grid is not None
             return self._whole(text, tokens, timestep, layout.grid)
         cache, transformer = self._cache(text, tokens), self.transformer
 
@@ -232,8 +238,7 @@ class Qwen21Model(EditModel):
     def flops(self, text: Qwen21Text, tokens: int, keys: int | None = None, lock_text: bool = False) -> int:
         """Of the target's tokens alone, with the gated MLP's 18 d^2 for each, in place of 16 d^2."""
         heads, dim = self.heads
-        prefix = text.slots.shape[1] + (SLOT - 1) * int(text.slots.sum())
-        keys = prefix + (tokens if keys is None else keys)
+        keys = self._prefix(text) + (tokens if keys is None else keys)
         more = (6 * self.transformer.config.mlp_ratio - 16) * (heads * dim) ** 2 * tokens * self.blocks
         return transformer_flops(tokens, keys, heads * dim, self.blocks) + more
 
@@ -261,6 +266,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     """
 
     RUNNERS = ("eager",)
+    FLASH_RUNNERS = ()
     TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
     KWARGS = "attention_kwargs"
     PIXELS = False
@@ -305,6 +311,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
         return Qwen21Text(embeds, mask, slots[:1])
 
     def _run(self, run: Run, *stages: Any) -> Any:
+        assert isinstance(run.model, Qwen21Model)
         run.model.begin(run)
         return super()._run(run, *stages)
 
@@ -315,7 +322,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's side in pixels; no guidance where not told."""
+    """Options of the command's calls: a folder's side in pixels; no guidance by default."""
     options: dict[str, Any] = {"true_cfg_scale": 1.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options["output_resolution"] = settings["resolution"]

@@ -43,23 +43,15 @@ from torch import Tensor
 from .. import ops
 from ..engine import fp8
 from ..engine._diffusers import foreign_forward, mirrored, through
-from ..engine.attention import AttentionLayout, SpecEditAttnProcessor, TextWatch, joint_attention, with_layout
+from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
-    FusedLayout,
     FusedModel,
-    Kept,
-    MixedSequence,
-    attend,
     feed_forward,
     first_of,
     linear,
     linear_of_each,
     modulated,
-    new_queries,
-    of_streams,
-    places,
-    renew,
     replaced_of_feed_forward,
 )
 from ..engine.low_rank import active_serial
@@ -67,6 +59,19 @@ from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_orde
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
+from ..engine.sequence import (
+    Kept,
+    MixedSequence,
+    StepLayout,
+    TextWatch,
+    attend,
+    mixed_step_layout,
+    new_queries,
+    of_streams,
+    places,
+    renew,
+    whole_step_layout,
+)
 from ..sampling.grid import BLOCK, PATCH, Grid
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -216,40 +221,43 @@ def double_block(
     kept: where its keys and values go, None to forget them. image_mod: [B, 6 C], or [B, 2, 6 C] where the sequence says
     which of them is whose; text_mod: [B, 6 C]. last: nothing reads the text behind this block's attention.
     """
-    attn, n, which = block.attn, sequence.own_text, sequence.modulate
+    attn, n, which = block.attn, sequence.own[0], sequence.modulate
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=-1)
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=-1)
     dim = attn.inner_dim // attn.heads
     q = new_queries(image, attn.heads, dim, sequence)
     k, v = places(q, kept, sequence)
 
-    def project(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *layers: torch.nn.Module) -> list[Tensor]:
-        x = modulated(x, scale, shift, eps, layers, modulation_index=which if x is image else None)
-        return [part.unflatten(-1, (-1, dim)) for part in linear_of_each(layers, x)]
+    def project(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *layers: Any) -> list[Tensor]:
+        rows_in = modulated(x, scale, shift, eps, layers, modulation_index=which if x is image else None)
+        return [part.unflatten(-1, (-1, dim)) for part in linear_of_each(layers, rows_in)]
 
-    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.Module, norm_k: torch.nn.Module) -> None:
+    def place(parts: list[Tensor], at: slice, norm_q: Any, norm_k: Any) -> None:
+        q_in, k_in, v_in = parts
         rows = None if sequence.rows is None else sequence.rows[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, *parts, sequence.cos[:, at], sequence.sin[:, at],
+            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
             q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
         )  # fmt: skip
 
-    words = spots = None
+    text_qkv = image_qkv = None
     if n:
-        words = project(text, t_shift, t_scale, block.txt_norm1.eps, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        text_qkv = project(text, t_shift, t_scale, block.txt_norm1.eps, *layers)
     if image.shape[1]:
-        spots = project(image, i_shift, i_scale, block.img_norm1.eps, attn.to_q, attn.to_k, attn.to_v)
-    words, spots = of_streams(words, spots, sequence)
-    if words is not None:  # else the keys and values of the text are kept ones
-        place(words, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
-    place(spots, slice(sequence.text, None), attn.norm_q, attn.norm_k)
+        image_qkv = project(image, i_shift, i_scale, block.img_norm1.eps, attn.to_q, attn.to_k, attn.to_v)
+    text_qkv, image_qkv = of_streams(text_qkv, image_qkv, sequence)
+    if text_qkv is not None:  # else its keys and values are kept ones
+        place(text_qkv, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
+    assert image_qkv is not None
+    place(image_qkv, slice(sequence.text, None), attn.norm_q, attn.norm_k)
     renew(kept, sequence)
     out = attend(q, k, v, sequence)
     if n and not last:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
-        words = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
-        ops.gated_residual_add_(text, feed_forward(block.txt_mlp, words), t_gate2)
+        text_in = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
+        ops.gated_residual_add_(text, feed_forward(block.txt_mlp, text_in), t_gate2)
     if not image.shape[1]:
         return
     out = linear(attn.to_out[0], out[:, n:])
@@ -257,8 +265,8 @@ def double_block(
         out = layer(out)
     ops.gated_residual_add_(image, out, i_gate, modulation_index=which)
     second = [first_of(block.img_mlp)]
-    spots = modulated(image, i_scale2, i_shift2, block.img_norm2.eps, second, modulation_index=which)
-    ops.gated_residual_add_(image, feed_forward(block.img_mlp, spots), i_gate2, modulation_index=which)
+    image_in = modulated(image, i_scale2, i_shift2, block.img_norm2.eps, second, modulation_index=which)
+    ops.gated_residual_add_(image, feed_forward(block.img_mlp, image_in), i_gate2, modulation_index=which)
 
 
 Block = Callable[..., None]
@@ -284,12 +292,11 @@ def fused_forward(
     embeds: [B, T, E], T = sequence.text. modulation: of `modulation`, a row for each sample. cache: of each block,
     where its keys and values outlive the step: it writes those of its tokens, and attends to all.
     """
-    first, end = sequence.own
-    embeds = embeds[:, first : max(min(end, sequence.text), first)]
+    embeds = sequence.own_text(embeds)
     if sequence.ranks is not None and sequence.modulate is not None:
         sequence = replace(sequence, modulate=sequence.own_image(sequence.modulate).contiguous())
     image = transformer.img_in(sequence.own_image(tokens))
-    text = transformer.txt_in(transformer.txt_norm(embeds)) if sequence.own_text else image[:, :0]
+    text = transformer.txt_in(transformer.txt_norm(embeds)) if embeds.shape[1] else image[:, :0]
     layers, width = transformer.transformer_blocks, 6 * transformer.inner_dim
     of_image, of_text = modulation
     for i, layer in enumerate(layers):
@@ -302,7 +309,7 @@ def fused_forward(
             image.clip_(-65504, 65504)
     scale, shift = of_text[:, len(layers) * width :].chunk(2, dim=1)
     image = ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.of_all(transformer.proj_out(image))
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
@@ -328,13 +335,14 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit_layout: AttentionLayout | None = None,
+        specedit_layout: StepLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
         if specedit_layout is None:
             return self.inner(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         text = encoder_hidden_states
+        assert text is not None
         # -1 for the heads: tensor parallelism shards them
         head_dim = attn.inner_dim // attn.heads
         q, k, v, tq, tk, tv = (
@@ -357,9 +365,9 @@ class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
 def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Hook of a Qwen block: a mixed sequence's index of the modulation in place of the transformer's."""
     layout = (kwargs.get("joint_attention_kwargs") or {}).get("specedit_layout")
-    if layout is None or layout.modulate is None:
+    if layout is None or layout.sequence.modulate is None:
         return None
-    return args, {**kwargs, "modulate_index": layout.modulate}
+    return args, {**kwargs, "modulate_index": layout.sequence.modulate}
 
 
 @dataclass
@@ -377,7 +385,7 @@ class QwenLayout:
     """
 
     shapes: tuple[tuple[int, int, int], ...]
-    attention: AttentionLayout | None
+    attention: StepLayout | None = None
 
 
 def _shapes(grids: Sequence[Grid]) -> tuple[tuple[int, int, int], ...]:
@@ -421,7 +429,7 @@ class QwenImageEditModel(EditModel):
 
     def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
         # Smaller pictures are a plain run of their own, so the text stands where that has it, right behind them.
-        return QwenLayout(_shapes(grids), None)
+        return QwenLayout(_shapes(grids))
 
     def _turns(self, text: QwenText, layout: QwenLayout) -> Tensor:
         """Complex rotary table of text and whole pictures, [tokens, head dim / 2]."""
@@ -431,25 +439,28 @@ class QwenImageEditModel(EditModel):
     def watched_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch) -> QwenLayout:
         layout, (batch, length) = self.dense_layout(text, pictures, grids), text.embeds.shape[:2]
         turn = self._turns(text, layout)
-        cos, sin = (x.repeat_interleave(2, dim=1).expand(batch, -1, -1) for x in (turn.real, turn.imag))
+        cos, sin = (x.repeat_interleave(2, dim=1)[None] for x in (turn.real, turn.imag))
         bias = None
         if text.mask is not None:
-            bias = cos.new_zeros(cos.shape[:2])
+            bias = turn.real.new_zeros(batch, len(turn))
             bias[:, :length].masked_fill_(~text.mask.to(bias.device, torch.bool), float("-inf"))
-        return replace(layout, attention=AttentionLayout(cos, sin, bias, lengths=None, watch=watch))
+        return replace(layout, attention=whole_step_layout(length, (cos, sin), batch, bias, watch))
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> QwenLayout:
         device = layout.index.device
         batch, length = text.embeds.shape[:2]
         embedding, grids = self.transformer.pos_embed, (pictures.target, *pictures.references)
         table = table_positions(pictures.target, device, pictures.others, pictures.coarse_others)
-        words = torch.arange(length, dtype=torch.float32, device=device)[:, None] + text_offset(grids)
+        order = torch.arange(length, dtype=torch.float32, device=device)[:, None] + text_offset(grids)
         axes, theta = embedding.axes_dim, embedding.theta
-        ahead = rotary_table(words.expand(length, 3), axes, theta)
-        behind = rotary_table(centred(table, grids), axes, theta)
-        cos, sin = (torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1) for a, b in zip(ahead, behind))
+        text_tables = rotary_table(order.expand(length, 3), axes, theta)
+        image_tables = rotary_table(centred(table, grids), axes, theta)
+        cos, sin = (
+            torch.cat([a.expand(batch, *a.shape), in_order(b, layout)], dim=1)
+            for a, b in zip(text_tables, image_tables)
+        )
         bias = None
         if key_bias or text.mask is not None:
             bias = cos.new_zeros(batch, length + layout.capacity)
@@ -460,21 +471,13 @@ class QwenImageEditModel(EditModel):
         modulate = None
         if self.transformer.zero_cond_t:
             modulate = (~layout.target_slots()).int()
-        lengths = layout.lengths + length if padded else None
-        attention = AttentionLayout(cos, sin, bias, lengths, modulate)
-        if cached:
-            attention = replace(attention, cache=self.new_cache(), fresh=layout.fine_lengths + length)
+        cache = self.new_cache() if cached else None
+        attention = mixed_step_layout(length, (cos, sin), layout, bias, cache, modulate=modulate)
         # one token's shape, or one for each rank: what the transformer makes of it is replaced, in the processor and in
         # the blocks
         return QwenLayout(_shapes([(1, 1 if self.ranks is None else self.ranks.size)]), attention)
 
-    def active_layout(
-        self, text: QwenText, layout: QwenLayout, first: int | None, lock_text: bool = False
-    ) -> QwenLayout:
-        made = layout.attention.of_first(text.embeds.shape[1], first, lock_text, self.least_text)
-        return replace(layout, attention=made)
-
-    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Tensor, layout: QwenLayout) -> Tensor:
+    def velocity(self, text: QwenText, tokens: Tensor, conditioning: Any, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
         start = 0 if layout.attention is None else layout.attention.start
         attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
@@ -534,7 +537,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         masks = [x.embeds.new_ones(x.embeds.shape[:2]) if x.mask is None else x.mask for x in texts]
         return QwenText(embeds, torch.cat([F.pad(m.bool(), (0, longest - n)) for m, n in zip(masks, lengths)]))
 
-    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> FusedLayout:
+    def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
         layout, (batch, length) = super().dense_layout(text, pictures, grids), text.embeds.shape[:2]
         device = text.embeds.device
         turn = self._turns(text, layout)[None]
@@ -547,22 +550,14 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             behind = torch.arange(sum(counts), device=device) >= counts[0]
             modulate = behind.int().expand(batch, -1).contiguous()
         cos, sin = turn.real.contiguous(), turn.imag.contiguous()
-        return FusedLayout(MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend))
+        sequence = MixedSequence(length, cos, sin, bias, modulate=modulate, backend=self._backend)
+        return replace(layout, attention=StepLayout(sequence))
 
     def mixed_layout(
-        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
-    ) -> FusedLayout:
-        same = super().mixed_layout(text, pictures, layout, True, key_bias, False).attention
-        return self._mixed(text, layout, same, cached, modulate=same.modulate)
-
-    def active_layout(
-        self, text: QwenText, layout: FusedLayout, first: int | None, lock_text: bool = False
-    ) -> FusedLayout:
-        made = super().active_layout(text, layout, first, lock_text)
-        modulate = made.sequence.modulate
-        if modulate is None or first is None:
-            return made
-        return replace(made, sequence=replace(made.sequence, modulate=modulate[:, :first].contiguous()))
+        self, text: QwenText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> QwenLayout:
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
+        return self._cached(made, text.embeds) if cached else made
 
     def timestep_conditioning(self, text: QwenText, timesteps: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The modulation of all blocks for each timestep, (image, text), a row each: all branches share it."""
@@ -574,27 +569,34 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         return self._timestep_conditioning[1]
 
     def velocity(
-        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: FusedLayout
+        self, text: QwenText, tokens: Tensor, conditioning: tuple[Tensor, Tensor], layout: QwenLayout
     ) -> Tensor:
-        sequence, cache = layout.sequence, layout.cache
+        attention = layout.attention
+        assert attention is not None
+        sequence, cache = attention.sequence, attention.cache
         names = ("cos", "sin", "key_bias", "queries", "keys", "rows", "modulate")
         of_image, of_text = conditioning
         inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], of_image=of_image, of_text=of_text)
         inputs |= {name: getattr(sequence, name) for name in names}
 
-        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Tensor | None) -> Tensor:
-            modulation = tuple(x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
+        def step(tokens: Tensor, embeds: Tensor, of_image: Tensor, of_text: Tensor, **given: Any) -> Tensor:
+            image_mod, text_mod = (x.expand(tokens.shape[0], *x.shape[1:]) for x in (of_image, of_text))
             with self._scaled():
                 return fused_forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given, ranks=self.ranks), cache,
+                    self.transformer,
+                    tokens,
+                    embeds,
+                    (image_mod, text_mod),
+                    replace(sequence, **given, ranks=self.ranks),
+                    cache,
                     self._block,
-                )  # fmt: skip
+                )
 
         rows = None if cache is None else cache[0][0].shape[1]
         self.runner.bring(self._own)
         tag = ("step", id(self._own), sequence.text, sequence.passing,
                self.attention_kwargs.get("scale"), rows, sequence.backend, self.ranks)  # fmt: skip
-        return self.runner(tag, step, inputs, layout.buffers)
+        return self.runner(tag, step, inputs, attention.buffers)
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
         vae = self.codec.vae
@@ -618,7 +620,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
-    """Options of the command's calls: a folder's area in pixels, guidance 4 against a blank text unless told else."""
+    """Options of the command's calls: a folder's area in pixels, by default guidance 4 against a blank text."""
     options: dict[str, Any] = {"true_cfg_scale": 4.0 if true_cfg_scale is None else true_cfg_scale}
     if "resolution" in settings:
         options["max_area"] = settings["resolution"] ** 2
@@ -634,6 +636,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
     TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
     KWARGS = "attention_kwargs"
     UNSUPPORTED = ("use_layer3d_rope", "use_additional_t_cond")
+    FLASH_RUNNERS = ("eager",)
     PIXELS = False
     SEVERAL_GPUS = True
 
@@ -652,8 +655,9 @@ class _SpecEditQwenMixin(SpecEditMixin):
             num_images_per_prompt=1,
             max_sequence_length=call.max_sequence_length,
         )
-        times = call.num_images_per_prompt
-        return QwenText(*(x if x is None else x.repeat_interleave(times, dim=0) for x in found))
+        embeds, mask = (None if x is None else x.repeat_interleave(call.num_images_per_prompt, dim=0) for x in found)
+        assert embeds is not None
+        return QwenText(embeds, mask)
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         # each at its own size; the edited ones at the output's too, where tokens of both are compared
@@ -744,7 +748,7 @@ class SpecEditQwenImageEditPlusPipeline(_SpecEditQwenMixin, QwenImageEditPlusPip
         coarse and draft steps.
     height, width: as in QwenImageEditPlusPipeline, whose default is the ratio of the *last* picture. Give the first
         one's where they differ: else the first is stretched to the last one's ratio before it is compared, and it
-        stays fine in mixed steps, because its tokens lie on another grid than the output's.
+        stays fine in mixed steps, because its grid is not the output's.
     prompt: one; `num_images_per_prompt` gives several images.
     """
 

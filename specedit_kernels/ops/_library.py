@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one way by which an op enters its namespace, and what holds of every op because of it: no gradients are lost, and
-what is written in place is told to autograd."""
+autograd is informed of in-place writes."""
 
 import torch
 from torch.autograd import forward_ad
@@ -95,7 +95,7 @@ def define_csrc(schema, fake):
 
 
 def _check_written(op, name, tensor):
-    """``tensor`` may be written: no two of its elements lie on each other, and its mode of autograd is this one's."""
+    """``tensor`` may be written: no two of its elements share memory, and its mode of autograd is this one's."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         # The type of error is that of PyTorch's own in-place ops.
         raise RuntimeError(
@@ -109,7 +109,7 @@ def _check_written(op, name, tensor):
         if size > 1:
             if stride <= reach:
                 raise ValueError(
-                    f"{op}: {name}: expected a tensor whose elements do not lie on each other (it is written), got "
+                    f"{op}: {name}: expected a tensor whose elements do not overlap in memory (it is written), got "
                     f"shape {list(tensor.shape)} with strides {list(tensor.stride())}; clone it first"
                 )
             reach += stride * (size - 1)

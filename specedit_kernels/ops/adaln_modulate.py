@@ -54,7 +54,7 @@ def adaln_modulate(x, scale, shift, *, modulation_index=None, index=None, eps=1e
     Args:
         x: [B, N, C], bf16, fp16 or fp32, last dimension contiguous.
         scale, shift: one row a sample [B, C], or M rows [B, M, C] with ``modulation_index``; any float dtype, any
-            strides with the last dimension contiguous (chunks of one projection are read where they lie). Qwen's
+            strides with the last dimension contiguous (chunks of one projection are read without a copy). Qwen's
             ``zero_cond_t`` gives [2 B, C]: ``scale.unflatten(0, (2, -1)).transpose(0, 1)`` is its [B, 2, C].
         modulation_index: int32 [B, N], each token's row of ``scale`` and ``shift``, values from -1 to M - 1; -1: not
             modulated, LN(x) alone. A vector for each token is M = N and arange(N).

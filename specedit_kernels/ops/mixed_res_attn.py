@@ -383,7 +383,7 @@ def _csrc_scatter(out, q, k, v, out_index, *rest):
 
 
 def _unaligned(x):
-    """Whether a row of a head may lie off the 16-byte grid, or rows lie on each other."""
+    """Whether a row of a head may be not 16-byte aligned, or rows overlap in memory."""
     if x.data_ptr() % 16:
         return True
     return any(size > 1 and (stride % 8 or stride <= 0) for size, stride in zip(x.shape[:-1], x.stride()))

@@ -126,7 +126,7 @@ def qk_norm_rope_scatter_(
     Args:
         q_out: [B, >= 1 row, H, D]; k_out, v_out: [B, rows, Hk, D]. q's dtype. Written.
         q: [B, N, H, D]; k, v: [B, N, Hk, D], Hk divides H, D even; bf16, fp16 or fp32, any strides with the last
-            dimension contiguous: views of one [B, N, (H + 2 Hk) D] projection are read where they lie.
+            dimension contiguous: views of one [B, N, (H + 2 Hk) D] projection are read without a copy.
         cos, sin: fp32 [B or 1, N, D/2], the tables of row i (of each sample, or of all), any strides. diffusers' FLUX
             tables ([N, D], each value twice): ``cos[None, :, ::2]``, ``sin[None, :, ::2]``; its Qwen tables (complex
             [N, D/2]): ``freqs.real[None]``, ``freqs.imag[None]``. Both are views, and give the same numbers. A row

@@ -110,7 +110,7 @@ def build_layout(
 
     order: int [B, blocks], the blocks, active ones first (`index` of select_tokens on the coarse grid).
     count: int [B], active blocks. grid: the fine grid. capacity: slots, at least the batch's longest `sequence_length`.
-    coarse_condition: False keeps all N condition tokens fine. condition: False leaves them out, where no picture lies
+    coarse_condition: False keeps all N condition tokens fine. condition: False leaves them out, where no picture is
     on the target's grid. others: rows of further pictures at the table's end.
     """
     blocks = math.prod(coarse_grid(grid))

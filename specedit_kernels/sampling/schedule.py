@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise levels of a run whose resolution changes, and the edges of its stages."""
+"""Sigmas of a run whose resolution changes, and the edges of its stages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .noise import pooled_level
+from .noise import pooled_sigma
 
 
 @dataclass(frozen=True)
-class StageLevels:
-    """Noise levels of the three stages, each a tuple of n + 1 levels for its n steps (a lone level where n = 0).
+class StageSigmas:
+    """Sigmas of the three stages, each a tuple of n + 1 sigmas for its n steps (one where n = 0).
 
-    A step goes from one level to the next. `coarse` ends at `pooled_level(s)` where `mixed` begins at s, and `mixed`
-    ends at `pooled_level(s)` where `full` begins at s: those are the two transitions that raise the noise again.
+    A step goes from one sigma to the next. `coarse` ends at `pooled_sigma(s)` where `mixed` begins at s, and `mixed`
+    ends at `pooled_sigma(s)` where `full` begins at s: those are the two transitions that raise the noise again.
     """
 
     coarse: tuple[float, ...]
@@ -23,34 +23,34 @@ class StageLevels:
     full: tuple[float, ...]
 
 
-def stage_levels(levels: Sequence[float], coarse: int, mixed: int, full: int) -> StageLevels:
+def stage_sigmas(sigmas: Sequence[float], coarse: int, mixed: int, full: int) -> StageSigmas:
     """Share out one full-resolution schedule over three stages.
 
-    levels: n + 1 decreasing noise levels of the plain full-resolution run (its own resolution-dependent shift
+    sigmas: n + 1 decreasing sigmas of the plain full-resolution run (its own resolution-dependent shift
     included), from 1 to 0, n = coarse + mixed + full.
 
-    The coarse stage runs at the pooled levels of the plain ones, s / (2 - s): a shift of the schedule by -ln 2, about
-    what the resolution-dependent shift of FLUX gives for a quarter of the tokens, and exactly the levels at which a
-    pooled picture shows as much as the fine one does at s. The mixed stage begins at its plain level and ends, if a
-    full stage follows, at the pooled level of the plain one, because its coarse tokens are expanded there; the levels
+    The coarse stage runs at the pooled sigmas of the plain ones, s / (2 - s): a shift of the schedule by -ln 2, about
+    what the resolution-dependent shift of FLUX gives for a quarter of the tokens, and exactly the sigmas at which a
+    pooled picture shows as much as the fine one does at s. The mixed stage begins at its plain sigma and ends, if a
+    full stage follows, at the pooled sigma of the plain one, because its coarse tokens are expanded there; the sigmas
     between are the plain ones, scaled linearly into that span. The full stage is the plain schedule's own end.
     """
     n = coarse + mixed + full
     if min(coarse, mixed, full) < 0 or n < 1:
         raise ValueError(f"stages: expected three counts >= 0 with a sum >= 1, got {(coarse, mixed, full)}")
-    if len(levels) != n + 1:
-        raise ValueError(f"levels: expected {n + 1} levels for {n} steps, got {len(levels)}")
-    if any(a <= b for a, b in itertools.pairwise(levels)) or levels[0] > 1 or levels[-1] < 0:
-        raise ValueError(f"levels: expected strictly decreasing levels within [0, 1], got {list(levels)}")
-    plain_mixed = levels[coarse : coarse + mixed + 1]
+    if len(sigmas) != n + 1:
+        raise ValueError(f"sigmas: expected {n + 1} sigmas for {n} steps, got {len(sigmas)}")
+    if any(a <= b for a, b in itertools.pairwise(sigmas)) or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ValueError(f"sigmas: expected strictly decreasing sigmas within [0, 1], got {list(sigmas)}")
+    plain_mixed = sigmas[coarse : coarse + mixed + 1]
     start, end = plain_mixed[0], plain_mixed[-1]
     # without a full stage the mixed one ends the run, without a mixed one nothing is coarse at its end
-    target = pooled_level(end) if full and mixed else end
+    target = pooled_sigma(end) if full and mixed else end
     scale = (start - target) / (start - end) if mixed else 1.0
-    return StageLevels(
-        coarse=tuple(pooled_level(s) for s in levels[: coarse + 1]),
+    return StageSigmas(
+        coarse=tuple(pooled_sigma(s) for s in sigmas[: coarse + 1]),
         mixed=tuple(target + (s - end) * scale for s in plain_mixed),
-        full=tuple(levels[coarse + mixed :]),
+        full=tuple(sigmas[coarse + mixed :]),
     )
 
 

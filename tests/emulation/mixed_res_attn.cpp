@@ -54,7 +54,7 @@ std::map<std::string, Case> all_cases() {
   std::map<std::string, Case> cases = {
     {"one_tile", {false, 128, 1, 100, 900, 1, 1, 1, Bias::kAlternating}},
     {"few_rows_d64", {false, 64, 1, 44, 1500, 1, 1, 1, Bias::kAlternating}},
-    {"rounds", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
+    {"waves", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
     {"parts", {false, 128, 1, 150, 3000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 0, false, true}},
     {"lengths", {true, 128, 2, 200, 500, 2, 2, 3, Bias::kSorted, {130, 5}, {499, 17}}},
     {"lengths_0", {false, 128, 2, 200, 500, 1, 1, 2, Bias::kNone, {0, 200}, {499, 0}}},

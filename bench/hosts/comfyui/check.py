@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 SIDE = 128
 GUIDANCE = 2.5
-LEVELS = [1.0, 0.93, 0.86, 0.78, 0.69, 0.59, 0.47, 0.33, 0.17, 0.0]
+SIGMAS = [1.0, 0.93, 0.86, 0.78, 0.69, 0.59, 0.47, 0.33, 0.17, 0.0]
 FURTHER_NOISE = 0x5EED  # specedit_kernels/hosts/comfyui/sampler.py
 TOLERANCE = 2e-5  # of latents with a standard deviation of about 1
 PROMPTS = ["color the turtle purple", "remove the turtle"]
@@ -119,7 +119,7 @@ def prompt_of(
         prompt[name] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
         model = name
     prompt["11"]["inputs"]["model"] = [model, 0]
-    prompt["13"] = {"class_type": "TinySigmas", "inputs": {"levels": " ".join(map(str, LEVELS))}}
+    prompt["13"] = {"class_type": "TinySigmas", "inputs": {"sigmas": " ".join(map(str, SIGMAS))}}
     prompt["14"]["inputs"]["noise_seed"] = seed
     prompt["15"]["inputs"] |= sampler or {}
     if masked:
@@ -137,10 +137,10 @@ def prompt_of(
 
 
 class Pipeline(SpecEditFluxKontextPipeline):
-    """With the levels of the workflow."""
+    """With the sigmas of the workflow."""
 
-    def _plain_levels(self, steps, tokens, sigmas):
-        return list(LEVELS)
+    def _plain_sigmas(self, steps, tokens, given):
+        return list(SIGMAS)
 
 
 class Check:
@@ -255,8 +255,8 @@ class Check:
     def cancel(self) -> None:
         prompt = prompt_of(seed=77, sampler=dict(preset="30"))
         # many steps, so that there is a middle
-        levels = [1 - i / 400 for i in range(401)]
-        prompt["13"]["inputs"]["levels"] = " ".join(map(str, levels))
+        sigmas = [1 - i / 400 for i in range(401)]
+        prompt["13"]["inputs"]["sigmas"] = " ".join(map(str, sigmas))
         name = self.server.start(prompt)
         time.sleep(3)
         began = time.monotonic()

@@ -37,7 +37,7 @@ QWEN = dict(
     image_model="qwen_image", num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=40,
     in_channels=64, out_channels=16, axes_dims_rope=[8, 12, 12],
 )  # fmt: skip
-LEVELS = torch.tensor([1.0, 0.8, 0.5, 0.0])
+SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.0])
 TOLERANCE = 1e-4
 
 
@@ -100,14 +100,14 @@ def check(name, patcher, frames, method, sizes, cfg, lengths, blind=False):
     noise, empty = torch.randn(shape), torch.zeros(shape)
     mask = torch.zeros(2, 96, 64)
     mask[0], mask[1, :32, :32] = 1, 1
-    config = SpecEditConfig(stages=(0, len(LEVELS) - 1, 0), finish="locked", kv_refresh=1, max_active=1.0)
+    config = SpecEditConfig(stages=(0, len(SIGMAS) - 1, 0), finish="locked", kv_refresh=1, max_active=1.0)
     ours = SpecEditSampler(config, PooledPictures(frames), torch.rand(1, 96, 64, 3), mask)
     euler = comfy.samplers.sampler_object("euler")
-    plain, found = (guider.sample(noise, empty, s, LEVELS, disable_pbar=True, seed=5) for s in (euler, ours))
+    plain, found = (guider.sample(noise, empty, s, SIGMAS, disable_pbar=True, seed=5) for s in (euler, ours))
     off, moved = float((plain[0] - found[0]).abs().max()), float((plain[1] - found[1]).abs().max())
     # the check sees a token that stands two rows from its place
     with unittest.mock.patch.object(model, "reference_places", misplaced):
-        wrong = float((guider.sample(noise, empty, ours, LEVELS, disable_pbar=True, seed=5)[0] - plain[0]).abs().max())
+        wrong = float((guider.sample(noise, empty, ours, SIGMAS, disable_pbar=True, seed=5)[0] - plain[0]).abs().max())
     good = off < TOLERANCE and moved > 100 * TOLERANCE and wrong > 10 * TOLERANCE
     kind = f"{name}, {method or 'no method'}, references {sizes}, cfg {cfg}, text {lengths}"
     kind += ", negative without references" if blind else ""

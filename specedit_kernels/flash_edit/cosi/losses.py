@@ -47,17 +47,17 @@ def noise_loss(noise: Tensor, predicted_noise: Tensor) -> Tensor:
     return (noise.float() - predicted_noise.float()).square().mean()
 
 
-def teacher_noise(state: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
-    """A flow model's estimate of the noise in a state: e = x + (1 - t) v. level: fp32 scalar or [B, 1, 1, 1]."""
-    return state.float() + (1 - level) * velocity.float()
+def teacher_noise(state: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """A flow model's estimate of the noise in a state: e = x + (1 - t) v. sigma: fp32 scalar or [B, 1, 1, 1]."""
+    return state.float() + (1 - sigma) * velocity.float()
 
 
-def teacher_loss(noise: Tensor, teacher: Tensor, level: Tensor) -> Tensor:
-    """Stage 2: E_t[w(t) |e_inv - sg(e_teacher)|^2] with w(t) = t^2. level: fp32 scalar or [B, 1, 1, 1].
+def teacher_loss(noise: Tensor, teacher: Tensor, sigma: Tensor) -> Tensor:
+    """Stage 2: E_t[w(t) |e_inv - sg(e_teacher)|^2] with w(t) = t^2. sigma: fp32 scalar or [B, 1, 1, 1].
 
     A teacher's noise is off by (1 - t) / t times its error in the picture; this weight bounds that for small t.
     """
-    return (level**2 * (noise.float() - teacher.detach().float()).square()).mean()
+    return (sigma**2 * (noise.float() - teacher.detach().float()).square()).mean()
 
 
 def answer_loss(answer: Tensor, made: Tensor, weight: Tensor, softness: float = 0.1) -> Tensor:
@@ -85,28 +85,28 @@ def distil_loss(
 
 def matching_loss(
     teacher: EditModel, second: EditModel, text: Text, made: Tensor, references: Sequence[Tensor], noise: Tensor,
-    level: Tensor, weight: Tensor,
+    sigma: Tensor, weight: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Distribution matching (DMD, arXiv 2311.18828): (the generator's loss, the second model's).
 
-    made: the generator's pictures [B, C, H, W]; noise levels: fp32 [B]; weight: [B, 1, H, W]. The second model learns
+    made: the generator's pictures [B, C, H, W]; sigmas: fp32 [B]; weight: [B, 1, H, W]. The second model learns
     these pictures by rectified flow, |v - (e - z)|^2. The first loss moves them to where the teacher finds them
     likelier than that model does: its gradient is (z_second - z_teacher) / mean |made - z_teacher|, of both models'
     clean picture of the noised ones. A blur is likely to the second model and unlikely to the first.
     """
-    clean, at = made.detach(), level.view(-1, 1, 1, 1)
-    state, pictures = _noised(clean, noise, level), _pictures(clean, references)
-    velocity = velocity_of(second, text, state, level, references, pictures)
+    clean, at = made.detach(), sigma.view(-1, 1, 1, 1)
+    state, pictures = _noised(clean, noise, sigma), _pictures(clean, references)
+    velocity = velocity_of(second, text, state, sigma, references, pictures)
     with torch.no_grad():
         real, ours = (state - at * v.float() for v in (
-            velocity_of(teacher, text, state, level, references, pictures), velocity))  # fmt: skip
+            velocity_of(teacher, text, state, sigma, references, pictures), velocity))  # fmt: skip
         scale = ((clean - real).abs() * weight).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * clean.shape[1])
         aim = clean - (ours - real) / scale.clamp(min=1e-3).view(-1, 1, 1, 1)
     return 0.5 * reconstruction_loss(aim, made, weight), reconstruction_loss(noise - clean, velocity, weight)
 
 
-def _noised(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    at = level.view(-1, 1, 1, 1)
+def _noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    at = sigma.view(-1, 1, 1, 1)
     return ((1 - at) * clean + at * noise).to(clean.dtype)
 
 
@@ -129,7 +129,7 @@ def inversion_loss(
     generator: frozen. source_text: the source branch's text, under which the inversion network sees every picture.
     made: (text, noise, the generator's condition) of pictures that are made here, G(noise) [B, C, H, W].
     source: real pictures; fresh: white noise, [2 B, C, H, W], which completes what a picture tells of its noise.
-    teacher: stage 2: (the multi-step model, frozen, and a noise level, 0-dim in (0, 1)); None: stage 1.
+    teacher: stage 2: (the multi-step model, frozen, and a sigma, 0-dim in (0, 1)); None: stage 1.
     """
     text, noise, condition = made
     with torch.no_grad():
@@ -145,9 +145,9 @@ def inversion_loss(
         "cycle": reconstruction_loss(source, cycled),
     }
     if teacher is not None:
-        model, level = teacher
-        state = _noised(source, inverted, level)
+        model, sigma = teacher
+        state = _noised(source, inverted, sigma)
         with torch.no_grad():
-            velocity = velocity_of(model, source_text, state, level, [source], _pictures(source, [source]))
-        terms["teacher"] = teacher_loss(inverted, teacher_noise(state, velocity, level), level)
+            velocity = velocity_of(model, source_text, state, sigma, [source], _pictures(source, [source]))
+        terms["teacher"] = teacher_loss(inverted, teacher_noise(state, velocity, sigma), sigma)
     return {"loss": sum(getattr(weights, name) * term for name, term in terms.items()), **terms}

@@ -16,7 +16,7 @@ from torch import Tensor
 class LowRankLinear(torch.nn.Linear):
     """A linear layer of weight + up @ down. down: [rank, in], random; up: [out, rank], zero at first.
 
-    One class for all layers, with the product made anew in each call: a compiled block then serves every block like it.
+    One class for all layers, with the product computed in each call: a compiled block then serves every block like it.
     """
 
     def __init__(self, layer: torch.nn.Linear, rank: int):

@@ -44,15 +44,15 @@ class WholeLayout:
 class MixedLayout:
     """A mixed sequence of image slots.
 
-    ids: fp32 [B, slots, 3], the host's position ids. key_bias: fp32 [B, slots] or None. lengths: int32 [B], used slots,
-    or None where all are. order: which rows of the target the slots hold. text_from: the first text token's id, on all
-    axes, or None: all are 0. cache: rotated keys and values by (branch, layer), of [text | slots], or None to keep
-    none. first: the call brings the first so many slots alone, and attends to the others' cached ones.
+    ids: fp32 [B, slots, 3], the host's position ids. key_bias: fp32 [B, slots] or None. lengths: int32 [B], used slots.
+    order: which rows of the target the slots hold. text_from: the first text token's id, on all axes, or None: all are
+    0. cache: rotated keys and values by (branch, layer), of [text | slots], or None to keep none. first: the call
+    brings the first so many slots alone, and attends to the others' cached ones.
     """
 
     ids: Tensor
     key_bias: Tensor | None
-    lengths: Tensor | None
+    lengths: Tensor
     order: SequenceLayout
     text_from: int | None
     cache: dict[Hashable, tuple[Tensor, Tensor]] | None
@@ -90,6 +90,7 @@ class MixedAttention:
     def _over_cache(self, text: int, fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence: cached ones, of which those of the fine target tokens are renewed."""
         layout = self.layout
+        assert layout.cache is not None
         brought = fresh[0].shape[1]
         slot = torch.arange(brought, device=layout.ids.device)
         renewed = (slot < layout.order.fine_lengths[:, None] + text)[..., None, None]
@@ -99,7 +100,8 @@ class MixedAttention:
             for old, new in zip(kept, pair):
                 old[:, :brought] = torch.where(renewed, new, old[:, :brought])
             whole.append(kept)
-        return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*whole))
+        k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*whole))
+        return k, v
 
     def __call__(
         self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
@@ -114,10 +116,10 @@ class MixedAttention:
         if mask is not None:
             raise ValueError("conditioning: attention masks do not fit a mixed-resolution sequence")
         q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (heads, -1)) for x in (q, k, v))
-        used = keys = None if layout.lengths is None else self._of_all(layout.lengths) + text
+        used = keys = self._of_all(layout.lengths) + text
         if layout.first is not None:
             k, v = self._over_cache(text, (k, v))
-            used = None if used is None else used.clamp(max=text + layout.first)
+            used = used.clamp(max=text + layout.first)
         elif layout.cache is not None:
             for name, *pair in zip(self.branches, *(x.chunk(len(self.branches)) for x in (k, v))):
                 layout.cache[name, self.layer] = tuple(x.clone(memory_format=torch.contiguous_format) for x in pair)
@@ -138,7 +140,7 @@ class _Step:
 class HostModel(EditModel):
     """A transformer of ComfyUI's under the guider of the graph.
 
-    predict: clean latents for noisy ones, in the host's shape, at a level [B], with `wrapper` in place. method: how the
+    predict: clean latents for noisy ones, in the host's shape, at a sigma [B], with `wrapper` in place. method: how the
     host places several references. fine: what a step's clean estimate was at last, for a preview.
     """
 
@@ -204,13 +206,13 @@ class HostModel(EditModel):
         raise NotImplementedError("no method that watches the attention runs in ComfyUI")
 
     def mixed_layout(
-        self, text: Text, pictures: Pictures, layout: SequenceLayout, padded: bool, key_bias: bool, cached: bool
+        self, text: Text, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> MixedLayout:
         positions = table_positions(pictures.target, layout.index.device, pictures.others, pictures.coarse_others)
         return MixedLayout(
             ids=in_order(self._ids(positions, pictures), layout),
             key_bias=key_bias_in_order(pictures, layout) if key_bias else None,
-            lengths=layout.lengths if padded else None,
+            lengths=layout.lengths,
             order=layout,
             text_from=self._text_from(pictures),
             cache={} if cached else None,
@@ -225,17 +227,18 @@ class HostModel(EditModel):
         return replace(layout, cache={})
 
     def blend(self, layout: MixedLayout, near: MixedLayout, far: MixedLayout, weight: Tensor) -> None:
+        assert layout.cache is not None and near.cache is not None and far.cache is not None
         for name, pair in near.cache.items():
-            pairs = zip(pair, far.cache[name])
-            layout.cache[name] = tuple(torch.lerp(a, b, weight.to(a.dtype)) for a, b in pairs)
+            k, v = (torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(pair, far.cache[name]))
+            layout.cache[name] = k, v
 
     def kv_bytes(self, layouts: Sequence[MixedLayout]) -> int:
-        kept = (x for layout in layouts for pair in layout.cache.values() for x in pair)
+        kept = (x for layout in layouts if layout.cache for pair in layout.cache.values() for x in pair)
         return sum(x.numel() * x.element_size() for x in kept)
 
     def velocity(self, text: Text, tokens: Tensor, conditioning: Tensor, layout: WholeLayout | MixedLayout) -> Tensor:
         """Of whole pictures, the target's alone: the host gives no velocity for its references."""
-        level = conditioning / 1000
+        sigma = conditioning / 1000
         if isinstance(layout, WholeLayout):
             parts = tokens.split([math.prod(grid) for grid in layout.grids], dim=1)
             noisy, *references = (unpack(part, grid) for part, grid in zip(parts, layout.grids))
@@ -243,11 +246,11 @@ class HostModel(EditModel):
             noisy, references = unpack(tokens, (layout.slots, 1)), []
         self._step = _Step(layout, len(tokens), references)
         try:
-            clean = self.predict(self._host(noisy), level.expand(len(tokens))).reshape(noisy.shape)
+            clean = self.predict(self._host(noisy), sigma.expand(len(tokens))).reshape(noisy.shape)
         finally:
             self._step = None
         self._see(clean, layout)
-        return pack((noisy - clean) / level)
+        return pack((noisy - clean) / sigma)
 
     def _see(self, clean: Tensor, layout: WholeLayout | MixedLayout) -> None:
         if self.fine is None:
@@ -299,7 +302,7 @@ class HostModel(EditModel):
 def reference_places(references: Sequence[Grid], method: str) -> list[tuple[int, int, int]]:
     """(id on the first axis, row, column) where each reference begins, in tokens.
 
-    "index": each has an id of its own. "offset": all have 1, and lie beside or under one another.
+    "index": each has an id of its own. "offset": all have 1, and are placed beside or under one another.
     """
     if method == "index":
         return [(i + 1, 0, 0) for i in range(len(references))]

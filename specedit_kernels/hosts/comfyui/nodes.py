@@ -76,7 +76,7 @@ class SamplerNode(io.ComfyNode):
                              tooltip="Tokens of 16 pixels by which the found region grows."),
                 io.Combo.Input(
                     "preset", options=[LEFT, *(str(n) for n in PRESETS)], default=LEFT, optional=True,
-                    tooltip="How its steps are shared out among the stages; the sigmas say how many there are.",
+                    tooltip="How its steps are divided among the stages; the sigmas say how many there are.",
                 ),
                 io.Combo.Input(
                     "finish", options=[LEFT, *FINISHES], default=LEFT, optional=True,
@@ -86,7 +86,7 @@ class SamplerNode(io.ComfyNode):
                 io.Combo.Input(
                     "kv_refresh", options=[LEFT, BRACKET, *map(str, range(1, 10))], default=LEFT, optional=True,
                     tooltip="Every k-th mixed step computes its whole sequence, the others the edit alone; bracket: the"
-                    " first one does, and what lies outside goes from there to the last one's.",
+                    " first one does, and from there the pixels outside go to the last one's.",
                 ),
                 io.Combo.Input("metric", options=list(METRICS), default="decoder", optional=True),
             ],
@@ -156,7 +156,8 @@ def _on_pixels(mask: torch.Tensor, token: int) -> torch.Tensor:
     """bool [B, rows, columns] -> the host's MASK, fp32 [B, H, W]."""
     from specedit_kernels.engine import stages
 
-    return stages.on_pixels(mask.flatten(1), mask.shape[1:], token)[:, 0].float().cpu()
+    rows, columns = mask.shape[1:]
+    return stages.on_pixels(mask.flatten(1), (rows, columns), token)[:, 0].float().cpu()
 
 
 class MaskNode(io.ComfyNode):
@@ -186,7 +187,8 @@ class MaskNode(io.ComfyNode):
         from .codec import HostCodec
 
         codec = HostCodec(vae, torch.device("cpu"))
-        grid = tuple(max(round(side / codec.token), 1) for side in source.shape[1:3])
+        rows, columns = (max(round(side / codec.token), 1) for side in source.shape[1:3])
+        grid = (rows, columns)
         size = grid[0] * codec.token, grid[1] * codec.token
         with torch.no_grad():
             latents = []
@@ -198,8 +200,8 @@ class MaskNode(io.ComfyNode):
             count = max(len(x) for x in latents)
             if any(len(x) not in (1, count) for x in latents):
                 raise ValueError(f"edited: expected as many pictures as sources or one, got {len(edited)}")
-            latents = [x.expand(count, *x.shape[1:]) for x in latents]
-            scores = stages.discrepancy(codec, None, "decoder", *latents, grid)
+            a, b = (x.expand(count, *x.shape[1:]) for x in latents)
+            scores = stages.discrepancy(codec, None, "decoder", a, b, grid)
             limit = threshold or THRESHOLDS["decoder", "matched", "full_step"]
             found, _, _ = ops.select_tokens(scores, grid, limit, dilation, 0)
         mask = _on_pixels(found.reshape(-1, *grid), codec.token)

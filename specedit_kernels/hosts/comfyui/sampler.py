@@ -65,8 +65,8 @@ class SpecEditSampler(comfy.samplers.Sampler):
         ValueError or TypeError, naming the input, for what SpecEdit cannot serve.
         """
         self.result = None
-        levels = _levels(sigmas)
-        counts = self.config.step_counts(len(levels) - 1)
+        falling = _checked_sigmas(sigmas)
+        counts = self.config.step_counts(len(falling) - 1)
         base, device = model_wrap.inner_model, noise.device
         kind = adapter_of(base.diffusion_model)
         if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
@@ -81,12 +81,12 @@ class SpecEditSampler(comfy.samplers.Sampler):
         options = comfy.model_patcher.create_model_options_clone(extra_args.get("model_options", {}))
         seed = extra_args.get("seed") or 0
 
-        def predict(x: Tensor, level: Tensor) -> Tensor:
+        def predict(x: Tensor, sigma: Tensor) -> Tensor:
             if codec.used:  # the VAE may have taken the transformer's place in the device's memory
                 models = [model_wrap.model_patcher, *model_wrap.loaded_models]
                 comfy.model_management.load_models_gpu(models, memory_required=memory)
                 codec.used = False
-            return model_wrap(x, level, model_options=options, seed=seed)
+            return model_wrap(x, sigma, model_options=options, seed=seed)
 
         seen, method = (conds["model_conds"].get(name) for name in ("ref_latents", "ref_latents_method"))
         seen = seen.cond
@@ -115,8 +115,9 @@ class SpecEditSampler(comfy.samplers.Sampler):
 
         def on_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor:
             if callback is not None:
+                assert model.fine is not None
                 seen = model._host(model.fine)
-                callback(index, seen, seen, len(levels) - 1)
+                callback(index, seen, seen, len(falling) - 1)
             return tokens
 
         run = Run(
@@ -141,7 +142,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
         run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
         run.stats.plain_tokens = run.plain_tokens
         model.fine = source if callback is not None else None
-        clean, selection, _ = run_stages(run, counts, levels, self._user_mask(grid, batch, denoise_mask))
+        clean, selection, _ = run_stages(run, counts, falling, self._user_mask(grid, batch, denoise_mask))
         if self.preserve:
             clean = torch.where(stages.on_pixels(selection.edited, grid, PATCH), clean, source)
         run.stats.nfe = run.step
@@ -166,13 +167,13 @@ class SpecEditSampler(comfy.samplers.Sampler):
         return None if mask is None else _for_batch(token_mask(mask, grid, name), batch, name)
 
 
-def _levels(sigmas: Tensor) -> list[float]:
-    levels = [min(float(s), 1.0) for s in sigmas]
-    if len(levels) < 2 or levels[-1] != 0:
-        raise ValueError(f"sigmas: expected falling noise levels down to 0, got {[round(s, 4) for s in levels]}")
-    if levels[0] < 0.999:
-        raise ValueError(f"sigmas: expected to begin at 1, pure noise (denoise 1.0), got {levels[0]:.4g}")
-    return levels
+def _checked_sigmas(sigmas: Tensor) -> list[float]:
+    found = [min(float(s), 1.0) for s in sigmas]
+    if len(found) < 2 or found[-1] != 0:
+        raise ValueError(f"sigmas: expected them to fall to 0, got {[round(s, 4) for s in found]}")
+    if found[0] < 0.999:
+        raise ValueError(f"sigmas: expected to begin at 1, pure noise (denoise 1.0), got {found[0]:.4g}")
+    return found
 
 
 def _grid(noise: Tensor) -> Grid:

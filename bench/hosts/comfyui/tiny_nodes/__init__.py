@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes for check.py, in ComfyUI's custom_nodes: a FLUX of the tiny Kontext's size loads with the stock loader, and its
-VAE, its encoded prompts and given noise levels with nodes of their own. For tests; nobody's workflow needs them."""
+VAE, its encoded prompts and given sigmas with nodes of their own. For tests; nobody's workflow needs them."""
 
 import comfy.model_detection
 import comfy.sd
@@ -60,12 +60,12 @@ class TinySigmas(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TinySigmas", category="tests", inputs=[io.String.Input("levels")], outputs=[io.Sigmas.Output()]
+            node_id="TinySigmas", category="tests", inputs=[io.String.Input("sigmas")], outputs=[io.Sigmas.Output()]
         )
 
     @classmethod
-    def execute(cls, levels):
-        return io.NodeOutput(torch.tensor([float(level) for level in levels.split()]))
+    def execute(cls, sigmas):
+        return io.NodeOutput(torch.tensor([float(sigma) for sigma in sigmas.split()]))
 
 
 class TinyExtension(ComfyExtension):
