@@ -38,7 +38,7 @@ def _backends():
 
 
 BACKENDS = _backends()
-WITH_CSRC = ("token_discrepancy", "select_tokens", "mixed_res_attn")
+WITH_CSRC = ("token_discrepancy", "select_tokens", "mixed_res_attn", "mixed_res_attn_fp8")
 
 
 def pytest_generate_tests(metafunc):

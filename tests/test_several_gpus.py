@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from specedit_kernels import (
     enable_guidance_parallelism,
     enable_specedit,
 )
+from specedit_kernels.engine import fp8
 from specedit_kernels.engine.parallel import Ranks, all_tokens, to_heads, to_tokens
 from specedit_kernels.engine.sequence import MixedSequence, all_heads, own_tokens
 from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenImageEditModel
@@ -203,6 +205,48 @@ def test_lengths_that_ranks_do_not_divide(tmp_path, one_thread):
     expected = edits(make, ("cached",))
     for found in on_ranks(2, tmp_path, edits, make, ("cached",), 2, True, dict(ulysses_anything=True)):
         same(found, expected)
+
+
+def _in_fp8(make, size=None):
+    """Edits whose products are in e4m3, and whose attention over kept keys and values is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, "attends", lambda *_: fp8.is_active())
+        pipe, call = make()
+        if size:
+            share_sequence(pipe.transformer, size)
+        enable_specedit(pipe)
+        options = dict(runner="fused", precision="fp8")
+        return {kind: edited(pipe, call, box(), **KINDS[kind], **options) for kind in ("cached", "bracket")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [flux, qwen])
+def test_attention_in_fp8_on_two_ranks(tmp_path, one_thread, make):
+    expected = _in_fp8(make)
+    for found in on_ranks(2, tmp_path, _in_fp8, make, 2):
+        for kind, (images, kept, *_) in expected.items():
+            torch.testing.assert_close(found[kind][0], images, rtol=0, atol=1e-3, msg=lambda m, k=kind: f"{k}: {m}")
+            assert 0 < found[kind][1] < 0.6 * kept, kind
+
+
+def _native(size=None):
+    pipe, _ = flux()
+    if size:
+        share_sequence(pipe.transformer, size, ulysses_anything=True)
+    enable_specedit(pipe)
+    source = np.random.default_rng(0).random((300, 420, 3), np.float32)
+    options = call_options(image=source, region="0,0,40%,40%", output_size="source", detail="native", output_type="np")
+    found = pipe(specedit=paper(runner="fused"), generator=torch.Generator().manual_seed(7), **options)
+    assert found.stats.native[0].windows and found.stats.runner == "fused"
+    return found.images[0]
+
+
+@pytest.mark.slow
+def test_the_second_pass_on_two_ranks(tmp_path, one_thread):
+    expected = _native()
+    first, second = on_ranks(2, tmp_path, _native, 2)
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-4)
+    assert np.array_equal(first, second)
 
 
 def _odd_text():

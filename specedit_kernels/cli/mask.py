@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine.config import THRESHOLDS
     from ..engine.stages import discrepancy
     from ..images.align import Drift, align, estimate_drift
+    from ..images.measures import texture_ratio
 
     codec = models.load_codec(folder, device, dtype)
     token = codec.token
@@ -72,10 +73,25 @@ def run(arguments: argparse.Namespace) -> int:
         f"largest {scores.max():.4f}",
         f"changed     {int(count)} of {total} tokens over {threshold:g}: {share(int(count) / total)}; "
         f"grown by one token {share(int(grown) / total)}",
+        texture(texture_ratio(small, brought, token)[((scores <= threshold) & ~absent.reshape(grid)).numpy()]),
         f"heat map    {shown(out)}",
     ]
     say("\n".join(lines))
     return 0
+
+
+def texture(ratios: Any) -> str:
+    """The line on the finest detail of unchanged tokens, which the score hardly sees. ratios: of `texture_ratio`."""
+    import numpy as np
+
+    ratios = ratios[~np.isnan(ratios)]
+    if not ratios.size:
+        return "texture     no fine detail in unchanged tokens"
+    other = ((ratios < 0.5) | (ratios > 2)).sum()
+    return (
+        f"texture     fine detail {np.median(ratios):.2f} of the source's, median of {ratios.size} unchanged tokens; "
+        f"under half or over twice in {share(other / ratios.size)}"
+    )
 
 
 def placed(drift: Any, aligned: bool) -> str:

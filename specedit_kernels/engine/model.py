@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,25 @@ from .sequence import StepLayout, TextWatch
 
 @dataclass
 class Text:
-    """Text side of one guidance branch. embeds: [B, T, E]; an adapter's own kind has more."""
+    """Text side of one guidance branch. embeds: [B, T, E]; an adapter's own kind has more.
+
+    PER_SAMPLE: the fields with a row for each sample, or lists of such tensors.
+    """
+
+    PER_SAMPLE: ClassVar[tuple[str, ...]] = ("embeds",)
 
     embeds: Tensor
+
+    def of_sample(self, index: int) -> Text:
+        """That of one sample of the batch alone."""
+        found = {name: getattr(self, name) for name in self.PER_SAMPLE}
+        return replace(self, **{name: _row(value, index) for name, value in found.items()})
+
+
+def _row(value: Any, index: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_row(each, index) for each in value]
+    return value if value is None else value[index : index + 1]
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,12 @@ class EditModel(ABC):
         other = copy.copy(self)
         other.transformer = transformer
         vars(other).pop("attentions", None)
+        return other
+
+    def of_sample(self, index: int) -> EditModel:
+        """The same model for one sample of the batch alone."""
+        other = copy.copy(self)
+        other.guidance = None if self.guidance is None else self.guidance[index : index + 1]
         return other
 
     @functools.cached_property

@@ -43,12 +43,13 @@ from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
+from .native import refine
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
 from .parallel import Ranks, sequence_ranks
 from .run import run_stages, verify_select
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
-from .source_size import as_given, photos_of, put_back
+from .source_size import as_given, photos_of, pixels_of, put_back
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
@@ -63,6 +64,7 @@ ABSENT: dict[str, Any] = {
 }  # fmt: skip
 MASK_MODES = ("replace", "limit", "add")
 OUTPUT_SIZES = ("working", "source")
+DETAILS = ("working", "native")
 
 
 _CALLS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -136,6 +138,9 @@ class SpecEditMixin(Stock):
         PIL picture of its mode, an array of its type, a Photo), equal to its source bit for bit outside the feathered
         region, whatever `preserve` is; images are a list then, of arrays with output_type="np". Modes without
         channels of 8 or 16 bits (palette, CMYK) become RGB, which is said.
+    detail: of the region in a picture at its own size. "working": the model's result, brought up. "native": then a
+        second pass over the region at the picture's own resolution, from a sigma on; `stats.native` tells what
+        it did. Callbacks do not see its steps. A picture that is hardly larger than the working size has none.
     preview: look for the region alone; the images are the sources.
 
     What a model's class says:
@@ -149,7 +154,7 @@ class SpecEditMixin(Stock):
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
     the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
     whether the stock call runs without a picture. EDITED: how many of a call's pictures are edited, the first ones;
-    None: all. SEVERAL_GPUS: whether several may share the sequence of a call.
+    None: all. SEVERAL_GPUS: whether several may share the sequence of a call. DETAILS: what `detail` may be.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
@@ -159,7 +164,7 @@ class SpecEditMixin(Stock):
     CONFIG: type[EditConfig] = SpecEditConfig
     ARGUMENTS: Mapping[str, Any] = {
         "specedit": None, "mask_image": None, "region": None, "mask_mode": "replace", "output_size": "working",
-        "preview": False,
+        "detail": "working", "preview": False,
     }  # fmt: skip
     TEXT: tuple[str, ...]
     TRUE_CFG: str = "true_cfg_scale"
@@ -170,6 +175,7 @@ class SpecEditMixin(Stock):
     TEXT_TO_IMAGE = False
     EDITED: int | None = None
     SEVERAL_GPUS = False
+    DETAILS: tuple[str, ...] = DETAILS
 
     _specedit_default: EditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
@@ -319,6 +325,12 @@ class SpecEditMixin(Stock):
         for name, allowed in (("output_size", OUTPUT_SIZES), ("mask_mode", MASK_MODES), ("preview", (False, True))):
             if getattr(call, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(call, name)!r}")
+        if call.detail not in self.DETAILS:
+            raise ValueError(
+                f"detail: expected one of {list(self.DETAILS)} of {type(self).__name__}, got {call.detail!r}"
+            )
+        if call.detail == "native" and call.output_size != "source":
+            raise ValueError("detail: expected 'working' without output_size='source', got 'native'")
         if call.output_size == "source" and call.output_type not in ("pil", "np"):
             raise ValueError(f"output_type: expected 'pil' or 'np' with output_size='source', got {call.output_type!r}")
         call.boxes = [] if call.region is None else boxes_of(call.region)
@@ -630,7 +642,8 @@ class SpecEditMixin(Stock):
         if call.output_type == "latent":
             images: Any = self._latents(model, clean)
         elif call.photos is not None:
-            images = self._at_source_size(run, clean, shown, call)
+            with fp8.active(linears):
+                images = self._at_source_size(run, clean, shown, call, sum(counts))
         else:
             images = self._decode(run, clean, shown, call.output_type)
             clock.mark("decode")
@@ -722,8 +735,11 @@ class SpecEditMixin(Stock):
         blend = blend / 255
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
 
-    def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call) -> list[Any]:
-        """Each picture at its source's size, as it was given; what was found of its drift goes into the stats."""
+    def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call, steps: int) -> list[Any]:
+        """Each picture at its source's size, as it was given; what was found of its drift goes into the stats.
+
+        steps: of the schedule.
+        """
         config, changed = run.config, selection.changed
         pixels = per_image(run.pixels, "image", run.batch)
         source, decoded = (
@@ -740,6 +756,12 @@ class SpecEditMixin(Stock):
             if changed[i]:
                 array, drift = put_back(photo, source[i], decoded[i], regions[i], config.feather, config.may_drift)
             run.stats.drift.append(drift)
+            if call.detail == "native":
+                run.clock.mark("composite")
+                if changed[i]:
+                    found = refine(run, i, photo, array, regions[i], lambda n: self._plain_sigmas(steps, n, None))
+                run.stats.native.append(found if changed[i] else None)
+                run.clock.mark("native")
             images.append(as_given(given, photo, array, call.output_type))
         run.clock.mark("composite")
         return images
@@ -818,16 +840,6 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     found = [float(s) for s in sigmas]
     if any(not 0 < s <= 1 for s in found) or any(a <= b for a, b in itertools.pairwise(found)):
         raise ValueError(f"sigmas: expected strictly decreasing numbers in (0, 1], got {found}")
-
-
-def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tensor:
-    """RGB pictures of one size as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
-
-    They go to the device as bytes and become numbers there: the host would take longer than the device for a step.
-    """
-    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
-    # a tensor: a division by a number multiplies by its reciprocal
-    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, dtype=torch.float32, device=device)) - 1.0
 
 
 def preprocess(

@@ -366,11 +366,12 @@ class StepRunner:
             self._pool, self._pool_bytes = None, 0
 
     def buffers(
-        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> list[Tensor]:
+        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+        rows_last: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
         """`count` tensors [B, rows, ...], the same memory at each call: longer ones serve where fewer rows are needed.
 
-        Any other difference ends the old ones.
+        Any other difference ends the old ones. rows_last: in memory, [B, ..., rows].
         """
         batch, rows, *rest = shape
         kept = self._buffers.get(name, [])
@@ -382,10 +383,16 @@ class StepRunner:
             # graphs write to the old ones, which go before there are new ones; "a, b" belongs to "a"
             first = name.split(", ")[0]
             self._drop([key for key in self._graphs if first in key[1].split(BESIDE)])
+            for other in [x for x in self._buffers if x.startswith(f"{name}, ")]:
+                del self._buffers[other]
             kept = self._buffers[name] = []
             whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
-                kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
+                if rows_last:
+                    turned = (batch, *rest, whole[1])
+                    kept += [torch.empty(turned, dtype=dtype, device=device).movedim(-1, 1) for _ in range(count)]
+                else:
+                    kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
         return [x[:, :rows] for x in kept]
 
     def __call__(self, tag: Hashable, function: Callable[..., Any], inputs: Inputs, buffers: str = "") -> Any:

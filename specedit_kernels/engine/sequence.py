@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from ._diffusers import dispatch_attention
-from .kv_cache import KVCache, PackedKV
+from .kv_cache import Fp8KV, KVCache, PackedKV
 from .parallel import Ranks, all_tokens, to_heads, to_tokens
 
 
@@ -103,7 +103,7 @@ class MixedSequence:
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
 # of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor] | PackedKV
+Kept = tuple[Tensor, Tensor] | PackedKV | Fp8KV
 
 
 @dataclass(frozen=True)
@@ -214,23 +214,55 @@ def own_tokens(x: Tensor, sequence: MixedSequence) -> Tensor:
     return to_tokens(x, [sum(part) for part in parts], ranks)
 
 
-def of_streams(
-    text: list[Tensor] | None, image: list[Tensor] | None, sequence: MixedSequence
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """`all_heads` with text and image apart; None where there are none of them."""
-    if sequence.ranks is None:
-        return text, image
-    whole, n = all_heads([x for x in (text, image) if x is not None], sequence), sequence.text
-    return [x[:, :n] for x in whole] if n else None, [x[:, n:] for x in whole]
+class Stream(NamedTuple):
+    """Tokens of a block whose layers and norms are the same, those `at` a slice of the sequence.
+
+    qkv: [B, n, H, D] each, as the layers give them, those of this rank's tokens alone; none where it has none of them.
+    norm_q, norm_k: RMSNorm modules.
+    """
+
+    at: slice
+    qkv: Sequence[Tensor]
+    norm_q: Any
+    norm_k: Any
 
 
-def new_queries(x: Tensor, heads: int, dim: int, sequence: MixedSequence) -> Tensor:
-    """Where a block writes its queries: of all tokens, for this rank's heads, [B, N, h, dim]."""
-    ranks = sequence.ranks
-    return x.new_empty(x.shape[0], sequence.cos.shape[1], heads if ranks is None else heads // ranks.size, dim)
+def attention(streams: Sequence[Stream], kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor | None]:
+    """A block's attention [B, n, H * D] from where its layers gave q, k and v, and what `watched_mass` does.
+
+    streams: all of the sequence, in order. kept: where its keys and values go, None to forget them.
+    """
+    if sequence.ranks is not None:
+        whole = all_heads([x.qkv for x in streams if x.qkv], sequence)
+        streams = [x._replace(qkv=[y[:, x.at] for y in whole]) for x in streams]
+    like = streams[0].qkv[0]
+    tokens = sum(x.qkv[0].shape[1] for x in streams)
+    shape = (like.shape[0], tokens, *like.shape[2:])
+    scales: tuple[Tensor, ...] = ()
+    if isinstance(kept, Fp8KV):
+        q, (k, v), scales = torch.empty(shape, dtype=kept.k.dtype, device=like.device), kept[:2], kept.scales
+        if sequence.rows is None:
+            kept.set_scales_(streams)
+    else:
+        q = like.new_empty(shape)
+        k, v = places(q, kept, sequence)
+    write: Any = ops.qk_norm_rope_scatter_fp8_ if scales else ops.qk_norm_rope_scatter_
+    for at, qkv, norm_q, norm_k in streams:
+        rows = None if sequence.rows is None else sequence.rows[:, at]
+        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
+        write(
+            q[:, at], k_out, v_out, *qkv, *scales, sequence.cos[:, at], sequence.sin[:, at],
+            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
+        )  # fmt: skip
+    if isinstance(kept, Fp8KV):
+        bias, lens = sequence.key_bias, dict(q_lens=sequence.queries, kv_lens=sequence.keys)
+        out = ops.mixed_res_attn_fp8(q, k, v, *scales, key_bias=bias, **lens)[0]
+        return own_tokens(out.to(like.dtype), sequence), None
+    renew(kept, sequence)
+    return attend(q, k, v, sequence), watched_mass(q, k, v, sequence)
 
 
-def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
+def places(q: Tensor, kept: tuple[Tensor, Tensor] | PackedKV | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
     """Where a block writes its keys and values and reads all: `kept`, [B, keys, H, D], or new ones like q."""
     if kept is None:
         return torch.empty_like(q), torch.empty_like(q)
@@ -242,7 +274,7 @@ def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tenso
     return kept
 
 
-def renew(kept: Kept | None, sequence: MixedSequence) -> None:
+def renew(kept: tuple[Tensor, Tensor] | PackedKV | None, sequence: MixedSequence) -> None:
     """Call when a block's keys and values are written."""
     if isinstance(kept, PackedKV) and not sequence.passing:
         kept.store()

@@ -70,6 +70,8 @@ class Run:
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
     joined: how the user's mask joins the draft's region, "limit" or "add", and its tokens, bool [B, N]; or None.
     preview: the run ends when its region is known.
+    start: clean latents that a run with the locked finish begins from and keeps where nothing is selected, the shape of
+    `source`; None: the source's.
     on_start: called before each step of the main trajectory with its timestep; on_step: after it, with (index,
     timestep, tokens); gives the next tokens. timesteps: of all steps of the main trajectory, as far as known.
     """
@@ -94,6 +96,7 @@ class Run:
     source_text: Any = None
     joined: tuple[str, Tensor] | None = None
     preview: bool = False
+    start: Tensor | None = None
     stats: SpecEditStats = field(default_factory=SpecEditStats)
     timesteps: list[float] = field(default_factory=list)
     step: int = 0
@@ -110,6 +113,11 @@ class Run:
     def patch(self) -> int:
         """Latent pixels a side of one token."""
         return self.model.codec.patch
+
+    @property
+    def kept(self) -> Tensor:
+        """Clean latents of what is not selected."""
+        return self.source if self.start is None else self.start
 
     @property
     def pictures(self) -> Pictures:
@@ -519,8 +527,9 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
     drift = None
     if config.finish == "locked" or config.unselected == "source":
         noise = algebra.pool_noise(run.noise)
-        coarse = algebra.noised(source_coarse, sigma, noise).to(run.source.dtype)
-        drift = noise - source_coarse
+        kept = pool(run.kept)
+        coarse = algebra.noised(kept, sigma, noise).to(run.source.dtype)
+        drift = noise - kept
     shown = not run.model.keeps_references
     others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]] if shown else []
     if pictures.coarse_others:
@@ -644,9 +653,9 @@ def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[floa
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
-    """The locked finish: clean latents of the edit region from the sequence, the source's everywhere else."""
+    """The locked finish: clean latents of the edit region from the sequence, what is kept everywhere else."""
     fine, _ = _scatter_back(run, state)
-    return torch.where(on_pixels(selection.edited, run.grid, run.patch), fine, run.source)
+    return torch.where(on_pixels(selection.edited, run.grid, run.patch), fine, run.kept)
 
 
 def everything(run: Run) -> Selection:

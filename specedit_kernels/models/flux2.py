@@ -51,19 +51,7 @@ from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
-from ..engine.sequence import (
-    Kept,
-    MixedSequence,
-    StepLayout,
-    all_heads,
-    attend,
-    embedded,
-    new_queries,
-    of_streams,
-    places,
-    renew,
-    watched_mass,
-)
+from ..engine.sequence import Kept, MixedSequence, StepLayout, Stream, attention, embedded
 from ..sampling.grid import BLOCK, PATCH, Grid
 from .flux_kontext import Blocks, FluxKontextModel, FluxLayout, FusedFluxModel, SpecEditFluxAttnProcessor
 
@@ -175,32 +163,20 @@ def double_block(
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
-    q = new_queries(x, attn.inner_dim // attn.head_dim, attn.head_dim, sequence)
-    k, v = places(q, kept, sequence)
-
-    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
-        q_in, k_in, v_in = parts
-        rows = None if sequence.rows is None else sequence.rows[:, at]
-        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
-        ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
-            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
-        )  # fmt: skip
-
-    text_qkv = image_qkv = None
-    if n:
-        text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
-        text_qkv = _project(attn, text_in, text=True)
+    streams = []
+    if sequence.text:  # else its keys and values are kept ones
+        parts = []
+        if n:
+            text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
+            parts = _project(attn, text_in, text=True)
+        streams.append(Stream(slice(0, sequence.text), parts, attn.norm_added_q, attn.norm_added_k))
+    parts = []
     if image.shape[1]:
         image_in = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
-        image_qkv = _project(attn, image_in, text=False)
-    text_qkv, image_qkv = of_streams(text_qkv, image_qkv, sequence)
-    if text_qkv is not None:  # else its keys and values are kept ones
-        place(text_qkv, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
-    assert image_qkv is not None
-    place(image_qkv, slice(sequence.text, None), attn.norm_q, attn.norm_k)
-    renew(kept, sequence)
-    out = attend(q, k, v, sequence)
+        parts = _project(attn, image_in, text=False)
+    streams.append(Stream(slice(sequence.text, None), parts, attn.norm_q, attn.norm_k))
+    out, seen = attention(streams, kept, sequence)
+    del streams, parts  # the MLP needs their memory
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
@@ -209,7 +185,7 @@ def double_block(
         ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
         image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
         ops.gated_residual_add_(image, _feed_forward(block.ff, image_in), i_gate2)
-    return watched_mass(q, k, v, sequence)
+    return seen
 
 
 def single_block(
@@ -220,16 +196,9 @@ def single_block(
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
     parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
-    q_in, k_in, v_in = all_heads([parts], sequence)
-    q = x.new_empty(q_in.shape)
-    k, v = places(q, kept, sequence)
-    ops.qk_norm_rope_scatter_(
-        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
-    )  # fmt: skip
-    renew(kept, sequence)
-    ops.gated_residual_add_(x, _of_both(attn.to_out, attend(q, k, v, sequence), _swiglu(hidden)), gate)
-    return watched_mass(q, k, v, sequence)
+    attended, seen = attention([Stream(slice(None), parts, attn.norm_q, attn.norm_k)], kept, sequence)
+    ops.gated_residual_add_(x, _of_both(attn.to_out, attended, _swiglu(hidden)), gate)
+    return seen
 
 
 BLOCKS: Blocks = (double_block, single_block)

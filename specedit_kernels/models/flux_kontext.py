@@ -62,16 +62,11 @@ from ..engine.sequence import (
     Kept,
     MixedSequence,
     StepLayout,
+    Stream,
     TextWatch,
-    all_heads,
-    attend,
+    attention,
     embedded,
     mixed_step_layout,
-    new_queries,
-    of_streams,
-    places,
-    renew,
-    watched_mass,
     whole_step_layout,
 )
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
@@ -180,14 +175,6 @@ def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def _buffers(
-    x: Tensor, attn: FluxAttention, kept: Kept | None, sequence: MixedSequence
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where q, k and v of the sequence of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
-    q = new_queries(x, attn.inner_dim // attn.head_dim, attn.head_dim, sequence)
-    return q, *places(q, kept, sequence)
-
-
 def double_block(
     block: FluxTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor,
     text_mod: Tensor,
@@ -200,31 +187,20 @@ def double_block(
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
-    q, k, v = _buffers(x, attn, kept, sequence)
-
-    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
-        q_in, k_in, v_in = parts
-        rows = None if sequence.rows is None else sequence.rows[:, at]
-        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
-        ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
-            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
-        )  # fmt: skip
-
-    text_qkv = image_qkv = None
-    if n:
-        text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
-        text_qkv = _project(attn, text_in, text=True)
+    streams = []
+    if sequence.text:  # else its keys and values are kept ones
+        parts = []
+        if n:
+            text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
+            parts = _project(attn, text_in, text=True)
+        streams.append(Stream(slice(0, sequence.text), parts, attn.norm_added_q, attn.norm_added_k))
+    parts = []
     if image.shape[1]:
         image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
-        image_qkv = _project(attn, image_in)
-    text_qkv, image_qkv = of_streams(text_qkv, image_qkv, sequence)
-    if text_qkv is not None:  # else its keys and values are kept ones
-        place(text_qkv, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
-    assert image_qkv is not None
-    place(image_qkv, slice(sequence.text, None), attn.norm_q, attn.norm_k)
-    renew(kept, sequence)
-    out = attend(q, k, v, sequence)
+        parts = _project(attn, image_in)
+    streams.append(Stream(slice(sequence.text, None), parts, attn.norm_q, attn.norm_k))
+    out, seen = attention(streams, kept, sequence)
+    del streams, parts  # the MLP needs their memory
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
@@ -233,7 +209,7 @@ def double_block(
         ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
         image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
         ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
-    return watched_mass(q, k, v, sequence)
+    return seen
 
 
 def single_block(
@@ -243,18 +219,11 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
-    q, k, v = _buffers(x, attn, kept, sequence)
-    q_in, k_in, v_in = all_heads([_project(attn, y)], sequence)
-    ops.qk_norm_rope_scatter_(
-        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
-    )  # fmt: skip
-    renew(kept, sequence)
-    attended = attend(q, k, v, sequence)
+    attended, seen = attention([Stream(slice(None), _project(attn, y), attn.norm_q, attn.norm_k)], kept, sequence)
     y = hidden(block.proj_mlp, y, block.proj_out, attended)
     out = linear(block.proj_out, y) if isinstance(y, Rows) else _of_both(block.proj_out, attended, y)
     ops.gated_residual_add_(x, out, gate)
-    return watched_mass(q, k, v, sequence)
+    return seen
 
 
 Blocks = tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]
@@ -346,6 +315,8 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
 @dataclass
 class FluxText(Text):
     """embeds [B, T, E], pooled [B, P], text_ids [T, 3]."""
+
+    PER_SAMPLE = ("embeds", "pooled")
 
     pooled: Tensor
     text_ids: Tensor

@@ -63,13 +63,10 @@ from ..engine.sequence import (
     Kept,
     MixedSequence,
     StepLayout,
+    Stream,
     TextWatch,
-    attend,
+    attention,
     mixed_step_layout,
-    new_queries,
-    of_streams,
-    places,
-    renew,
     whole_step_layout,
 )
 from ..sampling.grid import BLOCK, PATCH, Grid
@@ -225,35 +222,23 @@ def double_block(
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=-1)
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=-1)
     dim = attn.inner_dim // attn.heads
-    q = new_queries(image, attn.heads, dim, sequence)
-    k, v = places(q, kept, sequence)
+    streams = []
 
-    def project(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *layers: Any) -> list[Tensor]:
-        rows_in = modulated(x, scale, shift, eps, layers, modulation_index=which if x is image else None)
-        return [part.unflatten(-1, (-1, dim)) for part in linear_of_each(layers, rows_in)]
+    def project(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: Any) -> None:
+        *projections, norm_q, norm_k = layers
+        parts = []
+        if x.shape[1]:
+            rows_in = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
+            parts = [part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in)]
+        streams.append(Stream(at, parts, norm_q, norm_k))
 
-    def place(parts: list[Tensor], at: slice, norm_q: Any, norm_k: Any) -> None:
-        q_in, k_in, v_in = parts
-        rows = None if sequence.rows is None else sequence.rows[:, at]
-        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
-        ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
-            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
-        )  # fmt: skip
-
-    text_qkv = image_qkv = None
-    if n:
-        layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        text_qkv = project(text, t_shift, t_scale, block.txt_norm1.eps, *layers)
-    if image.shape[1]:
-        image_qkv = project(image, i_shift, i_scale, block.img_norm1.eps, attn.to_q, attn.to_k, attn.to_v)
-    text_qkv, image_qkv = of_streams(text_qkv, image_qkv, sequence)
-    if text_qkv is not None:  # else its keys and values are kept ones
-        place(text_qkv, slice(0, sequence.text), attn.norm_added_q, attn.norm_added_k)
-    assert image_qkv is not None
-    place(image_qkv, slice(sequence.text, None), attn.norm_q, attn.norm_k)
-    renew(kept, sequence)
-    out = attend(q, k, v, sequence)
+    if sequence.text:  # else the keys and values of the text are kept ones
+        project(text, t_shift, t_scale, block.txt_norm1.eps, slice(0, sequence.text),
+                attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)  # fmt: skip
+    project(image, i_shift, i_scale, block.img_norm1.eps, slice(sequence.text, None),
+            attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)  # fmt: skip
+    out, _ = attention(streams, kept, sequence)
+    streams.clear()  # the MLP needs its memory
     if n and not last:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
@@ -373,6 +358,8 @@ def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
 @dataclass
 class QwenText(Text):
     """embeds [B, T, E], mask [B, T] (0 or False: padding) or None where every token counts."""
+
+    PER_SAMPLE = ("embeds", "mask")
 
     mask: Tensor | None
 
