@@ -114,7 +114,7 @@ def _denoise(run: Run, index: int, first: Tensor, source: Tensor, fine: np.ndarr
     one = replace(
         run, model=model, config=config, grid=fine.shape, source=clean, start=start, pixels=source,
         references=(Reference(source, clean, run.patch), *others), positive=text(run.positive),
-        negative=text(run.negative), noise=torch.empty(0), on_step=lambda step, timestep, tokens: tokens, joined=None,
+        negative=text(run.negative), noise=run.noise[:0], on_step=lambda step, timestep, tokens: tokens, joined=None,
         preview=False, clock=StageClock(run.device), stats=SpecEditStats(), step=0,
         generator=[run.generator[index]] if isinstance(run.generator, list) else run.generator,
     )  # fmt: skip
