@@ -235,6 +235,20 @@ def test_mask_tells_texture(capsys, tmp_path, model, kind, low, high):
         assert low < float(re.search(r"fine detail (\S+) of", text)[1]) < high
 
 
+def test_a_pairs_threshold_follows_what_lies_between_its_pictures():
+    import torch
+
+    def of(quiet, edited=0.3):
+        scores = torch.full((1, 100), quiet)
+        scores[:, :20] = edited
+        return mask.pair_threshold(scores, 0.14)
+
+    assert of(0.0) == of(0.004) == 0.05 and of(0.009) == pytest.approx(0.09) and of(0.02) == 0.14
+    # an edit of most of the picture, and none that is seen
+    assert mask.pair_threshold(torch.full((1, 100), 1.0), 0.14) == 0.14
+    assert mask.pair_threshold(torch.empty(1, 0), 0.14) == 0.14
+
+
 def marked(text):
     return int(text.split("changed     ")[1].split(" of")[0])
 

@@ -269,6 +269,24 @@ def test_every_model(name, guided, monkeypatch):
     assert out.stats.native[0].windows and np.isfinite(out.stats.flops)
 
 
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "QwenImageEditPipeline"])
+def test_the_fused_runner_gives_the_same(name, monkeypatch):
+    made, call = TINY[name](monkeypatch)
+    pipe, options = enable_specedit(made).pipe, call(False)
+    source = noise((256, 256, 3), np.uint8)
+    options |= dict(image=PIL.Image.fromarray(source), output_type="np", output_size="source", detail="native",
+                    num_inference_steps=4, region=(20, 20, 120, 60))  # fmt: skip
+    images = []
+    for runner in ("eager", "fused"):
+        config = SpecEditConfig(runner=runner)
+        out = pipe(specedit=config, generator=torch.Generator().manual_seed(0), **options)
+        assert out.stats.runner == runner and out.stats.native[0].windows
+        check(out.images[0], source, out.mask[0])
+        images.append(out.images[0])
+    off = np.abs(images[0].astype(int) - images[1])
+    assert off.max() <= 3 and off.mean() < 0.01
+
+
 def test_sigmas():
     assert native.native_sigmas([1.0, 0.8, 0.59, 0.5, 0.2, 0.0], 0.6) == [0.6, 0.5, 0.2, 0.0]
     assert native.native_sigmas([1.0, 0.0], 0.6) == [0.6, 0.0]

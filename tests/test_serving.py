@@ -152,7 +152,7 @@ def test_the_plugin_registers_what_the_module_has(monkeypatch, omni):
     [((architecture, module, kind), functions)] = registered
     assert architecture == "QwenImageEditPlusPipeline"
     found = importlib.import_module(module)
-    assert getattr(found, kind) is omni.SpecEditQwenImageEditPlusPipeline
+    assert getattr(found, kind) is omni.SpecEditOmniPipeline
     assert all(callable(getattr(found, name)) for name in functions.values())
     assert set(functions) == {"pre_process_func_name", "post_process_func_name"}
 
@@ -175,7 +175,7 @@ def test_without_vllm_the_plugin_can_be_called():
 
 
 def test_weights_come_by_the_checkpoints_names(omni, checkpoint, editor):
-    served = omni.SpecEditQwenImageEditPlusPipeline(od_config=host.vllm_omni_config(checkpoint))
+    served = omni.SpecEditOmniPipeline(od_config=host.vllm_omni_config(checkpoint))
     host.load(served)
     theirs, ours = served.transformer.state_dict(), editor.transformer.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
@@ -188,7 +188,7 @@ def test_weights_come_by_the_checkpoints_names(omni, checkpoint, editor):
 @pytest.mark.slow
 def test_requests_to_vllm_omni(omni, checkpoint, editor):
     config = host.vllm_omni_config(checkpoint)
-    served = host.load(omni.SpecEditQwenImageEditPlusPipeline(od_config=config))
+    served = host.load(omni.SpecEditOmniPipeline(od_config=config))
     before, after = omni.pre_process_func(config), omni.post_process_func(config)
 
     def ask(prompt, **params):
@@ -237,7 +237,7 @@ def test_vllm_omni_on_a_gpu(omni, checkpoint, monkeypatch, runner):
     monkeypatch.setattr(omni, "get_local_device", lambda: device)
     with device:  # as the host's loader makes it
         config = host.vllm_omni_config(checkpoint, dtype=torch.bfloat16)
-        served = host.load(omni.SpecEditQwenImageEditPlusPipeline(od_config=config))
+        served = host.load(omni.SpecEditOmniPipeline(od_config=config))
     pipe = SpecEditQwenImageEditPlusPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     options = {"preset": 4, "runner": runner}
@@ -266,7 +266,7 @@ def test_what_vllm_omni_is_refused(omni, checkpoint):
         ({"cache_backend": "tea_cache"}, "cache_backend"),
     ]:
         with pytest.raises(ValueError, match=name):
-            omni.SpecEditQwenImageEditPlusPipeline(od_config=host.vllm_omni_config(checkpoint, **settings))
+            omni.SpecEditOmniPipeline(od_config=host.vllm_omni_config(checkpoint, **settings))
     before = omni.pre_process_func(None)
     for request, message in [
         (host.vllm_omni_request("text alone"), "image: expected a picture"),
@@ -277,7 +277,7 @@ def test_what_vllm_omni_is_refused(omni, checkpoint):
             before(request.requests[0])
     # forward looks at these before it uses a model
     unmade = types.SimpleNamespace(editor=None)
-    forward = omni.SpecEditQwenImageEditPlusPipeline.forward
+    forward = omni.SpecEditOmniPipeline.forward
     with pytest.raises(ValueError, match="lora_request: LoRA is not served here"):
         forward(unmade, host.vllm_omni_request(prompt(), lora_request=object()))
     with pytest.raises(ValueError, match="output_type: expected 'pil', got 'latent'"):

@@ -3,7 +3,6 @@
 
     python bench/quality/native.py --out out/native                          # one GPU, about two minutes
     python bench/quality/native.py --out out/native --limit 12 --plain 0 --workers 1   # a CPU
-    python bench/quality/native.py --out out/native --sigmas 0.45 0.6 0.75   # where the second pass begins
 
 Held-out local edits (evaluation_set), rendered at --times the side that the editor works at. Rows:
 
@@ -11,18 +10,14 @@ source            the picture as it was
 vae(target), up   the target through the autoencoder at the working size, brought up by Lanczos
 vae(target)       the same at the picture's own size
 working           the edit at the working size, put into the picture (detail="working")
-native S          with a second pass over the region from sigma S (detail="native"); "kv R": its kv_refresh; "finer
-                  grid": its tokens at fractions of the working grid's positions, in place of a grid of their own
+native            with a second pass over the region at the picture's resolution (detail="native")
 plain-N           N plain steps on the whole picture at its own size
 
 PSNR to the target within the pixels that it changes, of the edits with one right answer (remove, recolour); sharpness:
-gradient energy where an output differs from its source over that of the target, median; right: by the judge. The
-working row is the native one's own first result.
+gradient energy where an output differs from its source over that of the target, median; right: by the judge.
 """
 
 import argparse
-import contextlib
-import itertools
 import json
 import math
 import subprocess
@@ -43,57 +38,10 @@ from table_measures import masked_psnr, mean, median, sharpness
 from table_runs import SHIPPED, load_judge, load_pipeline, setting
 
 from specedit_kernels import SpecEditConfig
-from specedit_kernels.engine import native, pipeline
-from specedit_kernels.models import flux_kontext
 
 
 def dtype_on(dev):
     return torch.bfloat16 if dev.type == "cuda" else torch.float32
-
-
-def spied(kept):
-    """`refine` that leaves what it was given, the first result, in `kept`."""
-
-    def refine(run, index, photo, array, *rest):
-        kept[:] = [array.copy(), time.perf_counter()]
-        return native.refine(run, index, photo, array, *rest)
-
-    return refine
-
-
-@contextlib.contextmanager
-def finer_grid():
-    """The tokens of a window stand where they lie on the working size's grid, at fractions of its positions, in place
-    of a grid of the window's own. For FLUX alone."""
-    windows, denoise, positions = native.windows, native._denoise, flux_kontext.table_positions
-    waiting, at = [], []
-
-    def found(region, picture, *rest):
-        parts = windows(region, picture, *rest)
-        waiting[:] = [(part.box, [n / side for n, side in zip(region.shape, picture[::-1])]) for part in parts]
-        return parts
-
-    def one(*rest):
-        at[:] = [waiting.pop(0)]
-        try:
-            return denoise(*rest)
-        finally:
-            at.clear()
-
-    def table(grid, device=None, *rest):
-        rows = positions(grid, device, *rest)
-        if at:
-            (top, bottom, left, right), cells = at[0]
-            for axis, (start, stop) in enumerate(((top, bottom), (left, right))):
-                step = (stop - start) / grid[axis] * cells[axis]
-                rows[:, axis + 1] = start * cells[axis] + (rows[:, axis + 1] + 0.5) * step - 0.5
-        return rows
-
-    native.windows, native._denoise, flux_kontext.table_positions = found, one, table
-    try:
-        yield
-    finally:
-        native.windows, native._denoise, flux_kontext.table_positions = windows, denoise, positions
 
 
 def through(pipe, picture):
@@ -122,7 +70,7 @@ class Measure:
             image=picture, prompt=phrase, max_area=area, _auto_resize=False, max_sequence_length=self.args.text_length,
             generator=torch.Generator().manual_seed(seed), **options,
         )  # fmt: skip
-        return out, begin, time.perf_counter() - begin
+        return out, time.perf_counter() - begin
 
     def edit(self, edits, index, times):
         """{row: its figures} of one edit in a picture of `times` the working side."""
@@ -150,24 +98,14 @@ class Measure:
         add("vae(target), up", resized(through(self.pipe, resized(target, working)), size))
         add("vae(target)", through(self.pipe, target))
         config = SpecEditConfig(quality=args.quality, runner=args.runner)
-        grids = (False, True) if args.finer_grid else (False,)
-        for sigma, refresh, finer in itertools.product(args.sigmas, args.kv_refresh, grids):
-            native.SIGMA, native.KV_REFRESH, kept = sigma, refresh, []
-            pipeline.refine = spied(kept)
-            with finer_grid() if finer else contextlib.nullcontext():
-                out, begin, seconds = self.call(
-                    array, phrase, index, working**2, output_size="source", detail="native", specedit=config
-                )
-            found = out.stats.native[0]
-            first, at = kept or (out.images[0], begin + seconds)
-            if "working" not in rows:
-                add("working", first, at - begin, edited=out.stats.edited[0])
-            windows = 0 if found is None else len(found.windows)
-            name = f"native {sigma:g}" + (f", kv {refresh}" if len(args.kv_refresh) > 1 else "")
-            name += ", finer grid" * finer
-            add(name, out.images[0], seconds, windows=windows)
+        for detail in ("working", "native"):
+            out, seconds = self.call(
+                array, phrase, index, working**2, output_size="source", detail=detail, specedit=config
+            )
+            found = out.stats.native[0] if out.stats.native else None
+            add(detail, out.images[0], seconds, windows=len(found.windows) if found else math.nan)
         if args.plain and times <= args.largest_plain:
-            out, _, seconds = self.call(
+            out, seconds = self.call(
                 source.cpu(), phrase, index, size * size, specedit=False, num_inference_steps=args.plain,
                 height=size, width=size, output_type="pt",
             )  # fmt: skip
@@ -227,13 +165,6 @@ def main():
     parser.add_argument("--working", type=int, default=512, help="side in pixels that the editor works at")
     parser.add_argument("--times", type=int, nargs="+", default=[2, 4], help="the pictures' sides, in working sides")
     parser.add_argument("--limit", type=int, default=104, help="edits, a quarter of each kind of local ones")
-    parser.add_argument("--sigmas", type=float, nargs="+", default=[native.SIGMA])
-
-    def refresh(text):
-        return int(text) if text.isdigit() else text
-
-    parser.add_argument("--kv-refresh", type=refresh, nargs="+", default=[native.KV_REFRESH], help="of the second pass")
-    parser.add_argument("--finer-grid", action="store_true", help="each native row also at fractions of positions")
     parser.add_argument("--plain", type=int, default=9, help="steps of the plain run, 0 for none")
     parser.add_argument("--largest-plain", type=int, default=4, help="of --times, up to which a plain run is made")
     parser.add_argument("--quality", default="balanced")

@@ -13,6 +13,9 @@ from .output import check_output, keep
 from .text import say
 
 MAX_SCORED_AREA = 1024**2
+# Of decoder features: the threshold is so many times the lower quartile of a pair's scores, which is what saving and
+# resizing leave in tokens that nobody edited, within these bounds. bench/log/selection.md has what it was chosen by.
+QUIET_TIMES, LEAST_THRESHOLD = 10.0, 0.05
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,10 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     token = codec.token
     width, height = _scored_size(source.size, token)
     grid = (height // token, width // token)
-    threshold = arguments.threshold
+    threshold, own = arguments.threshold, getattr(codec, "THRESHOLDS", {})
     if threshold is None:
-        own = getattr(codec, "THRESHOLDS", {})
         threshold = own.get(arguments.metric, THRESHOLDS[arguments.metric, "matched", "full_step"])
+    follows = arguments.threshold is None and arguments.metric == "decoder" and not own
     with failing(arguments, device), torch.no_grad():
         first, second = np.asarray(source), np.asarray(edited)
         plain = Drift(source.size, edited.size)
@@ -56,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         cells = torch.from_numpy(seen).reshape(grid[0], token, grid[1], token)
         absent = (cells.float().mean(dim=(1, 3)) < 0.5).flatten()
         scores[:, absent.to(scores.device)] = 0
+        if follows:
+            threshold = pair_threshold(scores[:, ~absent.to(scores.device)], threshold)
         _, _, count = ops.select_tokens(scores, grid, threshold, 0, 0)
         _, _, grown = ops.select_tokens(scores, grid, threshold, 1, 0)
     scores = scores[0].float().cpu().reshape(grid)
@@ -78,6 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     say("\n".join(lines))
     return 0
+
+
+def pair_threshold(scores: Any, most: float) -> float:
+    """The threshold of a pair's decoder scores, a tensor: low where the two are alike but for an edit."""
+    if scores.numel() == 0:
+        return most
+    return min(max(QUIET_TIMES * float(scores.float().quantile(0.25)), LEAST_THRESHOLD), most)
 
 
 def texture(ratios: Any) -> str:

@@ -15,6 +15,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "specedit_kernels.hosts.sglang"  # before SGLang looks for it
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,9 +65,25 @@ def main() -> None:
         print(f"{len(mine)} tensors loaded by their names: ok")
         encoder, stage = served.pipeline.stages[1:]
         print("the text encoder is", type(encoder.text_encoder).__module__, type(encoder.text_encoder).__name__)
-        texts, edit = {}, stage._texts
-        # what the host encoded, for the same call of our own
-        stage._texts = lambda batch, dtype: texts.update(edit(batch, dtype)) or edit(batch, dtype)
+        texts: dict[str, Any] = {}
+        encoded = stage._texts
+
+        def keep(batch: Any, dtype: torch.dtype) -> dict[str, Any]:
+            """What the host encoded, and of which picture, for the same call of our own."""
+            texts.update(encoded(batch, dtype))
+            shown[:] = batch.condition_image
+            return dict(texts)
+
+        shown: list[Any] = []
+        stage._texts = keep
+        # the host tells the encoder which tokens are a picture's, for their rotary positions; diffusers 0.42.1 does not
+        plain_forward = ours.text_encoder.forward
+
+        def with_positions(**given: Any) -> Any:
+            of_picture = given["input_ids"] == ours.text_encoder.config.image_token_id
+            return plain_forward(**given, mm_token_type_ids=of_picture.int())
+
+        ours.text_encoder.forward = with_positions
         plus.picture().save(folder / "source.png")
 
         def ask(case: plus.Case, warm_up: bool = False) -> list[np.ndarray]:
@@ -97,10 +114,11 @@ def main() -> None:
             assert len(found) == len(expected) == case.count
             assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(found, expected))
             print(f"{name}: the pipeline's own pictures, bit for bit: ok")
-            plain = ours.encode_prompt(case.prompt, [plus.picture()])[0]
+            plain = ours.encode_prompt(case.prompt, shown)[0]
             difference = (texts["prompt_embeds"] - plain).abs().max().item()
+            print(f"the host's embeddings: {difference:.1e} from diffusers', which are up to {plain.abs().max():.1f}")
             assert difference < 1e-3, difference
-        print(f"the host's embeddings of the text: {difference:.1e} from diffusers': ok")
+        print("the host's embeddings: ok")
         ask(plus.CASES["options of the request"], warm_up=True)
         print("the warm-up request: ok")
 

@@ -11,6 +11,7 @@ Every check's line ends in "ok"; the first difference raises AssertionError.
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import vllm_omni
 from vllm.config.load import LoadConfig
 from vllm_omni.diffusion import registry
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.ipc import pack_diffusion_output_shm, unpack_diffusion_output_shm
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.output_formatter import format_diffusion_outputs, normalize_diffusion_postprocess_output
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -44,7 +46,7 @@ def main() -> None:
     kind = registry.DiffusionModelRegistry._try_load_model_cls(host.ARCHITECTURE)
     from specedit_kernels.hosts.vllm_omni import pipeline
 
-    assert kind is pipeline.SpecEditQwenImageEditPlusPipeline, kind
+    assert kind is pipeline.SpecEditOmniPipeline, kind
     print(f"the registry gives our pipeline ({by}): ok")
     pipeline.get_local_device = lambda: torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +75,9 @@ def main() -> None:
             request = before(OmniDiffusionRequest(prompt=prompt, sampling_params=params, request_id="r"))
             with torch.inference_mode():  # as the host's runner calls it
                 output = served.forward(DiffusionRequestBatch([request]))
+            pack_diffusion_output_shm(output)  # as it goes from a worker's process to the engine's
+            output = pickle.loads(pickle.dumps(output))
+            unpack_diffusion_output_shm(output)
             formatted = format_diffusion_outputs(
                 request=request, od_config=config, diffusion_output=output, output_data=output.output,
                 postprocess_output=normalize_diffusion_postprocess_output(after(output.output)),

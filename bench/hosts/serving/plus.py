@@ -14,6 +14,7 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
 import specedit_kernels
@@ -32,13 +33,19 @@ pipeline_qwenimage_edit_plus.calculate_dimensions = _small
 
 
 def checkpoint(folder: Path) -> Path:
-    """The tiny editor's folder under Plus's name in model_index.json, with a processor that shows its text encoder
-    small pictures, where it has a tokenizer alone."""
+    """The tiny editor's folder under Plus's name in model_index.json, with two things that the published one has and
+    the hosts look for: a processor, which shows the text encoder pictures, and a text encoder whose output layer has
+    weights of its own."""
     made = folder / "tiny-plus"
     shutil.copytree(ASSETS / "tiny_qwen_image_edit", made)
     tokenizer = AutoTokenizer.from_pretrained(made / "tokenizer")
     pictures = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
     Qwen2VLProcessor(pictures, tokenizer, Qwen2VLVideoProcessor()).save_pretrained(made / "processor")
+    file, config = made / "text_encoder" / "model.safetensors", made / "text_encoder" / "config.json"
+    weights = load_file(file)
+    [embedding] = [tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight")]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, file, metadata={"format": "pt"})
+    config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
     index = json.loads((made / "model_index.json").read_text())
     index |= {"_class_name": "QwenImageEditPlusPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
     (made / "model_index.json").write_text(json.dumps(index))

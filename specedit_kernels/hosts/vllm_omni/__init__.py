@@ -23,7 +23,7 @@ def register() -> None:
     register_diffusion_model(
         ARCHITECTURE,
         f"{__name__}.pipeline",
-        "SpecEditQwenImageEditPlusPipeline",
+        "SpecEditOmniPipeline",
         pre_process_func_name="pre_process_func",
         post_process_func_name="post_process_func",
     )

@@ -67,7 +67,7 @@ def check_config(od_config: OmniDiffusionConfig) -> None:
     refuse(wanted)
 
 
-class SpecEditQwenImageEditPlusPipeline(nn.Module, SupportImageInput, SupportsComponentDiscovery):
+class SpecEditOmniPipeline(nn.Module, SupportImageInput, SupportsComponentDiscovery):
     """Qwen-Image-Edit-Plus for vLLM-Omni. One request is one prompt with one to four pictures, the first of which is
     edited, and `num_outputs_per_prompt` results.
 
