@@ -5,6 +5,7 @@ import ast
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import support_matrix
@@ -237,6 +238,15 @@ def test_models_without_flash_edit_say_so(name, said, monkeypatch):
     _, ours, call = flash(name, monkeypatch)
     with pytest.raises(TypeError, match=f"specedit: FlashEdit does not serve {name}"):
         ours(generator=proofs.seeded(), mask_image=proofs.mask(4), specedit=FlashEditConfig(), **call)
+
+
+@pytest.mark.parametrize("name", ["LongCatImageEditPipeline", *EAGER_ALONE])
+@pytest.mark.proves("several GPUs", refused="its sequence is not shared; guidance branches and folders are")
+def test_models_whose_sequence_is_not_shared_say_so(name, monkeypatch):
+    pipe, call = tiny(name, monkeypatch)
+    monkeypatch.setattr(pipe.transformer, "_parallel_config", SimpleNamespace(context_parallel_config=object()))
+    with pytest.raises(ValueError, match="transformer: expected no context parallelism"):
+        edit(pipe, call)
 
 
 # on a GPU

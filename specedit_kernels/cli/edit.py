@@ -15,7 +15,7 @@ from typing import Any
 
 from ..images.boxes import Box
 from ..images.files import Photo, reason, shown
-from . import models
+from . import models, ranks
 from .output import check_output, keep
 from .text import UserError, one_line, say
 
@@ -117,6 +117,8 @@ class Editor:
 
 def run(arguments: argparse.Namespace) -> int:
     """`specedit edit`. Returns the exit code."""
+    if ranks.several():
+        raise UserError("WORLD_SIZE: expected one process for one picture; several take a folder or a list of pictures")
     inputs = [arguments.image, *filter(None, [arguments.mask]), *arguments.reference]
     out = check_output(arguments.output or "edited.png", inputs)
     mask_out = check_output(arguments.mask_output or out.with_name("mask.png"), inputs)

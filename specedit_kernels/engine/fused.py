@@ -25,6 +25,7 @@ from ._diffusers import (
     low_rank_parts,
     scaled_adapters,
     unwrapped,
+    without_context_parallel,
 )
 from .fp8 import Rows
 from .kv_cache import PackedKV
@@ -215,12 +216,16 @@ class FusedModel(_Eager):
         attention_kwargs: dict[str, Any], runner: StepRunner,
     ):  # fmt: skip
         self._own = unwrapped(transformer)
-        super().__init__(cast_by_call(self._own, OWN_HOOKS), vae, guidance, attention_kwargs)
+        super().__init__(self._as_called(self._own), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
 
+    @staticmethod
+    def _as_called(transformer: torch.nn.Module) -> torch.nn.Module:
+        return cast_by_call(without_context_parallel(transformer), OWN_HOOKS)
+
     def using(self, transformer: torch.nn.Module) -> FusedModel:
-        other = super().using(cast_by_call(transformer, OWN_HOOKS))
+        other = super().using(self._as_called(transformer))
         other._own = transformer
         return other
 
@@ -241,9 +246,15 @@ class FusedModel(_Eager):
         """Adapters at the caller's scale, as the transformer's own forward has them."""
         return scaled_adapters(self.transformer, self.attention_kwargs.get("scale", 1.0))
 
+    @property
+    def _own_heads(self) -> tuple[int, int]:
+        """(heads of a block's attention that this rank attends for, channels of each)."""
+        heads, dim = self.heads
+        return heads if self.ranks is None else heads // self.ranks.size, dim
+
     def _kept(self, name: str, batch: int, rows: int, like: Any) -> list[Any]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
-        heads, dim = self.heads
+        heads, dim = self._own_heads
 
         def pairs(name: str, count: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))
@@ -284,7 +295,7 @@ class FusedModel(_Eager):
 
     def _kept_in_fp8(self, name: str, batch: int, rows: int, device: torch.device) -> list[Any]:
         """The same for attention in e4m3."""
-        heads, dim = self.heads
+        heads, dim = self._own_heads
         shape, dtype = (batch, rows, heads, dim), kv_cache.DTYPE
         keys = self.runner.buffers(name, self.blocks, shape, dtype, device)
         values = self.runner.buffers(f"{name}, values", self.blocks, shape, dtype, device, rows_last=True)

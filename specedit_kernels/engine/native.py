@@ -98,7 +98,7 @@ def _denoise(run: Run, index: int, first: Tensor, source: Tensor, fine: np.ndarr
     """One window, floats in [0, 1], [h, w, 3]. first, source: pixels in [-1, 1], [1, 3, h, w]; fine: bool tokens."""
     several = run.batch > 1
     model = run.model.of_sample(index) if several else run.model
-    clean, start = (model.encode(x.to(run.source.dtype)) for x in (source, first))
+    clean, start = (model.agreed(model.encode(x.to(run.source.dtype))) for x in (source, first))
 
     def text(branch):
         return branch if branch is None or not several else branch.of_sample(index)
@@ -114,7 +114,7 @@ def _denoise(run: Run, index: int, first: Tensor, source: Tensor, fine: np.ndarr
     one = replace(
         run, model=model, config=config, grid=fine.shape, source=clean, start=start, pixels=source,
         references=(Reference(source, clean, run.patch), *others), positive=text(run.positive),
-        negative=text(run.negative), noise=torch.empty(0), on_step=lambda step, timestep, tokens: tokens, joined=None,
+        negative=text(run.negative), noise=run.noise[:0], on_step=lambda step, timestep, tokens: tokens, joined=None,
         preview=False, clock=StageClock(run.device), stats=SpecEditStats(), step=0,
         generator=[run.generator[index]] if isinstance(run.generator, list) else run.generator,
     )  # fmt: skip

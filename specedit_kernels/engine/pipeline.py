@@ -33,9 +33,9 @@ from . import fp8, stages
 from ._diffusers import (
     cache_hooks,
     calculate_shift,
+    context_parallel,
     execution_device,
     moved_to,
-    on_context_parallel,
     retrieve_timesteps,
     unwrapped,
 )
@@ -45,6 +45,7 @@ from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
 from .native import refine
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
+from .parallel import Ranks, sequence_ranks
 from .run import run_stages, verify_select
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
@@ -153,7 +154,7 @@ class SpecEditMixin(Stock):
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
     the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
     whether the stock call runs without a picture. EDITED: how many of a call's pictures are edited, the first ones;
-    None: all. DETAILS: what `detail` may be.
+    None: all. SEVERAL_GPUS: whether several may share the sequence of a call. DETAILS: what `detail` may be.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
@@ -173,11 +174,13 @@ class SpecEditMixin(Stock):
     PIXELS = True
     TEXT_TO_IMAGE = False
     EDITED: int | None = None
+    SEVERAL_GPUS = False
     DETAILS: tuple[str, ...] = DETAILS
 
     _specedit_default: EditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
     _specedit_runner: StepRunner | None = None
+    _specedit_guides: Ranks | None = None
     _runner_reason: str = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -292,6 +295,7 @@ class SpecEditMixin(Stock):
         pixels, references = self._pictures(call, device)
         guidance = self._guidance(call, device, texts["positive"].embeds.shape[0])
         model = self._model(runner, guidance, attention_kwargs)
+        model.ranks, model.guides = sequence_ranks(unwrapped(self.transformer)), self._specedit_guides
         return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
 
     @classmethod
@@ -334,7 +338,7 @@ class SpecEditMixin(Stock):
         if call.mask_mode != "replace" and not masked:
             raise ValueError(f"mask_mode: expected 'replace' without mask_image and region, got {call.mask_mode!r}")
         call.needs_draft = not masked or call.mask_mode != "replace"
-        check_supported(self, self.UNSUPPORTED)
+        check_supported(self, self.UNSUPPORTED, self.SEVERAL_GPUS)
         steps = call.num_inference_steps
         if call.sigmas is not None:
             check_sigmas(call.sigmas)
@@ -573,12 +577,12 @@ class SpecEditMixin(Stock):
         def encode(at: Tensor) -> Tensor:
             # one by one where each has a generator of its own, as the stock pipelines do
             parts = at.to(dtype).split(1 if isinstance(generator, list) else len(at))
-            return per_image(torch.cat([model.encode(part) for part in parts]), "image", batch)
+            return per_image(model.agreed(torch.cat([model.encode(part) for part in parts])), "image", batch)
 
         source = encode(pixels)
         seen = tuple(Reference(p, source if p is pixels else encode(p), model.codec.patch) for p in references)
         grid = tuple(side // model.codec.token for side in pixels.shape[-2:])
-        noise = self._start_noise(call.latents, source.shape, grid, generator, device, dtype)
+        noise = model.agreed(self._start_noise(call.latents, source.shape, grid, generator, device, dtype))
         clock.mark("encode")
 
         # the plain schedule of this size and step count; the stages share it out
@@ -864,8 +868,9 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
 _INSTEAD = "to save steps take a smaller preset and kv_refresh of SpecEditConfig"
 
 
-def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
-    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, to be off."""
+def check_supported(pipe: DiffusionPipeline, flags: Sequence[str], several_gpus: bool = False) -> None:
+    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, to be off.
+    several_gpus: whether its runs may share a sequence."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(
@@ -890,5 +895,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
         raise ValueError(
             f"transformer: expected no cache (its tensors keep one length, ours change), got {names}; {_INSTEAD}"
         )
-    if on_context_parallel(transformer):
-        raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")
+    if context_parallel(transformer) is not None and not several_gpus:
+        raise ValueError(
+            "transformer: expected no context parallelism (enable_parallelism): this model's edits run on one GPU"
+        )
+    sequence_ranks(transformer)

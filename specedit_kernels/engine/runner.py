@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from . import fp8, low_rank, registry
 from ._diffusers import (
     bring_in,
+    context_parallel,
     each_module,
     foreign_forward,
     global_hooks,
@@ -28,6 +29,7 @@ from ._diffusers import (
     on_parallel,
     unwrapped,
     waits_for_host,
+    without_context_parallel,
 )
 
 logger = logging.getLogger("specedit_kernels")
@@ -133,7 +135,11 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
     was brought in.
     """
     transformer, vae = unwrapped(transformer), unwrapped(vae)
-    if on_parallel(transformer):
+    if context_parallel(transformer) is not None:
+        if name == "compile":
+            return "a transformer on several GPUs is not compiled: expected 'graph' or 'fused'", []
+        transformer = without_context_parallel(transformer)
+    elif on_parallel(transformer):
         return "the transformer is parallelised", []
     if global_hooks():
         return "torch has hooks for all modules, which it would leave out", []

@@ -65,6 +65,7 @@ from ..engine.sequence import (
     Stream,
     TextWatch,
     attention,
+    embedded,
     mixed_step_layout,
     whole_step_layout,
 )
@@ -182,26 +183,32 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.text
+    attn, n = block.attn, sequence.own[0]
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
     streams = []
-    if n:  # else its keys and values are kept ones
-        text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
-        parts = _project(attn, text_in, text=True)
-        streams.append(Stream(slice(0, n), parts, attn.norm_added_q, attn.norm_added_k))
-    image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
-    streams.append(Stream(slice(n, None), _project(attn, image_in), attn.norm_q, attn.norm_k))
+    if sequence.text:  # else its keys and values are kept ones
+        parts = []
+        if n:
+            text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
+            parts = _project(attn, text_in, text=True)
+        streams.append(Stream(slice(0, sequence.text), parts, attn.norm_added_q, attn.norm_added_k))
+    parts = []
+    if image.shape[1]:
+        image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
+        parts = _project(attn, image_in)
+    streams.append(Stream(slice(sequence.text, None), parts, attn.norm_q, attn.norm_k))
     out, seen = attention(streams, kept, sequence)
-    del streams  # the MLP needs its memory
+    del streams, parts  # the MLP needs their memory
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
         ops.gated_residual_add_(text, feed_forward(block.ff_context, text_in), t_gate2)
-    ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-    image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
-    ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
+    if image.shape[1]:
+        ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
+        image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
+        ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
     return seen
 
 
@@ -246,9 +253,7 @@ def fused_forward(
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
     and where what its attention gives to the text is added.
     """
-    x = transformer.x_embedder(tokens)
-    if sequence.text:
-        x = torch.cat([transformer.context_embedder(embeds), x], dim=1)
+    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -265,8 +270,8 @@ def fused_forward(
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = next(mods).chunk(2, dim=1)
-    image = x[:, sequence.text :]
-    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+    image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
@@ -372,10 +377,11 @@ class FluxKontextModel(EditModel):
 
     def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
-        if layout.attention is not None:
-            kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with with_layout(self.transformer, layout.attention):
+        attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
+        if attention is not None:
+            kwargs["specedit_layout"] = attention
+        with with_layout(self.transformer, attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
@@ -490,8 +496,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             with self._scaled():
                 seen: list[Tensor] = []
                 found = self.forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks,
-                    None if watched is None else (watched, seen),
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given, ranks=self.ranks), cache,
+                    self._blocks, None if watched is None else (watched, seen),
                 )  # fmt: skip
                 return (found, *seen)
 
@@ -499,7 +505,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         self.runner.bring(self._own)
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.span, sequence.passing, scale, rows,
-               watched, sequence.backend)  # fmt: skip
+               watched, sequence.backend, self.ranks)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, attention.buffers)
         if watch is not None:
             [watch.mass] = seen
@@ -550,6 +556,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     TEXT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
     KWARGS = "joint_attention_kwargs"
     TEXT_TO_IMAGE = True
+    SEVERAL_GPUS = True
 
     def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> FluxText:
         found = self.encode_prompt(
