@@ -272,7 +272,8 @@ def extensions():
         print(f"specedit-kernels: building without the CUDA extension: {reason}")
     reason = why_not_planner()
     if reason is None:
-        sources = ["csrc/planner/module.cpp", "tests/emulation/mixed_res_attn.cpp"]
+        kernels = ("tests/emulation/mixed_res_attn.cpp", "tests/emulation/mixed_res_attn_fp8.cpp")
+        sources = ["csrc/planner/module.cpp", *kernels]
         found.append(Extension(PLANNER, sources, optional=True))
     else:
         print(f"specedit-kernels: building without the planner: {reason}")

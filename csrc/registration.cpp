@@ -14,6 +14,7 @@
 STABLE_TORCH_LIBRARY_IMPL(SPECEDIT_NAMESPACE, CUDA, m) {
   m.impl("token_discrepancy_csrc", TORCH_BOX(&specedit::token_discrepancy));
   m.impl("mixed_res_attn_csrc", TORCH_BOX(&specedit::mixed_res_attn));
+  m.impl("mixed_res_attn_fp8_csrc", TORCH_BOX(&specedit::mixed_res_attn_fp8));
   m.impl("select_tokens_csrc", TORCH_BOX(&specedit::select_tokens));
 }
 

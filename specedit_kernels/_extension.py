@@ -11,12 +11,12 @@ from . import _ops
 
 # The limited C API and torch's stable ABI make one file serve every Python from 3.10 and torch from 2.10.
 PATH = Path(__file__).with_name("_C.abi3.so")
-# One of the ops whose kernels it registers.
-_AN_OP = _ops.add_op_namespace_prefix("mixed_res_attn_csrc")
+_OLDEST = "mixed_res_attn"  # among those that it has kernels of, in every build
 
 
-def _registered():
-    return torch._C._dispatch_has_kernel_for_dispatch_key(_AN_OP, "CUDA")
+def _registered(stem=_OLDEST):
+    op = _ops.add_op_namespace_prefix(f"{stem}_csrc")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
 
 
 @functools.cache
@@ -32,8 +32,15 @@ def load():
         # torch names the file; the loader's own message, if torch wrapped it, is the cause.
         return False, f"the CUDA extension does not load: {str(error.__cause__ or error).strip().splitlines()[0]}"
     if not _registered():
-        return False, f"the CUDA extension was built for another op namespace than that of {_AN_OP}"
+        op = _ops.add_op_namespace_prefix(_OLDEST)
+        return False, f"the CUDA extension was built for another op namespace than that of {op}"
     return True, ""
+
+
+@functools.cache
+def has_kernel(stem):
+    """Whether the extension, loaded, has the kernel of ops/<stem>.py: a build from before that kernel has not."""
+    return _registered(stem)
 
 
 def build_info():

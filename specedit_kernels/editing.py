@@ -59,6 +59,7 @@ def edit_image(
     region: Any = None,
     mask_mode: str = "replace",
     output_size: str = "source",
+    detail: str = "working",
     quality: str = "balanced",
     seed: int = 0,
     device: str | None = None,
@@ -70,7 +71,8 @@ def edit_image(
     [H, W, 1 to 4]) or a Photo. references: further ones, for a model that takes several. model: a folder, a shipped
     model's name, None for the shipped FLUX editor, or a SpecEdit pipeline; the last folder's is kept in memory. mask:
     a path, or what `mask_image` takes. region, mask_mode: as in the pipelines' call. output_size: "source", or
-    "working" for the model's own. quality: of SpecEditConfig, for the rest of which give specedit=. seed: of the noise,
+    "working" for the model's own. detail: "native" for a second pass over the region at the picture's own resolution.
+    quality: of SpecEditConfig, for the rest of which give specedit=. seed: of the noise,
     drawn on the CPU. device: of a model that is loaded here. options: the pipeline's other call arguments.
 
     ValueError, or TypeError, one line, for input that cannot be.
@@ -102,6 +104,7 @@ def edit_image(
         region=region,
         mask_mode=mask_mode,
         output_size=output_size,
+        detail=detail,
         specedit=specedit,
         generator=torch.Generator().manual_seed(seed),
         **{**settings, **options},

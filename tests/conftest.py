@@ -11,6 +11,11 @@ import os
 import subprocess
 from pathlib import Path
 
+# Threads of this process and of those that it starts. Test processes share the cores: two of them with two threads each
+# wait for one another, which takes more than twice the time.
+THREADS = max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
 import torch
 
 if not torch.cuda.is_available():
@@ -21,7 +26,7 @@ import support_matrix
 
 from specedit_kernels import _extension
 
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+torch.set_num_threads(THREADS)
 
 
 def _backends():
@@ -38,7 +43,7 @@ def _backends():
 
 
 BACKENDS = _backends()
-WITH_CSRC = ("token_discrepancy", "select_tokens", "mixed_res_attn")
+WITH_CSRC = ("token_discrepancy", "select_tokens", "mixed_res_attn", "mixed_res_attn_fp8")
 
 
 def pytest_generate_tests(metafunc):

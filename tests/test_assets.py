@@ -51,6 +51,7 @@ def test_it_is_a_kontext(pipe):
     assert pipe.tokenizer_2.unk_token_id not in ids and len(ids) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [32, 512])
 def test_plain_pipeline_keeps_the_source(pipe, length):
     """Two plain steps at 256 pixels: what was not asked for is still there, with short and with default padding."""
@@ -74,6 +75,7 @@ def test_plain_pipeline_keeps_the_source(pipe, length):
 
 # rows above `top` and columns from `right` on are far from the turtle. A block is wider where there are fewer pixels,
 # and the one-step draft's noise decides whether a further one beside the turtle is taken: other noise is drawn in bf16
+@pytest.mark.slow
 @pytest.mark.parametrize("side, top, right, options", [(512, 240, 264, []), (256, 80, 176, ["--method", "flash"])],
                          ids=["specedit", "flash"])  # fmt: skip
 def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, options):
@@ -101,6 +103,7 @@ def test_the_example_edit(tmp_path, capsys, monkeypatch, side, top, right, optio
     assert turtle.sum() > 3000 * scale**2 and blue > green + 60 and red > green + 30
 
 
+@pytest.mark.slow
 def test_from_pretrained_gives_the_drop_in_class(pipe):
     ours = SpecEditFluxKontextPipeline.from_pipe(pipe)
     ours.set_progress_bar_config(disable=True)
@@ -122,6 +125,7 @@ def test_from_pretrained_gives_the_drop_in_class(pipe):
     assert sum(step.flops for step in out.stats.steps) < 0.8 * plain
 
 
+@pytest.mark.slow
 def test_the_tiny_qwen_edits():
     """Loaded by diffusers' own code; at 256 pixels the turtle turns purple and the rest stays as it is."""
     plain = QwenImageEditPipeline.from_pretrained(QWEN)

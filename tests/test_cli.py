@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,6 +210,43 @@ def test_mask_finds_what_changed(capsys, tmp_path, model, source):
     assert PIL.Image.open(out).size == (160, 128)
     code, text, _ = run(capsys, "mask", source, source, "-o", out, *options)
     assert code == 0 and "changed     0 of 80 tokens" in text
+    assert "texture     fine detail 1.00 of the source's" in text and "over twice in 0.0 %" in text
+
+
+@pytest.mark.parametrize("kind, low, high", [("blurred", 0, 0.5), ("sharpened", 1.5, 9), ("flat", None, None)])
+def test_mask_tells_texture(capsys, tmp_path, model, kind, low, high):
+    from PIL import ImageFilter
+    from test_align import scene
+
+    array = np.full((288, 320, 3), 90, np.uint8)
+    if kind != "flat":
+        array = scene(0, (320, 288)) * 0.8 + np.random.default_rng(0).normal(20, 8, (288, 320, 1))
+    picture = PIL.Image.fromarray(array.clip(0, 255).astype(np.uint8))
+    picture.save(tmp_path / "a.png")
+    found = {"blurred": ImageFilter.GaussianBlur(1.5), "sharpened": ImageFilter.UnsharpMask(2, 200, 0)}
+    (picture.filter(found[kind]) if kind in found else picture).save(tmp_path / "b.png")
+    # all that the score would say is over this
+    options = ("-o", tmp_path / "h.png", "--vae", model, "--device", "cpu", "--threshold", 4)
+    code, text, _ = run(capsys, "mask", tmp_path / "a.png", tmp_path / "b.png", *options)
+    assert code == 0 and "changed     0 of 360 tokens" in text
+    if low is None:
+        assert "texture     no fine detail in unchanged tokens" in text
+    else:
+        assert low < float(re.search(r"fine detail (\S+) of", text)[1]) < high
+
+
+def test_a_pairs_threshold_follows_what_lies_between_its_pictures():
+    import torch
+
+    def of(quiet, edited=0.3):
+        scores = torch.full((1, 100), quiet)
+        scores[:, :20] = edited
+        return mask.pair_threshold(scores, 0.14)
+
+    assert of(0.0) == of(0.004) == 0.05 and of(0.009) == pytest.approx(0.09) and of(0.02) == 0.14
+    # an edit of most of the picture, and none that is seen
+    assert mask.pair_threshold(torch.full((1, 100), 1.0), 0.14) == 0.14
+    assert mask.pair_threshold(torch.empty(1, 0), 0.14) == 0.14
 
 
 def marked(text):
@@ -295,6 +333,18 @@ def test_mask_takes_a_tiny_autoencoders_files(capsys, tmp_path, source):
     torch.save(decoder, tmp_path / "tiny_decoder.pth")
     wrong = fails(capsys, "mask", source, source, "-o", out, "--vae", tmp_path, "--device", "cpu")
     assert "the VAE cannot be loaded: tiny_decoder.pth: not finite" in wrong
+
+
+def test_detail_at_the_pictures_own_resolution(capsys, tmp_path, model):
+    large = tmp_path / "large.png"
+    tiny_image(300, 420).save(large)
+    options = ("edit", large, "add a hat", "-o", tmp_path / "out.png", "--model", model, "--steps", 4)
+    options += ("--box", "30,30,90,90", "--detail", "native")
+    code, text, _ = run(capsys, *options)
+    assert code == 0 and re.search(r"native      \d of .* steps from sigma 0\.6", text)
+    for wrong in (("--output-size", "working"), ("--method", "flash")):
+        code, _, error = run(capsys, *options, *wrong)
+        assert code == 2 and "--detail native: expected with --output-size source and --method specedit" in error
 
 
 def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):

@@ -4,8 +4,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from specedit_kernels.images.composite import composite, edit_weight
+from specedit_kernels.images.composite import _grown, composite, edit_weight
+from specedit_kernels.images.resample import resample
 
 MODES = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "one channel": (1,)}
 
@@ -184,3 +186,22 @@ def test_no_pipeline_is_imported():
     code += "assert not {'diffusers', 'transformers', 'specedit_kernels.engine'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert torch.is_tensor(edit_weight(np.ones((1, 1), bool), (4, 4), 0))
+
+
+@pytest.mark.parametrize("reach", [0, 1, 5, 40])
+def test_a_mask_grows_as_a_pooling_would_grow_it(reach):
+    mask = torch.from_numpy(np.random.default_rng(reach).random((23, 31)) < 0.01)
+    mask[0, 30] = True
+    pooled = F.max_pool2d(mask.float()[None], 2 * reach + 1, 1, reach)[0] > 0
+    assert torch.equal(_grown(mask, reach), pooled)
+    assert not _grown(torch.zeros(3, 4, dtype=torch.bool), reach).any()
+
+
+def test_pixels_that_lie_on_each_other_are_copied():
+    planes = torch.rand(3, 40, 50)
+    assert torch.equal(resample(planes, (0, 40, 0, 50), (1, 1)), planes)
+    part = resample(planes, (2, 9, 3, 30), (1.0, 1.0), (4.0, 7))
+    assert torch.equal(part, planes[:, 9:16, 7:34])
+    # beyond the input there is the border, as with any other scale
+    beyond = resample(planes, (-2, 5, 0, 9), (1, 1))
+    assert beyond.shape == (3, 7, 9) and (beyond[:, 2:] - planes[:, :5, :9]).abs().max() < 1e-5

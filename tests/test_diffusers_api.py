@@ -11,8 +11,13 @@ from pathlib import Path
 import accelerate.hooks
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel, QwenImageTransformer2DModel
-from diffusers.hooks import group_offloading, hooks
+from diffusers import (
+    ContextParallelConfig,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+)
+from diffusers.hooks import context_parallel, group_offloading, hooks
 from tiny_models import tiny_pipeline
 
 import specedit_kernels
@@ -20,7 +25,7 @@ from specedit_kernels.engine import _diffusers
 from specedit_kernels.engine._diffusers import calculate_shift, retrieve_timesteps
 
 PRIVATE = ("_execution_device", "_hf_hook", "_diffusers_hook", "_parallel_config", "_orig_mod", "_hook_order",
-           "_compiled_call_impl")  # fmt: skip
+           "_compiled_call_impl", "_ulysses_mesh")  # fmt: skip
 
 
 def relied_on():
@@ -53,6 +58,13 @@ def relied_on():
         "a parallelised transformer has _parallel_config": all(
             getattr(kind, "_parallel_config", 0) is None
             for kind in (FluxTransformer2DModel, QwenImageTransformer2DModel)
+        ),
+        "the hooks that share a sequence have their names": all(
+            hasattr(context_parallel, n) for n in ("ContextParallelSplitHook", "ContextParallelGatherHook")
+        ),
+        "how a sequence is shared has these names": all(
+            hasattr(ContextParallelConfig(ulysses_degree=2), n)
+            for n in ("ring_degree", "ulysses_anything", "_ulysses_mesh")
         ),
         "torch.compile(module) keeps the module in _orig_mod": torch.compile(layer)._orig_mod is layer,
         "module.compile() keeps what is called in _compiled_call_impl": layer._compiled_call_impl is None,

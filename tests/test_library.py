@@ -52,7 +52,12 @@ def call(request, device):
 def test_every_op_is_here():
     assert set(one_call_each("cpu")) == set(NAMES)
     assert IN_PLACE == [(name, argument) for name in NAMES if name.endswith("_") for argument in WRITTEN[name]]
-    assert len(IN_PLACE) == 6
+    assert len(IN_PLACE) == 11
+
+
+def same(a, b):
+    """torch.equal, which knows no e4m3."""
+    return torch.equal(*(x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (a, b)))
 
 
 def floats(args):
@@ -104,14 +109,15 @@ def test_what_is_written_says_so(backend, call, name, argument):
     version = args[i]._version
     op(*args, **kwargs)
     assert args[i]._version > version
-    # Autograd then finds that a tensor which it saved is another.
-    weight = torch.ones((), device=args[i].device, requires_grad=True)
-    args[i] = args[i].clone()
-    loss = (weight * args[i]).sum()
-    with torch.no_grad():
-        op(*args, **kwargs)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    # Autograd then finds that a tensor which it saved is another. It saves none of e4m3, which has no products.
+    if args[i].dtype != torch.float8_e4m3fn:
+        weight = torch.ones((), device=args[i].device, requires_grad=True)
+        args[i] = args[i].clone()
+        loss = (weight * args[i]).sum()
+        with torch.no_grad():
+            op(*args, **kwargs)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
     # A tensor of normal mode keeps count in inference mode.
     version = args[i]._version
     with torch.inference_mode():
@@ -138,7 +144,7 @@ def test_inference_tensors_are_written_in_their_mode_alone(backend, call, name, 
         before = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
     with pytest.raises(RuntimeError, match=f"{name}: {argument}: .*inference tensor outside"):
         op(*args, **kwargs)
-    assert all(torch.equal(a, b) for a, b in zip(args, before) if isinstance(a, torch.Tensor))
+    assert all(same(a, b) for a, b in zip(args, before) if isinstance(a, torch.Tensor))
 
 
 @pytest.mark.parametrize("name, argument", IN_PLACE)
@@ -153,11 +159,13 @@ def test_outputs_that_lie_on_themselves_are_refused(backend, call, name, argumen
         args[i][:, :1].clone().expand(size),
         windows.as_strided(size, [1 if d == len(size) - 1 else max(1, s // 2) for d, s in enumerate(args[i].stride())]),
     ):
+        if all(stride or n == 1 for n, stride in zip(size, bad.stride())) and bad.stride() == good[i].stride():
+            continue  # of a dimension of size 1 nothing lies on itself
         args = list(clone(good))
         args[i], before = bad, clone(args)
         with pytest.raises(ValueError, match=f"{name}: {argument}: expected a tensor whose elements do not overlap in"):
             op(*args, **kwargs)
-        assert all(torch.equal(a, b) for j, (a, b) in enumerate(zip(args, before))
+        assert all(same(a, b) for j, (a, b) in enumerate(zip(args, before))
                    if isinstance(a, torch.Tensor) and j != i)  # fmt: skip
     # A slice, a transposed view and a dimension of size 1 with stride 0 are fine.
     args = list(clone(good))
@@ -176,6 +184,8 @@ def tensor_arguments(name):
 
 @pytest.mark.parametrize("name, argument", [(name, a) for name in NAMES for a in tensor_arguments(name)])
 def test_a_tensor_without_dimensions_is_named(call, name, argument):
+    if (name, argument) == ("lerp_fp8_", "weight"):
+        return  # it has none
     op, args, kwargs = call(name)
     names = [a.name for a in op._schema.arguments]
     given = dict(zip(names, args)) | kwargs
@@ -225,9 +235,8 @@ def test_packed_rows_ask_for_their_lengths():
 
 
 def arguments_of(name):
-    module = import_module(f"specedit_kernels.reference.{name.rstrip('_')}" if name != "mixed_res_attn_scatter_" else
-                           "specedit_kernels.reference.mixed_res_attn")  # fmt: skip
-    return getattr(module, name)
+    stem = ops._backends._OPS[name].stem
+    return getattr(import_module(f"specedit_kernels.reference.{stem}"), name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -122,3 +122,19 @@ def test_sheet_is_the_largest_within_its_limit():
     assert data.startswith(b"\x89PNG") and 100_000 < len(data) <= 200_000
     with pytest.raises(ValueError, match="do not fit"):
         sheet.encode_within(columns, ["one", "two"], 100)
+
+
+def test_texture_is_that_of_the_finest_detail():
+    rng = np.random.default_rng(0)
+    source = np.full((48, 64, 3), 0.5)
+    source[:, :32] += 0.2 * rng.standard_normal((48, 32, 1))
+    ratio = measures.texture_ratio(source, source, 16)
+    assert ratio.shape == (3, 4) and np.allclose(ratio[:, :2], 1) and np.isnan(ratio[:, 3]).all()
+    weaker = 0.5 + (source - 0.5) * 0.25
+    assert np.allclose(measures.texture_ratio(source, weaker, 16)[:, 0], 0.25, atol=1e-3)
+    assert np.allclose(measures.texture_ratio(weaker, source, 16)[:, 0], 4, atol=0.02)
+    # brightness, colour at the same luma, and a level of 8 bits are no texture
+    assert np.allclose(measures.texture_ratio(source, source + 0.1, 16)[:, :2], 1, atol=1e-5)
+    noisy = source.copy()
+    noisy[:, 32:] += rng.choice([-1, 1], (48, 32, 1)) * 0.5 / 255
+    assert np.isnan(measures.texture_ratio(source, noisy, 16)[:, 3]).all()

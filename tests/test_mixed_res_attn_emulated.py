@@ -25,6 +25,12 @@ CASES = (
     "kv_index_no_bias", "kv_index_sorted", "gathered", "gathered_parts", "gathered_lengths", "q_index",
     "q_index_parts", "q_index_lengths", "all_indices",
 )  # fmt: skip
+FP8_CASES = (
+    "all_indices", "far", "far_by_row", "growing", "kv_index", "kv_index_by_row", "late", "later", "later_random",
+    "lengths", "lengths_by_row", "masks", "masks_by_row", "odd_columns", "odd_rows", "one_tile", "one_tile_by_row",
+    "q_index", "q_index_by_row", "random", "random_by_row", "scores", "scores_negative", "sorted", "sorted_by_row",
+    "splits", "splits_by_row", "splits_far", "splits_of_lengths",
+)  # fmt: skip
 ORDERS = ("alike", "mixed", "rising", "one_near", "first")
 KINDS = [(dtype, dim) for dtype in ("bf16", "fp16") for dim in (64, 128)]
 SIZES = {"dense": ("-1e2", "-1e4", "-1e9", "-3e38", "lowest", "1e9", "3e38"), "splits": ("-1e4", "-1e9", "-3e38")}
@@ -53,17 +59,28 @@ def test_every_case_is_listed(kernels):
         scores_case(*case, *kind) for case in SCORES for kind in KINDS if kind[0] == "bf16" or "30" not in case[0]
     ]
     assert kernels.case_names() == sorted(names)
+    assert kernels.fp8_case_names() == sorted(FP8_CASES)
 
 
 def test_an_unknown_case_is_refused(kernels):
     with pytest.raises(ValueError, match=r"name: expected one of case_names\(\), got 'none'"):
         kernels.run_case("none", 0, -1)
+    with pytest.raises(ValueError, match=r"name: expected one of fp8_case_names\(\), got 'none'"):
+        kernels.run_fp8_case("none", 0, -1)
 
 
 @pytest.mark.parametrize("slow_warp", SLOW_WARPS)
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_on_the_cpu(kernels, case, slow_warp):
     done = kernels.run_case(case, SLOW_WARPS.index(slow_warp), slow_warp)
+    assert done.right, done.text
+
+
+@pytest.mark.parametrize("slow_warp", SLOW_WARPS)
+@pytest.mark.parametrize("case", FP8_CASES)
+def test_the_kernel_of_e4m3_numbers(kernels, case, slow_warp):
+    """Within the budget of tests/test_mixed_res_attn_fp8.py, of the rounded numbers in float64."""
+    done = kernels.run_fp8_case(case, SLOW_WARPS.index(slow_warp), slow_warp)
     assert done.right, done.text
 
 
@@ -111,7 +128,8 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
         ("softmax", "(fmaf(acc_s[i], scale, bias) - max) * kLog2E",
          "fmaf(acc_s[i], scale * kLog2E, (bias - max) * kLog2E)", "far_alike_-1e9_fp16_64_dense", -1),
         # The sum of a split's weights is lost beside its maximum.
-        ("combine", "mine.y * exp2f((mine.x - max) * kLog2E)", "exp2f((lse_of(mine.x, mine.y) - max) * kLog2E)",
+        ("combine", "mine.y * exp2f((mine.x - max) * (kIsFp8<T> ? 1.0f : kLog2E))",
+         "exp2f((lse_of<T>(mine.x, mine.y) - max) * kLog2E)",
          "far_alike_-1e9_fp16_64_splits", -1),
         # Weights made before the maximum rose are not rescaled.
         ("softmax", "\n      acc_s[i] *= factor;\n", "\n", "stairs", -1),

@@ -75,6 +75,12 @@ def check(q, k, v, q_scale, k_scale, v_scale, rms=0.04, **options):
     return out, lse
 
 
+@pytest.fixture
+def dim(backend):
+    """A head dimension that the backend serves."""
+    return 128 if backend == "cuda" else 64
+
+
 def multiplicities(batch, keys, device):
     bias = torch.zeros(batch, keys)
     bias[:, keys // 2 :] = math.log(4)
@@ -82,30 +88,32 @@ def multiplicities(batch, keys, device):
 
 
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 999), (7, 7), (99, 127), (127, 99), (999, 1), (130, 300)])
-def test_odd_lengths(backend, poison, random, device, queries, keys):
-    call = factors(random, device, 1, queries, keys, 2, 64)
+def test_odd_lengths(backend, dim, poison, random, device, queries, keys):
+    call = factors(random, device, 1, queries, keys, 2, dim)
     check(*call, key_bias=multiplicities(1, keys, device))
     check(*call)
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 96, 128, 256])
 def test_head_dimensions(backend, poison, random, device, dim):
+    if backend == "cuda" and dim != 128:
+        pytest.skip("the kernel takes 128 alone")
     check(*factors(random, device, 1, 70, 90, 2, dim), key_bias=multiplicities(1, 90, device))
 
 
 @pytest.mark.parametrize("q_rows", [False, True])
 @pytest.mark.parametrize("k_rows", [False, True])
 @pytest.mark.parametrize("v_rows", [False, True])
-def test_scales_by_row_and_by_head(backend, poison, random, integers, device, q_rows, k_rows, v_rows):
-    call = factors(random, device, 2, 40, 150, 4, 64, 2, q_rows, k_rows, v_rows)
+def test_scales_by_row_and_by_head(backend, dim, poison, random, integers, device, q_rows, k_rows, v_rows):
+    call = factors(random, device, 2, 40, 150, 4, dim, 2, q_rows, k_rows, v_rows)
     bias = random(2, 150).to(device)
     check(*call, key_bias=bias)
     check(*call)
     check(*call, key_bias=bias, kv_index=integers(-1, 150, (2, 77), device), q_index=integers(-1, 40, (2, 33), device))
 
 
-def test_arbitrary_bias(backend, poison, random, device):
-    call = factors(random, device, 2, 40, 150, 2, 64)
+def test_arbitrary_bias(backend, dim, poison, random, device):
+    call = factors(random, device, 2, 40, 150, 2, dim)
     bias = random(2, 150).to(device) * 5
     bias[:, ::7] = -INF
     check(*call, key_bias=bias)
@@ -113,8 +121,8 @@ def test_arbitrary_bias(backend, poison, random, device):
     check(*call, key_bias=torch.full_like(bias, -INF))
 
 
-def test_a_coarse_key_weighs_as_its_fine_ones(backend, random, device):
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 25, 12, 2, 64)
+def test_a_coarse_key_weighs_as_its_fine_ones(backend, dim, random, device):
+    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 25, 12, 2, dim)
     repeated = [torch.cat([x[:, :6], x[:, 6:].repeat_interleave(4, 1)], 1) for x in
                 (k.view(torch.uint8), v.view(torch.uint8), k_scale, v_scale)]  # fmt: skip
     kr, vr = (x.view(torch.float8_e4m3fn) for x in repeated[:2])
@@ -126,8 +134,8 @@ def test_a_coarse_key_weighs_as_its_fine_ones(backend, random, device):
 
 
 @pytest.mark.parametrize("q_lens, kv_lens", [([40, 7], [1, 90]), ([0, 40], [90, 0]), ([99, 1], [64, 999])], ids=str)
-def test_device_side_lengths(backend, poison, random, integers, device, q_lens, kv_lens):
-    call = factors(random, device, 2, 40, 90, 2, 64)
+def test_device_side_lengths(backend, dim, poison, random, integers, device, q_lens, kv_lens):
+    call = factors(random, device, 2, 40, 90, 2, dim)
     bias = random(2, 90).to(device)
     q_lens, kv_lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (q_lens, kv_lens))
     check(*call, key_bias=bias, q_lens=q_lens, kv_lens=kv_lens)
@@ -135,9 +143,9 @@ def test_device_side_lengths(backend, poison, random, integers, device, q_lens, 
     check(*call, kv_lens=kv_lens, kv_index=integers(-1, 90, (2, 70), device))
 
 
-def test_empty_slots_read_nothing(backend, poison, random, device):
+def test_empty_slots_read_nothing(backend, dim, poison, random, device):
     """Rows that no slot names may hold NaN, and so may their scales."""
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 40, 70, 2, 64)
+    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 40, 70, 2, dim)
     for x, first in ((q, 30), (k, 50), (v, 50)):
         x.view(torch.uint8)[:, first:] = 0x7F
     for x, first in ((q_scale, 30), (k_scale, 50), (v_scale, 50)):
@@ -157,8 +165,8 @@ def test_empty_slots_read_nothing(backend, poison, random, device):
     torch.testing.assert_close(indexed, short, rtol=1e-2, atol=1e-3)
 
 
-def test_transposed_values_and_other_strides(backend, poison, random, device):
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 2, 50, 64, 3, 64)
+def test_transposed_values_and_other_strides(backend, dim, poison, random, device):
+    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 2, 50, 64, 3, dim)
     turned = v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     a, b = op(q, k, v, q_scale, k_scale, v_scale), check(q, k, turned, q_scale, k_scale, v_scale)
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
@@ -167,42 +175,63 @@ def test_transposed_values_and_other_strides(backend, poison, random, device):
     assert c[0].isfinite().all()
 
 
-def test_scale(backend, poison, random, device):
-    call = factors(random, device, 1, 30, 40, 2, 64)
-    for scale in (1.0, 0.0, -0.2):
+def test_scale(backend, dim, poison, random, device):
+    call = factors(random, device, 1, 30, 40, 2, dim)
+    for scale in (1.0,) if backend == "cuda" else (1.0, 0.0, -0.2):
         check(*call, scale=scale)
         check(*call, scale=scale, key_bias=multiplicities(1, 40, device))
 
 
-def test_values_of_very_different_sizes(backend, poison, random, device):
+def test_values_of_very_different_sizes(backend, dim, poison, random, device):
     """A scale of v that grows tile by tile, and keys without values."""
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 30, 500, 2, 64)
+    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 30, 500, 2, dim)
     check(q, k, v, q_scale, k_scale, v_scale * torch.logspace(-6, 3, 500, device=device)[None, :, None], rms=0.05)
     check(q, k, v, q_scale, k_scale, v_scale * torch.logspace(3, -6, 500, device=device)[None, :, None], rms=0.05)
     v_scale[:, :300] = 0
     check(q, k, v, q_scale, k_scale, v_scale)
 
 
-def test_large_scores(backend, poison, random, device):
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 30, 150, 2, 64)
+def test_large_scores(backend, dim, poison, random, device):
+    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 30, 150, 2, dim)
     check(q, k, v, q_scale * 60, k_scale, v_scale, rms=0.05)
 
 
-def test_many_small_weights(backend, random, device):
+def test_many_small_weights(backend, dim, random, device):
     """4000 keys that together outweigh one strong key: e4m3 without the shift would lose them all."""
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 4, 4001, 1, 32)
+    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 4, 4001, 1, dim)
     bias = torch.full((1, 4001), -5.0, device=device)
     bias[:, 0] = 4.0
     check(q, k, v, q_scale * 0.01, k_scale, v_scale * 0 + 0.01, key_bias=bias)
 
 
 @pytest.mark.parametrize("zero", ["batch", "queries", "keys"])
-def test_zero_sizes(backend, poison, random, device, zero):
+def test_zero_sizes(backend, dim, poison, random, device, zero):
     sizes = (0 if zero == name else 3 for name in ("batch", "queries", "keys"))
-    q, k, v, *scales = factors(random, device, *sizes, 2, 64)
+    q, k, v, *scales = factors(random, device, *sizes, 2, dim)
     out, lse = op(q, k, v, *scales)
     assert out.shape == q.shape and lse.shape == (q.shape[0], 2, q.shape[1])
     assert not out.any() and (zero != "keys" or (lse == -INF).all())
+
+
+@pytest.mark.parametrize("queries, keys", [(64, 192), (200, 400), (130, 3216), (1000, 1600)])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_values_as_sm_90_reads_them(backend, poison, random, integers, device, queries, keys, by_row):
+    """V transposed, a multiple of 16 keys: whole and cut K tiles, splits, lengths that end inside them, rows of NaN."""
+    if device.type == "cpu" and queries * keys > 20_000:
+        pytest.skip("large, for a GPU")
+    q, k, v, *scales = factors(random, device, 2, queries, keys, 4, 128, 2, True, by_row, by_row)
+    v = v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    bias = random(2, keys).to(device)
+    check(q, k, v, *scales)
+    check(q, k, v, *scales, key_bias=multiplicities(2, keys, device))
+    check(q, k, v, *scales, key_bias=bias, q_index=integers(-1, queries, (2, 150), device))
+    kv_lens = torch.tensor([keys - 37, keys // 2 + 3], dtype=torch.int32, device=device)
+    for b, length in enumerate(kv_lens.tolist()):
+        for x in (k, v):
+            x.view(torch.uint8)[b, length:] = 0x7F
+        bias[b, length:] = float("nan")
+    check(q, k, v, *scales, key_bias=bias, kv_lens=kv_lens)
+    check(q, k, v, *scales, kv_lens=kv_lens, q_lens=torch.tensor([queries, 5], dtype=torch.int32, device=device))
 
 
 @pytest.mark.parametrize("splits", [2, 3, 8])
@@ -267,3 +296,30 @@ def test_devices_that_it_needs(monkeypatch):
     found = _backends.choose("mixed_res_attn_fp8", torch.device("cuda", 0))
     assert found[0] == "reference" and "needs compute capability 8.9, cuda:0 has 8.6" in found[1]
     assert _backends.choose("merge_attn", torch.device("cuda", 0))[0] == "triton"
+
+
+def test_an_extension_from_before_this_kernel(monkeypatch):
+    """It serves the ops whose kernels it has; this one Triton does, and whoever forces it is told why not."""
+    from specedit_kernels import _extension
+    from specedit_kernels.ops import _backends
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(_backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_extension, "load", lambda: (True, ""))
+    monkeypatch.setattr(_extension, "architectures", lambda: "90a")
+    monkeypatch.setattr(_extension, "_registered", lambda stem: stem != "mixed_res_attn_fp8")
+    _extension.has_kernel.cache_clear()
+    try:
+        assert _backends.choose("mixed_res_attn", device)[0] == "cuda"
+        assert _backends.choose("mixed_res_attn_scatter_", device)[0] == "cuda"
+        backend, reason = _backends.choose("mixed_res_attn_fp8", device)
+        assert backend == "triton" and "older build" in reason
+        monkeypatch.setenv("SPECEDIT_BACKEND", "mixed_res_attn_fp8=cuda")
+        with pytest.raises(RuntimeError, match="older build, without this op's kernel"):
+            _backends.choose("mixed_res_attn_fp8", device)
+        monkeypatch.delenv("SPECEDIT_BACKEND")
+        monkeypatch.setattr(_extension, "_registered", lambda stem: True)
+        _extension.has_kernel.cache_clear()
+        assert _backends.choose("mixed_res_attn_fp8", device)[0] == "cuda"
+    finally:
+        _extension.has_kernel.cache_clear()

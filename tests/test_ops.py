@@ -63,6 +63,8 @@ def samples(device):
     options = dict(key_bias=normal(2, 9), q_index=index, kv_index=index, q_lens=i32(2, 3, device=device), scale=0.2)
     yield specedit.mixed_res_attn_fp8, factors, {}
     yield specedit.mixed_res_attn_fp8, factors, options
+    kept = [x for _ in range(3) for x in (normal(2, 9, 4, 32).to(torch.float8_e4m3fn), normal(2, 1, 4).abs() + 0.1)]
+    yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))
@@ -70,6 +72,9 @@ def samples(device):
         angle, weight = normal(1, 5, 16), normal(2, 32, dtype=dtype)
         options = dict(q_weight=weight, k_weight=weight[0], split=2, q_out_index=targets, kv_out_index=targets)
         yield specedit.qk_norm_rope_scatter_, (*outs, q, k, v, angle.cos(), angle.sin()), options if chosen else {}
+        scales = [normal(2, 1, heads).abs() + 0.01 for heads in (4, 2, 2)]
+        args = (*(x.to(torch.float8_e4m3fn) for x in outs), q, k, v, *scales, angle.cos(), angle.sin())
+        yield specedit.qk_norm_rope_scatter_fp8_, args, options if chosen else {}
         x, rows = normal(2, 5, 48, dtype=dtype), normal(2, 3, 48, dtype=dtype)
         options = dict(modulation_index=targets.clamp_max(2), index=index) if chosen else {}
         vector = rows if chosen else rows[:, 0]

@@ -881,8 +881,8 @@ def test_unsupported_pipelines_schedulers_and_processors(plain):
     with pytest.raises(ValueError, match="transformer: expected no cache"):
         enable_specedit(pipe)
     pipe.transformer.disable_cache()
-    pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
-    with pytest.raises(ValueError, match="transformer: context parallelism is not supported"):
+    pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
+    with pytest.raises(ValueError, match="transformer: expected ring_degree=1"):
         enable_specedit(pipe)
     pipe.transformer._parallel_config = None
 

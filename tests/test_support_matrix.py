@@ -5,6 +5,7 @@ import ast
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import support_matrix
@@ -50,9 +51,14 @@ def tiny(name, patch, pictures=1):
 
 def edit(pipe, call, columns=3, **config):
     """An edit of that many of eight columns, on the pipeline's device."""
-    moved = {k: v.to(pipe.device, pipe.dtype) if torch.is_tensor(v) and v.is_floating_point() else v
-             for k, v in call.items()}  # fmt: skip
-    return pipe(generator=proofs.seeded(), mask_image=proofs.mask(columns), specedit=paper(**config), **moved)
+
+    def moved(x):
+        if not torch.is_tensor(x):
+            return x
+        return x.to(pipe.device, pipe.dtype if x.is_floating_point() else x.dtype)
+
+    call = {name: moved(value) for name, value in call.items()}
+    return pipe(generator=proofs.seeded(), mask_image=proofs.mask(columns), specedit=paper(**config), **call)
 
 
 def away(a, b):
@@ -234,6 +240,15 @@ def test_models_without_flash_edit_say_so(name, said, monkeypatch):
         ours(generator=proofs.seeded(), mask_image=proofs.mask(4), specedit=FlashEditConfig(), **call)
 
 
+@pytest.mark.parametrize("name", ["LongCatImageEditPipeline", *EAGER_ALONE])
+@pytest.mark.proves("several GPUs", refused="its sequence is not shared; guidance branches and folders are")
+def test_models_whose_sequence_is_not_shared_say_so(name, monkeypatch):
+    pipe, call = tiny(name, monkeypatch)
+    monkeypatch.setattr(pipe.transformer, "_parallel_config", SimpleNamespace(context_parallel_config=object()))
+    with pytest.raises(ValueError, match="transformer: expected no context parallelism"):
+        edit(pipe, call)
+
+
 # on a GPU
 
 
@@ -246,6 +261,9 @@ def test_models_without_flash_edit_say_so(name, said, monkeypatch):
 def test_captured_edits_are_the_eager_ones(name, runner, monkeypatch):
     pipe, call = tiny(name, monkeypatch)
     pipe.to("cuda", torch.bfloat16)
+    if name == "LongCatImageEditPipeline":  # what stands for its encoder
+        text = type(pipe)._encode_prompt
+        monkeypatch.setattr(type(pipe), "_encode_prompt", lambda *given: text(*given).to("cuda", torch.bfloat16))
     eager = edit(pipe, call, runner="eager", **LOCKED).images
     for _ in range(2):
         out = edit(pipe, call, runner=runner, **LOCKED)

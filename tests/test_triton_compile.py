@@ -106,10 +106,12 @@ def _beside_attention(capability):
 
     from specedit_kernels.triton_kernels import _modulation, adaln_modulate, gated_residual_add, qk_norm_rope_scatter
 
+    scales = ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
     block_d, tokens, heads, kv_heads, slices, _ = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
     slots, block, chunks, _ = _modulation.tile(8704, 3072, 2)
     by_head = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
-                   stride_cd=1, stride_sd=1)  # fmt: skip
+                   stride_cd=1, stride_sd=1, FP8=False, V_ROWS=False, HARDWARE=False,
+                   **dict.fromkeys(scales))  # fmt: skip
     by_token = dict(CHANNELS=3072, BLOCK=block, CHUNKS=chunks, SLOTS=slots)
     jobs = {}
     for fn, constants in (
@@ -121,6 +123,15 @@ def _beside_attention(capability):
         jobs[f"{fn.__name__} {capability}"] = lambda f=fn, t=types, c=constants: _compile(
             f, capability, t, c, {"num_warps": 4}, ASTSource
         )
+    fn = qk_norm_rope_scatter._qk_norm_rope_scatter_kernel
+    block_d, tokens, heads, kv_heads, slices, num_warps = qk_norm_rope_scatter.tile(8704, 24, 24, 128, fp8=True)
+    types = {name: "*bf16" for name in fn.arg_names if name.endswith("_ptr") and name not in POINTERS}
+    types |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*u8")
+    in_fp8 = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
+                  stride_cd=1, stride_sd=1, stride_von=1, FP8=True, V_ROWS=True, HARDWARE=capability >= 89)  # fmt: skip
+    jobs[f"{fn.__name__} fp8 {capability}"] = lambda: _compile(
+        fn, capability, types, in_fp8, {"num_warps": num_warps}, ASTSource
+    )
     return jobs
 
 
@@ -146,6 +157,19 @@ def _quantize_fp8(capability):
             quantize_fp8._quantize_fp8_kernel, capability, types, c, {"num_warps": w}, ASTSource
         )
     return jobs
+
+
+def _lerp_fp8(capability):
+    """{kernel: job} of 8704 keys of 24 heads."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import lerp_fp8
+
+    fn, (block_m, block_n) = lerp_fp8._lerp_fp8_kernel, lerp_fp8.tile(8704, 128)
+    types = {"out_ptr": "*u8", "a_ptr": "*fp8e4nv", "b_ptr": "*fp8e4nv", "weight_ptr": "*fp32"}
+    types |= dict.fromkeys(("out_scale_ptr", "a_scale_ptr", "b_scale_ptr"), "*fp32")
+    constants = dict(BLOCK_M=block_m, BLOCK_N=block_n, HARDWARE=True)
+    return {f"lerp_fp8 {capability}": lambda: _compile(fn, capability, types, constants, {"num_warps": 4}, ASTSource)}
 
 
 def _attention_fp8(name, dim, transposed, left_out, by_row):
@@ -218,7 +242,7 @@ def compile_all():
             jobs[f"fp8 {name} D{dim}"] = lambda n=name, d=dim: _attention_fp8(n, d, True, plain, True)
         jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, False, (*plain, "bias_ptr"), False)
         jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, False, (), True)
-    jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90))
+    jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90
@@ -277,6 +301,8 @@ def test_every_config_compiles_and_fits(tmp_path):
                 "_gated_residual_add_kernel": [9, 3], "_statistics_kernel channels first": [4, 0],
                 "_statistics_kernel channels last": [4, 0], "_normalise_kernel channels first": [4, 4],
                 "_normalise_kernel channels last": [6, 4]}  # fmt: skip
+    # bytes: of all three, 16 at once
+    assert results["lerp_fp8 90"]["vectors"] == [4, 2]
     for name, vectors in expected.items():
         for capability in (80, 90):
             assert results[f"{name} {capability}"]["vectors"] == vectors

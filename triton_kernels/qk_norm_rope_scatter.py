@@ -5,11 +5,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ._fp8 import has_e4m3, to_e4m3
 from ._rows import row_of_slot
 
 # Elements of q, of k and of v that one program takes: in 16-bit types, a 16-byte vector of each for 128 threads. The
 # three are loaded together; a few such programs on each SM keep enough in flight, and 24 heads of 128 fit without rest.
 _TILE = 1024
+# Tokens of a program that writes e4m3: of one head, so that numbers of a v with contiguous rows lie side by side.
+_FP8_TOKENS = 32
 
 
 @triton.jit
@@ -44,17 +47,28 @@ def _rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [ROWS, BLOCK_D])
 
 
+@triton.jit
+def _divided(x, scale_ptr, b, stride_b, stride_h, head, exists, HARDWARE: tl.constexpr):
+    """x [rows, D], fp32, over the scale of each row's head, as codes of e4m3."""
+    scale = tl.load(scale_ptr + b * stride_b + head * stride_h, mask=exists, other=1.0)
+    x = x / scale[:, None]
+    # NaN stays
+    x = tl.where(x > 448.0, 448.0, x)
+    return to_e4m3(tl.where(x < -448.0, -448.0, x), HARDWARE)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "rows_q", "rows_kv", "heads", "kv_heads", "split"])
 def _qk_norm_rope_scatter_kernel(
     q_out_ptr, k_out_ptr, v_out_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
-    q_index_ptr, kv_index_ptr,
+    q_index_ptr, kv_index_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
     stride_qob, stride_qon, stride_qoh, stride_kob, stride_kon, stride_koh, stride_vob, stride_von, stride_voh,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_cb, stride_cn, stride_cd, stride_sb, stride_sn, stride_sd, stride_qw, stride_kw,
     stride_qib, stride_qin, stride_kib, stride_kin,
+    stride_vod, stride_qsb, stride_qsh, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
     num_tokens, rows_q, rows_kv, heads, kv_heads, split, eps,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, FP8: tl.constexpr, V_ROWS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs take neighbouring heads of the same tokens.
     first = tl.program_id(0) % SLICES
@@ -106,25 +120,40 @@ def _qk_norm_rope_scatter_kernel(
         q = q * q_weight.to(tl.float32)
     if k_weight_ptr is not None:
         k = k * k_weight.to(tl.float32)
-    q = _rotate(q, q_cos, q_sin, TOKENS * HEADS, BLOCK_D).to(q_out_ptr.dtype.element_ty)
-    k = _rotate(k, k_cos, k_sin, TOKENS * KV_HEADS, BLOCK_D).to(k_out_ptr.dtype.element_ty)
+    q = _rotate(q, q_cos, q_sin, TOKENS * HEADS, BLOCK_D)
+    k = _rotate(k, k_cos, k_sin, TOKENS * KV_HEADS, BLOCK_D)
+    if FP8:
+        q = _divided(q, q_scale_ptr, b, stride_qsb, stride_qsh, q_head, q_exists, HARDWARE)
+        k = _divided(k, k_scale_ptr, b, stride_ksb, stride_ksh, kv_head, kv_exists, HARDWARE)
+        v = _divided(v.to(tl.float32), v_scale_ptr, b, stride_vsb, stride_vsh, kv_head, kv_exists, HARDWARE)
+    else:
+        q = q.to(q_out_ptr.dtype.element_ty)
+        k = k.to(k_out_ptr.dtype.element_ty)
 
     q_at = b * stride_qob + q_row * stride_qon + q_head * stride_qoh
     k_at = b * stride_kob + kv_row * stride_kon + kv_head * stride_koh
     v_at = b * stride_vob + kv_row * stride_von + kv_head * stride_voh
     tl.store(q_out_ptr + q_at[:, None] + d[None, :], q, mask=q_written[:, None] & in_head)
     tl.store(k_out_ptr + k_at[:, None] + d[None, :], k, mask=kv_written[:, None] & in_head)
-    tl.store(v_out_ptr + v_at[:, None] + d[None, :], v, mask=kv_written[:, None] & in_head)
+    if V_ROWS:
+        # Neighbouring threads write neighbouring rows.
+        v_mask = (d < HEAD_DIM)[:, None] & kv_written[None, :]
+        tl.store(v_out_ptr + (d.to(tl.int64) * stride_vod)[:, None] + v_at[None, :], tl.trans(v), mask=v_mask)
+    else:
+        tl.store(v_out_ptr + v_at[:, None] + d[None, :], v, mask=kv_written[:, None] & in_head)
 
 
-def tile(tokens, heads, kv_heads, head_dim):
+def tile(tokens, heads, kv_heads, head_dim, fp8=False):
     """(BLOCK_D, TOKENS, HEADS, KV_HEADS, SLICES, num_warps): a program's tile, in how many slices the heads are cut."""
     block_d = max(2, triton.next_power_of_2(head_dim))
     # Of no heads of q, k and v are still to be written.
     heads = max(heads, 1)
-    q_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_d))
+    if fp8:
+        q_heads, block_n = 1, min(triton.next_power_of_2(tokens), _FP8_TOKENS)
+    else:
+        q_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_d))
+        block_n = min(triton.next_power_of_2(tokens), max(1, _TILE // block_d // q_heads))
     slices = triton.cdiv(heads, q_heads)
-    block_n = min(triton.next_power_of_2(tokens), max(1, _TILE // block_d // q_heads))
     kv_heads = triton.next_power_of_2(triton.cdiv(kv_heads, slices))
     # 8 elements of q to a thread.
     return block_d, block_n, q_heads, kv_heads, slices, min(8, max(1, block_n * q_heads * block_d // 256))
@@ -139,18 +168,37 @@ def qk_norm_rope_scatter_(
     q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index, eps
 ):
     """q [B, N, H, D], k and v [B, N, Hk, D], tables fp32 [B or 1, N, D/2]. Writes into q_out, k_out and v_out."""
+    _launch(
+        q_out, k_out, v_out, q, k, v, None, None, None, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index,
+        eps,
+    )  # fmt: skip
+
+
+def qk_norm_rope_scatter_fp8_(q_out, k_out, v_out, *args):
+    """The same into e4m3; scales fp32 [B, 1, H] and [B, 1, Hk]. v_out's rows may be contiguous."""
+    _launch(*(x.view(torch.uint8) for x in (q_out, k_out, v_out)), *args)
+
+
+def _launch(
+    q_out, k_out, v_out, q, k, v, q_scale, k_scale, v_scale, cos, sin, q_weight, k_weight, split, q_out_index,
+    kv_out_index, eps,
+):  # fmt: skip
     if q.numel() == 0 and k.numel() == 0:
         return
     batch, tokens, heads, head_dim = q.shape
-    block_d, block_n, q_heads, kv_heads, slices, num_warps = tile(tokens, heads, k.shape[2], head_dim)
+    fp8 = q_scale is not None
+    block_d, block_n, q_heads, kv_heads, slices, num_warps = tile(tokens, heads, k.shape[2], head_dim, fp8)
+    v_stride, v_rows = v_out.stride(3), fp8 and v_out.stride(3) != 1 and head_dim > 1
     with torch.cuda.device_of(q):
         _qk_norm_rope_scatter_kernel[(batch * triton.cdiv(tokens, block_n) * slices,)](
-            q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, q_out_index, kv_out_index,
+            q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, q_out_index, kv_out_index, q_scale, k_scale,
+            v_scale,
             *(stride for x in (q_out, k_out, v_out, q, k, v) for stride in x.stride()[:3]),
             *_broadcast(cos), *_broadcast(sin),
             *(x.stride(0) if x is not None and x.ndim == 2 else 0 for x in (q_weight, k_weight)),
             *(stride for x in (q_out_index, kv_out_index) for stride in (x.stride() if x is not None else (0, 0))),
+            v_stride, *(x for s in (q_scale, k_scale, v_scale) for x in ((0, 0) if s is None else s.stride()[::2])),
             tokens, q_out.shape[1], k_out.shape[1], heads, k.shape[2], split, eps,
             HEAD_DIM=head_dim, BLOCK_D=block_d, TOKENS=block_n, HEADS=q_heads, KV_HEADS=kv_heads, SLICES=slices,
-            num_warps=num_warps,
+            FP8=fp8, V_ROWS=v_rows, HARDWARE=has_e4m3(q.device), num_warps=num_warps,
         )  # fmt: skip

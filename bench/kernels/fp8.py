@@ -12,6 +12,7 @@ factors" the rounded ones, which leaves the error of the product alone.
 
 import argparse
 import json
+import math
 import sys
 import traceback
 from functools import partial
@@ -31,6 +32,7 @@ from specedit_kernels.reference.mixed_res_attn_fp8 import dequantised
 from specedit_kernels.reference.quantize_fp8 import before_rounding
 
 E4M3 = torch.float8_e4m3fn
+OP = "mixed_res_attn_fp8"
 ROWS = (922, 2560, 8704)
 LAYERS = ((3072, 9216), (3072, 21504), (3072, 12288), (15360, 3072))
 ATTENTION = ((8704, 8704, 128), (4608, 4608, 128), (922, 8704, 128), (2560, 2560, 128), (512, 8704, 128),
@@ -181,12 +183,24 @@ def attention(num_q, num_k, dim):
         fns[name] = lambda: ops.mixed_res_attn_fp8(q8, k8, v8, *scales, key_bias=bias, **more)
         checks[name] = CheckFp8(q, k, v, bias, factors[kind])
 
+    multiplicities = torch.zeros_like(bias)
+    multiplicities[:, num_k // 2 :] = math.log(4)
     fns["bf16 + bias"] = lambda: ops.mixed_res_attn(q, k, v, key_bias=bias)
     checks["bf16 + bias"] = lambda r: dict(zip(("error", "error_ok"), plain(*r)))
+    fns["bf16"] = lambda: ops.mixed_res_attn(q, k, v)
+    checks["bf16"] = lambda r: dict(zip(("error", "error_ok"), plain_none(*r)))
     own("fp8 by row, v as it is, + bias", "row", False, bias)
     own("fp8 by row + bias", "row", True, bias)
     own("fp8 by head + bias", "head", True, bias)
+    own("fp8 by head + multiplicities", "head", True, multiplicities)
     own("fp8 by head", "head", True, None)
+    own("fp8 by head, v as it is, + bias", "head", False, bias)
+    if ops.backend_of(OP)[0] == "cuda":
+        for kind in ("head", "row"):
+            name = f"fp8 by {kind} + bias, Triton"
+            q8, k8, v8, *scales = factors[kind]
+            fns[name] = partial(triton_attention().launch, q8, k8, turned(v8), *scales, bias, *[None] * 4, dim**-0.5)
+            checks[name] = CheckFp8(q, k, v, bias, factors[kind])
     order = torch.randperm(num_k, device="cuda").int()[None]
     q8, k8, v8, *scales = factors["row"]
     fns["fp8 by row + bias, by index"] = partial(
@@ -202,17 +216,59 @@ def attention(num_q, num_k, dim):
         descale = {f"{n}_descale": s[:, 0].contiguous() for n, (_, s) in zip("qkv", (qh, kh, vh))}
         fns["fa3 fp8"] = lambda: flash(qh[0], kh[0], vh[0], **descale)
         checks["fa3 fp8"] = CheckFp8(q, k, v, None, (qh[0], kh[0], vh[0], qh[1], kh[1], vh[1]))
-    found = timed(fns, checks)
+    found = timed(fns, checks, backend=ops.backend_of(OP)[0])
     for row in found["rows"].values():
         if "us" in row and "error" in row:
             row["tflops"] = round(flops(num_q, num_k, head_dim=dim) / row["us"] / 1e6, 1)
     return found
 
 
-def configs(num_q, num_k, dim):
-    """Tile sizes of the fp8 attention, with bias and scales by row."""
-    from specedit_kernels.triton_kernels import mixed_res_attn_fp8 as kernel
+def triton_attention():
+    from specedit_kernels.triton_kernels import mixed_res_attn_fp8
 
+    return mixed_res_attn_fp8
+
+
+def keep(rows, heads=24, dim=128):
+    """Keys and values as attention in e4m3 keeps them: the write of fresh rows, and a blend of two of 8704 rows."""
+    whole = 8704
+    qkv = normal(1, rows, 3 * heads, dim)
+    q, k, v = qkv.chunk(3, dim=2)
+    angle, weight = torch.rand(1, rows, dim // 2, device="cuda") * 6, torch.ones(dim, device="cuda").bfloat16()
+    tables, options = (angle.cos(), angle.sin()), dict(q_weight=weight, k_weight=weight)
+    if rows < whole:
+        options["kv_out_index"] = torch.arange(rows, dtype=torch.int32, device="cuda")[None]
+    plain = [torch.empty(1, n, heads, dim, dtype=torch.bfloat16, device="cuda") for n in (rows, whole, whole)]
+    outs = [x.to(E4M3) for x in plain]
+    outs[2] = turned(outs[2].view(torch.uint8)).view(E4M3)
+    scales = [torch.full((1, 1, heads), 16 / 448, device="cuda") for _ in range(3)]
+    exact = v.double()
+
+    def check(_):
+        return {"error": error(outs[2][:, :rows].double() * scales[2][..., None].double(), exact)}
+
+    fns = {
+        "bf16": lambda: ops.qk_norm_rope_scatter_(*plain, q, k, v, *tables, **options),
+        "e4m3, rows of v contiguous": lambda: ops.qk_norm_rope_scatter_fp8_(
+            *outs, q, k, v, *scales, *tables, **options
+        ),
+    }
+    checks = {"e4m3, rows of v contiguous": check}
+    if rows == whole:
+        far, into, half = plain[1].clone(), plain[1].clone(), torch.tensor(0.5, device="cuda")
+        fns["largest of v"] = lambda: torch.linalg.vector_norm(v, float("inf"), dim=(1, 3), dtype=torch.float32)
+        fns["lerp of keys, bf16"] = lambda: torch.lerp(plain[1], far, half.bfloat16(), out=into)
+        for name, x in (("keys", outs[1]), ("values", outs[2])):
+            a, b = (x.view(torch.uint8).clone().view(E4M3) for _ in range(2))
+            fns[f"lerp of {name}, e4m3"] = partial(
+                ops.lerp_fp8_, a, scales[0].clone(), x, scales[1], b, scales[2], half
+            )
+    return timed(fns, checks)
+
+
+def configs(num_q, num_k, dim):
+    """Tile sizes of the fp8 attention in Triton, with bias and scales by row."""
+    kernel = triton_attention()
     q, k, v, bias = inputs(num_q, num_k, head_dim=dim)
     (q8, qs), (k8, ks), (v8, vs) = (by_row(x) for x in (q, k, v))
     v8 = turned(v8)
@@ -243,20 +299,25 @@ def steps():
             made.append(flux_kontext.Bench(argparse.Namespace(**dict(zip(names, values)))))
         return made[0]
 
-    def step(precision):
-        seen[precision] = []
-        figures = bench().measure(bench().active_step("graph", precision=precision, seen=seen[precision]))
-        if precision == "fp8" and seen.get("auto"):
+    def step(precision, attention):
+        found = seen[precision, attention] = []
+        step = bench().active_step("graph", precision=precision, attention=attention, seen=found)
+        figures = bench().measure(step)
+        if seen.get(("auto", "auto")):
             # float64 of 12 billion weights does not fit beside them
-            figures["difference from bf16"] = error(seen["fp8"][0], seen["auto"][0].double())
+            figures["difference from bf16"] = error(found[0], seen["auto", "auto"][0].double())
         return figures
 
     def edit(name):
         return bench().measure(bench().rows()[name]())
 
-    cases = {f"active step, {p}": partial(step, p) for p in ("auto", "fp8")}
-    for kind in ("locked-cached", "locked-cached-fp8-products"):
-        cases[f"edit, {kind}"] = partial(edit, f"specedit-9-{kind} graph, 10%")
+    of_step = (("auto", "auto"), ("fp8", "auto"), ("fp8", "fp8"))
+    cases = {f"active step, products {p}, attention {a}": partial(step, p, a) for p, a in of_step}
+    locked = ("locked-cached", "locked-cached-fp8-products", "locked-cached-fp8-precision")
+    kinds = [f"specedit-9-{kind}" for kind in locked]
+    kinds += ["quality balanced", "quality balanced fp8-products", "quality balanced fp8"]
+    for kind in kinds:
+        cases[f"edit, {kind}"] = partial(edit, f"{kind} graph, 10%")
     return cases
 
 
@@ -267,6 +328,7 @@ def cases():
         "quantise": {f"{kind}, {rows}": partial(quantise, kind, rows) for kind in kinds for rows in ROWS},
         "linears": {f"{m} x {k} x {n}": partial(linear, m, k, n) for k, n in LAYERS for m in ROWS},
         "attention": {f"{q} x {k}, D {d}": partial(attention, q, k, d) for q, k, d in ATTENTION},
+        "keep": {f"{rows} rows": partial(keep, rows) for rows in (922, 8704)},
         "steps": steps(),
         "configs": {f"{q} x 8704, D 128": partial(configs, q, 8704, 128) for q in (8704, 922)},
     }

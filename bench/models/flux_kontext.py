@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
 from specedit_kernels.engine import fp8
 from specedit_kernels.engine.attention import unwrap_processors
 from specedit_kernels.engine.autoencoder import KLCodec, in_channels_last
@@ -178,15 +179,17 @@ class Bench:
         pipe(mask_image=mask, strength=1.0, num_inference_steps=steps, max_area=self.args.side**2,
              _auto_resize=False, **options)  # fmt: skip
 
-    def specedit(self, config, mask, text=None):
+    def specedit(self, config, mask, text=None, attends=fp8.attends):
+        """attends: stands for `fp8.attends`."""
         embeds = self.options["prompt_embeds"][:, :text]
-        return self.pipe(specedit=config, mask_image=mask, **self.options | {"prompt_embeds": embeds}).stats
+        with mock.patch.object(fp8, "attends", attends):
+            return self.pipe(specedit=config, mask_image=mask, **self.options | {"prompt_embeds": embeds}).stats
 
-    def active_step(self, runner, apart=False, precision="auto", seen=None):
+    def active_step(self, runner, apart=False, precision="auto", seen=None, attention="auto"):
         """A Row of steps with text and a tenth of the fine target tokens as queries, all tokens as keys.
 
         apart: with a product for each of q, k and v; only before any edit was run by a runner. seen: a list, in which
-        the last step's velocity is left.
+        the last step's velocity is left. precision: of the products, attention: of that; both may be "fp8".
         """
         torch.manual_seed(0)
         if not apart and self.device.type == "cuda":
@@ -219,11 +222,18 @@ class Bench:
 
         def step():
             if not layouts:
-                kept = model.runner.buffers("kept", 2 * model.blocks, (1, keys, heads, dim), self.dtype, self.device)
-                for x in kept:
-                    x.normal_()
-                attention = StepLayout(sequence, None, list(zip(kept[::2], kept[1::2])), "kept")
-                layouts.append(FluxLayout(torch.zeros(slots, 3, device=self.device), attention))
+                if attention == "fp8":
+                    cache = model._kept_in_fp8("kept", 1, keys, self.device)
+                    for kept in cache:
+                        self.fill_in_fp8(kept)
+                else:
+                    shape = (1, keys, heads, dim)
+                    kept = model.runner.buffers("kept", 2 * model.blocks, shape, self.dtype, self.device)
+                    for x in kept:
+                        x.normal_()
+                    cache = list(zip(kept[::2], kept[1::2]))
+                layout = StepLayout(sequence, None, cache, "kept")
+                layouts.append(FluxLayout(torch.zeros(slots, 3, device=self.device), layout))
             with fp8.active(model.runner.linears if precision == "fp8" else None):
                 for _ in range(10):
                     found = model.velocity(words, tokens, conditioning, layouts[0])
@@ -235,6 +245,13 @@ class Bench:
         moved += 2 * model.blocks * keys * heads * dim * tokens.element_size()
         roofline = max(flops / FLOPS_A_SECOND, moved / BYTES_A_SECOND)
         return Row(step, times=10, facts={"flops": flops, "bytes": moved, "roofline_seconds": roofline})
+
+    def fill_in_fp8(self, kept):
+        """The numbers that keys and values in the model's dtype get, rounded; scales that hold them, and q."""
+        for x, scale in ((kept.k, kept.k_scale), (kept.v, kept.v_scale)):
+            scale.fill_(16 / 448)
+            x.copy_(torch.empty(x.shape, dtype=self.dtype, device=self.device).normal_() / scale[..., None])
+        kept.q_scale.fill_(16 / 448)
 
     def autoencoder(self, decode, fused):
         pixels = torch.rand(1, 3, self.args.side, self.args.side, device=self.device, dtype=self.dtype) * 2 - 1
@@ -268,18 +285,23 @@ class Bench:
                  "locked-cached": dict(finish="locked", kv_refresh=9),
                  "locked-bracket": dict(finish="locked", kv_refresh="bracket"),
                  "locked-cached-fp8": dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8"),
+                 "locked-cached-fp8-precision": dict(finish="locked", kv_refresh=9, precision="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
-        kinds |= TIERS | {f"{kind} fp8": options | dict(precision="fp8") for kind, options in TIERS.items()}
+        for ending in ("fp8", "fp8-products"):
+            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in TIERS.items()}
+        kinds |= TIERS
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
+                # products: without attention in fp8
+                attends = (lambda *_: False) if kind.endswith("-products") else fp8.attends
                 for scattered in (False, True):
                     for share in self.args.areas:
                         kind_of = f"{kind} {runner}" + (" scattered" if scattered else "")
                         mask, facts = (share, scattered), {"kind": kind_of, "area": share}
-                        rows[f"{kind_of}, {share:.0%}"] = lambda c=config, m=mask, f=facts: Row(
-                            lambda: self.specedit(c, region(self.args.side, *m)), facts=f
+                        rows[f"{kind_of}, {share:.0%}"] = lambda c=config, m=mask, f=facts, a=attends: Row(
+                            lambda: self.specedit(c, region(self.args.side, *m), attends=a), facts=f
                         )
             # without the padding of short prompts, as max_sequence_length leaves it out
             for text in (128, 256):
@@ -290,6 +312,10 @@ class Bench:
             if runner != "eager":
                 rows[f"active step {runner}"] = lambda r=runner: self.active_step(r)
                 rows[f"active step {runner}, products in fp8"] = lambda r=runner: self.active_step(r, precision="fp8")
+                if self.device.type == "cuda" and ops.backend_of("mixed_res_attn_fp8")[0] == "cuda":
+                    rows[f"active step {runner}, products and attention in fp8"] = lambda r=runner: self.active_step(
+                        r, precision="fp8", attention="fp8"
+                    )
         for fused in (False, True):
             for decode in (False, True):
                 name = ("decode" if decode else "encode") + (", fused norms" if fused else "")

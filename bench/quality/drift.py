@@ -24,12 +24,13 @@ from PIL import Image
 from runtime import replace_file
 
 from specedit_kernels import codec_of, ops
+from specedit_kernels.cli.mask import pair_threshold
 from specedit_kernels.images.align import Drift, align, estimate_drift
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 TINY = Path(__file__).parents[2] / "specedit_kernels" / "assets" / "tiny_kontext"
 SCORED_AREA = 1024**2
-THRESHOLD = 0.14  # of `specedit mask`
+THRESHOLD = 0.14  # of `specedit mask`, at most
 # name -> (shift x, y in pixels, zoom, brightness, JPEG quality)
 CASES = {
     "none": (0, 0, 1, 1, None),
@@ -137,7 +138,8 @@ class Scorer:
 
     def share(self, source, edited):
         scores, grid = self.scores(source, edited)
-        return float(ops.select_tokens(scores, grid, THRESHOLD, 1, 0)[0].float().mean())
+        threshold = pair_threshold(scores, THRESHOLD)
+        return float(ops.select_tokens(scores, grid, threshold, 1, 0)[0].float().mean())
 
 
 def brought(source, edited, drift):

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
   // If no split has a key, all weights are 0. NaN is kept.
-  const float weight = mine.y == 0.0f ? 0.0f : mine.y * exp2f((mine.x - max) * kLog2E);
+  const float weight = mine.y == 0.0f ? 0.0f : mine.y * exp2f((mine.x - max) * (kIsFp8<T> ? 1.0f : kLog2E));
   float weight_sum = 0.0f;
   float sum[kColumnsOfLane] = {};
   // A split without keys for this row has weight 0: what is in its memory is not used.
@@ -62,16 +62,17 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   }
   for (int split = kLoadsAtOnce; split < num_splits; ++split) add(split, read(split));
   if (lane == 0) {
-    *lse_ptr(p, tile.batch, tile.head, offset + slot) = lse_of(max, weight_sum);
+    *lse_ptr(p, tile.batch, tile.head, offset + slot) = lse_of<T>(max, weight_sum);
   }
   if (out_row < 0) return;
   const float inverse = weight_sum == 0.0f ? 0.0f : 1.0f / weight_sum;
   uint32_t word[kColumnsOfLane / 2];
 #pragma unroll
   for (int i = 0; i < kColumnsOfLane / 2; ++i) {
-    word[i] = sm90::pack<T>(sum[2 * i] * inverse, sum[2 * i + 1] * inverse);
+    word[i] = sm90::pack<OutputOf<T>>(sum[2 * i] * inverse, sum[2 * i + 1] * inverse);
   }
-  T* target = static_cast<T*>(p.out) + (p.cu_seqlens_q == nullptr ? tile.batch * p.out_strides.batch : 0) +
+  OutputOf<T>* target = static_cast<OutputOf<T>*>(p.out) +
+      (p.cu_seqlens_q == nullptr ? tile.batch * p.out_strides.batch : 0) +
       out_row * p.out_strides.row + tile.head * p.out_strides.head + lane * kColumnsOfLane;
   if constexpr (kColumnsOfLane == 4) *reinterpret_cast<uint2*>(target) = make_uint2(word[0], word[1]);
   else *reinterpret_cast<uint32_t*>(target) = word[0];

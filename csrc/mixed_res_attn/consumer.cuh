@@ -11,9 +11,6 @@ namespace specedit::attn {
 
 constexpr int kSoftmaxChunks = 4;  // the softmax of a K tile is computed in so many chunks of keys
 constexpr int kPvWaitChunk = 3;    // the chunk before which it waits for the last P V product
-// Row maxima and biases up to this size are near: rounding takes no more than 2^-10 off an exponent that one
-// multiply-add makes of a product. Off a bias of 1e9 it may take 64, and 2^64 is infinite in fp16.
-constexpr float kNear = 4096;
 // A thread's sum of the weights of a row and K tile above which the row maximum is raised. bf16 and fp16 hold weights
 // of this size without loss.
 constexpr float kRescaleSum = 4096;
@@ -35,12 +32,20 @@ struct Consumer {
   // columns of row lane / 4 + 8. So a thread has two rows, r = 0 and 1, and four threads share a row.
   float acc_o[D / 2];
   float acc_s[N / 2];
-  uint32_t reg_p[N / 4];  // weights, as the product's operand in registers
+  uint32_t reg_p[N * sizeof(T) / 8];  // weights, as the product's operand in registers
   float row_max[2];  // running, of scores: after the scale and with biases
   float row_sum[2];  // running, this thread's columns only
   float exponent_offset[2];  // added to the exponents of this K tile
   float o_scale[2];  // what acc_o is to be multiplied with
   bool needs_rescale;
+  // Of e4m3 numbers. Then row_max is in base 2, and lower by kWeightShift.
+  struct Scales {
+    float unit[2];      // from a product to an exponent
+    float value_scale;  // what the result is to be multiplied with; by row, the largest scale of v so far
+  };
+  // Nothing where it is not used: the compiler orders the code of other kernels by it.
+  struct NoScales {};
+  std::conditional_t<kIsFp8<T>, Scales, NoScales> scales;
 
   // ---- Mainloop ----
   template <bool BIAS_COLUMNS>
@@ -84,6 +89,20 @@ struct Consumer {
   template <int BEGIN, int END>
   __device__ void pack_p();
 
+  // ---- Softmax of e4m3 numbers ----
+  __device__ Scales look_up_scales(const WorkTile& work) const;
+  __device__ bool is_far_fp8() const;
+  __device__ void add_key_biases(int stage);
+  template <bool SCORES>
+  __device__ void raise_row_max_fp8(float constant);
+  template <bool FIRST, int c>
+  __device__ void weights_of_chunk(
+      int stage, uint32_t kv_idx, const float (&factor)[2], float (&even)[2], float (&odd)[2]);
+  template <int BEGIN, int END>
+  __device__ void pack_p_fp8();
+  template <bool FIRST>
+  __device__ void softmax_fp8(const WorkTile& work, int n_block, uint32_t kv_idx, int bias_flags);
+
   // ---- Epilogue ----
   __device__ int valid_rows(uint32_t q_phase) const;
   __device__ void look_up_out_rows(const WorkTile& work, int (&out_rows)[2]) const;
@@ -93,6 +112,12 @@ struct Consumer {
       const WorkTile& work, const float (&x)[D / 2], const float (&lse)[2], const int (&out_rows)[2]);
   __device__ void store(
       const WorkTile& work, const float (&x)[D / 2], const float (&lse)[2], const int (&out_rows)[2]);
+
+  template <bool FIRST>
+  __device__ void softmax_of_tile(const WorkTile& work, int n_block, uint32_t kv_idx, int bias_flags) {
+    if constexpr (kIsFp8<T>) softmax_fp8<FIRST>(work, n_block, kv_idx, bias_flags);
+    else softmax<FIRST>(work, n_block, kv_idx, bias_flags);
+  }
 
   // The first of this thread's two rows of a work tile; the other is 8 further.
   __device__ int first_row() const {
@@ -136,6 +161,7 @@ struct Consumer {
 template <typename T, int D, bool GATHER>
 template <bool BIAS_COLUMNS>
 __device__ inline void Consumer<T, D, GATHER>::mma_qk(int stage) {
+  using Product = std::conditional_t<kIsFp8<T>, sm90::WgmmaE4m3<N>, sm90::Wgmma<T, N>>;
   sm90::warpgroup_arrive();
   if constexpr (BIAS_COLUMNS) {
     // Groups of 8 keys follow each other. All groups of 8 queries are the same rows of ones.
@@ -148,11 +174,11 @@ __device__ inline void Consumer<T, D, GATHER>::mma_qk(int stage) {
   const uint32_t a = sm90::opaque(sm90::smem_descriptor_low(s.q[wg], 0));
   const uint32_t b = sm90::smem_descriptor_low(s.k[stage], 0);
 #pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-    // 16 columns are 32 bytes; a panel has 64 columns. Descriptors count 16-byte units.
+  for (int i = 0; i < D * static_cast<int>(sizeof(T)) / 32; ++i) {
+    // A step has 32 bytes of a row, a panel 128. Descriptors count 16-byte units.
     const uint32_t a_step = i / 4 * (kWarpgroupRows * 128 / 16) + i % 4 * 2;
     const uint32_t b_step = i / 4 * (N * 128 / 16) + i % 4 * 2;
-    sm90::Wgmma<T, N>::ss(
+    Product::ss(
         acc_s, sm90::swizzle128_descriptor(a + a_step), sm90::swizzle128_descriptor(b + b_step),
         BIAS_COLUMNS || i > 0);
   }
@@ -163,10 +189,20 @@ __device__ inline void Consumer<T, D, GATHER>::mma_qk(int stage) {
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::mma_pv(int stage) {
   sm90::warpgroup_arrive();
-  const uint32_t b = sm90::smem_descriptor_low(s.v[stage], N * 128);
+  if constexpr (kIsFp8<T>) {
+    // V^T in panels of 64 keys; a step has 32.
+    const uint32_t b = sm90::smem_descriptor_low(s.v[stage], 0);
 #pragma unroll
-  for (int i = 0; i < N / 16; ++i) {
-    sm90::Wgmma<T, D>::rs(acc_o, reg_p + 4 * i, sm90::swizzle128_descriptor(b + i * (16 * 128 / 16)));
+    for (int i = 0; i < N / 32; ++i) {
+      sm90::WgmmaE4m3<D>::rs(
+          acc_o, reg_p + 4 * i, sm90::swizzle64_descriptor(b + i / 2 * (D * kValuePanel / 16) + i % 2 * 2));
+    }
+  } else {
+    const uint32_t b = sm90::smem_descriptor_low(s.v[stage], N * 128);
+#pragma unroll
+    for (int i = 0; i < N / 16; ++i) {
+      sm90::Wgmma<T, D>::rs(acc_o, reg_p + 4 * i, sm90::swizzle128_descriptor(b + i * (16 * 128 / 16)));
+    }
   }
   sm90::warpgroup_commit_batch();
 }
@@ -175,7 +211,8 @@ template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::issue_qk(uint32_t kv_idx, int bias_flags) {
   sm90::warpgroup_fence_operand(acc_s);
   // Each branch commits a batch of its own: if both shared a commit, the compiler would make the others wait for it.
-  if (__any_sync(0xffffffffu, bias_flags & kBiasInColumns)) mma_qk<true>(stage_of(kv_idx));
+  if constexpr (kIsFp8<T>) mma_qk<false>(stage_of(kv_idx));
+  else if (__any_sync(0xffffffffu, bias_flags & kBiasInColumns)) mma_qk<true>(stage_of(kv_idx));
   else mma_qk<false>(stage_of(kv_idx));
 }
 
@@ -220,6 +257,7 @@ __device__ inline void Consumer<T, D, GATHER>::clear() {
     row_max[r] = -INFINITY;
     row_sum[r] = 0.0f;
   }
+  if constexpr (kIsFp8<T>) scales.value_scale = 0.0f;
 }
 
 template <typename T, int D, bool GATHER>
@@ -237,7 +275,7 @@ template <typename T, int D, bool GATHER>
 template <typename Meanwhile>
 __device__ inline void Consumer<T, D, GATHER>::attend(
     const WorkTile& work, uint32_t& kv_idx, int bias_flags, Meanwhile meanwhile) {
-  softmax<true>(work, work.n_block_begin, kv_idx, bias_flags);
+  softmax_of_tile<true>(work, work.n_block_begin, kv_idx, bias_flags);
   for (int n_block = work.n_block_begin + 1; n_block < work.n_block_end; ++n_block) {
     // Q K of this K tile and P V of the one before are issued together; the softmax runs during P V.
     consumer_wait(&s.k_full[stage_of(kv_idx + 1)], phase_of(kv_idx + 1));
@@ -247,7 +285,7 @@ __device__ inline void Consumer<T, D, GATHER>::attend(
     issue_pv(kv_idx);
     if (work.has_rows(1)) warp_scheduler_arrive();
     ++kv_idx;
-    softmax<false>(work, n_block, kv_idx, bias_flags);
+    softmax_of_tile<false>(work, n_block, kv_idx, bias_flags);
   }
   issue_pv(kv_idx);
   meanwhile();
@@ -280,6 +318,10 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
   int out_rows[2];
   bool to_store = false;  // whether that is not stored yet
   bool more = work.get(p, s, 0);
+  Scales next{};  // of `work`, of e4m3 numbers
+  if constexpr (kIsFp8<T>) {
+    if (more) next = look_up_scales(work);
+  }
   for (int work_idx = 1;; ++work_idx) {
     if (more) wait_q(q_phase);
     if (__any_sync(0xffffffffu, more && work.has_rows(wg) && work.n_block_begin < work.n_block_end)) {
@@ -289,10 +331,14 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       last = work;
       to_store = true;
       clear();
+      if constexpr (kIsFp8<T>) scales = next;
       const int valid = valid_rows(q_phase ^ 1);
       attend(last, kv_idx, bias_flags, [&] {
         look_up_out_rows(last, out_rows);
         more = work.get(p, s, work_idx);
+        if constexpr (kIsFp8<T>) {
+          if (more) next = look_up_scales(work);
+        }
       });
       finalize(last, valid, x, lse);
     } else {
@@ -306,6 +352,9 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       finalize(last, 0, x, lse);
       look_up_out_rows(last, out_rows);
       more = work.get(p, s, work_idx);
+      if constexpr (kIsFp8<T>) {
+        if (more) next = look_up_scales(work);
+      }
     }
   }
 }

@@ -69,8 +69,10 @@ __device__ inline void Consumer<T, D, GATHER>::look_up_out_rows(const WorkTile& 
   }
 }
 
-// lse, -inf without keys.
+// lse, -inf without keys. Of e4m3 numbers the maximum is in base 2.
+template <typename T>
 __device__ inline float lse_of(float max, float sum) {
+  if constexpr (kIsFp8<T>) return sum == 0.0f ? -INFINITY : (log2f(sum) + max) * kLn2;
   return sum == 0.0f ? -INFINITY : fmaf(log2f(sum), kLn2, max);
 }
 
@@ -86,7 +88,8 @@ __device__ inline void Consumer<T, D, GATHER>::finalize(
     const float sum = quad_sum(row_sum[r]);
     inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const float valid_sum = (valid >> r & 1) == 0 ? 0.0f : sum;
-    lse[r] = lse_of(row_max[r], valid_sum);
+    if constexpr (kIsFp8<T>) inverse[r] *= scales.value_scale;
+    lse[r] = lse_of<T>(row_max[r], valid_sum);
     const int row = first_row() + 8 * r;
     if (work.split_slot >= 0 && row < work.rows && threadIdx.x % 4 == 0) {
       p.max_sum_partial[static_cast<int64_t>(work.split_slot) * kBlockM + row] = make_float2(row_max[r], valid_sum);
@@ -128,7 +131,8 @@ __device__ inline void Consumer<T, D, GATHER>::store_rows(
     if (row < work.rows && c == 0) {
       *lse_ptr(p, work.batch, work.head, s.row_offset_q(work.batch) + work.m_block * kBlockM + row) = lse[r];
     }
-    T* const target = static_cast<T*>(p.out) + (p.cu_seqlens_q == nullptr ? work.batch * p.out_strides.batch : 0) +
+    OutputOf<T>* const target = static_cast<OutputOf<T>*>(p.out) +
+        (p.cu_seqlens_q == nullptr ? work.batch * p.out_strides.batch : 0) +
         out_row * p.out_strides.row + work.head * p.out_strides.head;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
@@ -136,7 +140,7 @@ __device__ inline void Consumer<T, D, GATHER>::store_rows(
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int element = 16 * i + 4 * j + 2 * r;
-        word[j] = sm90::pack<T>(x[element], x[element + 1]);
+        word[j] = sm90::pack<OutputOf<T>>(x[element], x[element + 1]);
       }
       const bool upper = c & 2;
       const uint32_t a = __shfl_xor_sync(0xffffffffu, upper ? word[0] : word[2], 2);

@@ -15,6 +15,7 @@
 //   producer_bias.cuh   biases enter through the matrix product: one step more for each eight of Q K^T (D = 128)
 //   consumer.cuh        the mainloop
 //   softmax.cuh         the row maximum is raised only where sums of weights show that it must be
+//   softmax_fp8.cuh, producer_key_tables.cuh  the same of e4m3 numbers
 //   epilogue.cuh        the stores
 //   combine.cuh         the second kernel, which merges splits
 #pragma once
@@ -24,8 +25,10 @@
 #include "mixed_res_attn/epilogue.cuh"
 #include "mixed_res_attn/producer_bias.cuh"
 #include "mixed_res_attn/producer_gather.cuh"
+#include "mixed_res_attn/producer_key_tables.cuh"
 #include "mixed_res_attn/producer_tma.cuh"
 #include "mixed_res_attn/softmax.cuh"
+#include "mixed_res_attn/softmax_fp8.cuh"
 
 namespace specedit::attn {
 
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
       if (p.rows_k > 0) sm90::prefetch_tma_descriptor(&p.tma_v);
     }
   }
-  init_bias_constants<T>(s);
+  if constexpr (!kIsFp8<T>) init_bias_constants<T>(s);
   // Up to here nothing was read or written that an earlier grid may still use. A host plan is a kernel argument, so it
   // may be read before the wait, too.
   if (!p.plan.planned) sm90::wait_on_dependent_grids();
@@ -74,11 +77,12 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
     } else if (warp == 0) {
       TmaProducer<T, D>{p, s}.run();
     } else if (warp == 1) {
-      produce_biases<T, D>(p, s);
+      if constexpr (kIsFp8<T>) produce_key_tables<T, D>(p, s);
+      else produce_biases<T, D>(p, s);
     } else {
       if (p.q_index != nullptr) produce_queries<T, D>(p, s, warp - 2);
       if (warp == 3) write_split_tile(p, s);
-      store_empty_slots<T, D>(p, s, blockIdx.x * 2 + warp - 2, gridDim.x * 2);
+      store_empty_slots<OutputOf<T>, D>(p, s, blockIdx.x * 2 + warp - 2, gridDim.x * 2);
     }
   } else {
     sm90::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "mixed_res_attn/e4m3.h"
 #include "mixed_res_attn/plan.h"
 
 namespace specedit::attn {
@@ -18,12 +19,17 @@ constexpr int kPregatherMinTiles = 20;
 constexpr int kCombineThreads = 256;
 constexpr int kCombineRows = kCombineThreads / 32;  // of a CTA, one for each warp
 
+constexpr int kValuePanel = 64;  // e4m3 numbers: keys of a panel of V^T, with the 64-byte swizzle
+
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2E = 1.4426950408889634f;
 
 // A score counts as it is after the scale and with its bias, so that a bias of any size is one that fp32 holds.
 // By how much a score may exceed the running row maximum before the accumulators are rescaled: weights up to 2^8.
 constexpr float kRescaleThreshold = 8 * kLn2;
+// Row maxima and biases up to this size are near: rounding takes no more than 2^-10 off an exponent that one
+// multiply-add makes of a product. Off a bias of 1e9 it may take 64, and 2^64 is infinite in fp16.
+constexpr float kNear = 4096;
 // The largest bias that columns of K add (see producer_bias.cuh). It lets in fp16's lowest number, a usual mask; beside
 // it the tensor core's rounding is still less than a tenth.
 constexpr float kColumnBiasMax = 65536;
@@ -65,6 +71,9 @@ struct Params {
   int rows_q, rows_k, rows_out;    // rows in memory
   int max_split_tiles;
   HostPlan plan;
+  // Of e4m3 numbers alone: their scales. The row stride of a scale a head is 0.
+  const float *q_scale, *k_scale, *v_scale;
+  Strides q_scale_strides, k_scale_strides, v_scale_strides;
 
   void set_scale(double scale, bool half) {
     softmax_scale = static_cast<float>(scale);

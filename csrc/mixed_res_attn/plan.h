@@ -23,6 +23,7 @@ constexpr int kThreads = 384;          // of a CTA: one producer warpgroup and t
 constexpr int kWarpgroupRows = 64;     // queries of a consumer warpgroup
 constexpr int kBlockM = 128;           // queries of a work tile
 constexpr int kBlockN = 176;           // keys of a K tile
+constexpr int kBlockNFp8 = 192;        // the same of e4m3 numbers
 constexpr int kMaxBatch = 512;         // batch entries whose lengths fit in shared memory
 constexpr int kMaxHostPlanCtas = 192;  // CTAs for which the host makes a plan
 
@@ -87,9 +88,9 @@ struct Remainders {
   bool last_is_half;         // the last tile of a head has queries for one consumer warpgroup only
   int full_cost, last_cost;  // of the remainder of a tile, and of a head's last tile
 
-  SPECEDIT_HOST_DEVICE static Remainders of(int seqlen_q, int seqlen_k, int cost_limit) {
+  SPECEDIT_HOST_DEVICE static Remainders of(int seqlen_q, int seqlen_k, int cost_limit, int block_n) {
     Remainders x;
-    const int n_blocks = ceil_div(seqlen_k, kBlockN);
+    const int n_blocks = ceil_div(seqlen_k, block_n);
     x.m_blocks = ceil_div(seqlen_q, kBlockM);
     x.last_is_half = seqlen_q % kBlockM != 0 && seqlen_q % kBlockM <= kWarpgroupRows;
     x.full_cost = remainder_cost(n_blocks, n_block_cost(false), cost_limit);
@@ -148,13 +149,14 @@ SPECEDIT_HOST_DEVICE inline bool limit_suffices(
 }
 
 // The plan where all batch entries have the same lengths: they count as more heads. CTAs that had half tiles in the
-// full waves have time to spare: they become stream-K CTAs and get longer ranges.
-inline void plan_on_host(HostPlan& plan, int seqlen_q, int seqlen_k, int num_tiles, int num_ctas) {
+// full waves have time to spare: they become stream-K CTAs and get longer ranges. block_n: keys of a K tile.
+inline void plan_on_host(
+    HostPlan& plan, int seqlen_q, int seqlen_k, int num_tiles, int num_ctas, int block_n = kBlockN) {
   constexpr int kMaxSpareWaves = 8;  // with more waves, half tiles are spread evenly
   plan.planned = true;
   plan.partial_wave_tiles = num_tiles % num_ctas;
   plan.full_wave_tiles = num_tiles - plan.partial_wave_tiles;
-  const int n_blocks = ceil_div(seqlen_k, kBlockN);
+  const int n_blocks = ceil_div(seqlen_k, block_n);
   const int num_ranges = num_ctas - plan.partial_wave_tiles;
   const int tile_cost = kFullBlockCost * n_blocks + kSplitOverheadCost;
   const int m_blocks = ceil_div(seqlen_q, kBlockM);
@@ -163,7 +165,7 @@ inline void plan_on_host(HostPlan& plan, int seqlen_q, int seqlen_k, int num_til
   if (split) {
     std::array<int, kMaxHostPlanCtas> order;
     std::iota(order.begin(), order.end(), 0);
-    if (Remainders::of(seqlen_q, seqlen_k, 0).last_is_half && plan.full_wave_tiles <= kMaxSpareWaves * num_ctas) {
+    if (Remainders::of(seqlen_q, seqlen_k, 0, block_n).last_is_half && plan.full_wave_tiles <= kMaxSpareWaves * num_ctas) {
       for (int tile = m_blocks - 1; tile < plan.full_wave_tiles; tile += m_blocks) {
         spare[tile % num_ctas] += (kFullBlockCost - kHalfBlockCost) * n_blocks;
       }
@@ -174,7 +176,7 @@ inline void plan_on_host(HostPlan& plan, int seqlen_q, int seqlen_k, int num_til
   }
   const int all_spare = std::accumulate(spare.begin() + plan.partial_wave_tiles, spare.end(), 0);
   const auto cost_at = [&](int cost_limit) {
-    const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit);
+    const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit, block_n);
     return remainders.cost_before(num_tiles) - remainders.cost_before(plan.full_wave_tiles);
   };
   // The lowest limit at which no range takes longer than a first split.
@@ -193,7 +195,7 @@ inline void plan_on_host(HostPlan& plan, int seqlen_q, int seqlen_k, int num_til
     return;
   }
   plan.cost_limit = cost_limit;
-  const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit);
+  const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit, block_n);
   const int step =
       range_cost(std::max(cost_at(cost_limit) - all_spare, 0), num_ranges, n_blocks) - kSplitOverheadCost;
   for (int i = 0, cost = remainders.cost_before(plan.full_wave_tiles); i <= num_ranges; ++i) {

@@ -13,6 +13,8 @@ namespace specedit::attn {
 // become zeros.
 template <typename T, int D, int WORDS>
 struct QueryRows {
+  static constexpr int kPanels = D * sizeof(T) / 128;  // of 128 bytes of a row
+  static constexpr int kPanelColumns = 128 / sizeof(T);
   int rows[WORDS];
   uint32_t valid[WORDS];
 
@@ -40,7 +42,7 @@ struct QueryRows {
       if ((valid[i] >> threadIdx.x % 32 & 1) == 0) continue;
       const T* row = base(p, work) + rows[i] * p.q_strides.row;
 #pragma unroll
-      for (int panel = 0; panel < D / 64; ++panel) sm90::prefetch_l2(row + panel * 64);
+      for (int panel = 0; panel < kPanels; ++panel) sm90::prefetch_l2(row + panel * kPanelColumns);
     }
   }
 
@@ -48,7 +50,7 @@ struct QueryRows {
   // warp copies four rows in a step. From one step to the next, the swizzle flips bit 2 of the chunk.
   __device__ void copy(const Params& p, const WorkTile& work, T* tile, int first) const {
     const int lane = threadIdx.x % 32;
-    const T* source = base(p, work) + lane % 8 * 8;
+    const T* source = base(p, work) + lane % 8 * (kPanelColumns / 8);
     const uint32_t even =
         sm90::cast_smem_ptr_to_uint(tile) + first * 128 + swizzle128_offset(lane / 8, lane % 8, kWarpgroupRows);
     const uint32_t odd = even ^ 64;
@@ -59,8 +61,8 @@ struct QueryRows {
       const T* from = source + row * p.q_strides.row;
       const uint32_t to = (i % 2 == 0 ? even : odd) + i * 4 * 128;
 #pragma unroll
-      for (int panel = 0; panel < D / 64; ++panel) {
-        sm90::cp_async_zfill(to + panel * kWarpgroupRows * 128, from + panel * 64, exists);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        sm90::cp_async_zfill(to + panel * kWarpgroupRows * 128, from + panel * kPanelColumns, exists);
       }
     }
   }

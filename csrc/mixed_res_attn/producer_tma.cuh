@@ -15,7 +15,52 @@ struct TmaProducer {
   Storage& s;
   uint32_t last_block_phase = 0;
 
+  // V^T in panels of kValuePanel keys; K in two halves of its rows (see key_of_row). Both by one thread.
+  template <bool VALUES>
+  __device__ static void load_e4m3(
+      const CUtensorMap* map, T* target, uint64_t* loaded, int row, int head, int batch) {
+    constexpr int kBlockN = Traits::kBlockN;
+    if constexpr (VALUES) {
+#pragma unroll
+      for (int key = 0; key < kBlockN; key += kValuePanel) {
+        sm90::tma_load(target + key * D, map, loaded, row + key, 0, head, batch, 0);
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sm90::tma_load(target + half * (kBlockN / 2) * D, map, loaded, 0, 2 * half, row / 4, head, batch);
+      }
+    }
+  }
+
+  // Zeros in the place of keys from `valid` on: the work of a warp.
+  template <bool VALUES>
+  __device__ static void clear_e4m3(T* target, int valid) {
+    constexpr int kBlockN = Traits::kBlockN;
+    const int lane = threadIdx.x % 32;
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(target);
+    if constexpr (VALUES) {
+      for (int i = lane; i < D * kBlockN / 16; i += 32) {
+        const int row = i % D;
+        const int chunk = i / D;
+        const int left = valid - chunk * 16;  // keys that stay
+        if (left >= 16) continue;
+        uint32_t* const words = reinterpret_cast<uint32_t*>(bytes + swizzle64_offset(row, chunk, D));
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const int stay = clamp(left - word * 4, 0, 4);
+          if (stay < 4) words[word] = stay == 0 ? 0 : words[word] & (1u << stay * 8) - 1;
+        }
+      }
+    } else {
+      for (int i = lane; i < kBlockN * 8; i += 32) {
+        if (key_of_row<kBlockN>(i / 8) >= valid) reinterpret_cast<uint4*>(bytes)[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
   // Loads rows [row, row + kBlockN) of K or V. Rows from `valid` on become zero: a weight of 0 times NaN is NaN.
+  template <bool VALUES>
   __device__ void load(
       const CUtensorMap* map, T* target, uint64_t* full, uint64_t* empty, uint32_t phase, int row, int head, int batch,
       int valid) {
@@ -27,15 +72,20 @@ struct TmaProducer {
     uint64_t* loaded = other_rows ? &s.last_block_loaded : full;
     if (lane == 0) {
       sm90::mbarrier_arrive_and_expect_tx(loaded, Traits::kBlockN * D * sizeof(T));
-      sm90::tma_load(target, map, loaded, 0, row, 0, head, batch);
+      if constexpr (kIsFp8<T>) load_e4m3<VALUES>(map, target, loaded, row, head, batch);
+      else sm90::tma_load(target, map, loaded, 0, row, 0, head, batch);
     }
     if (other_rows) {
       sm90::mbarrier_wait(loaded, last_block_phase);
       last_block_phase ^= 1;
-      uint4* const words = reinterpret_cast<uint4*>(target);
-      for (int i = valid * 8 + lane; i < Traits::kBlockN * 8; i += 32) {
+      if constexpr (kIsFp8<T>) {
+        clear_e4m3<VALUES>(target, valid);
+      } else {
+        uint4* const words = reinterpret_cast<uint4*>(target);
+        for (int i = valid * 8 + lane; i < Traits::kBlockN * 8; i += 32) {
 #pragma unroll
-        for (int panel = 0; panel < D / 64; ++panel) words[panel * Traits::kBlockN * 8 + i] = make_uint4(0, 0, 0, 0);
+          for (int panel = 0; panel < D / 64; ++panel) words[panel * Traits::kBlockN * 8 + i] = make_uint4(0, 0, 0, 0);
+        }
       }
       sm90::fence_view_async_shared();
       __syncwarp();
@@ -71,15 +121,17 @@ struct TmaProducer {
       };
       const auto load_v = [&](int n_block) {
         const int start = n_block * Traits::kBlockN;
-        load(&p.tma_v, s.v[v_pipe.stage], &s.v_full[v_pipe.stage], &s.v_empty[v_pipe.stage], v_pipe.phase,
-             k_row + start, kv_head, kv_batch, seqlen_k - start);
+        load<true>(
+            &p.tma_v, s.v[v_pipe.stage], &s.v_full[v_pipe.stage], &s.v_empty[v_pipe.stage], v_pipe.phase,
+            k_row + start, kv_head, kv_batch, seqlen_k - start);
         v_pipe.advance();
       };
       if (work.n_block_begin == work.n_block_end) load_q();
       for (int n_block = work.n_block_begin; n_block < work.n_block_end; ++n_block) {
         const int start = n_block * Traits::kBlockN;
-        load(&p.tma_k, s.k[k_pipe.stage], &s.k_full[k_pipe.stage], &s.k_empty[k_pipe.stage], k_pipe.phase,
-             k_row + start, kv_head, kv_batch, seqlen_k - start);
+        load<false>(
+            &p.tma_k, s.k[k_pipe.stage], &s.k_full[k_pipe.stage], &s.k_empty[k_pipe.stage], k_pipe.phase,
+            k_row + start, kv_head, kv_batch, seqlen_k - start);
         k_pipe.advance();
         if (n_block == work.n_block_begin) load_q();
         else load_v(n_block - 1);

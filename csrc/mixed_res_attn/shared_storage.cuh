@@ -21,13 +21,25 @@ enum BiasFlags : int {
   kBiasInColumns = 1,   // biases differ, and the matrix product adds them (see producer_bias.cuh)
   kBiasOutOfRange = 2,  // biases differ, and one is too large for the columns: the consumer adds them
   kBiasJump = 4,        // a bias is so far above those of the tiles before that weights may not be finite
+  kBiasInTable = 8,     // e4m3 numbers: the consumer adds the biases of key_table
 };
+
+// Of e4m3 numbers: what the consumer takes of each key of a K tile. The scales are there where they come by row.
+enum KeyTable : int {
+  kKeyBias = 0,    // bias * log2(e), -inf for no key
+  kKeyScale = 1,   // of the row of k
+  kValueScale = 2, // of the row of v, over the largest up to this K tile
+};
+
+// What the kernel writes.
+template <typename T>
+using OutputOf = std::conditional_t<kIsFp8<T>, __nv_bfloat16, T>;
 
 template <typename T, int D, bool GATHER>
 struct KernelTraits {
-  static constexpr int kBlockN = attn::kBlockN;
-  static constexpr int kStages = D == 64 ? 4 : 2;
-  static constexpr int kProducerRegisters = GATHER ? 56 : 40;
+  static constexpr int kBlockN = kIsFp8<T> ? kBlockNFp8 : attn::kBlockN;
+  static constexpr int kStages = kIsFp8<T> ? 3 : D == 64 ? 4 : 2;
+  static constexpr int kProducerRegisters = GATHER || kByRow<T> ? 56 : 40;
   // A CTA has 504 registers for each of 128 threads: three warpgroups start with 168 a thread.
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 16 * 8;
   // Arrivals that fill a K or V stage; a K stage has those of the biases, too.
@@ -35,6 +47,7 @@ struct KernelTraits {
   static constexpr int kBiasWarps = GATHER ? kWarpgroupThreads / 32 : 1;
   // Rows by kv_index: eight lanes copy 128 bytes of a row, so that the warpgroup copies 16 rows in a step.
   static constexpr int kCopySteps = kBlockN / 16;
+  static constexpr int kKeyTables = kByRow<T> ? 3 : 1;
 };
 
 // K and V are pipelines of kStages stages. A stage has two mbarriers: the producer arrives on `full`, and the consumer
@@ -48,12 +61,14 @@ struct SharedStorage {
   T k[Traits::kStages][Traits::kBlockN * D];
   T v[Traits::kStages][Traits::kBlockN * D];
   // Bias columns: 8 columns of a key, 8 zero columns beside them, and the 8 rows of ones in Q that all queries share.
-  T bias_columns[Traits::kStages][Traits::kBlockN * 8];
+  // Of e4m3 numbers none of these are used: the tables of keys lie in the place of the first.
+  std::conditional_t<kIsFp8<T>, float, T>
+      bias_columns[Traits::kStages][Traits::kBlockN * (kIsFp8<T> ? Traits::kKeyTables : 8)];
   T zero_columns[Traits::kBlockN * 8];
   T ones[2][8 * 8];
   // The bias of a tile if it is one number, and its BiasFlags. By kv_index each producer warp has its own keys of a
-  // tile.
-  __align__(16) float bias_constant[Traits::kStages][Traits::kBiasWarps];
+  // tile. Where scales come by row, a second number: the largest scale of v up to this tile.
+  __align__(16) float bias_constant[Traits::kStages][Traits::kBiasWarps + (kByRow<T> ? 1 : 0)];
   __align__(16) int bias_flags[Traits::kStages][Traits::kBiasWarps];
   // Rows by kv_index of two K tiles, for each producer warp and each group of eight lanes.
   __align__(16) int kv_rows[GATHER ? 2 : 1][GATHER ? 4 : 1][4][GATHER ? (Traits::kCopySteps + 3) / 4 * 4 : 1];
@@ -71,6 +86,7 @@ struct SharedStorage {
   int num_tiles, full_wave_tiles, full_waves, cta_rank, partial_wave_tiles, cost_limit, range_step;
   StreamKPosition range_begin, range_end;
 
+  __device__ float* key_table(int stage, KeyTable table) { return bias_columns[stage] + table * Traits::kBlockN; }
   __device__ int row_offset_q(int batch) const { return GATHER ? 0 : offset_q[batch]; }
   __device__ int row_offset_k(int batch) const { return GATHER ? 0 : offset_k[batch]; }
 };
@@ -88,6 +104,19 @@ struct PipelineState {
     }
   }
 };
+
+// K rows of e4m3 numbers lie in another order in a K tile: the first half has keys 4 i and 4 i + 1, the second 4 i + 2
+// and 4 i + 3. So a thread's scores are of 4 keys side by side, and its weights are the operand of P V as they are:
+// there, a thread has 4 contiguous columns where an accumulator has 2.
+template <int BLOCK_N>
+__device__ inline int key_of_row(int row) {
+  return row % (BLOCK_N / 2) / 2 * 4 + row / (BLOCK_N / 2) * 2 + row % 2;
+}
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of `rows` rows with the 64-byte swizzle.
+__device__ inline uint32_t swizzle64_offset(int row, int chunk, int rows) {
+  return (chunk / 4) * rows * 64 + row * 64 + (chunk ^ row / 2) % 4 * 16;
+}
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile of `rows` rows with the 128-byte swizzle.
 __device__ inline uint32_t swizzle128_offset(int row, int chunk, int rows) {

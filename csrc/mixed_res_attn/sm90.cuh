@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "mixed_res_attn/e4m3.h"
+
 namespace specedit::sm90 {
 
 __device__ inline uint32_t cast_smem_ptr_to_uint(const void* at) {
@@ -172,6 +174,11 @@ __device__ inline uint64_t swizzle128_descriptor(uint32_t low) {
   return static_cast<uint64_t>(0x40000040u) << 32 | low;
 }
 
+// That of a tile with the 64-byte swizzle (panels of 64-byte rows): 512 bytes from one group of 8 rows to the next.
+__device__ inline uint64_t swizzle64_descriptor(uint32_t low) {
+  return static_cast<uint64_t>(0x80000020u) << 32 | low;
+}
+
 // That of a tile without swizzle: 8 columns of 8 rows are 128 bytes; `group` bytes from one group of 8 rows to the
 // next.
 __device__ inline uint64_t no_swizzle_descriptor(uint32_t low, uint32_t group) {
@@ -200,6 +207,8 @@ __device__ inline uint32_t opaque(uint32_t x) {
 #define SPECEDIT_LIST88 \
   SPECEDIT_LIST64       \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87"
+
+#define SPECEDIT_LIST96 SPECEDIT_LIST88 ",%88,%89,%90,%91,%92,%93,%94,%95"
 
 #define SPECEDIT_WGMMA(n, type, flag)                       \
   "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #flag ", 0;\n\t" \
@@ -243,10 +252,37 @@ SPECEDIT_DEFINE_WGMMA(128, SPECEDIT_LIST64, 64, 65, 66, 67, 68, 69, SPECEDIT_ACC
 SPECEDIT_DEFINE_WGMMA(
     176, SPECEDIT_LIST88, 88, 89, 90, 91, 92, 93, SPECEDIT_ACC64(d, 0), SPECEDIT_ACC16(d, 64), SPECEDIT_ACC8(d, 80));
 
+// m64nNk32 of e4m3 numbers, fp32 accumulators. Both operands have their 32 columns contiguous, so b of rs is [N, 32].
+template <int N>
+struct WgmmaE4m3;
+
+template <>
+struct WgmmaE4m3<192> {
+  __device__ static inline void ss(float (&d)[96], uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %98, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" SPECEDIT_LIST96
+                 "}, %96, %97, p, 1, 1;\n\t}"
+                 : SPECEDIT_ACC64(d, 0), SPECEDIT_ACC32(d, 64)
+                 : "l"(a), "l"(b), "r"(add));
+  }
+};
+
+template <>
+struct WgmmaE4m3<128> {
+  __device__ static inline void rs(float (&d)[64], const uint32_t* a, uint64_t b) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SPECEDIT_LIST64
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
+                 : SPECEDIT_ACC64(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+  }
+};
+
 #undef SPECEDIT_DEFINE_WGMMA
 #undef SPECEDIT_WGMMA_RS
 #undef SPECEDIT_WGMMA_SS
 #undef SPECEDIT_WGMMA
+#undef SPECEDIT_LIST96
 #undef SPECEDIT_LIST88
 #undef SPECEDIT_LIST64
 #undef SPECEDIT_LIST32
@@ -261,6 +297,22 @@ SPECEDIT_DEFINE_WGMMA(
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline int max3(int x, int y, int z) { return __vimax3_s32(x, y, z); }
+
+__device__ inline float add_rounded_up(float x, float y) { return __fadd_ru(x, y); }
+
+// Four values rounded to e4m3 in one register, `x0` in the lowest byte. Beyond 448 they become 448.
+__device__ inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  uint32_t y;
+  asm("{\n\t.reg .b16 low, high;\n\t"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n\t"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n\t"
+      "mov.b32 %0, {low, high};\n\t}"
+      : "=r"(y)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
   return y;
 }
 

@@ -62,7 +62,8 @@ __device__ inline void visit_remainders(
   for (int b = batch_of(p, s, full_wave_tiles); b < p.batch && s.first_tile[b] < num_tiles; ++b) {
     const int end = b + 1 < p.batch ? s.first_tile[b + 1] : num_tiles;
     if (end == s.first_tile[b]) continue;
-    const Remainders remainders = Remainders::of(s.seqlen_q[b], s.seqlen_k[b], cost_limit);
+    const Remainders remainders =
+        Remainders::of(s.seqlen_q[b], s.seqlen_k[b], cost_limit, Storage::Traits::kBlockN);
     visit(
         b, remainders,
         remainders.cost_before(end - s.first_tile[b]) -
@@ -102,7 +103,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
   for (int start = 0; start < p.batch; start += 32) {
     const int b = start + lane;
     const int count = b < p.batch ? ceil_div(s.seqlen_q[b], kBlockM) * p.heads : 0;
-    if (count > 0) n_blocks = max(n_blocks, ceil_div(s.seqlen_k[b], kBlockN));
+    if (count > 0) n_blocks = max(n_blocks, ceil_div(s.seqlen_k[b], Storage::Traits::kBlockN));
     int sum = count;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -132,7 +133,8 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
   const auto cost_at = [&](int cost_limit) {
     int sum = 0;
     if (one_batch) {
-      const Remainders remainders = Remainders::of(s.seqlen_q[batch], s.seqlen_k[batch], cost_limit);
+      const Remainders remainders =
+          Remainders::of(s.seqlen_q[batch], s.seqlen_k[batch], cost_limit, Storage::Traits::kBlockN);
       sum = (partial_wave_tiles - last_tiles) * remainders.full_cost + last_tiles * remainders.last_cost;
     } else {
       visit_remainders(
@@ -227,7 +229,7 @@ __device__ void write_split_tile(const Params& p, const Storage& s) {
     const int rows = min(s.seqlen_q[tile.batch] - tile.m_block * kBlockM, kBlockM);
     split = {tile.batch,          tile.head, tile.m_block, rows, 2 + __popc(found), begin + __ffs(found) - 1,
              s.partial_wave_tiles};
-    const int n_blocks = ceil_div(s.seqlen_k[tile.batch], kBlockN);
+    const int n_blocks = ceil_div(s.seqlen_k[tile.batch], Storage::Traits::kBlockN);
     if (first_split_blocks(n_blocks, n_block_cost(rows <= kWarpgroupRows), s.cost_limit) == n_blocks) {
       split.num_splits = 0;
     }

@@ -166,4 +166,6 @@ PYBIND11_MODULE(_planner, m) {
   m.def("case_names", &emulation::case_names);
   m.def("kernel_of", &emulation::kernel_of, py::arg("name"));
   m.def("run_case", &emulation::run_case, py::arg("name"), py::arg("seed"), py::arg("slow_warp"));
+  m.def("fp8_case_names", &emulation::fp8_case_names);
+  m.def("run_fp8_case", &emulation::run_fp8_case, py::arg("name"), py::arg("seed"), py::arg("slow_warp"));
 }

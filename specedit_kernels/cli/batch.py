@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`specedit edit` with a folder or a list: many pictures, one load, a result file each; what is finished is skipped."""
+"""`specedit edit` with a folder or a list: many pictures, one load, a result file each; what is finished is skipped.
+
+Started by torchrun, each process has its GPU and takes pictures until none is left.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images.files import WRITTEN, ImageFileError, Photo, reason, shown, write_file
-from . import edit, models
+from . import edit, models, ranks
 from .output import check_output, keep
 from .text import UserError, one_line, say
 
@@ -43,7 +46,23 @@ def is_many(path: str) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All pictures in order. Returns 0 where every one is edited or was before, else 2."""
+    """All pictures in order. Returns 0 where every one is edited or was before, else 2; of several processes the first
+    one does, the others 0."""
+    if not ranks.several():
+        return _run(arguments, None)
+    share = ranks.Share.of_environment()
+    try:
+        with share:
+            return _run(arguments, share)
+    except UserError:
+        return 2  # which is said
+    except Exception:
+        if arguments.traceback:
+            raise
+        return 1
+
+
+def _run(arguments: argparse.Namespace, share: ranks.Share | None) -> int:
     if arguments.preview:
         raise UserError("--preview: expected one picture, got many")
     if arguments.mask_output is not None:
@@ -59,28 +78,36 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{shown(source)}: has no pictures")
     out.mkdir(exist_ok=True)
     options = _options(arguments)
-    wanted = [job for job in jobs if not _finished(job, out, options)]
+    wanted = [number for number, job in enumerate(jobs) if not _finished(job, out, options)]
+    if share is not None:  # another rank may have finished one meanwhile
+        wanted = share.agree(wanted)
     failed: list[str] = []
     if wanted:
         editor = edit.Editor(arguments)
-        for job in _bar(wanted):
+        for place in _bar(len(wanted)) if share is None else share.take(len(wanted)):
             try:
-                _one(editor, job, out, options)
+                _one(editor, jobs[wanted[place]], out, options)
             except (UserError, ImageFileError) as error:
                 failed.append(one_line(str(error)))
                 say(f"specedit: {failed[-1]}", sys.stderr)
+    number, by = len(failed), ""
+    if share is not None:
+        outcomes = share.gather({"failed": number})
+        if outcomes is None:
+            return 0
+        number, by = sum(outcome["failed"] for outcome in outcomes), f", by {share.size} processes"
     say(
-        f"edited      {len(wanted) - len(failed)} of {len(jobs)} pictures into {shown(out)}\n"
+        f"edited      {len(wanted) - number} of {len(jobs)} pictures into {shown(out)}{by}\n"
         f"skipped     {len(jobs) - len(wanted)}, finished before\n"
-        f"failed      {len(failed)}"
+        f"failed      {number}"
     )
-    return 2 if failed else 0
+    return 2 if number else 0
 
 
-def _bar(jobs: list[Job]) -> Any:
+def _bar(count: int) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(jobs, unit="picture", disable=not sys.stderr.isatty())
+    return tqdm(range(count), unit="picture", disable=not sys.stderr.isatty())
 
 
 def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> None:
@@ -99,6 +126,7 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
         "threshold": edited.threshold,
         "fallback": stats.fallback,
         "drift": edit.drift_of(stats),
+        "native": next((str(found) for found in stats.native if found is not None), None),
         "steps": stats.nfe,
         "flops": stats.flops,
         "plain_flops": stats.plain_flops,
@@ -113,7 +141,7 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
     names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold",
-             "mask_mode", "runner", "true_cfg_scale", "reference")  # fmt: skip
+             "mask_mode", "runner", "detail", "true_cfg_scale", "reference")  # fmt: skip
     found = {name: getattr(arguments, name) for name in names}
     found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}

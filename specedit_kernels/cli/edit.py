@@ -15,7 +15,7 @@ from typing import Any
 
 from ..images.boxes import Box
 from ..images.files import Photo, reason, shown
-from . import models
+from . import models, ranks
 from .output import check_output, keep
 from .text import UserError, one_line, say
 
@@ -48,6 +48,8 @@ class Editor:
         """UserError where the options, the folder or the device cannot be."""
         if arguments.preserve == "none" and arguments.output_size == "source":
             raise UserError("--preserve none: expected with --output-size working; at the source's its pixels stay")
+        if arguments.detail == "native" and (arguments.output_size == "working" or arguments.method == "flash"):
+            raise UserError("--detail native: expected with --output-size source and --method specedit")
         if arguments.mask_mode != "replace" and not arguments.box and arguments.mask is None:
             raise UserError(f"--mask-mode {arguments.mask_mode}: expected with --mask or --box")
         self.arguments = arguments
@@ -92,6 +94,7 @@ class Editor:
                 region=arguments.box or None,
                 mask_mode=arguments.mask_mode,
                 output_size=arguments.output_size,
+                detail=arguments.detail,
                 preview=arguments.preview,
                 num_inference_steps=self.arguments.steps,
                 generator=torch.Generator().manual_seed(seed),
@@ -114,6 +117,8 @@ class Editor:
 
 def run(arguments: argparse.Namespace) -> int:
     """`specedit edit`. Returns the exit code."""
+    if ranks.several():
+        raise UserError("WORLD_SIZE: expected one process for one picture; several take a folder or a list of pictures")
     inputs = [arguments.image, *filter(None, [arguments.mask]), *arguments.reference]
     out = check_output(arguments.output or "edited.png", inputs)
     mask_out = check_output(arguments.mask_output or out.with_name("mask.png"), inputs)
@@ -309,6 +314,8 @@ def edit_summary(
     drift = drift_of(stats)
     if drift is not None:
         lines.append(f"drift       {drift}")
+    if stats.native and stats.native[0] is not None:
+        lines.append(f"native      {stats.native[0]}")
     if stats.fallback == "dense":
         lines.append("note        nearly everything changes: all tokens were computed at full resolution")
     if stats.fallback == "source":

@@ -183,6 +183,12 @@ def _parser() -> argparse.ArgumentParser:
         help="source: the edit is put into the picture at its own size; working: the model's, as it comes",
     )
     p.add_argument(
+        "--detail",
+        choices=("working", "native"),
+        default="working",
+        help="native: a second pass over the region at the picture's own resolution",
+    )
+    p.add_argument(
         "--threshold", type=_number, default=None, help="score over which a token is edited (flash: times the mean)"
     )
     p.add_argument("--seed", type=_seed, default=0, help="seed of the noise")

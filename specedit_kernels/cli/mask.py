@@ -13,6 +13,9 @@ from .output import check_output, keep
 from .text import say
 
 MAX_SCORED_AREA = 1024**2
+# Of decoder features: the threshold is so many times the lower quartile of a pair's scores, which is what saving and
+# resizing leave in tokens that nobody edited, within these bounds. bench/log/selection.md has what it was chosen by.
+QUIET_TIMES, LEAST_THRESHOLD = 10.0, 0.05
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,15 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine.config import THRESHOLDS
     from ..engine.stages import discrepancy
     from ..images.align import Drift, align, estimate_drift
+    from ..images.measures import texture_ratio
 
     codec = models.load_codec(folder, device, dtype)
     token = codec.token
     width, height = _scored_size(source.size, token)
     grid = (height // token, width // token)
-    threshold = arguments.threshold
+    threshold, own = arguments.threshold, getattr(codec, "THRESHOLDS", {})
     if threshold is None:
-        own = getattr(codec, "THRESHOLDS", {})
         threshold = own.get(arguments.metric, THRESHOLDS[arguments.metric, "matched", "full_step"])
+    follows = arguments.threshold is None and arguments.metric == "decoder" and not own
     with failing(arguments, device), torch.no_grad():
         first, second = np.asarray(source), np.asarray(edited)
         plain = Drift(source.size, edited.size)
@@ -55,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         cells = torch.from_numpy(seen).reshape(grid[0], token, grid[1], token)
         absent = (cells.float().mean(dim=(1, 3)) < 0.5).flatten()
         scores[:, absent.to(scores.device)] = 0
+        if follows:
+            threshold = pair_threshold(scores[:, ~absent.to(scores.device)], threshold)
         _, _, count = ops.select_tokens(scores, grid, threshold, 0, 0)
         _, _, grown = ops.select_tokens(scores, grid, threshold, 1, 0)
     scores = scores[0].float().cpu().reshape(grid)
@@ -72,10 +78,32 @@ def run(arguments: argparse.Namespace) -> int:
         f"largest {scores.max():.4f}",
         f"changed     {int(count)} of {total} tokens over {threshold:g}: {share(int(count) / total)}; "
         f"grown by one token {share(int(grown) / total)}",
+        texture(texture_ratio(small, brought, token)[((scores <= threshold) & ~absent.reshape(grid)).numpy()]),
         f"heat map    {shown(out)}",
     ]
     say("\n".join(lines))
     return 0
+
+
+def pair_threshold(scores: Any, most: float) -> float:
+    """The threshold of a pair's decoder scores, a tensor: low where the two are alike but for an edit."""
+    if scores.numel() == 0:
+        return most
+    return min(max(QUIET_TIMES * float(scores.float().quantile(0.25)), LEAST_THRESHOLD), most)
+
+
+def texture(ratios: Any) -> str:
+    """The line on the finest detail of unchanged tokens, which the score hardly sees. ratios: of `texture_ratio`."""
+    import numpy as np
+
+    ratios = ratios[~np.isnan(ratios)]
+    if not ratios.size:
+        return "texture     no fine detail in unchanged tokens"
+    other = ((ratios < 0.5) | (ratios > 2)).sum()
+    return (
+        f"texture     fine detail {np.median(ratios):.2f} of the source's, median of {ratios.size} unchanged tokens; "
+        f"under half or over twice in {share(other / ratios.size)}"
+    )
 
 
 def placed(drift: Any, aligned: bool) -> str:

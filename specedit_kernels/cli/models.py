@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images.files import reason, shown
+from . import ranks
 from .text import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -118,7 +119,11 @@ def device_of(name: str | None) -> tuple[Any, Any]:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
+        if device == torch.device("cuda") and ranks.several():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what has a device of its own accord is to have this one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {reason(error)}") from None
     try:

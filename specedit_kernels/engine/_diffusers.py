@@ -25,6 +25,7 @@ __all__ = [
     "cache_hooks",
     "calculate_shift",
     "cast_by_call",
+    "context_parallel",
     "dispatch_attention",
     "each_module",
     "execution_device",
@@ -37,13 +38,14 @@ __all__ = [
     "mirrored",
     "mirrors",
     "moved_to",
-    "on_context_parallel",
     "on_parallel",
     "retrieve_timesteps",
     "scaled_adapters",
     "through",
+    "ulysses_group",
     "unwrapped",
     "waits_for_host",
+    "without_context_parallel",
 ]
 
 
@@ -79,10 +81,35 @@ def on_parallel(transformer: torch.nn.Module) -> bool:
     return getattr(transformer, "_parallel_config", None) is not None
 
 
-def on_context_parallel(transformer: torch.nn.Module) -> bool:
-    """Whether its sequence is."""
-    config = getattr(transformer, "_parallel_config", None)
-    return config is not None and getattr(config, "context_parallel_config", None) is not None
+def context_parallel(transformer: torch.nn.Module) -> Any:
+    """How its sequence is (a ContextParallelConfig), None where it is not."""
+    return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+
+
+def ulysses_group(config: Any) -> Any:
+    """The process group of a ContextParallelConfig's Ulysses ranks."""
+    return config._ulysses_mesh.get_group()
+
+
+def _shares_sequence(hook: Any) -> bool:
+    """Whether a hook of diffusers gives a rank its part of a sequence, or makes one of the parts again."""
+    return type(hook).__name__ in ("ContextParallelSplitHook", "ContextParallelGatherHook")
+
+
+def without_context_parallel(transformer: torch.nn.Module) -> torch.nn.Module:
+    """The same transformer without the hooks of context parallelism: for what shares the sequence itself.
+
+    The transformer itself where its sequence is not shared.
+    """
+    if context_parallel(transformer) is None:
+        return transformer
+    twin = mirrored(transformer)
+    for module in each_module(twin):
+        registry = vars(module).get("_diffusers_hook")
+        if registry is not None and registry.hooks and all(map(_shares_sequence, registry.hooks.values())):
+            vars(module).pop("_diffusers_hook")
+            vars(module).pop("forward", None)
+    return twin
 
 
 def attention_backend(transformer: torch.nn.Module) -> str | None:
@@ -105,6 +132,8 @@ def _hooks(module: torch.nn.Module) -> list[Any]:
     registry, found = own.get("_diffusers_hook"), []
     if registry is not None:
         found = [registry.hooks[name] for name in reversed(registry._hook_order)]
+        # a part of a module has other arguments
+        found = [hook for hook in found if not _shares_sequence(hook)]
     if own.get("_hf_hook") is not None:
         found.append(own["_hf_hook"])
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from . import registry
 from ._diffusers import each_module, unwrapped
-from .sequence import StepLayout, TextWatch, attend, text_mass
+from .sequence import StepLayout, TextWatch, all_heads, attend, text_mass
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,14 +29,14 @@ def joint_attention(
     processor: SpecEditAttnProcessor, text: tuple[Tensor, Tensor, Tensor] | None, image: tuple[Tensor, Tensor, Tensor],
     layout: StepLayout,
 ) -> Tensor:  # fmt: skip
-    """`attend` for the tokens [text | image] of a call: [B, N, H * D].
+    """`attend` for the tokens [text | image] of a call: [B, n, H * D].
 
     processor: of the block whose attention it is; it has what the block keeps. text, image: normalised q, k, v before
-    the rotation, [B, N, H, D] each; text is None where image holds both. q and k become what v is: under autocast norms
-    give fp32, and layers another dtype.
+    the rotation, [B, n, H, D] each, of this rank's tokens; text is None where image holds both. q and k become what v
+    is: under autocast norms give fp32, and layers another dtype.
     """
-    q, k, v = image if text is None else (torch.cat(pair, dim=1) for pair in zip(text, image))
     sequence = layout.sequence
+    q, k, v = all_heads([image] if text is None else [text, image], sequence)
     q, k = (apply_rotary(x, sequence.cos, sequence.sin, v.dtype) for x in (q, k))
     k, v = kept_keys(processor, k, v, layout)
     if processor.watch is not None:

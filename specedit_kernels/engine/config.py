@@ -132,7 +132,8 @@ class EditConfig:
             "eager", and warns why.
         precision: of the linear layers of the transformer's blocks. "auto": as the model has them. "fp8": e4m3 weights
             with a scale for each output (a copy, half the model's bytes, beside its own), activations with a scale for
-            each token. With every runner but "eager", on CUDA devices of compute capability 8.9 and up with bf16
+            each token; on sm_90 with heads of 128 channels steps that keep keys and values attend in e4m3 too, whatever
+            kv_cache_dtype is. With every runner but "eager", on CUDA devices of compute capability 8.9 and up with bf16
             weights, and in emulation on a CPU; elsewhere, and in layers with an adapter or a quantised weight, as
             "auto", with a warning that says why. With runner="compile" blocks are then not compiled.
     """

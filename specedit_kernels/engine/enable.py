@@ -6,12 +6,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from . import registry
 from .attention import unwrap_processors, wrap_processors
 from .config import SpecEditConfig
 from .output import SpecEditStats
+from .parallel import Ranks
 from .pipeline import SpecEditMixin, check_supported, stock_class
 
 
@@ -50,7 +52,7 @@ def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = Non
         kind = ours if kind in registry.pipelines() else _subclass(ours, kind)
     elif not issubclass(pipe.CONFIG, SpecEditConfig):
         raise TypeError(f"pipe: expected a pipeline without FlashEdit, got {type(pipe).__name__}")
-    check_supported(pipe, kind.UNSUPPORTED)
+    check_supported(pipe, kind.UNSUPPORTED, kind.SEVERAL_GPUS)
     wrap_processors(pipe.transformer)
     pipe.__class__ = kind
     pipe._specedit_default = config
@@ -77,3 +79,24 @@ def disable_specedit(pipe: DiffusionPipeline) -> None:
     for name in [name for name in vars(pipe) if name.startswith("_specedit_")]:
         del pipe.__dict__[name]
     pipe.__class__ = stock_class(type(pipe))
+
+
+def enable_guidance_parallelism(pipe: DiffusionPipeline, group: Any = None) -> None:
+    """Run the two branches of true guidance on two ranks: from then on each rank's calls compute one of them.
+
+    pipe: a pipeline with SpecEdit. group: a torch.distributed process group of two, the default one where None. Both
+    ranks call the pipeline with the same arguments and get the same pictures. Without guidance both compute the same.
+    """
+    if not isinstance(pipe, SpecEditMixin) or not issubclass(pipe.CONFIG, SpecEditConfig):
+        raise TypeError(f"pipe: expected a pipeline with SpecEdit, got {type(pipe).__name__}")
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group: expected torch.distributed.init_process_group() to have been called")
+    guides = Ranks.of(group)
+    if guides.size != 2:
+        raise ValueError(f"group: expected 2 ranks, one for each branch of guidance, got {guides.size}")
+    pipe._specedit_guides = guides
+
+
+def disable_guidance_parallelism(pipe: DiffusionPipeline) -> None:
+    """Undo `enable_guidance_parallelism`: each rank computes both branches."""
+    vars(pipe).pop("_specedit_guides", None)

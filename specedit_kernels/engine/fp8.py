@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers in fp8: e4m3 weights with a scale for each output, activations with a scale for each row.
+"""Linear layers in fp8: e4m3 weights with a scale for each output, activations with a scale for each row; and where
+attention is in fp8 too.
 
 `precision="fp8"` makes this hold within a run of a fused forward, for the layers that it asks for (`modulated`,
 `linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use; the model keeps
@@ -27,6 +28,7 @@ from .low_rank import OWN_HOOKS
 # has both.
 FAST_ACCUMULATION = True
 MULTIPLE = 16  # of both sides of a weight: what torch._scaled_mm takes
+ATTENTION_DIM = 128  # of a head: what the CUDA kernel of attention in e4m3 takes
 _SAMPLED = 64  # elements of a weight that tell whether it was written in place
 
 
@@ -158,6 +160,16 @@ def _now() -> Fp8Linears | None:
 def is_active() -> bool:
     """Whether layers compute in fp8 in this thread. What was captured then serves no other calls."""
     return _now() is not None
+
+
+def attends(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether attention over kept keys and values is in e4m3 too: where its CUDA kernel serves it.
+
+    The Triton kernel is slower than attention in bf16 (bench/log/fp8.md). dtype: of the model; dim: of a head.
+    """
+    if not is_active() or device.type != "cuda" or dtype != torch.bfloat16 or dim != ATTENTION_DIM:
+        return False
+    return ops.backend_of("mixed_res_attn_fp8", device)[0] == "cuda"
 
 
 def reason_against(device: torch.device) -> str:

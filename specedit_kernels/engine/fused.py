@@ -25,6 +25,7 @@ from ._diffusers import (
     low_rank_parts,
     scaled_adapters,
     unwrapped,
+    without_context_parallel,
 )
 from .fp8 import Rows
 from .kv_cache import PackedKV
@@ -215,12 +216,16 @@ class FusedModel(_Eager):
         attention_kwargs: dict[str, Any], runner: StepRunner,
     ):  # fmt: skip
         self._own = unwrapped(transformer)
-        super().__init__(cast_by_call(self._own, OWN_HOOKS), vae, guidance, attention_kwargs)
+        super().__init__(self._as_called(self._own), vae, guidance, attention_kwargs)
         self.runner = runner
         self._caches = 0
 
+    @staticmethod
+    def _as_called(transformer: torch.nn.Module) -> torch.nn.Module:
+        return cast_by_call(without_context_parallel(transformer), OWN_HOOKS)
+
     def using(self, transformer: torch.nn.Module) -> FusedModel:
-        other = super().using(cast_by_call(transformer, OWN_HOOKS))
+        other = super().using(self._as_called(transformer))
         other._own = transformer
         return other
 
@@ -241,9 +246,15 @@ class FusedModel(_Eager):
         """Adapters at the caller's scale, as the transformer's own forward has them."""
         return scaled_adapters(self.transformer, self.attention_kwargs.get("scale", 1.0))
 
+    @property
+    def _own_heads(self) -> tuple[int, int]:
+        """(heads of a block's attention that this rank attends for, channels of each)."""
+        heads, dim = self.heads
+        return heads if self.ranks is None else heads // self.ranks.size, dim
+
     def _kept(self, name: str, batch: int, rows: int, like: Any) -> list[Any]:
         """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
-        heads, dim = self.heads
+        heads, dim = self._own_heads
 
         def pairs(name: str, count: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))
@@ -270,16 +281,37 @@ class FusedModel(_Eager):
 
     def another_cache(self, layout: Any) -> Any:
         name, self._caches = f"keys and values {self._caches}", self._caches + 1
-        attention = layout.attention
-        batch, rows = attention.like.shape[0], attention.sequence.cos.shape[1]
-        cache = self._kept(name, batch, rows, attention.like)
+        attention, sequence = layout.attention, layout.attention.sequence
+        like, rows = attention.like, sequence.cos.shape[1]
+        if fp8.attends(like.device, like.dtype, self.heads[1]):
+            rows = -(-rows // kv_cache.ROWS) * kv_cache.ROWS
+            cache = self._kept_in_fp8(name, like.shape[0], rows, like.device)
+            if sequence.key_bias is not None:  # a value a row; no key is beyond `sequence.keys`
+                bias = F.pad(sequence.key_bias, (0, rows - sequence.key_bias.shape[1]))
+                attention = replace(attention, sequence=replace(sequence, key_bias=bias))
+        else:
+            cache = self._kept(name, like.shape[0], rows, like)
         return replace(layout, attention=replace(attention, cache=cache, buffers=name))
+
+    def _kept_in_fp8(self, name: str, batch: int, rows: int, device: torch.device) -> list[Any]:
+        """The same for attention in e4m3."""
+        heads, dim = self._own_heads
+        shape, dtype = (batch, rows, heads, dim), kv_cache.DTYPE
+        keys = self.runner.buffers(name, self.blocks, shape, dtype, device)
+        values = self.runner.buffers(f"{name}, values", self.blocks, shape, dtype, device, rows_last=True)
+        of_all = (batch, 3 * self.blocks, heads)
+        [scales] = self.runner.buffers(f"{name}, scales of heads", 1, of_all, kv_cache.SCALES, device)
+        of_block = (scales[:, 3 * i : 3 * i + 3].split(1, dim=1) for i in range(self.blocks))
+        return [kv_cache.Fp8KV(k, v, *found) for k, v, found in zip(keys, values, of_block)]
 
     def blend(self, layout: Any, near: Any, far: Any, weight: Tensor) -> None:
         of, *ends = (x.attention for x in (layout, near, far))
 
         def run(weight: Tensor) -> Tensor:
             for kept, a, b in zip(of.cache, *(x.cache for x in ends)):
+                if isinstance(kept, kv_cache.Fp8KV):
+                    kept.blend_(a, b, weight)
+                    continue
                 pairs = [(x.values() if isinstance(x, PackedKV) else x) for x in (a, b)]
                 into = kept.scratch if isinstance(kept, PackedKV) else kept
                 for out, x, y in zip(into, *pairs):

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import ops
 
 DTYPE = torch.float8_e4m3fn
 SCALES = torch.float32
@@ -54,6 +58,48 @@ class PackedKV:
         k, v, k_scale, v_scale = self.kept
         for x, packed, scale in zip(self.scratch, (k, v), (k_scale, v_scale)):
             pack_(packed, scale, x)
+
+
+# How far above the largest value of a whole sequence the e4m3 range of its scale ends. Later steps renew rows under the
+# same scale; numbers from a 2^11th of that largest value on stay normal ones.
+HEADROOM = 8
+ROWS = 16  # rows of an Fp8KV are a multiple of this: then `mixed_res_attn_fp8` reads its values as they are
+
+
+class Fp8KV(NamedTuple):
+    """Keys and values of one block in e4m3, of which attention in e4m3 reads them.
+
+    k, v: [B, rows, H, D], the rows of v contiguous in memory. scales: fp32 [B, 1, H]; those of q and k bound what their
+    norm and rotation give, so they hold for all steps; that of v is of the last whole sequence.
+    """
+
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_scale, self.k_scale, self.v_scale
+
+    def set_scales_(self, streams: Sequence[Any]) -> None:
+        """For a whole sequence of these `sequence.Stream`s, before it is written."""
+        for scale, norms in ((self.q_scale, [x.norm_q for x in streams]), (self.k_scale, [x.norm_k for x in streams])):
+            weights = [norm.weight for norm in norms if norm.weight is not None]
+            tops = [torch.linalg.vector_norm(w.detach(), float("inf"), dtype=SCALES) for w in weights]
+            # what has no weight has weight 1
+            top = torch.stack([*tops, *(torch.ones_like(scale[0, 0, 0]) for _ in range(len(norms) - len(weights)))])
+            scale.copy_((top.amax() * (math.sqrt(self.k.shape[-1]) / _LARGEST)).clamp_(min=torch.finfo(SCALES).tiny))
+        largest = [torch.linalg.vector_norm(x.qkv[2], float("inf"), dim=(1, 3), dtype=SCALES) for x in streams]
+        top = torch.stack(largest).amax(0)[:, None] * (HEADROOM / _LARGEST)
+        self.v_scale.copy_(top.clamp_(min=torch.finfo(SCALES).tiny))
+
+    def blend_(self, near: Fp8KV, far: Fp8KV, weight: Tensor) -> None:
+        """Keep near + weight (far - near). weight: fp32, 0-dim."""
+        ops.lerp_fp8_(self.k, self.k_scale, near.k, near.k_scale, far.k, far.k_scale, weight)
+        ops.lerp_fp8_(self.v, self.v_scale, near.v, near.v_scale, far.v, far.v_scale, weight)
+        self.q_scale.copy_(near.q_scale)
 
 
 class KVCache:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,15 +22,32 @@ from ..sampling.layout import SequenceLayout, table_key_bias
 from ._diffusers import through
 from .attention import attention_modules
 from .kv_cache import KVCache
+from .parallel import Ranks, of_first
 from .registry import codec_of
-from .sequence import TextWatch
+from .sequence import StepLayout, TextWatch
 
 
 @dataclass
 class Text:
-    """Text side of one guidance branch. embeds: [B, T, E]; an adapter's own kind has more."""
+    """Text side of one guidance branch. embeds: [B, T, E]; an adapter's own kind has more.
+
+    PER_SAMPLE: the fields with a row for each sample, or lists of such tensors.
+    """
+
+    PER_SAMPLE: ClassVar[tuple[str, ...]] = ("embeds",)
 
     embeds: Tensor
+
+    def of_sample(self, index: int) -> Text:
+        """That of one sample of the batch alone."""
+        found = {name: getattr(self, name) for name in self.PER_SAMPLE}
+        return replace(self, **{name: _row(value, index) for name, value in found.items()})
+
+
+def _row(value: Any, index: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_row(each, index) for each in value]
+    return value if value is None else value[index : index + 1]
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,9 @@ class EditModel(ABC):
     keeps_references = False
     # Keys and values that outlive a step are kept in fp8.
     fp8_cache = False
+    # Who shares the sequence of a call, and who shares its guidance branches; None: nobody.
+    ranks: Ranks | None = None
+    guides: Ranks | None = None
     # What the model has in place of the calibrated thresholds of another: SpecEditConfig.resolved_threshold's `own`.
     thresholds: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({})
 
@@ -90,6 +110,12 @@ class EditModel(ABC):
         other = copy.copy(self)
         other.transformer = transformer
         vars(other).pop("attentions", None)
+        return other
+
+    def of_sample(self, index: int) -> EditModel:
+        """The same model for one sample of the batch alone."""
+        other = copy.copy(self)
+        other.guidance = None if self.guidance is None else self.guidance[index : index + 1]
         return other
 
     @functools.cached_property
@@ -186,7 +212,30 @@ class EditModel(ABC):
 
     def slots(self, count: int) -> int:
         """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
-        return count
+        return count if self.ranks is None else -(-count // self.ranks.size) * self.ranks.size
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """The first rank's x, where several work on one edit: what decides on a sequence has to be the same on all."""
+        for ranks in (self.guides, self.ranks):
+            x = x if ranks is None else of_first(x, ranks)
+        return x
+
+    def shared(self, attention: StepLayout | None, text: int, image: int) -> StepLayout | None:
+        """The layout of a call of the transformer's own forward with that many tokens, whose hooks share them out.
+
+        ValueError where the hooks cannot.
+        """
+        ranks = self.ranks
+        if ranks is None:
+            return attention
+        if not ranks.anything and (text % ranks.size or image % ranks.size):
+            raise ValueError(
+                f"transformer: {ranks.size} ranks do not divide {text} text and {image} image tokens: expected"
+                " ulysses_anything=True of ContextParallelConfig, or a runner other than 'eager'"
+            )
+        if attention is None:
+            return None
+        return replace(attention, sequence=replace(attention.sequence, ranks=ranks, by_stream=True))
 
     def timestep_conditioning(self, text: Any, timesteps: Tensor) -> Iterable[Any]:
         """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""

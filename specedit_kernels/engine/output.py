@@ -38,6 +38,32 @@ class StepRecord:
         return self.sigma
 
 
+@dataclass(frozen=True)
+class NativeDetail:
+    """What detail="native" did for one picture.
+
+    windows: (height, width) of each pass. scale: pixels of the picture for one of the working size, a side. of_native:
+    pixels of a pass for one of the picture, a side; under 1 where a picture is so large that the passes leave its
+    finest detail out. sigma: of the noise that they began from. steps: of each pass. reason: why there was none, or no
+    whole one, "" where there is nothing to say.
+    """
+
+    windows: tuple[tuple[int, int], ...] = ()
+    scale: float = 1.0
+    of_native: float = 1.0
+    sigma: float = 0.0
+    steps: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.windows:
+            return f"none: {self.reason}"
+        sizes = ", ".join(dict.fromkeys(f"{w} x {h}" for h, w in self.windows))
+        part = "" if self.of_native > 0.99 else f", {100 * self.of_native:.0f} % of its own resolution"
+        said = f"; {self.reason}" if self.reason else ""
+        return f"{len(self.windows)} of {sizes}, {self.steps} steps from sigma {self.sigma:g}{part}{said}"
+
+
 @dataclass
 class SpecEditStats:
     """Figures of one run. `flops` and `plain_flops` are sums: of this run, draft included, and of as many plain steps.
@@ -57,6 +83,7 @@ class SpecEditStats:
         drift: with output_size="source", of each picture: how the run lay on its source outside the edit, which was
             undone; None where nothing was to be compared (nothing edited, or all, or a method that leaves the rest
             alone).
+        native: with detail="native", of each picture: what its second pass did; None where nothing is edited.
         key_tokens: bool [B, T], text tokens that the background does not see (FlashEdit), or None.
         inverted: whether the noise came from an inversion network.
         source_error: fp32 [B], mean squared error of the source branch's prediction of the source's latents
@@ -82,6 +109,7 @@ class SpecEditStats:
     fallbacks: list[str | None] = field(default_factory=list)
     threshold: float | None = None
     drift: list[Drift | None] = field(default_factory=list)
+    native: list[NativeDetail | None] = field(default_factory=list)
     key_tokens: Tensor | None = None
     inverted: bool = False
     source_error: Tensor | None = None

@@ -33,9 +33,9 @@ from . import fp8, stages
 from ._diffusers import (
     cache_hooks,
     calculate_shift,
+    context_parallel,
     execution_device,
     moved_to,
-    on_context_parallel,
     retrieve_timesteps,
     unwrapped,
 )
@@ -43,11 +43,13 @@ from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
 from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
+from .native import refine
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
+from .parallel import Ranks, sequence_ranks
 from .run import run_stages, verify_select
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
-from .source_size import as_given, photos_of, put_back
+from .source_size import as_given, photos_of, pixels_of, put_back
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
@@ -62,6 +64,7 @@ ABSENT: dict[str, Any] = {
 }  # fmt: skip
 MASK_MODES = ("replace", "limit", "add")
 OUTPUT_SIZES = ("working", "source")
+DETAILS = ("working", "native")
 
 
 _CALLS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -135,6 +138,9 @@ class SpecEditMixin(Stock):
         PIL picture of its mode, an array of its type, a Photo), equal to its source bit for bit outside the feathered
         region, whatever `preserve` is; images are a list then, of arrays with output_type="np". Modes without
         channels of 8 or 16 bits (palette, CMYK) become RGB, which is said.
+    detail: of the region in a picture at its own size. "working": the model's result, brought up. "native": then a
+        second pass over the region at the picture's own resolution, from a sigma on; `stats.native` tells what
+        it did. Callbacks do not see its steps. A picture that is hardly larger than the working size has none.
     preview: look for the region alone; the images are the sources.
 
     What a model's class says:
@@ -148,7 +154,7 @@ class SpecEditMixin(Stock):
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
     the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
     whether the stock call runs without a picture. EDITED: how many of a call's pictures are edited, the first ones;
-    None: all.
+    None: all. SEVERAL_GPUS: whether several may share the sequence of a call. DETAILS: what `detail` may be.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
@@ -158,7 +164,7 @@ class SpecEditMixin(Stock):
     CONFIG: type[EditConfig] = SpecEditConfig
     ARGUMENTS: Mapping[str, Any] = {
         "specedit": None, "mask_image": None, "region": None, "mask_mode": "replace", "output_size": "working",
-        "preview": False,
+        "detail": "working", "preview": False,
     }  # fmt: skip
     TEXT: tuple[str, ...]
     TRUE_CFG: str = "true_cfg_scale"
@@ -168,10 +174,13 @@ class SpecEditMixin(Stock):
     PIXELS = True
     TEXT_TO_IMAGE = False
     EDITED: int | None = None
+    SEVERAL_GPUS = False
+    DETAILS: tuple[str, ...] = DETAILS
 
     _specedit_default: EditConfig | None = None
     _specedit_stats: SpecEditStats | None = None
     _specedit_runner: StepRunner | None = None
+    _specedit_guides: Ranks | None = None
     _runner_reason: str = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -286,6 +295,7 @@ class SpecEditMixin(Stock):
         pixels, references = self._pictures(call, device)
         guidance = self._guidance(call, device, texts["positive"].embeds.shape[0])
         model = self._model(runner, guidance, attention_kwargs)
+        model.ranks, model.guides = sequence_ranks(unwrapped(self.transformer)), self._specedit_guides
         return self._edit(call, config, counts, model, texts, pixels, references, clock, runner)
 
     @classmethod
@@ -315,6 +325,12 @@ class SpecEditMixin(Stock):
         for name, allowed in (("output_size", OUTPUT_SIZES), ("mask_mode", MASK_MODES), ("preview", (False, True))):
             if getattr(call, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(call, name)!r}")
+        if call.detail not in self.DETAILS:
+            raise ValueError(
+                f"detail: expected one of {list(self.DETAILS)} of {type(self).__name__}, got {call.detail!r}"
+            )
+        if call.detail == "native" and call.output_size != "source":
+            raise ValueError("detail: expected 'working' without output_size='source', got 'native'")
         if call.output_size == "source" and call.output_type not in ("pil", "np"):
             raise ValueError(f"output_type: expected 'pil' or 'np' with output_size='source', got {call.output_type!r}")
         call.boxes = [] if call.region is None else boxes_of(call.region)
@@ -322,7 +338,7 @@ class SpecEditMixin(Stock):
         if call.mask_mode != "replace" and not masked:
             raise ValueError(f"mask_mode: expected 'replace' without mask_image and region, got {call.mask_mode!r}")
         call.needs_draft = not masked or call.mask_mode != "replace"
-        check_supported(self, self.UNSUPPORTED)
+        check_supported(self, self.UNSUPPORTED, self.SEVERAL_GPUS)
         steps = call.num_inference_steps
         if call.sigmas is not None:
             check_sigmas(call.sigmas)
@@ -561,12 +577,12 @@ class SpecEditMixin(Stock):
         def encode(at: Tensor) -> Tensor:
             # one by one where each has a generator of its own, as the stock pipelines do
             parts = at.to(dtype).split(1 if isinstance(generator, list) else len(at))
-            return per_image(torch.cat([model.encode(part) for part in parts]), "image", batch)
+            return per_image(model.agreed(torch.cat([model.encode(part) for part in parts])), "image", batch)
 
         source = encode(pixels)
         seen = tuple(Reference(p, source if p is pixels else encode(p), model.codec.patch) for p in references)
         grid = tuple(side // model.codec.token for side in pixels.shape[-2:])
-        noise = self._start_noise(call.latents, source.shape, grid, generator, device, dtype)
+        noise = model.agreed(self._start_noise(call.latents, source.shape, grid, generator, device, dtype))
         clock.mark("encode")
 
         # the plain schedule of this size and step count; the stages share it out
@@ -627,7 +643,8 @@ class SpecEditMixin(Stock):
         if call.output_type == "latent":
             images: Any = self._latents(model, clean)
         elif call.photos is not None:
-            images = self._at_source_size(run, clean, shown, call)
+            with fp8.active(linears):
+                images = self._at_source_size(run, clean, shown, call, sum(counts))
         else:
             images = self._decode(run, clean, shown, call.output_type)
             clock.mark("decode")
@@ -719,8 +736,11 @@ class SpecEditMixin(Stock):
         blend = blend / 255
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
 
-    def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call) -> list[Any]:
-        """Each picture at its source's size, as it was given; what was found of its drift goes into the stats."""
+    def _at_source_size(self, run: Run, clean: Tensor, selection: Selection, call: Call, steps: int) -> list[Any]:
+        """Each picture at its source's size, as it was given; what was found of its drift goes into the stats.
+
+        steps: of the schedule.
+        """
         config, changed = run.config, selection.changed
         pixels = per_image(run.pixels, "image", run.batch)
         source, decoded = (
@@ -737,6 +757,12 @@ class SpecEditMixin(Stock):
             if changed[i]:
                 array, drift = put_back(photo, source[i], decoded[i], regions[i], config.feather, config.may_drift)
             run.stats.drift.append(drift)
+            if call.detail == "native":
+                run.clock.mark("composite")
+                if changed[i]:
+                    found = refine(run, i, photo, array, regions[i], lambda n: self._plain_sigmas(steps, n, None))
+                run.stats.native.append(found if changed[i] else None)
+                run.clock.mark("native")
             images.append(as_given(given, photo, array, call.output_type))
         run.clock.mark("composite")
         return images
@@ -817,16 +843,6 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
         raise ValueError(f"sigmas: expected strictly decreasing numbers in (0, 1], got {found}")
 
 
-def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tensor:
-    """RGB pictures of one size as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
-
-    They go to the device as bytes and become numbers there: the host would take longer than the device for a step.
-    """
-    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
-    # a tensor: a division by a number multiplies by its reciprocal
-    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, dtype=torch.float32, device=device)) - 1.0
-
-
 def preprocess(
     processor: VaeImageProcessor, image: PipelineImageInput, height: int, width: int, device: torch.device
 ) -> Tensor:
@@ -852,8 +868,9 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
 _INSTEAD = "to save steps take a smaller preset and kv_refresh of SpecEditConfig"
 
 
-def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
-    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, to be off."""
+def check_supported(pipe: DiffusionPipeline, flags: Sequence[str], several_gpus: bool = False) -> None:
+    """TypeError or ValueError where a pipeline has what no run can serve. flags: of its transformer, to be off.
+    several_gpus: whether its runs may share a sequence."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(
@@ -878,5 +895,8 @@ def check_supported(pipe: DiffusionPipeline, flags: Sequence[str]) -> None:
         raise ValueError(
             f"transformer: expected no cache (its tensors keep one length, ours change), got {names}; {_INSTEAD}"
         )
-    if on_context_parallel(transformer):
-        raise ValueError("transformer: context parallelism is not supported, its shards do not fit a mixed sequence")
+    if context_parallel(transformer) is not None and not several_gpus:
+        raise ValueError(
+            "transformer: expected no context parallelism (enable_parallelism): this model's edits run on one GPU"
+        )
+    sequence_ranks(transformer)

@@ -108,7 +108,7 @@ def run_stages(
 
 def verify_select(run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection]:
     run.clock.mark(stage)
-    scores = stages.verify(run, draft)
+    scores = run.model.agreed(stages.verify(run, draft))
     run.clock.mark("verify")
     guided = run.negative is not None and run.config.draft_guidance
     run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from . import fp8, low_rank, registry
 from ._diffusers import (
     bring_in,
+    context_parallel,
     each_module,
     foreign_forward,
     global_hooks,
@@ -28,6 +29,7 @@ from ._diffusers import (
     on_parallel,
     unwrapped,
     waits_for_host,
+    without_context_parallel,
 )
 
 logger = logging.getLogger("specedit_kernels")
@@ -133,7 +135,11 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
     was brought in.
     """
     transformer, vae = unwrapped(transformer), unwrapped(vae)
-    if on_parallel(transformer):
+    if context_parallel(transformer) is not None:
+        if name == "compile":
+            return "a transformer on several GPUs is not compiled: expected 'graph' or 'fused'", []
+        transformer = without_context_parallel(transformer)
+    elif on_parallel(transformer):
         return "the transformer is parallelised", []
     if global_hooks():
         return "torch has hooks for all modules, which it would leave out", []
@@ -360,11 +366,12 @@ class StepRunner:
             self._pool, self._pool_bytes = None, 0
 
     def buffers(
-        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> list[Tensor]:
+        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+        rows_last: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
         """`count` tensors [B, rows, ...], the same memory at each call: longer ones serve where fewer rows are needed.
 
-        Any other difference ends the old ones.
+        Any other difference ends the old ones. rows_last: in memory, [B, ..., rows].
         """
         batch, rows, *rest = shape
         kept = self._buffers.get(name, [])
@@ -376,10 +383,16 @@ class StepRunner:
             # graphs write to the old ones, which go before there are new ones; "a, b" belongs to "a"
             first = name.split(", ")[0]
             self._drop([key for key in self._graphs if first in key[1].split(BESIDE)])
+            for other in [x for x in self._buffers if x.startswith(f"{name}, ")]:
+                del self._buffers[other]
             kept = self._buffers[name] = []
             whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
-                kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
+                if rows_last:
+                    turned = (batch, *rest, whole[1])
+                    kept += [torch.empty(turned, dtype=dtype, device=device).movedim(-1, 1) for _ in range(count)]
+                else:
+                    kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
         return [x[:, :rows] for x in kept]
 
     def __call__(self, tag: Hashable, function: Callable[..., Any], inputs: Inputs, buffers: str = "") -> Any:

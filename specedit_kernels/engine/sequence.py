@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor
 from .. import ops
 from ..sampling.layout import SequenceLayout
 from ._diffusers import dispatch_attention
-from .kv_cache import KVCache, PackedKV
+from .kv_cache import Fp8KV, KVCache, PackedKV
+from .parallel import Ranks, all_tokens, to_heads, to_tokens
 
 
 @dataclass
@@ -43,6 +45,9 @@ class MixedSequence:
     renewed. modulate: int32 [B, image tokens], which of two timesteps modulates an image token: 0 the step's, 1 that of
     clean pictures; None: all have one. backend: diffusers' name of the attention that the user asked for, for calls
     without lengths and bias.
+    ranks: the ranks that share the sequence, None: one has it all. Each brings its own part of the tokens and attends
+    for its own heads; all that is said here is of the whole sequence. by_stream: a rank's part is one of the text and
+    one of the image, as the hooks of diffusers split them; else it is a part of [text | image].
     """
 
     text: int
@@ -60,11 +65,45 @@ class MixedSequence:
     passing: bool = False
     modulate: Tensor | None = None
     backend: str | None = None
+    ranks: Ranks | None = None
+    by_stream: bool = False
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(text, image) tokens of each rank."""
+        tokens = self.cos.shape[1]
+        if self.ranks is None:
+            return [(self.text, tokens - self.text)]
+        if self.by_stream:
+            return list(zip(self.ranks.split(self.text), self.ranks.split(tokens - self.text)))
+        found, first = [], 0
+        for size in self.ranks.split(tokens):
+            text = min(first + size, self.text) - min(first, self.text)
+            found.append((text, size - text))
+            first += size
+        return found
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """(text, image) tokens of this rank."""
+        return self.parts[0 if self.ranks is None else self.ranks.rank]
+
+    def own_text(self, x: Tensor) -> Tensor:
+        """This rank's of x, [B, text tokens, ...]."""
+        return x if self.ranks is None else x.split([text for text, _ in self.parts], dim=1)[self.ranks.rank]
+
+    def own_image(self, x: Tensor) -> Tensor:
+        """This rank's of x, [B, image tokens, ...]."""
+        return x if self.ranks is None else x.split([image for _, image in self.parts], dim=1)[self.ranks.rank]
+
+    def whole_image(self, x: Tensor) -> Tensor:
+        """[B, this rank's image tokens, C] -> those of all ranks, on every rank."""
+        return x if self.ranks is None else all_tokens(x, [image for _, image in self.parts], self.ranks)
 
 
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
 # of one tensor at several offsets for views at the first of them.
-Kept = tuple[Tensor, Tensor] | PackedKV
+Kept = tuple[Tensor, Tensor] | PackedKV | Fp8KV
 
 
 @dataclass(frozen=True)
@@ -140,7 +179,90 @@ def whole_step_layout(
     return StepLayout(MixedSequence(text, cos, sin, key_bias, used, used), watch=watch)
 
 
-def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
+def embedded(
+    of_text: torch.nn.Module, of_image: torch.nn.Module, embeds: Tensor, tokens: Tensor, sequence: MixedSequence
+) -> Tensor:
+    """This rank's text and image tokens through their embedders, [B, n, C]."""
+    pairs = (of_text, sequence.own_text(embeds)), (of_image, sequence.own_image(tokens))
+    found = [layer(x) for layer, x in pairs if x.shape[1]]
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+
+def all_heads(streams: Sequence[Sequence[Tensor]], sequence: MixedSequence) -> list[Tensor]:
+    """q, k and v of all tokens [text | image], for this rank's heads: [B, N, h, D] each.
+
+    streams: q, k and v of this rank's tokens, [B, n, H, D] each, one stream behind the other.
+    """
+    ranks, parts = sequence.ranks, sequence.parts
+    if ranks is None:
+        return [torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in zip(*streams)]
+    found = to_heads(streams, [sum(part) for part in parts], ranks)
+    if not sequence.by_stream:
+        return found
+    pieces = [x.split([size for part in parts for size in part], dim=1) for x in found]
+    return [torch.cat([*x[::2], *x[1::2]], dim=1) for x in pieces]
+
+
+def own_tokens(x: Tensor, sequence: MixedSequence) -> Tensor:
+    """The way back: [B, N, h, D] of this rank's heads -> [B, n, H * D] of its tokens."""
+    ranks, parts = sequence.ranks, sequence.parts
+    if ranks is None:
+        return x.flatten(2)
+    if sequence.by_stream:
+        streams = (y.split(list(of), dim=1) for y, of in zip(x.tensor_split([sequence.text], dim=1), zip(*parts)))
+        x = torch.cat([piece for pair in zip(*streams) for piece in pair], dim=1)
+    return to_tokens(x, [sum(part) for part in parts], ranks)
+
+
+class Stream(NamedTuple):
+    """Tokens of a block whose layers and norms are the same, those `at` a slice of the sequence.
+
+    qkv: [B, n, H, D] each, as the layers give them, those of this rank's tokens alone; none where it has none of them.
+    norm_q, norm_k: RMSNorm modules.
+    """
+
+    at: slice
+    qkv: Sequence[Tensor]
+    norm_q: Any
+    norm_k: Any
+
+
+def attention(streams: Sequence[Stream], kept: Kept | None, sequence: MixedSequence) -> tuple[Tensor, Tensor | None]:
+    """A block's attention [B, n, H * D] from where its layers gave q, k and v, and what `watched_mass` does.
+
+    streams: all of the sequence, in order. kept: where its keys and values go, None to forget them.
+    """
+    if sequence.ranks is not None:
+        whole = all_heads([x.qkv for x in streams if x.qkv], sequence)
+        streams = [x._replace(qkv=[y[:, x.at] for y in whole]) for x in streams]
+    like = streams[0].qkv[0]
+    tokens = sum(x.qkv[0].shape[1] for x in streams)
+    shape = (like.shape[0], tokens, *like.shape[2:])
+    scales: tuple[Tensor, ...] = ()
+    if isinstance(kept, Fp8KV):
+        q, (k, v), scales = torch.empty(shape, dtype=kept.k.dtype, device=like.device), kept[:2], kept.scales
+        if sequence.rows is None:
+            kept.set_scales_(streams)
+    else:
+        q = like.new_empty(shape)
+        k, v = places(q, kept, sequence)
+    write: Any = ops.qk_norm_rope_scatter_fp8_ if scales else ops.qk_norm_rope_scatter_
+    for at, qkv, norm_q, norm_k in streams:
+        rows = None if sequence.rows is None else sequence.rows[:, at]
+        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
+        write(
+            q[:, at], k_out, v_out, *qkv, *scales, sequence.cos[:, at], sequence.sin[:, at],
+            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
+        )  # fmt: skip
+    if isinstance(kept, Fp8KV):
+        bias, lens = sequence.key_bias, dict(q_lens=sequence.queries, kv_lens=sequence.keys)
+        out = ops.mixed_res_attn_fp8(q, k, v, *scales, key_bias=bias, **lens)[0]
+        return own_tokens(out.to(like.dtype), sequence), None
+    renew(kept, sequence)
+    return attend(q, k, v, sequence), watched_mass(q, k, v, sequence)
+
+
+def places(q: Tensor, kept: tuple[Tensor, Tensor] | PackedKV | None, sequence: MixedSequence) -> tuple[Tensor, Tensor]:
     """Where a block writes its keys and values and reads all: `kept`, [B, keys, H, D], or new ones like q."""
     if kept is None:
         return torch.empty_like(q), torch.empty_like(q)
@@ -152,14 +274,14 @@ def places(q: Tensor, kept: Kept | None, sequence: MixedSequence) -> tuple[Tenso
     return kept
 
 
-def renew(kept: Kept | None, sequence: MixedSequence) -> None:
+def renew(kept: tuple[Tensor, Tensor] | PackedKV | None, sequence: MixedSequence) -> None:
     """Call when a block's keys and values are written."""
     if isinstance(kept, PackedKV) and not sequence.passing:
         kept.store()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
-    """Attention [B, N, H * D]. q: rotated, [B, N, H, D]; k, v: all kept rows, [B, rows, Hk, D]."""
+    """Attention [B, n, H * D] of this rank's tokens. q: rotated, [B, N, h, D]; k, v: all kept rows, [B, rows, h, D]."""
     if sequence.span is not None:
         k, v = (x[:, sequence.span[0] : sequence.span[1]] for x in (k, v))
     if sequence.region is not None:
@@ -173,7 +295,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
         out = ops.mixed_res_attn(
             q, k, v, key_bias=sequence.key_bias, q_lens=sequence.queries, kv_lens=sequence.keys
         )[0]  # fmt: skip
-    return out.flatten(2)
+    return own_tokens(out, sequence)
 
 
 def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
@@ -198,7 +320,10 @@ def _attend_by_region(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) 
 
 
 def text_mass(q: Tensor, k: Tensor, v: Tensor, sequence: MixedSequence) -> Tensor:
-    """Softmax weight that image queries give to the text, the first keys, mean over heads: fp32 [B, image, text]."""
+    """Softmax weight that image queries give to the text, the first keys, mean over heads: fp32 [B, image, text].
+
+    Of one rank that has all tokens.
+    """
     text = sequence.text
     lse = ops.mixed_res_attn(q, k, v, key_bias=sequence.key_bias, kv_lens=sequence.keys)[1]
     with torch.autocast(q.device.type, enabled=False):

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
+from torch import Tensor
 
 from ..images.align import Drift, align, estimate_drift
 from ..images.composite import composite, edit_weight
@@ -34,6 +37,16 @@ def photos_of(image: Any) -> tuple[list[Any], list[Photo]]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"image: {str(error).removeprefix('picture: ')}") from None
     return given, photos
+
+
+def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tensor:
+    """RGB pictures of one size as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
+
+    They go to the device as bytes and become numbers there: the host would take longer than the device for a step.
+    """
+    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
+    # a tensor: a division by a number multiplies by its reciprocal
+    return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, dtype=torch.float32, device=device)) - 1.0
 
 
 def put_back(

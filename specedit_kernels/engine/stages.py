@@ -38,6 +38,7 @@ from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_ro
 from .config import BRACKET
 from .model import EditModel, Pictures, Text
 from .output import SpecEditStats, StageClock, StepRecord
+from .parallel import of_each
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -69,6 +70,8 @@ class Run:
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
     joined: how the user's mask joins the draft's region, "limit" or "add", and its tokens, bool [B, N]; or None.
     preview: the run ends when its region is known.
+    start: clean latents that a run with the locked finish begins from and keeps where nothing is selected, the shape of
+    `source`; None: the source's.
     on_start: called before each step of the main trajectory with its timestep; on_step: after it, with (index,
     timestep, tokens); gives the next tokens. timesteps: of all steps of the main trajectory, as far as known.
     """
@@ -93,6 +96,7 @@ class Run:
     source_text: Any = None
     joined: tuple[str, Tensor] | None = None
     preview: bool = False
+    start: Tensor | None = None
     stats: SpecEditStats = field(default_factory=SpecEditStats)
     timesteps: list[float] = field(default_factory=list)
     step: int = 0
@@ -111,6 +115,11 @@ class Run:
         return self.model.codec.patch
 
     @property
+    def kept(self) -> Tensor:
+        """Clean latents of what is not selected."""
+        return self.source if self.start is None else self.start
+
+    @property
     def pictures(self) -> Pictures:
         return Pictures(self.grid, tuple(r.grid for r in self.references), self.config.coarse_references)
 
@@ -120,7 +129,11 @@ class Run:
 
     @property
     def texts(self) -> tuple[Text, ...]:
-        """What the model is called with, one after another: each branch's text, or one of all branches."""
+        """What the model is called with, one after another: each branch's text, or one of all branches. Where the
+        branches are shared out, this rank's."""
+        guides = self.model.guides
+        if guides is not None and self.negative is not None:
+            return (self.branches[guides.rank],)
         whole = self.model.joined(self.branches)
         return self.branches if whole is None else (whole,)
 
@@ -146,10 +159,10 @@ class Run:
         generator = self.generator[0] if isinstance(self.generator, list) else self.generator
         device = self.device if generator is None else generator.device
         noise = randn_tensor(tuple(shape), generator=self.generator, device=device, dtype=torch.float32)
-        if noise.device.type == self.device.type:
-            return noise
-        # from pinned memory: another copy would wait for the stage before
-        return noise.pin_memory().to(self.device, non_blocking=True)
+        if noise.device.type != self.device.type:
+            # from pinned memory: another copy would wait for the stage before
+            noise = noise.pin_memory().to(self.device, non_blocking=True)
+        return self.model.agreed(noise)
 
     def flops(
         self, tokens: Sequence[int], keys: Sequence[int] | None = None, passes: int = 2, lock_text: bool = False
@@ -161,9 +174,18 @@ class Run:
         pairs = zip(tokens, tokens if keys is None else keys)
         return sum(self.model.flops(text, n, m, lock_text) for n, m in pairs for text in self.branches[:passes])
 
-    def timestep_conditioning(self, timesteps: Tensor) -> list[tuple[Any, ...]]:
-        """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `texts`."""
-        return list(zip(*(self.model.timestep_conditioning(text, timesteps) for text in self.texts)))
+    def called_with(self, guided: bool) -> tuple[Text, ...]:
+        """`texts`, or without guidance the positive branch's alone."""
+        return self.texts if guided else (self.positive,)
+
+    @property
+    def joined_branches(self) -> int:
+        """How many branches each of `texts` holds."""
+        return 1 if self.model.guides is not None else len(self.branches) // len(self.texts)
+
+    def timestep_conditioning(self, timesteps: Tensor, guided: bool = True) -> list[tuple[Any, ...]]:
+        """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `called_with`."""
+        return list(zip(*(self.model.timestep_conditioning(text, timesteps) for text in self.called_with(guided))))
 
     def velocity(
         self, tokens: Tensor, conditioning: tuple[Any, ...] | Tensor, layouts: Sequence[Any], first: int | None = None,
@@ -175,9 +197,14 @@ class Run:
         each of `texts`, or of the positive branch alone where not guided.
         """
         if isinstance(conditioning, Tensor):
-            [conditioning] = self.timestep_conditioning(conditioning[None])
-        texts = self.texts if guided else (self.positive,)
+            [conditioning] = self.timestep_conditioning(conditioning[None], guided)
+        texts = self.called_with(guided)
         passes = len(self.branches) if guided else 1
+        if guided and passes > 1 and self.model.guides is not None:
+            [text], [at], [layout] = texts, conditioning, layouts
+            own = self.model.velocity(text, tokens, at, layout)[:, :first]
+            positive, negative = of_each(own, self.model.guides)
+            return self.model.guide(positive, negative, self.true_cfg_scale)
         if len(texts) < passes:  # branches that run as one batch see the same tokens
             tokens = tokens.repeat(passes, 1, 1)
         found = [
@@ -269,10 +296,10 @@ def dense_steps(
     patch, condition = run.patch, [] if run.model.keeps_references else condition
     grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
-    texts = run.texts if guided else (run.positive,)
+    texts = run.called_with(guided)
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_sigmas(sigmas, run.device)
-    conditionings = run.timestep_conditioning(at[:-1] * 1000)
+    conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
     solve = Solver(solver)
@@ -546,8 +573,9 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
     drift = None
     if config.finish == "locked" or config.unselected == "source":
         noise = algebra.pool_noise(run.noise)
-        coarse = algebra.noised(source_coarse, sigma, noise).to(run.source.dtype)
-        drift = noise - source_coarse
+        kept = pool(run.kept)
+        coarse = algebra.noised(kept, sigma, noise).to(run.source.dtype)
+        drift = noise - kept
     shown = not run.model.keeps_references
     others = [r.latents for r in run.references[1 if pictures.aligned else 0 :]] if shown else []
     if pictures.coarse_others:
@@ -573,7 +601,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
     lock, first = config.lock_text, run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
-    shared = layout.repeat(len(run.branches) // len(texts))
+    shared = layout.repeat(run.joined_branches)
     layouts = [run.model.mixed_layout(text, pictures, shared, config.key_bias, cached) for text in texts]
     pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
     if config.kv_refresh == BRACKET:
@@ -676,9 +704,9 @@ def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[floa
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
-    """The locked finish: clean latents of the edit region from the sequence, the source's everywhere else."""
+    """The locked finish: clean latents of the edit region from the sequence, what is kept everywhere else."""
     fine, _ = _scatter_back(run, state)
-    return torch.where(on_pixels(selection.edited, run.grid, run.patch), fine, run.source)
+    return torch.where(on_pixels(selection.edited, run.grid, run.patch), fine, run.kept)
 
 
 def everything(run: Run) -> Selection:

@@ -105,6 +105,8 @@ class FlashEditMixin(SpecEditMixin):
 
     CONFIG = FlashEditConfig
     ARGUMENTS = {"source_prompt": ""}
+    SEVERAL_GPUS = False
+    DETAILS = ("working",)  # its networks know one step, from noise alone
 
     _generator: LowRankChange | None = None
     _inverter: LowRankChange | None = None

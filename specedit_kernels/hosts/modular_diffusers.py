@@ -39,8 +39,8 @@ from torch import Tensor
 
 from .. import ops
 from ..engine.config import THRESHOLDS, SpecEditConfig
-from ..engine.pipeline import pixels_of
 from ..engine.registry import codec_of
+from ..engine.source_size import pixels_of
 from ..engine.stages import discrepancy
 from ..models.flux_kontext import SpecEditFluxKontextPipeline
 from ..models.qwen_image_edit import SpecEditQwenImageEditPipeline

@@ -70,17 +70,25 @@ def _spread(values: Tensor, share: Tensor) -> Tensor:
     return share * values + (1 - share) * behind
 
 
+def _grown(mask: Tensor, reach: int) -> Tensor:
+    """bool [h, w], grown by a square of that radius."""
+    for axis in (0, 1):
+        count = mask.shape[axis]
+        # how many lie before each place
+        sums = F.pad(mask.int().cumsum(axis).movedim(axis, 0), (0, 0, 1, 0))
+        at = torch.arange(count)
+        found = sums[(at + reach + 1).clamp(max=count)] - sums[(at - reach).clamp(min=0)]
+        mask = found.movedim(0, axis) > 0
+    return mask
+
+
 def _seam_offset(source: np.ndarray, colours: int, planes: Tensor, weight: Tensor, feather: int) -> Tensor:
     """What the edited picture lacks against its source around the region, spread over the region: fp32 [C, h, w].
 
     source: as in `composite`, of which the first `colours` channels are seen. planes: the edited picture, [C, h, w].
     """
     h, w = weight.shape
-    reach = feather + RING
-    near = (weight == 1).float()[None, None]
-    for kernel, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):
-        near = F.max_pool2d(near, kernel, stride=1, padding=padding)
-    near = near[0, 0] > 0
+    near = _grown(weight == 1, feather + RING)
     out = torch.zeros_like(planes)
     if not near.any():
         return out
@@ -174,28 +182,64 @@ def composite(
     height, width = source.shape[:2]
     h, w = edited.shape[:2]
     weight = edit_weight(region, (w, h), feather)
+    planes, colours = _planes(source, edited)
+    if match:
+        planes += _seam_offset(source, colours, planes, weight, feather)
+    hard = feather < 2 and region.dtype == bool
+    out = source.copy()
+    for window in _tiles(weight, (width, height)):
+        share = _tile_weight(weight, window, (width, height), hard)
+        _mix(out, planes, window, share)
+    return out
+
+
+def composite_window(
+    source: np.ndarray, edited: np.ndarray, weight: Tensor, feather: int, box: tuple[int, int, int, int]
+) -> np.ndarray:
+    """`composite` of a part of the source alone: the new array of that part.
+
+    edited: floats in [0, 1], [h, w, 3], of the part, of any size. weight: `edit_weight` of a token grid over the whole
+    source and the same feather. box: (top, bottom, left, right) in the source.
+    """
+    height, width = source.shape[:2]
+    top, bottom, left, right = box
+    share = _tile_weight(weight, box, (width, height), feather < 2)
+    part = source[top:bottom, left:right]
+    planes, colours = _planes(part, edited)
+    near = F.interpolate(share[None, None], size=planes.shape[-2:], mode="nearest-exact")[0, 0]
+    reach = round(feather * planes.shape[-1] / (right - left) * width / weight.shape[1])
+    planes += _seam_offset(part, colours, planes, near, reach)
+    out = part.copy()
+    rows, columns = part.shape[:2]
+    for r in range(0, rows, TILE):
+        for c in range(0, columns, TILE):
+            window = r, min(r + TILE, rows), c, min(c + TILE, columns)
+            _mix(out, planes, window, share[window[0] : window[1], window[2] : window[3]])
+    return out
+
+
+def _planes(source: np.ndarray, edited: np.ndarray) -> tuple[Tensor, int]:
+    """(the edited picture as fp32 [C, h, w] with the source's colours, how many those are)."""
     planes = torch.from_numpy(np.ascontiguousarray(edited, dtype=np.float32)).permute(2, 0, 1).contiguous()
     colours = 1 if source.ndim == 2 else source.shape[2] - (source.shape[2] in (2, 4))
     if colours == 1:
         planes = torch.tensordot(planes.new_tensor(GREY), planes, 1)[None]
-    if match:
-        planes += _seam_offset(source, colours, planes, weight, feather)
-    top = _top(source.dtype)
-    hard = feather < 2 and region.dtype == bool
-    out = source.copy()
-    view = out[..., None] if source.ndim == 2 else out
-    for window in _tiles(weight, (width, height)):
-        top_row, bottom, left, right = window
-        share = _tile_weight(weight, window, (width, height), hard)[..., None].numpy()
-        if not share.any():
-            continue
-        fresh = resample(planes, window, (w / width, h / height)).clamp_(0, 1).permute(1, 2, 0).numpy() * top
-        old = view[top_row:bottom, left:right, :colours]
-        mixed = np.where(share == 1, fresh, share * fresh + (1 - share) * old)
-        if source.dtype.kind == "u":
-            mixed = np.rint(mixed)
-        view[top_row:bottom, left:right, :colours] = np.where(share == 0, old, mixed.astype(source.dtype))
-    return out
+    return planes, colours
+
+
+def _mix(out: np.ndarray, planes: Tensor, window: tuple[int, int, int, int], share: Tensor) -> None:
+    """Put a window (top, bottom, left, right) of planes [C, h, w], brought to out's size, into `out` by its share."""
+    if not share.any():
+        return
+    (h, w), (height, width) = planes.shape[-2:], out.shape[:2]
+    top, bottom, left, right = window
+    fresh = resample(planes, window, (w / width, h / height)).clamp_(0, 1).permute(1, 2, 0).numpy() * _top(out.dtype)
+    view = (out[..., None] if out.ndim == 2 else out)[top:bottom, left:right, : planes.shape[0]]
+    weight = share[..., None].numpy()
+    mixed = np.where(weight == 1, fresh, weight * fresh + (1 - weight) * view)
+    if out.dtype.kind == "u":
+        mixed = np.rint(mixed)
+    view[...] = np.where(weight == 0, view, mixed.astype(out.dtype))
 
 
 def _tiles(weight: Tensor, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:

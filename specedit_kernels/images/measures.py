@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # of SSIM as published (Wang et al. 2004): a Gaussian of 11 pixels, and two constants of the range 1
 SIGMA, RADIUS, C1, C2 = 1.5, 5, 0.01**2, 0.03**2
+LUMA = (0.299, 0.587, 0.114)
 CHANGED_FLOOR = 0.08  # a pixel has changed visibly if a channel differs by more
 CHANGED_SHARE = 0.04  # a token has if a larger share of its pixels has
 
@@ -71,3 +73,22 @@ def changed_tokens(a: Tensor, b: Tensor, token: int) -> Tensor:
 def to_pixels(tokens: Tensor, token: int) -> Tensor:
     """bool [rows, columns] -> [token * rows, token * columns]."""
     return tokens.repeat_interleave(token, 0).repeat_interleave(token, 1)
+
+
+def texture_ratio(source: np.ndarray, edited: np.ndarray, token: int) -> np.ndarray:
+    """How strong a picture's finest detail is against its source's: fp32 [rows, columns], NaN where neither has any.
+
+    source, edited: floats in [0, 1], [token rows, token columns, 3]. The amplitude of the luma less its mean over 3 x 3
+    pixels (binomial weights), of each token's pixels; under a level of 8 bits it counts as none.
+    """
+    energies = []
+    for picture in (source, edited):
+        luma = picture.astype(np.float32) @ np.array(LUMA, np.float32)
+        wide = np.pad(luma, 1, mode="edge")
+        tall = (wide[:-2] + 2 * wide[1:-1] + wide[2:]) / 4
+        low = (tall[:, :-2] + 2 * tall[:, 1:-1] + tall[:, 2:]) / 4
+        rows, columns = (side // token for side in luma.shape)
+        energies.append(np.square(luma - low).reshape(rows, token, columns, token).mean(axis=(1, 3)))
+    floor = (1 / 255) ** 2
+    before, after = energies
+    return np.where(np.maximum(before, after) > floor, np.sqrt((after + floor / 4) / (before + floor / 4)), np.nan)

@@ -44,6 +44,16 @@ def resample(
     """
     top, bottom, left, right = window
     rows, columns = planes.shape[-2:]
+    (x, y), whole = shift, all(float(s).is_integer() for s in shift)
+    if (
+        tuple(scale) == (1, 1)
+        and whole
+        and 0 <= top + y
+        and bottom + y <= rows
+        and 0 <= left + x
+        and right + x <= columns
+    ):
+        return planes[:, top + int(y) : bottom + int(y), left + int(x) : right + int(x)].clone()
     strips = [_weights(c, min(c + STRIP, right), scale[0], shift[0], columns) for c in range(left, right, STRIP)]
     first, last = min(s[0] for s in strips), max(s[1] for s in strips)
     out = planes.new_empty(planes.shape[0], bottom - top, right - left)

@@ -67,6 +67,8 @@ class SpecEditStockAttnProcessor(SpecEditAttnProcessor):
 class StockText(Text):
     """embeds [B, T, E], ids [T, 3]."""
 
+    PER_SAMPLE = ("embeds",)
+
     ids: Tensor
 
 

@@ -93,6 +93,8 @@ class FiboText(Text):
     """embeds [B, T, E]. layers: of each block, [B, T, L]. mask [B, T], False: padding, or None where every word counts.
     text_ids [T, 3]."""
 
+    PER_SAMPLE = ("embeds", "layers", "mask")
+
     layers: list[Tensor]
     mask: Tensor | None
     text_ids: Tensor

@@ -51,7 +51,7 @@ from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
-from ..engine.sequence import Kept, MixedSequence, StepLayout, attend, places, renew, watched_mass
+from ..engine.sequence import Kept, MixedSequence, StepLayout, Stream, attention, embedded
 from ..sampling.grid import BLOCK, PATCH, Grid
 from .flux_kontext import Blocks, FluxKontextModel, FluxLayout, FusedFluxModel, SpecEditFluxAttnProcessor
 
@@ -159,37 +159,33 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.text
+    attn, n = block.attn, sequence.own[0]
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
-    q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
-    k, v = places(q, kept, sequence)
-
-    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
-        q_in, k_in, v_in = parts
-        rows = None if sequence.rows is None else sequence.rows[:, at]
-        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
-        ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
-            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
-        )  # fmt: skip
-
-    if n:  # else its keys and values are kept ones
-        text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
-        place(_project(attn, text_in, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    image_in = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
-    place(_project(attn, image_in, text=False), slice(n, None), attn.norm_q, attn.norm_k)
-    renew(kept, sequence)
-    out = attend(q, k, v, sequence)
+    streams = []
+    if sequence.text:  # else its keys and values are kept ones
+        parts = []
+        if n:
+            text_in = modulated(text, t_scale, t_shift, block.norm1_context.eps, _inputs(attn, text=True))
+            parts = _project(attn, text_in, text=True)
+        streams.append(Stream(slice(0, sequence.text), parts, attn.norm_added_q, attn.norm_added_k))
+    parts = []
+    if image.shape[1]:
+        image_in = modulated(image, i_scale, i_shift, block.norm1.eps, _inputs(attn, text=False))
+        parts = _project(attn, image_in, text=False)
+    streams.append(Stream(slice(sequence.text, None), parts, attn.norm_q, attn.norm_k))
+    out, seen = attention(streams, kept, sequence)
+    del streams, parts  # the MLP needs their memory
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [block.ff_context.linear_in])
         ops.gated_residual_add_(text, _feed_forward(block.ff_context, text_in), t_gate2)
-    ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-    image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
-    ops.gated_residual_add_(image, _feed_forward(block.ff, image_in), i_gate2)
-    return watched_mass(q, k, v, sequence)
+    if image.shape[1]:
+        ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
+        image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [block.ff.linear_in])
+        ops.gated_residual_add_(image, _feed_forward(block.ff, image_in), i_gate2)
+    return seen
 
 
 def single_block(
@@ -199,16 +195,10 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
-    (q_in, k_in, v_in), hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
-    q = x.new_empty(q_in.shape)
-    k, v = places(q, kept, sequence)
-    ops.qk_norm_rope_scatter_(
-        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
-    )  # fmt: skip
-    renew(kept, sequence)
-    ops.gated_residual_add_(x, _of_both(attn.to_out, attend(q, k, v, sequence), _swiglu(hidden)), gate)
-    return watched_mass(q, k, v, sequence)
+    parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
+    attended, seen = attention([Stream(slice(None), parts, attn.norm_q, attn.norm_k)], kept, sequence)
+    ops.gated_residual_add_(x, _of_both(attn.to_out, attended, _swiglu(hidden)), gate)
+    return seen
 
 
 BLOCKS: Blocks = (double_block, single_block)
@@ -232,9 +222,7 @@ def fused_forward(
     watch: tuple[int, list[Tensor]] | None = None,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: Flux2Transformer2DModel.forward. The arguments are flux_kontext's."""
-    x = transformer.x_embedder(tokens)
-    if sequence.text:
-        x = torch.cat([transformer.context_embedder(embeds), x], dim=1)
+    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
     layers = [*_modulations(transformer), transformer.norm_out]
     of_image, of_text, of_single, of_last = modulation.split([layer.linear.out_features for layer in layers], dim=-1)
     double, single = blocks
@@ -251,8 +239,8 @@ def fused_forward(
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = of_last.chunk(2, dim=1)
-    image = x[:, sequence.text :]
-    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+    image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):
@@ -334,17 +322,21 @@ class Flux2Model(FluxKontextModel):
 
     def velocity(self, text: Flux2Text, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
-        if layout.attention is not None:
-            kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with with_layout(self.transformer, layout.attention):
+        attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
+        if attention is not None:
+            kwargs["specedit_layout"] = attention
+        ids = text.text_ids[start:], layout.ids
+        if self.ranks is not None:  # hooks of diffusers expect an axis of samples
+            ids = ids[0][None], ids[1][None]
+        with with_layout(self.transformer, attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
                 guidance=self.guidance,
                 encoder_hidden_states=text.embeds[:, start:],
-                txt_ids=text.text_ids[start:],
-                img_ids=layout.ids,
+                txt_ids=ids[0],
+                img_ids=ids[1],
                 joint_attention_kwargs=kwargs or None,
                 return_dict=False,
             )[0]
@@ -379,6 +371,7 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
     PIXELS = False
     TEXT_TO_IMAGE = True
     EDITED = 1
+    SEVERAL_GPUS = True
 
     def _shift(self, tokens: int, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)

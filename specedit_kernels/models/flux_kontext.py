@@ -62,12 +62,11 @@ from ..engine.sequence import (
     Kept,
     MixedSequence,
     StepLayout,
+    Stream,
     TextWatch,
-    attend,
+    attention,
+    embedded,
     mixed_step_layout,
-    places,
-    renew,
-    watched_mass,
     whole_step_layout,
 )
 from ..sampling.grid import BLOCK, PATCH, Grid, token_positions
@@ -176,14 +175,6 @@ def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def _buffers(
-    x: Tensor, attn: FluxAttention, kept: Kept | None, sequence: MixedSequence
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where q, k and v of tokens x go, [B, N, H, D]; k and v to `kept` where that is given."""
-    q = x.new_empty(*x.shape[:2], attn.inner_dim // attn.head_dim, attn.head_dim)
-    return q, *places(q, kept, sequence)
-
-
 def double_block(
     block: FluxTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor,
     text_mod: Tensor,
@@ -192,36 +183,33 @@ def double_block(
 
     kept: where its keys and values go, None to forget them. image_mod, text_mod: [B, 6 C].
     """
-    attn, n = block.attn, sequence.text
+    attn, n = block.attn, sequence.own[0]
     text, image = x[:, :n], x[:, n:]
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=1)
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=1)
-    q, k, v = _buffers(x, attn, kept, sequence)
-
-    def place(parts: list[Tensor], at: slice, norm_q: torch.nn.RMSNorm, norm_k: torch.nn.RMSNorm) -> None:
-        q_in, k_in, v_in = parts
-        rows = None if sequence.rows is None else sequence.rows[:, at]
-        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
-        ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
-            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
-        )  # fmt: skip
-
-    if n:  # else its keys and values are kept ones
-        text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
-        place(_project(attn, text_in, text=True), slice(0, n), attn.norm_added_q, attn.norm_added_k)
-    image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
-    place(_project(attn, image_in), slice(n, None), attn.norm_q, attn.norm_k)
-    renew(kept, sequence)
-    out = attend(q, k, v, sequence)
+    streams = []
+    if sequence.text:  # else its keys and values are kept ones
+        parts = []
+        if n:
+            text_in = modulated(text, t_scale, t_shift, block.norm1_context.norm.eps, _inputs(attn, text=True))
+            parts = _project(attn, text_in, text=True)
+        streams.append(Stream(slice(0, sequence.text), parts, attn.norm_added_q, attn.norm_added_k))
+    parts = []
+    if image.shape[1]:
+        image_in = modulated(image, i_scale, i_shift, block.norm1.norm.eps, _inputs(attn))
+        parts = _project(attn, image_in)
+    streams.append(Stream(slice(sequence.text, None), parts, attn.norm_q, attn.norm_k))
+    out, seen = attention(streams, kept, sequence)
+    del streams, parts  # the MLP needs their memory
     if n:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.norm2_context.eps, [first_of(block.ff_context)])
         ops.gated_residual_add_(text, feed_forward(block.ff_context, text_in), t_gate2)
-    ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
-    image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
-    ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
-    return watched_mass(q, k, v, sequence)
+    if image.shape[1]:
+        ops.gated_residual_add_(image, attn.to_out[1](linear(attn.to_out[0], out[:, n:])), i_gate)
+        image_in = modulated(image, i_scale2, i_shift2, block.norm2.eps, [first_of(block.ff)])
+        ops.gated_residual_add_(image, feed_forward(block.ff, image_in), i_gate2)
+    return seen
 
 
 def single_block(
@@ -231,18 +219,11 @@ def single_block(
     attn = block.attn
     shift, scale, gate = mod.chunk(3, dim=1)
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
-    q, k, v = _buffers(x, attn, kept, sequence)
-    q_in, k_in, v_in = _project(attn, y)
-    ops.qk_norm_rope_scatter_(
-        q, k, v, q_in, k_in, v_in, sequence.cos, sequence.sin,
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, kv_out_index=sequence.rows, eps=attn.norm_q.eps,
-    )  # fmt: skip
-    renew(kept, sequence)
-    attended = attend(q, k, v, sequence)
+    attended, seen = attention([Stream(slice(None), _project(attn, y), attn.norm_q, attn.norm_k)], kept, sequence)
     y = hidden(block.proj_mlp, y, block.proj_out, attended)
     out = linear(block.proj_out, y) if isinstance(y, Rows) else _of_both(block.proj_out, attended, y)
     ops.gated_residual_add_(x, out, gate)
-    return watched_mass(q, k, v, sequence)
+    return seen
 
 
 Blocks = tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]
@@ -272,9 +253,7 @@ def fused_forward(
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
     and where what its attention gives to the text is added.
     """
-    x = transformer.x_embedder(tokens)
-    if sequence.text:
-        x = torch.cat([transformer.context_embedder(embeds), x], dim=1)
+    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -291,8 +270,8 @@ def fused_forward(
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = next(mods).chunk(2, dim=1)
-    image = x[:, sequence.text :]
-    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+    image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
@@ -336,6 +315,8 @@ class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
 @dataclass
 class FluxText(Text):
     """embeds [B, T, E], pooled [B, P], text_ids [T, 3]."""
+
+    PER_SAMPLE = ("embeds", "pooled")
 
     pooled: Tensor
     text_ids: Tensor
@@ -396,10 +377,11 @@ class FluxKontextModel(EditModel):
 
     def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
-        if layout.attention is not None:
-            kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with with_layout(self.transformer, layout.attention):
+        attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
+        if attention is not None:
+            kwargs["specedit_layout"] = attention
+        with with_layout(self.transformer, attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
@@ -514,8 +496,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             with self._scaled():
                 seen: list[Tensor] = []
                 found = self.forward(
-                    self.transformer, tokens, embeds, modulation, replace(sequence, **given), cache, self._blocks,
-                    None if watched is None else (watched, seen),
+                    self.transformer, tokens, embeds, modulation, replace(sequence, **given, ranks=self.ranks), cache,
+                    self._blocks, None if watched is None else (watched, seen),
                 )  # fmt: skip
                 return (found, *seen)
 
@@ -523,7 +505,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         self.runner.bring(self._own)
         scale, transformer = self.attention_kwargs.get("scale"), id(self._own)
         tag = ("step", transformer, sequence.text, sequence.text_at, sequence.span, sequence.passing, scale, rows,
-               watched, sequence.backend)  # fmt: skip
+               watched, sequence.backend, self.ranks)  # fmt: skip
         found, *seen = self.runner(tag, step, inputs, attention.buffers)
         if watch is not None:
             [watch.mass] = seen
@@ -574,6 +556,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     TEXT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
     KWARGS = "joint_attention_kwargs"
     TEXT_TO_IMAGE = True
+    SEVERAL_GPUS = True
 
     def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> FluxText:
         found = self.encode_prompt(

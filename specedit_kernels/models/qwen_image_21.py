@@ -271,6 +271,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     KWARGS = "attention_kwargs"
     PIXELS = False
     EDITED = 1
+    DETAILS = ("working",)  # its text has a place for each token of the references
     TEXT_TO_IMAGE = True
 
     def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:

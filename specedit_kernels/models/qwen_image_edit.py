@@ -63,11 +63,10 @@ from ..engine.sequence import (
     Kept,
     MixedSequence,
     StepLayout,
+    Stream,
     TextWatch,
-    attend,
+    attention,
     mixed_step_layout,
-    places,
-    renew,
     whole_step_layout,
 )
 from ..sampling.grid import BLOCK, PATCH, Grid
@@ -214,40 +213,38 @@ def double_block(
     block: QwenImageTransformerBlock, text: Tensor, image: Tensor, sequence: MixedSequence, kept: Kept | None,
     image_mod: Tensor, text_mod: Tensor, last: bool,
 ) -> None:  # fmt: skip
-    """QwenImageTransformerBlock on text [B, T, C] and image tokens [B, N, C], in place.
+    """QwenImageTransformerBlock on text [B, T, C] and image tokens [B, N, C], this rank's, in place.
 
     kept: where its keys and values go, None to forget them. image_mod: [B, 6 C], or [B, 2, 6 C] where the sequence says
     which of them is whose; text_mod: [B, 6 C]. last: nothing reads the text behind this block's attention.
     """
-    attn, n, which = block.attn, sequence.text, sequence.modulate
+    attn, n, which = block.attn, sequence.own[0], sequence.modulate
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=-1)
     (t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2) = text_mod.chunk(6, dim=-1)
     dim = attn.inner_dim // attn.heads
-    q = image.new_empty(image.shape[0], n + image.shape[1], attn.heads, dim)
-    k, v = places(q, kept, sequence)
+    streams = []
 
-    def place(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: Any) -> None:
+    def project(x: Tensor, shift: Tensor, scale: Tensor, eps: float, at: slice, *layers: Any) -> None:
         *projections, norm_q, norm_k = layers
-        rows_in = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
-        q_in, k_in, v_in = (part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in))
-        rows = None if sequence.rows is None else sequence.rows[:, at]
-        k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
-        ops.qk_norm_rope_scatter_(
-            q[:, at], k_out, v_out, q_in, k_in, v_in, sequence.cos[:, at], sequence.sin[:, at],
-            q_weight=norm_q.weight, k_weight=norm_k.weight, kv_out_index=rows, eps=norm_q.eps,
-        )  # fmt: skip
+        parts = []
+        if x.shape[1]:
+            rows_in = modulated(x, scale, shift, eps, projections, modulation_index=which if x is image else None)
+            parts = [part.unflatten(-1, (-1, dim)) for part in linear_of_each(projections, rows_in)]
+        streams.append(Stream(at, parts, norm_q, norm_k))
 
-    if n:  # else the keys and values of the text are kept ones
-        place(text, t_shift, t_scale, block.txt_norm1.eps, slice(0, n),
-              attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)  # fmt: skip
-    place(image, i_shift, i_scale, block.img_norm1.eps, slice(n, None),
-          attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)  # fmt: skip
-    renew(kept, sequence)
-    out = attend(q, k, v, sequence)
+    if sequence.text:  # else the keys and values of the text are kept ones
+        project(text, t_shift, t_scale, block.txt_norm1.eps, slice(0, sequence.text),
+                attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)  # fmt: skip
+    project(image, i_shift, i_scale, block.img_norm1.eps, slice(sequence.text, None),
+            attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)  # fmt: skip
+    out, _ = attention(streams, kept, sequence)
+    streams.clear()  # the MLP needs its memory
     if n and not last:
         ops.gated_residual_add_(text, linear(attn.to_add_out, out[:, :n]), t_gate)
         text_in = modulated(text, t_scale2, t_shift2, block.txt_norm2.eps, [first_of(block.txt_mlp)])
         ops.gated_residual_add_(text, feed_forward(block.txt_mlp, text_in), t_gate2)
+    if not image.shape[1]:
+        return
     out = linear(attn.to_out[0], out[:, n:])
     for layer in attn.to_out[1:]:
         out = layer(out)
@@ -280,8 +277,11 @@ def fused_forward(
     embeds: [B, T, E], T = sequence.text. modulation: of `modulation`, a row for each sample. cache: of each block,
     where its keys and values outlive the step: it writes those of its tokens, and attends to all.
     """
-    image = transformer.img_in(tokens)
-    text = transformer.txt_in(transformer.txt_norm(embeds)) if sequence.text else image[:, :0]
+    embeds = sequence.own_text(embeds)
+    if sequence.ranks is not None and sequence.modulate is not None:
+        sequence = replace(sequence, modulate=sequence.own_image(sequence.modulate).contiguous())
+    image = transformer.img_in(sequence.own_image(tokens))
+    text = transformer.txt_in(transformer.txt_norm(embeds)) if embeds.shape[1] else image[:, :0]
     layers, width = transformer.transformer_blocks, 6 * transformer.inner_dim
     of_image, of_text = modulation
     for i, layer in enumerate(layers):
@@ -293,7 +293,8 @@ def fused_forward(
             text.clip_(-65504, 65504)
             image.clip_(-65504, 65504)
     scale, shift = of_text[:, len(layers) * width :].chunk(2, dim=1)
-    return transformer.proj_out(ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps))
+    image = ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps)
+    return sequence.whole_image(transformer.proj_out(image))
 
 
 class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):
@@ -357,6 +358,8 @@ def own_modulation(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
 @dataclass
 class QwenText(Text):
     """embeds [B, T, E], mask [B, T] (0 or False: padding) or None where every token counts."""
+
+    PER_SAMPLE = ("embeds", "mask")
 
     mask: Tensor | None
 
@@ -457,15 +460,17 @@ class QwenImageEditModel(EditModel):
             modulate = (~layout.target_slots()).int()
         cache = self.new_cache() if cached else None
         attention = mixed_step_layout(length, (cos, sin), layout, bias, cache, modulate=modulate)
-        # one token's shape: what the transformer makes of it is replaced, in the processor and in the blocks
-        return QwenLayout(_shapes([(1, 1)]), attention)
+        # one token's shape, or one for each rank: what the transformer makes of it is replaced, in the processor and in
+        # the blocks
+        return QwenLayout(_shapes([(1, 1 if self.ranks is None else self.ranks.size)]), attention)
 
     def velocity(self, text: QwenText, tokens: Tensor, conditioning: Any, layout: QwenLayout) -> Tensor:
         kwargs = dict(self.attention_kwargs)
-        if layout.attention is not None:
-            kwargs["specedit_layout"] = layout.attention
         start = 0 if layout.attention is None else layout.attention.start
-        with with_layout(self.transformer, layout.attention):
+        attention = self.shared(layout.attention, text.embeds.shape[1] - start, tokens.shape[1])
+        if attention is not None:
+            kwargs["specedit_layout"] = attention
+        with with_layout(self.transformer, attention):
             return self.transformer(
                 hidden_states=tokens,
                 timestep=conditioning.expand(tokens.shape[0]).to(tokens.dtype) / 1000,
@@ -569,7 +574,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
                     tokens,
                     embeds,
                     (image_mod, text_mod),
-                    replace(sequence, **given),
+                    replace(sequence, **given, ranks=self.ranks),
                     cache,
                     self._block,
                 )
@@ -577,7 +582,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         rows = None if cache is None else cache[0][0].shape[1]
         self.runner.bring(self._own)
         tag = ("step", id(self._own), sequence.text, sequence.passing,
-               self.attention_kwargs.get("scale"), rows, sequence.backend)  # fmt: skip
+               self.attention_kwargs.get("scale"), rows, sequence.backend, self.ranks)  # fmt: skip
         return self.runner(tag, step, inputs, attention.buffers)
 
     def _with_vae(self, name: str, x: Tensor) -> Tensor:
@@ -620,6 +625,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
     UNSUPPORTED = ("use_layer3d_rope", "use_additional_t_cond")
     FLASH_RUNNERS = ("eager",)
     PIXELS = False
+    SEVERAL_GPUS = True
 
     def _seen(
         self, image: PIL.Image.Image | list[PIL.Image.Image], max_area: int | None

@@ -8,10 +8,11 @@ from .adaln_modulate import adaln_modulate
 from .gated_residual_add import gated_residual_add_
 from .gather_tokens import gather_tokens
 from .group_norm import group_norm
+from .lerp_fp8 import lerp_fp8_
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
 from .mixed_res_attn_fp8 import mixed_res_attn_fp8
-from .qk_norm_rope_scatter import qk_norm_rope_scatter_
+from .qk_norm_rope_scatter import qk_norm_rope_scatter_, qk_norm_rope_scatter_fp8_
 from .quantize_fp8 import quantize_fp8
 from .scatter_tokens import scatter_tokens_
 from .select_tokens import select_tokens
@@ -26,12 +27,14 @@ __all__ = [
     "gated_residual_add_",
     "gather_tokens",
     "group_norm",
+    "lerp_fp8_",
     "merge_attn",
     "mixed_res_attn",
     "mixed_res_attn_fp8",
     "mixed_res_attn_scatter_",
     "names",
     "qk_norm_rope_scatter_",
+    "qk_norm_rope_scatter_fp8_",
     "quantize_fp8",
     "scatter_tokens_",
     "select_tokens",

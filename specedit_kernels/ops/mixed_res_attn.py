@@ -382,11 +382,12 @@ def _csrc_scatter(out, q, k, v, out_index, *rest):
     return _csrc_op(out, out_index, q, k, v, *rest)
 
 
-def _unaligned(x):
+def unaligned(x):
     """Whether a row of a head may be not 16-byte aligned, or rows overlap in memory."""
     if x.data_ptr() % 16:
         return True
-    return any(size > 1 and (stride % 8 or stride <= 0) for size, stride in zip(x.shape[:-1], x.stride()))
+    grid = 16 // x.element_size()
+    return any(size > 1 and (stride % grid or stride <= 0) for size, stride in zip(x.shape[:-1], x.stride()))
 
 
 def _csrc_refuses(
@@ -416,7 +417,7 @@ def _csrc_refuses(
     if (q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1) > 512:
         return "the kernel takes at most 512 batch entries"
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
-        if x is not None and _unaligned(x):
+        if x is not None and unaligned(x):
             return f"{name}: the kernel needs rows on a 16-byte grid, got strides {list(x.stride())}"
     for name, x in (
         ("q_index", q_index), ("kv_index", kv_index), ("out_index", out_index), ("q_lens", q_lens),

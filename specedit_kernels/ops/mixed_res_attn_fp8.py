@@ -4,7 +4,8 @@
 import torch
 
 from . import _backends, _checks
-from ._library import register
+from ._library import define_csrc, register
+from .mixed_res_attn import unaligned
 
 _OP = "mixed_res_attn_fp8"
 _E4M3 = (torch.float8_e4m3fn,)
@@ -68,9 +69,8 @@ def _implementation(
             if index is not None:
                 _checks.check_index_range(_OP, name, index, rows)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _backends.implementation(_OP, q.device)(
-        q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, scale
-    )
+    call = (q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, scale)
+    return _backends.implementation(_OP, q.device, call)(*call)
 
 
 def _fake(
@@ -93,8 +93,48 @@ _op = register(
     _implementation,
     _fake,
 )
+
+
+def _csrc_fake(out, q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, scale):
+    rows = q.shape[1] if q_index is None else q_index.shape[1]
+    return q.new_empty((q.shape[0], q.shape[2], rows), dtype=torch.float32)
+
+
+_csrc_op = define_csrc(
+    "mixed_res_attn_fp8_csrc(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale,"
+    " Tensor v_scale, Tensor? key_bias, Tensor? q_index, Tensor? kv_index, Tensor? q_lens, Tensor? kv_lens,"
+    " float scale) -> Tensor",
+    _csrc_fake,
+)
+
+
+def _csrc(q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, *rest):
+    shape = q.shape if q_index is None else (*q_index.shape, *q.shape[2:])
+    out = torch.empty(shape, dtype=torch.bfloat16, device=q.device)
+    return out, _csrc_op(out, q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, *rest)
+
+
+def _csrc_refuses(q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, scale):
+    """Why the CUDA C++ kernel does not serve a call, or ""."""
+    if q.shape[-1] != 128:
+        return f"the kernel takes head dimension 128, not {q.shape[-1]}"
+    if not 1e-6 < scale < 1e6:
+        return f"the kernel takes a scale from 1e-6 to 1e6, not {scale}"
+    if q.shape[0] > 512:
+        return "the kernel takes at most 512 batch entries"
+    for name, x in (("q", q), ("k", k)):
+        if unaligned(x):
+            return f"{name}: the kernel needs rows on a 16-byte grid, got strides {list(x.stride())}"
+    lasts = (("q_index", q_index), ("kv_index", kv_index), ("q_lens", q_lens), ("kv_lens", kv_lens))
+    for name, x in lasts:
+        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
+            return f"{name}: the kernel needs a contiguous last dimension, got strides {list(x.stride())}"
+    return ""
+
+
+_SCOPE = "D 128, q and k with rows on a 16-byte grid, scale > 0, B up to 512; other calls: triton"
 # e4m3 operands of matrix products
-_backends.add(_OP, "mixed_res_attn_fp8", capability=(8, 9))
+_backends.add(_OP, "mixed_res_attn_fp8", _csrc, _csrc_refuses, "90a", _SCOPE, capability=(8, 9))
 
 
 def mixed_res_attn_fp8(
@@ -109,7 +149,8 @@ def mixed_res_attn_fp8(
     Args:
         q: e4m3 (torch.float8_e4m3fn) [B, Sq, H, D], last dimension contiguous; D a multiple of 16, 16 to 256.
         k, v: e4m3 [B, Sk, Hk, D]; Hk divides H. Of v either the last dimension is contiguous or the rows are: a
-            view of memory in the order [B, Hk, D, Sk], which sm_90's products read without a transposition.
+            view of memory in the order [B, Hk, D, Sk], which sm_90's products read without a transposition (with D 128
+            where Sk is a multiple of 16 and there is no ``kv_index``; else the call makes a copy in that order).
         q_scale, k_scale, v_scale: fp32, >= 0: a scale a row and head, [B, Sq, H] or [B, Sk, Hk] (as `quantize_fp8`
             gives of rows of D, without its last dimension), or one a head, [B, 1, H] or [B, 1, Hk], which is faster for
             k and v.

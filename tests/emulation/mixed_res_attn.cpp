@@ -231,11 +231,12 @@ struct Problem {
     const auto strides = [](int rows, int heads) { return Strides{int64_t{rows} * heads * D, int64_t{heads} * D, D}; };
     const auto map = [&](CUtensorMap& target, const std::vector<T>& x, int rows, int heads, int box) {
       const specedit::sm90::TensorMap m{
-          reinterpret_cast<const uint16_t*>(x.data()),
+          x.data(),
           {64, rows, D / 64, heads, entries},
-          {1, int64_t{heads} * D, 64, D, int64_t{rows} * heads * D},
-          box,
-          D / 64};
+          {2, int64_t{heads} * D * 2, 128, D * 2, int64_t{rows} * heads * D * 2},
+          {64, static_cast<uint16_t>(box), D / 64, 1, 1},
+          2,
+          128};
       std::memcpy(&target, &m, sizeof(m));
     };
     map(p.tma_q, q, c.rows_q, c.heads, kWarpgroupRows);

@@ -21,4 +21,8 @@ std::vector<std::string> kernel_of(const std::string& name);
 // Throws std::invalid_argument for an unknown name.
 Outcome run_case(const std::string& name, int seed, int slow_warp);
 
+// The same of e4m3 numbers.
+std::vector<std::string> fp8_case_names();
+Outcome run_fp8_case(const std::string& name, int seed, int slow_warp);
+
 }  // namespace emulation

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "emulator.h"
+#include "mixed_res_attn/e4m3.h"
 
 namespace specedit::sm90 {
 
@@ -25,8 +26,10 @@ inline uint8_t* at_shared(uint32_t address) {
   return emulator::shared_memory + address - kSharedStart;
 }
 
-// The 128-byte swizzle: address bits 4 to 6 are xored with bits 7 to 9.
-inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// The 128-byte swizzle: address bits 4 to 6 are xored with bits 7 to 9. The 64-byte swizzle: bits 4 and 5 with 7 and 8.
+inline uint32_t swizzle(uint32_t address, int bytes = 128) {
+  return address ^ (address >> 7 & (bytes / 16 - 1)) << 4;
+}
 
 inline void* dynamic_smem() { return emulator::shared_memory; }
 
@@ -121,11 +124,12 @@ void warpgroup_fence_operand(float (&)[N]) {}
 
 // ---- Copies ---------------------------------------------------------------------------------------------------------
 
-// What a CUtensorMap holds here; strides in elements.
+// What a CUtensorMap holds here; strides in bytes.
 struct TensorMap {
-  const uint16_t* data;
+  const void* data;
   int64_t dims[5], strides[5];
-  int rows, panels;
+  uint16_t box[5];
+  uint8_t size, swizzle;  // of an element; 64 or 128
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
@@ -134,18 +138,21 @@ inline void tma_load(void* target, const CUtensorMap* map, uint64_t* bar, int c0
   std::memcpy(&m, map, sizeof(m));
   const uint32_t base = cast_smem_ptr_to_uint(target);
   emulator::later([=] {
-    for (int i = 0; i < m.panels * m.rows * 64; ++i) {
-      const int64_t at[5] = {c0 + i % 64, int64_t{c1} + i / 64 % m.rows, c2 + i / 64 / m.rows, c3, c4};
+    const int64_t start[5] = {c0, c1, c2, c3, c4};
+    const int count = m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.box[4];
+    for (int i = 0; i < count; ++i) {
       int64_t offset = 0;
       bool inside = true;
-      for (int d = 0; d < 5; ++d) {
-        offset += at[d] * m.strides[d];
-        inside = inside && at[d] >= 0 && at[d] < m.dims[d];
+      for (int d = 0, rest = i; d < 5; rest /= m.box[d++]) {
+        const int64_t at = start[d] + rest % m.box[d];
+        offset += at * m.strides[d];
+        inside = inside && at >= 0 && at < m.dims[d];
       }
-      const uint16_t value = inside ? m.data[offset] : 0;
-      std::memcpy(at_shared(swizzle(base + i * 2)), &value, 2);
+      uint8_t* const to = at_shared(swizzle(base + i * m.size, m.swizzle));
+      if (inside) std::memcpy(to, static_cast<const uint8_t*>(m.data) + offset, m.size);
+      else std::memset(to, 0, m.size);
     }
-    barrier_of(bar).bytes -= m.panels * m.rows * 128;
+    barrier_of(bar).bytes -= count * m.size;
     end_phase(barrier_of(bar));
   });
 }
@@ -211,15 +218,47 @@ inline uint32_t smem_descriptor_low(const void* tile, uint32_t leading) {
 }
 
 inline uint64_t swizzle128_descriptor(uint32_t low) { return uint64_t{0x40000040u} << 32 | low; }
+inline uint64_t swizzle64_descriptor(uint32_t low) { return uint64_t{0x80000020u} << 32 | low; }
 inline uint64_t no_swizzle_descriptor(uint32_t low, uint32_t group) { return uint64_t{group >> 4} << 32 | low; }
 
-// Where a tile with 16 contiguous columns keeps element (row, k).
+// Where a tile with a swizzle keeps byte `byte` of 32 of row `row`.
+inline uint32_t byte_in(uint64_t descriptor, int row, int byte) {
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t group = (descriptor >> 32 & 0x3fff) << 4;
+  const int bytes = descriptor >> 62 == 1 ? 128 : 64;
+  return swizzle(start + row / 8 * group + row % 8 * bytes + byte, bytes);
+}
+
+inline float decode_e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15;
+  const int fraction = bits & 7;
+  float x = exponent == 0 ? std::ldexp(fraction / 8.0f, -6) : std::ldexp(1 + fraction / 8.0f, exponent - 7);
+  if ((bits & 0x7f) == 0x7f) x = NAN;
+  return bits & 0x80 ? -x : x;
+}
+
+// Rounds to nearest even; beyond 448 to 448.
+inline uint8_t encode_e4m3(float x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (std::isnan(x)) return 0x7f;
+  const float size = std::fabs(x);
+  if (size >= 448) return sign | 0x7e;
+  if (size == 0) return sign;
+  int exponent;
+  std::frexp(size, &exponent);
+  const int unit = std::max(exponent - 1, -6) - 3;  // a step is 2^unit
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -unit)));
+  // steps of 8 to 16 carry into the exponent by themselves
+  return sign | static_cast<uint8_t>(steps + (unit + 9) * 8);
+}
+
+// Where a tile with 16 contiguous columns of two bytes keeps element (row, k).
 inline uint32_t address_in(uint64_t descriptor, int row, int k) {
   const uint32_t start = (descriptor & 0x3fff) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t group = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 == 0) return start + row / 8 * group + row % 8 * 16 + k / 8 * leading + k % 8 * 2;
-  return swizzle(start + row / 8 * group + row % 8 * 128 + k * 2);
+  return byte_in(descriptor, row, k * 2);
 }
 
 template <typename T>
@@ -289,7 +328,65 @@ struct Wgmma {
   }
 };
 
+// m64nNk32 of e4m3 numbers.
+template <int N>
+struct WgmmaE4m3 {
+  static void multiply(float* d, const float (&a)[2][32], int lane, bool add, uint64_t b) {
+    for (int i = 0; i < N / 2; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[i / 2 % 2][k] * decode_e4m3(*at_shared(byte_in(b, column, k)));
+      d[i] = (add ? d[i] : 0) + sum;
+    }
+  }
+
+  static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
+    float* const target = d;
+    const int lane = emulator::current % 32;
+    const int warp = emulator::current % 128 / 32;
+    products[emulator::current].open.push_back([=] {
+      float rows[2][32];
+      for (int i = 0; i < 64; ++i) {
+        rows[i / 32][i % 32] = decode_e4m3(*at_shared(byte_in(a, warp * 16 + lane / 4 + i / 32 * 8, i % 32)));
+      }
+      multiply(target, rows, lane, add, b);
+    });
+  }
+
+  // Lane c of four holds columns 4 c to 4 c + 3, and those plus 16, of its two rows.
+  static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
+    static const uint32_t* registers[kThreadsMax][32];
+    static int issued[kThreadsMax];
+    float* const target = d;
+    const int thread = emulator::current;
+    const int slot = issued[thread]++ % 32;
+    registers[thread][slot] = a;
+    products[thread].open.push_back([=] {
+      float rows[2][32];
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t* words = registers[thread - thread % 4 + c][slot];
+        for (int i = 0; i < 16; ++i) {
+          rows[i / 4 % 2][i / 8 * 16 + 4 * c + i % 4] = decode_e4m3(words[i / 4] >> i % 4 * 8 & 0xff);
+        }
+      }
+      multiply(target, rows, thread % 32, true, b);
+    });
+  }
+};
+
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
+
+inline int max3(int x, int y, int z) { return std::max(std::max(x, y), z); }
+
+inline float add_rounded_up(float x, float y) {
+  const double sum = static_cast<double>(x) + y;
+  const float rounded = static_cast<float>(sum);
+  return rounded < sum ? std::nextafter(rounded, INFINITY) : rounded;
+}
+
+inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  return encode_e4m3(x0) | encode_e4m3(x1) << 8 | encode_e4m3(x2) << 16 | uint32_t{encode_e4m3(x3)} << 24;
+}
 
 inline float exp2_approx(float x) { return x < -126 ? 0 : std::exp2(x); }
 
