@@ -83,7 +83,7 @@ def test_a_run_has_the_order_of_its_solver(flux, monkeypatch, path):
         return torch.cos(2 * conditioning / 1000) * torch.tanh(tokens[:, :first])
 
     monkeypatch.setattr(stages.Run, "velocity", velocity)
-    monkeypatch.setattr(stages.Run, "timestep_conditioning", lambda run, timesteps: list(timesteps))
+    monkeypatch.setattr(stages.Run, "timestep_conditioning", lambda run, timesteps, guided=True: list(timesteps))
 
     def latents(solver, times):
         counts = tuple(times * n for n in PATHS[path]["stages"])
