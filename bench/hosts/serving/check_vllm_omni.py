@@ -3,9 +3,9 @@
 
     VLLM_TARGET_DEVICE=cpu python bench/hosts/serving/check_vllm_omni.py
 
-vLLM-Omni has no platform for a CPU, so its engine and worker do not start there. What runs is the host's: plugins by
-their entry points, registry, config of a folder, weight loader, request, pre- and post-processing, the output's format.
-Every check's line ends in "ok"; the first difference raises AssertionError.
+vLLM-Omni has no platform for a CPU, so its worker does not start there (set_device). What runs is the host's: plugins
+by their entry points, registry, config of a folder, weight loader, request, pre- and post-processing, the output's
+format. Every check's line ends in "ok"; the first difference raises AssertionError.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComp
 from ...models.qwen_image_edit import SpecEditQwenImageEditPlusPipeline as Editor
 from .._serving import WARM_UP, edit, options_of, pictures_of, refuse
 
-logger = logging.getLogger("specedit_kernels")
+logger = logging.getLogger("vllm_omni.specedit")  # under the host's, which has the handlers
 
 TRUE_CFG_SCALE = 4.0  # the host's own default
 
