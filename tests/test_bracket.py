@@ -104,7 +104,7 @@ def test_a_cache_lies_between_two(packed):
 
 def test_qualities_set_what_is_not_given():
     bracket = dict(finish="locked", kv_refresh="bracket")
-    tiers = {"fast": (2, 2, 1), "balanced": (4, 3, 2), "best": (6, 4, 3)}
+    tiers = {"fast": (2, 2, 1), "balanced": (4, 4, 3), "best": (6, 4, 3)}
     for quality, counts in tiers.items():
         config = SpecEditConfig(quality=quality)
         assert config == SpecEditConfig(quality=quality, mixed_from=7 / 9, solver="ab2", **bracket)

@@ -32,7 +32,7 @@ LIGHTNING_SCHEDULE = {
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(2, 2, 1), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
-    "balanced": dict(stages=(4, 3, 2), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
+    "balanced": dict(stages=(4, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
     "best": dict(stages=(6, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
     "paper": dict(preset=9, mixed_from=None, solver="euler", finish="full", kv_refresh=1),
 }
