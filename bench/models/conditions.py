@@ -256,12 +256,13 @@ class Conditions:
         bench.pipe.enable_model_cpu_offload(device=self.device)
         gc.collect()
         torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), self.device)
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), index)
         try:
             return self.figures(bench, kv="fp8")
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
 
     def threads(self, count=4):
         """Edits a second of `count` threads on one pipeline, as a share of one thread's."""
