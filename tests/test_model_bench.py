@@ -43,9 +43,11 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     assert "random weights" in report["model"] and report["versions"]["torch"]
     rows = report["rows"]
     kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket",
-             "locked-cached-fp8", "locked-cached-fp8-products")  # fmt: skip
+             "locked-cached-fp8", "locked-cached-fp8-precision", "locked-cached-fp8-products")  # fmt: skip
     kinds = [f"specedit-9-{kind}" for kind in kinds]
-    kinds += [f"quality {quality}{end}" for end in ("", " fp8") for quality in ("fast", "balanced", "best")]
+    kinds += [
+        f"quality {quality}{end}" for end in ("", " fp8", " fp8-products") for quality in ("fast", "balanced", "best")
+    ]
     edits = []
     for runner in ("eager", "fused"):
         edits += [f"{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
@@ -179,7 +181,7 @@ def test_rows_of_large_pictures(native_bench, tmp_path):
     assert list(rows) == ["edit", "256 x 192, 5 %, native", "256 x 192, 5 %, working", "128 x 96, 5 %, native"]
     large, plain = rows["256 x 192, 5 %, native"], rows["256 x 192, 5 %, working"]
     assert large["passes"] >= 1 and large["stages"]["native"] > 0 and "native" not in plain["stages"]
-    assert large["flops"] > plain["flops"] and large["nfe"] == plain["nfe"] == 9
+    assert large["flops"] > plain["flops"] and large["nfe"] == plain["nfe"] == 11
     assert (
         report["bars"]["256 x 192, 5 %, native: times the edit"]["value"] == large["seconds"] / rows["edit"]["seconds"]
     )

@@ -288,9 +288,9 @@ class Bench:
                  "locked-cached-fp8-precision": dict(finish="locked", kv_refresh=9, precision="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
+        kinds |= TIERS
         for ending in ("fp8", "fp8-products"):
             kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in TIERS.items()}
-        kinds |= TIERS
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
