@@ -7,6 +7,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be aske
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -27,6 +28,16 @@ import support_matrix
 from specedit_kernels import _extension
 
 torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _the_package_logs():
+    """Each test finds the package's logger as it is on import, whatever a command in this process made of it."""
+    logger = logging.getLogger("specedit_kernels")
+    logger.setLevel(logging.NOTSET)
+    logger.propagate, logger.disabled = True, False
+    logging.disable(logging.NOTSET)
+    yield
 
 
 def _backends():
