@@ -547,6 +547,8 @@ def test_the_users_attention_serves_whole_steps(family, when, monkeypatch):
         return before(*args, **kwargs)
 
     monkeypatch.setitem(_AttentionBackendRegistry._backends, name, own)
+    # set_attention_backend sets the process's too
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     if when == "before":
         pipe.transformer.set_attention_backend("_native_math")
     enable_specedit(pipe)
