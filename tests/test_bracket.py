@@ -9,8 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import PIL.Image
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
+from tiny_models import call_options, edit_left_half, left_half, tiny_image, tiny_pipeline, tiny_qwen
 
 from specedit_kernels import (
     SpecEditConfig,
@@ -20,12 +19,6 @@ from specedit_kernels import (
 from specedit_kernels.engine.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def left_half():
-    mask = PIL.Image.new("L", (128, 128))
-    mask.paste(255, (0, 0, 64, 128))
-    return mask
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +36,7 @@ def qwen():
 
 
 def edit(pipe, **config):
-    config = dict(stages=(1, 5, 0), finish="locked", runner="eager") | config
-    given = dict(image=tiny_image(), mask_image=left_half(), generator=torch.Generator().manual_seed(1))
-    given |= dict(output_type="latent", specedit=SpecEditConfig(**config))
-    if isinstance(pipe, SpecEditFluxKontextPipeline):
-        return pipe(**call_options(**given))
-    return pipe(**qwen_text(), **qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128, **given)
+    return edit_left_half(pipe, **dict(stages=(1, 5, 0), finish="locked", runner="eager") | config)
 
 
 def test_it_is_nearer_to_whole_steps_than_stale_keys(flux):

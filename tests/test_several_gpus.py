@@ -169,17 +169,22 @@ def test_tokens_to_heads_and_back(tmp_path, sizes):
     on_ranks(2, tmp_path, _exchanged, sizes, 2)
 
 
-def proves(model):
-    return pytest.mark.proves("several GPUs", model=model)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("make, kinds", [
-    pytest.param(flux, tuple(KINDS), marks=proves("FLUX.1-Kontext")),
-    pytest.param(flux2, ("cached",), marks=proves("FLUX.2-dev")),
-    pytest.param(functools.partial(flux2, "klein"), ("cached",), marks=proves("FLUX.2-klein 4B, 9B (distilled, base)")),
-    pytest.param(qwen, ("full", "cached", "locked text"), marks=proves("Qwen-Image-Edit")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, kinds",
+    [
+        pytest.param(flux, tuple(KINDS), marks=pytest.mark.proves("several GPUs", model="FLUX.1-Kontext")),
+        pytest.param(flux2, ("cached",), marks=pytest.mark.proves("several GPUs", model="FLUX.2-dev")),
+        pytest.param(
+            functools.partial(flux2, "klein"),
+            ("cached",),
+            marks=pytest.mark.proves("several GPUs", model="FLUX.2-klein 4B, 9B (distilled, base)"),
+        ),
+        pytest.param(
+            qwen, ("full", "cached", "locked text"), marks=pytest.mark.proves("several GPUs", model="Qwen-Image-Edit")
+        ),
+    ],
+)
 def test_two_ranks_give_the_picture_of_one(tmp_path, one_thread, make, kinds):
     expected = edits(make, kinds)
     for found in on_ranks(2, tmp_path, edits, make, kinds, 2):
@@ -199,7 +204,7 @@ def test_four_ranks_some_with_text_alone(tmp_path, one_thread):
 
 
 @pytest.mark.slow
-@proves("Qwen-Image-Edit-2509, -2511")
+@pytest.mark.proves("several GPUs", model="Qwen-Image-Edit-2509, -2511")
 def test_lengths_that_ranks_do_not_divide(tmp_path, one_thread):
     make = functools.partial(qwen, text=13, plus=True)
     expected = edits(make, ("cached",))

@@ -12,19 +12,13 @@ pytest.importorskip("transformers")
 
 import PIL.Image
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
+from tiny_models import call_options, edit_left_half, tiny_image, tiny_pipeline, tiny_qwen
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
 from specedit_kernels.engine import stages
 from specedit_kernels.engine.config import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def left_half():
-    mask = PIL.Image.new("L", (128, 128))
-    mask.paste(255, (0, 0, 64, 128))
-    return mask
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +36,7 @@ def qwen():
 
 
 def edit(pipe, call=None, **config):
-    config = dict(finish="locked", kv_refresh=1, runner="eager") | config
-    given = dict(image=tiny_image(), mask_image=left_half(), generator=torch.Generator().manual_seed(1))
-    given |= dict(output_type="latent", specedit=SpecEditConfig(**config)) | (call or {})
-    if isinstance(pipe, SpecEditFluxKontextPipeline):
-        return pipe(**call_options(**given))
-    return pipe(**qwen_text(), **qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128, **given)
+    return edit_left_half(pipe, call, **dict(finish="locked", kv_refresh=1, runner="eager") | config)
 
 
 def test_a_solver_has_the_order_that_it_says():

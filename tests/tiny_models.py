@@ -38,7 +38,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from specedit_kernels import SpecEditConfig
+from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 
 WORDS = ["<pad>", "<unk>", "</s>", "make", "the", "cat", "a", "dog", "remove", "blue", "red", "add", "hat"]
 
@@ -174,6 +174,22 @@ def call_options(**changes) -> dict:
         prompt="make the cat blue", max_area=128 * 128, _auto_resize=False, max_sequence_length=16, output_type="latent"
     )
     return {**options, **changes}
+
+
+def left_half() -> PIL.Image.Image:
+    """A mask of the left half of 128 x 128 pixels."""
+    mask = PIL.Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 64, 128))
+    return mask
+
+
+def edit_left_half(pipe, call: dict | None = None, **config):
+    """The left half of a picture edited by a tiny FLUX or Qwen pipeline, Qwen's with guidance; latents."""
+    given = dict(image=tiny_image(), mask_image=left_half(), generator=torch.Generator().manual_seed(1))
+    given |= dict(output_type="latent", specedit=SpecEditConfig(**config)) | (call or {})
+    if isinstance(pipe, SpecEditFluxKontextPipeline):
+        return pipe(**call_options(**given))
+    return pipe(**qwen_text(), **qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128, **given)
 
 
 class TinyVisionProcessor:
