@@ -317,7 +317,7 @@ def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None
         yield
         return
     before = []
-    for module in transformer.modules():
+    for module in each_module(transformer):
         scaling = vars(module).get("scaling")
         if isinstance(scaling, dict):
             kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in scaling.items()}

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._diffusers import mirrors
+from ._diffusers import each_module, mirrors
 
 _ACTIVE: ContextVar[LowRankChange | None] = ContextVar("specedit_low_rank", default=None)
 _HOOKED: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
@@ -63,7 +63,7 @@ class LowRankChange:
             self._names[layer] = name
             if layer not in _HOOKED:
                 _HOOKED[layer] = layer.register_forward_hook(add_change)
-        if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
+        if any(getattr(module, "fused_projections", False) for module in each_module(transformer)):
             raise ValueError(
                 "expected separate projections of q, k and v (call unfuse_qkv_projections()), got fused ones"
             )
