@@ -121,7 +121,7 @@ def device_of(name: str | None) -> tuple[Any, Any]:
             raise RuntimeError("expected cpu or cuda")
         if device == torch.device("cuda") and ranks.several():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with an index, which set_device wants
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what has a device of its own accord is to have this one
     except (RuntimeError, AssertionError) as error:
