@@ -211,9 +211,11 @@ def _first_call(function: Callable[..., Any], inputs: Inputs) -> Any:
 
 def _end_failed_capture(device: torch.device, pool: Any) -> None:
     """Undo what a failed capture leaves behind in torch (2.11 to 2.13): the allocator goes on filling the graph's pool,
-    and the device's random generator raises at every later use, the user's too."""
+    which it never frees since the graph does not give it back, and the device's random generator raises at every later
+    use, the user's too."""
     with contextlib.suppress(RuntimeError):  # it did end
         torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
     # the end of a capture that succeeds is what resets the generator
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device), capture_error_mode="thread_local"):
         torch.zeros(1, dtype=torch.float32, device=device)
