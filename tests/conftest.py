@@ -40,6 +40,14 @@ def _the_package_logs():
     yield
 
 
+@pytest.fixture(autouse=True)
+def _fp32_products():
+    """Each test multiplies fp32 in fp32: a script of bench/quality that an earlier one ran in this process asks for
+    TF32."""
+    torch.set_float32_matmul_precision("highest")
+    yield
+
+
 def _backends():
     found = ["reference"]
     try:
