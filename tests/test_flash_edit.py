@@ -501,6 +501,15 @@ def test_fused_batches_and_weights(plain, weights):
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
 
 
+def test_both_networks_compute_in_fp8(plain, weights):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    exact, rounded = (run(pipe, white(4), runner="fused", precision=p) for p in ("auto", "fp8"))
+    assert rounded.stats.precision == "fp8" and rounded.stats.inverted and rounded.stats.fp8_bytes > 0
+    assert 0 < (rounded.images - exact.images).norm() < 0.2 * exact.images.norm()
+
+
 @pytest.mark.gpu  # CUDA graphs need a GPU
 def test_graphs_replay_the_fused_steps(weights):
     pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)

@@ -2,6 +2,8 @@
 """precision="fp8": each layer against float64 on its rounded factors, whole steps against diffusers' forward with every
 layer of the blocks replaced by one that rounds likewise, and in the pipelines."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,7 +114,7 @@ def test_a_flux_step_rounds_every_layer_of_its_blocks_and_no_other(joined):
             transformer, tokens, embeds, modulation, flux_kontext.MixedSequence(TEXT, cos, sin)
         )
     assert not linears.refused
-    layers = [layer for group in linears._packed for layer in group]
+    layers = [layer for group in linears._own for layer in group]
     assert len(layers) == len(set(layers)) == 2 * (4 if joined else 8) + 2 * 4 + 2 * (3 if joined else 5)
     round_blocks(transformer.transformer_blocks, transformer.single_transformer_blocks)
     assert_close(got, theirs(), plain)
@@ -137,7 +139,7 @@ def test_a_qwen_step_rounds_every_layer_of_its_blocks(zero):
     with fp8.active(linears):
         got = qwen_image_edit.fused_forward(transformer, tokens, embeds, modulation, sequence)
     # nothing reads the last block's text behind its attention
-    assert not linears.refused and sum(map(len, linears._packed)) == 2 * 12 - 3
+    assert not linears.refused and sum(map(len, linears._own)) == 2 * 12 - 3
     round_blocks(transformer.transformer_blocks)
     assert_close(got, theirs(), plain)
 
@@ -205,7 +207,7 @@ def test_weights_written_or_moved_are_converted_anew(random):
 
 @torch.no_grad()
 def test_low_rank_changes_act_on_layers_in_fp8(random):
-    """FlashEdit's networks are such: the change is added to the product of rounded factors."""
+    """FlashEdit's networks are such: the changed weights are what is rounded, in copies that go when the change does."""
     transformer = tiny_transformer()
     generator = torch.Generator().manual_seed(0)
     names = ["single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.1.proj_out",
@@ -227,6 +229,16 @@ def test_low_rank_changes_act_on_layers_in_fp8(random):
     linears = fp8.Fp8Linears()
     got = run(change, linears)
     assert not linears.refused and 0 < (got - changed).norm() < 0.2 * (plain - changed).norm()
+    size = linears.bytes
+    own = run(None, linears)
+    assert 0 < (own - plain).norm() < 0.2 * (plain - changed).norm() and linears.bytes == 2 * size
+    [copy] = [x for group, x in linears._changed[change].items() if group == (layers[names[1]],)]
+    merged = layers[names[1]].weight + change.layers[names[1]][1] @ change.layers[names[1]][0]
+    torch.testing.assert_close(copy.weight.float() * copy.scale.t(), rounded(merged).float(), rtol=0.13, atol=1e-6)
+    assert torch.equal(run(change, linears), got)
+    del change
+    gc.collect()
+    assert linears.bytes == size and torch.equal(run(None, linears), own)
 
 
 FAMILIES = {

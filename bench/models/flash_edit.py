@@ -55,7 +55,7 @@ class FlashBench(Bench):
     def rows(self):
         tenth, steps, rows = region(self.args.side, 0.1), self.args.steps, {}
         for runner in self.args.runners:
-            every = {"": {}, ", no cosi": dict(cosi=False), ", no ssca": dict(ssca=False),
+            every = {"": {}, ", fp8": dict(precision="fp8"), ", no cosi": dict(cosi=False), ", no ssca": dict(ssca=False),
                      ", no bg_shield": dict(bg_shield=False)}  # fmt: skip
             for name, options in every.items():
                 options |= dict(runner=runner)

@@ -3,9 +3,10 @@
 attention is in fp8 too.
 
 `precision="fp8"` makes this hold within a run of a fused forward, for the layers that it asks for (`modulated`,
-`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use; the model keeps
-its own, so that LoRA files, disable_specedit() and runs in the model's own dtype work as before. On a CPU the same
-numbers are multiplied in fp32: slow, for tests and for measuring quality.
+`linear` and `hidden` in fused.py): those of the blocks. A layer's weight is converted at its first use, and under a
+low-rank change the changed weight; the model keeps its own, so that LoRA files, disable_specedit() and runs in the
+model's own dtype work as before. On a CPU the same numbers are multiplied in fp32: slow, for tests and for measuring
+quality.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ._diffusers import foreign_forward, hooked, is_wrapper
-from .low_rank import OWN_HOOKS
+from .low_rank import OWN_HOOKS, LowRankChange, active_change
 
 # torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them
 # to fp32 now and then. Beside what rounding to e4m3 takes (2^-4 of each factor) that is little; bench/kernels/fp8.py
@@ -85,22 +87,34 @@ def _refuses(layers: Sequence[Any]) -> str:
     return ""
 
 
+_Copies = dict[tuple[torch.nn.Module, ...], _Packed]
+
+
 class Fp8Linears:
-    """Converted weights of a transformer's layers. refused: {why layers compute as they are: these layers}."""
+    """Converted weights of a transformer's layers. refused: {why layers compute as they are: these layers}.
+
+    A low-rank change that is active is within the copies, of which each change has its own, as long as it lives.
+    """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[torch.nn.Module, ...], _Packed] = {}
+        self._own: _Copies = {}
+        self._changed: WeakKeyDictionary[LowRankChange, _Copies] = WeakKeyDictionary()
         self.refused: dict[str, set[torch.nn.Module]] = {}
+
+    def _all(self) -> list[tuple[tuple[torch.nn.Module, ...], _Packed]]:
+        return [pair for copies in (self._own, *self._changed.values()) for pair in copies.items()]
 
     @property
     def bytes(self) -> int:
         """Memory of the copies."""
-        copies = (x for p in self._packed.values() for x in (p.weight, p.scale, p.bias) if x is not None)
+        copies = (x for _, p in self._all() for x in (p.weight, p.scale, p.bias) if x is not None)
         return sum(x.numel() * x.element_size() for x in copies)
 
     def of(self, layers: tuple[torch.nn.Module, ...]) -> _Packed | None:
         """The copy of layers that take the same rows, made where there is none; None where one of them is refused."""
-        found, reason = self._packed.get(layers), ""
+        change = active_change()
+        copies = self._own if change is None else self._changed.setdefault(change, {})
+        found, reason = copies.get(layers), ""
         if any(hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer) for layer in layers):
             reason = "a layer has hooks or a forward of its own"
         elif found is not None and found.places == _places(layers):
@@ -109,13 +123,14 @@ class Fp8Linears:
         if reason:
             self.refused.setdefault(reason, set()).update(layers)
             return None
-        found = self._packed[layers] = self._pack(layers)
+        found = copies[layers] = self._pack(layers, change)
         return found
 
     @staticmethod
-    def _pack(layers: tuple[Any, ...]) -> _Packed:
+    def _pack(layers: tuple[Any, ...], change: LowRankChange | None) -> _Packed:
         with torch.no_grad():
-            rows = [Rows(*ops.quantize_fp8(layer.weight.detach())) for layer in layers]
+            weights = [x.weight if change is None else change.weight_of(x) for x in layers]
+            rows = [Rows(*ops.quantize_fp8(weight.detach())) for weight in weights]
             # as bytes: not every device joins numbers of e4m3
             weight = torch.cat([x.values.view(torch.uint8) for x in rows]).view(torch.float8_e4m3fn)
             scale = torch.cat([x.scale for x in rows]).t().contiguous()
@@ -125,9 +140,7 @@ class Fp8Linears:
 
     def stale(self) -> bool:
         """Whether a weight was written in place since it was converted (fuse_lora does that). Waits for the device."""
-        if not self._packed:
-            return False
-        there = [(layers, packed) for layers, packed in self._packed.items() if packed.places == _places(layers)]
+        there = [(layers, packed) for layers, packed in self._all() if packed.places == _places(layers)]
         if not there:
             return False
         now = torch.cat([_sample(layers) for layers, _ in there])
@@ -135,7 +148,8 @@ class Fp8Linears:
 
     def clear(self) -> None:
         """Free the copies."""
-        self._packed.clear()
+        self._own.clear()
+        self._changed.clear()
         self.refused.clear()
 
 
@@ -194,7 +208,8 @@ def serves(*groups: Sequence[torch.nn.Module]) -> bool:
 
 
 def product(layers: Sequence[torch.nn.Module], x: Tensor | Rows) -> Tensor | None:
-    """The layers' results on x [..., K] side by side, [..., N]; None where they do not compute in fp8."""
+    """The layers' results on x [..., K] side by side, [..., N], with the active low-rank change; None where they do not
+    compute in fp8."""
     linears = _now()
     packed = None if linears is None else linears.of(tuple(layers))
     if packed is None:

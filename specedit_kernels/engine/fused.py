@@ -110,9 +110,7 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     layers = list(layers)
     y = fp8.product(layers, x)
     if y is not None:
-        parts = y.split([layer.out_features for layer in layers], dim=-1)
-        # `modulated` and `hidden` give no rows where a change is active
-        return list(parts) if isinstance(x, Rows) else [changed(layer, x, part) for layer, part in zip(layers, parts)]
+        return list(y.split([layer.out_features for layer in layers], dim=-1))
     assert isinstance(x, Tensor)
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
@@ -148,8 +146,7 @@ def modulated(
     groups: layers that `linear_of_each` has together.
     """
     options = dict(scale=scale, shift=shift, modulation_index=modulation_index, eps=eps)
-    # what changes a layer reads its input
-    if fp8.serves(*groups) and not active_serial():
+    if fp8.serves(*groups):
         return Rows(*ops.quantize_fp8(x, **options))
     return ops.adaln_modulate(x, **options)
 
@@ -158,7 +155,7 @@ def hidden(
     layer: torch.nn.Module, x: Tensor | Rows, then: torch.nn.Module, before: Tensor | None = None
 ) -> Tensor | Rows:
     """gelu(layer(x)); where `then` computes in fp8, that of it and of `before`, the channels in front, in e4m3."""
-    if fp8.serves([then]) and not active_serial():
+    if fp8.serves([then]):
         return Rows(*ops.quantize_fp8(linear(layer, x), before=before, gelu=True))
     return gelu(layer, x)
 

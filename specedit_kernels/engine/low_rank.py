@@ -79,6 +79,12 @@ class LowRankChange:
             self._brought[key] = (down.to(like.device, like.dtype), up.to(like.device, like.dtype))
         return self._brought[key]
 
+    def weight_of(self, layer: torch.nn.Module) -> Tensor:
+        """A layer's weight with its change, fp32 [out, in]; the weight itself where it is not changed."""
+        weight: Any = layer.weight
+        pair = self.of(layer, weight)
+        return weight if pair is None else torch.addmm(weight.float(), pair[1].float(), pair[0].float())
+
 
 def _layer(transformer: torch.nn.Module, name: str) -> Any:
     """The linear layer of a name, below any adapter that wraps it, or None: anything with in_ and out_features."""
@@ -96,8 +102,8 @@ def add_change(layer: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
     return changed(layer, args[0], output)
 
 
-def _now() -> LowRankChange | None:
-    """The active change. torch.compile cannot trace the question; what is compiled runs without a change."""
+def active_change() -> LowRankChange | None:
+    """The active change in this thread. torch.compile cannot trace the question; what is compiled runs without a change."""
     return None if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
@@ -106,18 +112,22 @@ OWN_HOOKS = frozenset({add_change})
 
 
 def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """y = layer(x) with the active change; y itself where there is none."""
-    change = _now()
+    """y = layer(x) with the active change, added to y in place but for autograd; y itself where there is none."""
+    change = active_change()
     pair = None if change is None else change.of(layer, y)
     if pair is None:
         return y
     down, up = pair
-    return y + F.linear(F.linear(x.to(y.dtype), down), up)
+    inner = F.linear(x.to(y.dtype), down)
+    if torch.is_grad_enabled() and (y.requires_grad or inner.requires_grad):
+        return y + F.linear(inner, up)
+    y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), up.t())
+    return y
 
 
 def active_serial() -> int:
     """Which change is active in this thread, 0: none. What was captured under one serves no other."""
-    change = _now()
+    change = active_change()
     return 0 if change is None else change.serial
 
 
