@@ -207,7 +207,7 @@ def test_weights_written_or_moved_are_converted_anew(random):
 
 @torch.no_grad()
 def test_low_rank_changes_act_on_layers_in_fp8(random):
-    """FlashEdit's networks are such: the changed weights are what is rounded, in copies that go when the change does."""
+    """FlashEdit's networks: the changed weights are what is rounded, in copies that go when the change does."""
     transformer = tiny_transformer()
     generator = torch.Generator().manual_seed(0)
     names = ["single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.1.proj_out",

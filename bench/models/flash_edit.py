@@ -55,8 +55,8 @@ class FlashBench(Bench):
     def rows(self):
         tenth, steps, rows = region(self.args.side, 0.1), self.args.steps, {}
         for runner in self.args.runners:
-            every = {"": {}, ", fp8": dict(precision="fp8"), ", no cosi": dict(cosi=False), ", no ssca": dict(ssca=False),
-                     ", no bg_shield": dict(bg_shield=False)}  # fmt: skip
+            every = {"": {}, ", fp8": dict(precision="fp8"), ", no cosi": dict(cosi=False),
+                     ", no ssca": dict(ssca=False), ", no bg_shield": dict(bg_shield=False)}  # fmt: skip
             for name, options in every.items():
                 options |= dict(runner=runner)
                 rows[f"flash {runner}, 10 %{name}"] = Row(lambda o=options: self.edit(tenth, **o))

@@ -103,7 +103,7 @@ def add_change(layer: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def active_change() -> LowRankChange | None:
-    """The active change in this thread. torch.compile cannot trace the question; what is compiled runs without a change."""
+    """This thread's active change. torch.compile cannot trace the question; what is compiled runs without a change."""
     return None if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
