@@ -22,6 +22,7 @@ from table_runs import (
     Row,
     Runner,
     add_arguments,
+    add_lora,
     cell,
     jsonable,
     load_judge,
@@ -61,6 +62,16 @@ PROBES = {
     },
     "quarter": {"quarter, 8 steps": dict(draft_steps=8), "quarter, 4 steps": dict(draft_steps=4)},
     "full_step": {"full step": dict(preset=9)},  # from pure noise: the same for every preset
+}
+
+# of weights that are distilled to few steps
+FEW_STEP_PROBES = {
+    "coarse": {
+        "coarse, 1 of 4": dict(stages=(1, 2, 1)),
+        "coarse, 2 of 4": dict(stages=(2, 1, 1)),
+        "coarse, 3 of 8 steps": dict(stages=(3, 3, 2)),
+        "coarse, 2 of 8": dict(stages=(2, 4, 2)),
+    }
 }
 
 # preset -> (coarse, mixed, full) steps for the full finish; coarse steps for the locked one
@@ -200,6 +211,7 @@ def calibrate_thresholds(args, runner, judge, say):
         raise SystemExit("the plain run gets no edit right: nothing to calibrate on")
     edits = edits[keep.nonzero()[:, 0]]
     reference, kinds = edits.reference, edits.edits.kind
+    runner.adapt(args.lora is not None)
     pipe = Probe.of(runner.pipe)
     results, table, by_share = [], {}, []
     header = {
@@ -209,7 +221,7 @@ def calibrate_thresholds(args, runner, judge, say):
         "true_share": edits.tokens.float().mean().item(),
         "reference_share": reference.float().mean().item(),
     }
-    for draft, probes in PROBES.items():
+    for draft, probes in (PROBES if args.lora is None else FEW_STEP_PROBES).items():
         for place, (label, change) in enumerate(probes.items()):
             if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
                 continue
@@ -240,7 +252,8 @@ def calibrate_thresholds(args, runner, judge, say):
                 if place == 0:
                     table[metric, form, draft] = threshold
                 if draft == "coarse" and (metric, form) == ("decoder", "matched"):
-                    by_share.append({"share": change["stages"][0] / sum(change["stages"]), "threshold": threshold})
+                    share = change["stages"][0] / sum(change["stages"])
+                    by_share.append({"share": share, "draft": label, "threshold": threshold})
             say(
                 f"{label}: AUC "
                 + ", ".join(f"{r['metric']}/{r['reference']} {r['auc']:.4f}" for r in results if r["draft"] == label)
@@ -480,12 +493,15 @@ def main():
         help="whose splits to try",
     )
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run; 0: none, the true masks")
+    add_lora(parser)
     args = parser.parse_args()
+    if args.lora is not None and args.part != "thresholds":
+        parser.error("--lora: of --part thresholds alone; solver.py compares the splits of few steps")
     device = prepare(args)
     say = stopwatch()
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
-    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale, args.lora)
     if args.part != "stages":
         calibrate_thresholds(args, runner, judge, say)
         print((args.out / "thresholds.md").read_text(), flush=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the table, the calibration and the contact sheet share: the editor, the edits, one batched run, its figures."""
 
+import copy
 import datetime
 import hashlib
 import json
@@ -165,7 +166,7 @@ class Row:
 
     steps: plain steps. config: a SpecEdit run; oracle: with the reference mask, grown by a token, as the user's mask.
     still: "source" or "vae(target)", no model. text_length: that FLUX's prompts are padded to, in place of the
-    runner's.
+    runner's. lora: with the runner's LoRA, where it has one.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Row:
     oracle: bool = False
     still: str = ""
     text_length: int | None = None
+    lora: bool = False
 
 
 @dataclass
@@ -196,12 +198,24 @@ class Result:
 
 
 class Runner:
-    """Runs rows on parts of a set with one editor. true_cfg_scale: over 1, guidance away from an empty prompt."""
+    """Runs rows on parts of a set with one editor. true_cfg_scale: over 1, guidance away from an empty prompt. lora: a
+    file that rows which ask for it run with."""
 
-    def __init__(self, pipe, text_length=512, true_cfg_scale=1.0):
+    def __init__(self, pipe, text_length=512, true_cfg_scale=1.0, lora=None):
         self.pipe, self.text_length, self.true_cfg_scale = pipe, text_length, true_cfg_scale
+        self.lora = lora
+        if lora is not None:
+            pipe.load_lora_weights(str(lora))
+            self.adapt(False)
         self.device, self.dtype = pipe.transformer.device, pipe.transformer.dtype
         self.family = family_of(pipe)
+
+    def adapt(self, lora):
+        """Have the pipeline's calls with the LoRA or without."""
+        if self.lora is not None:
+            (self.pipe.enable_lora if lora else self.pipe.disable_lora)()
+        elif lora:
+            raise ValueError("lora: expected a file for a row that runs with one, got none")
 
     def options(self, part):
         """The call's arguments that every row shares; the same noise for an edit in every row."""
@@ -247,7 +261,10 @@ class Runner:
     def run(self, row, part):
         """A Result. Where memory runs out, the part is cut in two."""
         if row.text_length is not None:
-            return Runner(self.pipe, row.text_length, self.true_cfg_scale).run(replace(row, text_length=None), part)
+            other = copy.copy(self)
+            other.text_length = row.text_length
+            return other.run(replace(row, text_length=None), part)
+        self.adapt(row.lora)
         try:
             return self._run(row, part)
         except torch.cuda.OutOfMemoryError:
@@ -424,6 +441,11 @@ def add_arguments(parser, out):
     parser.add_argument("--size", type=int, default=512, help="side of the pictures, a multiple of 64")
     parser.add_argument("--text-length", type=int, help="length that FLUX's prompts are padded to (default 512)")
     parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="over 1: guidance, an empty negative prompt")
+
+
+def add_lora(parser):
+    """The option for weights that are distilled, or otherwise changed."""
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="that load_lora_weights takes, distil.py's say")
 
 
 def add_thresholds(parser):

@@ -12,14 +12,13 @@ after the end.
 
 import argparse
 import copy
-import os
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FluxKontextPipeline
-from runtime import autocast, device, log, memory
+from runtime import autocast, compile_blocks, device, log, memory
 from sampler import encode_images, encode_text, euler, shift_mu
 from scenes import TASKS, Renderer
 from stream import EditStream
@@ -102,10 +101,7 @@ class Training:
 
     def compile(self, transformer):
         if self.args.compile:
-            torch._dynamo.config.recompile_limit = 256
-            torch._dynamo.config.accumulated_recompile_limit = 4096
-            backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
-            transformer.compile_repeated_blocks(dynamic=False, backend=backend)
+            compile_blocks(transformer)
 
     def adapter(self, transformer, count):
         return FluxKontextModel(transformer, self.pipe.vae, torch.full((count,), 3.5, device=self.dev), {})

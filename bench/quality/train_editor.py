@@ -11,7 +11,6 @@ averaged.
 
 import argparse
 import math
-import os
 import time
 from itertools import chain
 from pathlib import Path
@@ -21,7 +20,18 @@ from export import export
 from families import FAMILIES, load_vae
 from models import in_real_numbers, parameter_count
 from muon import Muon
-from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
+from runtime import (
+    RUN_DIR,
+    Clock,
+    Ranks,
+    autocast,
+    compile_blocks,
+    device,
+    load_checkpoint,
+    log,
+    memory,
+    save_checkpoint,
+)
 from sampler import shift_mu
 from scenes import Renderer
 from stream import EditStream
@@ -150,15 +160,6 @@ class Editor(torch.nn.Module):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
 
-def compile_blocks(editor, mode):
-    if mode == "none":
-        return
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 4096
-    backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
-    editor.parts["transformer"].compile_repeated_blocks(dynamic=mode == "dynamic", backend=backend)
-
-
 def batch_size(size, length, tokens, factor=1.0):
     pictures = 2 * (size // 16) ** 2
     count = min(tokens // (pictures + length), MAX_TEXT_TOKENS // length, MAX_BATCH)
@@ -202,7 +203,8 @@ def main():
     if args.start is not None and not args.try_only:
         editor.begin_from(args.start)
     editor.to(dev).train()
-    compile_blocks(editor, args.compile)
+    if args.compile != "none":
+        compile_blocks(editor.parts["transformer"], args.compile == "dynamic")
     static = args.compile == "static"
     lengths, shares_of = (family.static_lengths, family.static_shares) if static else (family.lengths, family.shares)
     scheduler = family.make_scheduler()
