@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"
 
 import distil
 import solver
+from families import Flux, Klein
 from models import make_scheduler
 from sampler import shift_mu
 from tiny_models import tiny_pipeline
@@ -27,13 +28,15 @@ from specedit_kernels.sampling.schedule import stage_sigmas
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("family", [Flux, Klein])
 @pytest.mark.parametrize("steps", [8, 4])
-def test_levels_are_the_sigmas_of_the_pipelines_steps(steps):
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift_mu(scheduler, 1024))
+def test_levels_are_the_sigmas_of_the_pipelines_steps(steps, family):
+    scheduler = family.make_scheduler()
+    mu = shift_mu(scheduler, 1024, family, steps)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     plain = scheduler.sigmas.tolist()
-    [own] = distil.shifts_of(scheduler, 512, [512, 256])
-    _, coarse = distil.shifts_of(scheduler, 256, [512, 256])
+    [own] = distil.shifts_of(scheduler, 512, [512, 256], family, steps)
+    _, coarse = distil.shifts_of(scheduler, 256, [512, 256], family, steps)
     at = [distil.level(own, i, steps) for i in range(steps + 1)]
     assert at == pytest.approx(plain, abs=1e-6)
     pooled = stage_sigmas(plain, steps - 1, 1, 0).coarse
@@ -63,7 +66,9 @@ def test_rows_are_of_all_steps_and_go_on_from_the_student_s(monkeypatch):
     monkeypatch.setattr(distil, "Renderer", lambda device: None)
     args = SimpleNamespace(steps=4, sizes=[64], fresh=0.5)
     pipe = SimpleNamespace(scheduler=make_scheduler())
-    training = SimpleNamespace(args=args, pipe=pipe, dev=torch.device("cpu"), teach=lambda rows: -rows["state"])
+    training = SimpleNamespace(
+        args=args, pipe=pipe, family=Flux, dev=torch.device("cpu"), teach=lambda rows: -rows["state"]
+    )
     lessons = distil.Lessons(training, 64, 8, 64)
     assert lessons.fresh == 2
 

@@ -15,6 +15,7 @@ import math
 from dataclasses import replace
 
 import torch
+from families import family_of
 from scenes import KINDS
 from table_measures import area_under_curve, effective_scores, mean, median, recall_precision
 from table_runs import (
@@ -108,7 +109,7 @@ class Probe:
     @classmethod
     def of(cls, pipe):
         """A probe of a pipeline's kind, with its components."""
-        probe = type(cls.__name__, (cls, type(pipe)), {})(**pipe.components)
+        probe = type(cls.__name__, (cls, type(pipe)), {})(**pipe.components, **family_of(pipe).arguments)
         probe.set_progress_bar_config(disable=True)
         return probe
 
@@ -221,7 +222,7 @@ def calibrate_thresholds(args, runner, judge, say):
         "true_share": edits.tokens.float().mean().item(),
         "reference_share": reference.float().mean().item(),
     }
-    for draft, probes in (PROBES if args.lora is None else FEW_STEP_PROBES).items():
+    for draft, probes in (FEW_STEP_PROBES if args.few_steps or args.lora else PROBES).items():
         for place, (label, change) in enumerate(probes.items()):
             if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
                 continue
@@ -493,6 +494,7 @@ def main():
         help="whose splits to try",
     )
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run; 0: none, the true masks")
+    parser.add_argument("--few-steps", action="store_true", help="the editor itself is distilled to few steps")
     add_lora(parser)
     args = parser.parse_args()
     if args.lora is not None and args.part != "thresholds":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distils the tiny FLUX Kontext editor to a few Euler steps, as a LoRA that `pipe.load_lora_weights` takes.
+"""Distils a tiny editor to a few Euler steps: the FLUX Kontext one as a LoRA that `pipe.load_lora_weights` takes.
 
     python bench/quality/distil.py --steps 8 --out runs/distil --compile     # a GPU; goes on where it stopped
+    python bench/quality/distil.py --model runs/klein/editor --steps 4 --rank 0 --rate 2e-4 --out runs/distil  # whole
     python bench/quality/solver.py --lora runs/distil/8_steps.safetensors --rows plain-8 'lora plain-8' 'lora preset-8'
 
 The student's step from one sigma to the next is to end where the teacher's flow ends from the same state: its answer is
@@ -10,7 +11,8 @@ each state, and steps at the pipeline's own sigmas are all that the student lear
 own steps lead to, and for some rows the teacher's, so that a run meets no state that training has not met. The sizes
 are the editor's: a run's, that of its coarse steps, at their sigmas too, and that of a separate draft.
 
-Writes OUT/N_steps.safetensors every two minutes and at the end, OUT/N_steps.csv (the log), OUT/N_steps.pt (the
+--rank 0 trains the transformer's own weights, and the folder OUT/N_steps, an editor like --model, comes in place of the
+LoRA. Writes OUT/N_steps.safetensors every two minutes and at the end, OUT/N_steps.csv (the log), OUT/N_steps.pt (the
 checkpoint) and, at the end, OUT/N_steps.json: how far whole runs end from the teacher's, with the LoRA and without.
 """
 
@@ -22,7 +24,8 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import FluxKontextPipeline
+from export import export
+from families import family_in
 from runtime import autocast, compile_blocks, device, load_checkpoint, log, memory, replace_file
 from safetensors.torch import save_file
 from sampler import encode_images, encode_text, shift_mu
@@ -31,14 +34,11 @@ from stream import EditStream
 from table_runs import SHIPPED
 from train_cosi import white
 
-from specedit_kernels.engine.model import Pictures
 from specedit_kernels.engine.stages import Solver
 from specedit_kernels.flash_edit.cosi import Loop
 from specedit_kernels.flash_edit.cosi.losses import answer_loss
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state
-from specedit_kernels.flash_edit.one_step import grid_of, velocity_of
-from specedit_kernels.models.flux_kontext import FluxKontextModel, FluxText
-from specedit_kernels.sampling.grid import unpack
+from specedit_kernels.sampling.grid import pack, unpack
 
 MAX_BYTES = 10e6
 # What the noise decides more often than the editor met it.
@@ -48,11 +48,11 @@ ODDS = {"early": (0.35, 0.45, 0.20), "late": (0.65, 0.25, 0.10)}  # of the sizes
 EARLY = 0.35  # of the training
 
 
-def shifts_of(scheduler, size, sizes):
+def shifts_of(scheduler, size, sizes, family, steps):
     """Shifts a of a size's schedules, sigma = a t / (1 + (a - 1) t) of t from 1 to 0 in even steps: the plain one; and
     where pictures of twice the size are trained too, that of their coarse steps, s / (2 - s) of theirs: half their a.
     """
-    own, larger = (math.exp(shift_mu(scheduler, (side // 16) ** 2)) for side in (size, 2 * size))
+    own, larger = (math.exp(shift_mu(scheduler, (side // 16) ** 2, family, steps)) for side in (size, 2 * size))
     return (own, larger / 2) if 2 * size in sizes else (own,)
 
 
@@ -117,7 +117,7 @@ class Lessons:
 
     def __init__(self, training, size, count, capacity):
         self.training, self.size, self.count, args = training, size, count, training.args
-        self.shifts = shifts_of(training.pipe.scheduler, size, args.sizes)
+        self.shifts = shifts_of(training.pipe.scheduler, size, args.sizes, training.family, args.steps)
         self.renderer = Renderer(training.dev)
         self.ring = Ring(capacity, torch.float16 if training.dev.type == "cuda" else torch.float32)
         self.fresh = -(-count // args.steps)  # runs begun at once: as many as end, on average
@@ -133,6 +133,8 @@ class Lessons:
             source = encode_images(training.pipe.vae, rendered.source).float()
             embeds, pooled = encode_text(training.pipe, edits.phrases(), training.args.text_length, training.dev)
         shift = torch.tensor(self.shifts)[torch.randint(len(self.shifts), (count,), generator=generator)]
+        if pooled is None:  # a family without; a row has tensors alone
+            pooled = embeds.new_zeros(count, 0)
         return {
             "source": source,
             "state": white(source.shape, generator, training.dev),
@@ -173,11 +175,16 @@ class Lessons:
 class Training:
     def __init__(self, args, dev):
         self.args, self.dev = args, dev
-        self.pipe = FluxKontextPipeline.from_pretrained(args.model).to(dev)
-        for part in (self.pipe.transformer, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
-            part.requires_grad_(False)
+        self.family = family_in(args.model)
+        self.pipe = self.family.pipeline.from_pretrained(args.model).to(dev)
+        for part in self.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False)
         self.student = copy.deepcopy(self.pipe.transformer)
-        self.parameters = add_low_rank(self.student, args.rank)
+        if args.rank:
+            self.parameters = add_low_rank(self.student, args.rank)
+        else:
+            self.parameters = list(self.student.requires_grad_(True).parameters())
         if args.compile:
             compile_blocks(self.pipe.transformer)
             compile_blocks(self.student)
@@ -192,11 +199,14 @@ class Training:
 
     def velocity(self, transformer, rows, state, sigma):
         """Of states [B, C, H, W] at sigmas fp32 [B], of the rows' edits."""
-        count = len(state)
-        model = FluxKontextModel(transformer, self.pipe.vae, torch.full((count,), GUIDANCE, device=self.dev), {})
-        text = FluxText(rows["embeds"], rows["pooled"], torch.zeros(rows["embeds"].shape[1], 3, device=self.dev))
+        side = state.shape[-1] // 2
+        guidance = torch.full((len(state),), GUIDANCE, device=self.dev)
         with autocast(self.dev):
-            return velocity_of(model, text, state, sigma, [rows["source"]], Pictures(grid_of(state), (grid_of(state),)))
+            velocity = self.family.velocity(
+                transformer, pack(state), pack(rows["source"]), sigma, (side, side), (rows["embeds"], rows["pooled"]),
+                guidance,
+            )  # fmt: skip
+        return unpack(velocity.float(), (side, side))
 
     def teach(self, rows):
         """The teacher's mean velocity over each row's step."""
@@ -245,10 +255,16 @@ class Training:
         return {"training_steps": loop.step, "training_seconds": round(loop.elapsed, 1)}
 
     def write(self, path):
+        self.written = time.perf_counter()
+        if not self.args.rank:
+            weights = {name: getattr(self.pipe, part).state_dict() for name, (part, _) in self.family.parts.items()}
+            weights["transformer"] = self.student.state_dict()
+            size = export(self.family, copy.deepcopy(self.pipe.vae), weights, path.with_suffix(""))
+            log(f"{path.with_suffix('')}: {size / 1e6:.2f} MB")
+            return
         state = peft_state(low_rank_state(self.student), self.args.rank)
         replace_file(path, lambda part: save_file(state, part))
         log(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-        self.written = time.perf_counter()
 
     @torch.no_grad()
     def check(self, size):
@@ -320,7 +336,7 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=460, help="of training over all pieces, without compiling")
     parser.add_argument("--train-steps", type=int, help="in place of --seconds")
     parser.add_argument("--wall", type=float, help="in place of --seconds: of this process, compiling and checks too")
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64, help="of the LoRA; 0: all weights of the transformer")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--teacher-steps", type=int, default=32, help="evaluations of the teacher's in a whole run")
     parser.add_argument("--rollout", type=float, default=0.75, help="share of rows that go on along the student's step")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the two tiny editors: FLUX.1-Kontext's and Qwen-Image-Edit's classes, latents, text and calls.
+"""What differs between the tiny editors: FLUX.1-Kontext's, Qwen-Image-Edit's and FLUX.2-klein's classes, latents, text
+and calls.
 
 A family is a class that is never instantiated. parts: name of a set of weights -> (the pipeline's component that holds
-it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d] or Qwen's mask [n, T] or None).
+it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d], Qwen's mask [n, T] or None).
 """
 
 import json
@@ -12,19 +13,31 @@ from pathlib import Path
 import models
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxKontextPipeline, QwenImageEditPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    Flux2KleinPipeline,
+    FluxKontextPipeline,
+    QwenImageEditPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from text import (
     CLIP_LENGTH,
+    KLEIN_LENGTH,
     PHRASE_LENGTH,
     QWEN_LENGTH,
+    KleinPhraseEncoder,
     PhraseEncoder,
     QwenPhraseEncoder,
     clip_tokenizer,
+    klein_tokenizer,
     qwen_tokenizer,
     t5_tokenizer,
 )
 
+from specedit_kernels.models.flux2 import PICTURE_STEP, Flux2Model
 from specedit_kernels.models.flux_kontext import FluxKontextModel
 from specedit_kernels.models.qwen_image_edit import QwenImageEditModel
 
@@ -55,6 +68,8 @@ class Flux:
         "t5": ("text_encoder_2", models.make_t5),
     }
     make_vae, make_scheduler = staticmethod(models.make_vae), staticmethod(models.make_scheduler)
+    shift = None  # the scheduler's own
+    arguments = {}  # of the pipeline beside its components
     settings = {"max_sequence_length": 64}  # of specedit.json
     ids_width = CLIP_LENGTH + PHRASE_LENGTH
     empty_share = 0.0  # of prompts without words in training
@@ -158,6 +173,8 @@ class Qwen:
         "text": ("text_encoder", models.make_qwen_text),
     }
     make_scheduler = staticmethod(models.make_qwen_scheduler)
+    shift = None
+    arguments = {}
     settings = {"true_cfg_scale": 1.0}
     ids_width = default_length = QWEN_LENGTH
     empty_share = 0.1  # then the source is to come back, so that guidance has something to lead away from
@@ -222,7 +239,80 @@ class Qwen:
         _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known, processor=known))
 
 
-FAMILIES = {"flux": Flux, "qwen": Qwen}
+class Klein:
+    """Without guidance, also before it is distilled to few steps: the model sees its source and needs none."""
+
+    pipeline, vae = Flux2KleinPipeline, AutoencoderKLFlux2
+    thresholds = Flux2Model.thresholds
+    encoder = KleinPhraseEncoder
+    parts = {
+        "transformer": ("transformer", models.make_klein_transformer),
+        "text": ("text_encoder", models.make_klein_text),
+    }
+    make_vae, make_scheduler = staticmethod(models.make_klein_vae), staticmethod(models.make_klein_scheduler)
+    arguments = {"is_distilled": True}
+    settings = {"max_sequence_length": 64}
+    ids_width = KLEIN_LENGTH
+    empty_share = 0.0
+    default_length = 512
+    # As FLUX's: the transformer sees the padding.
+    lengths = (32, 64, 128, 256, 512)
+    shares = {512: (0.26, 0.24, 0.10, 0.12, 0.28), 256: (0.4, 0.3, 0.12, 0.1, 0.08), 128: (0.4, 0.3, 0.14, 0.08, 0.08)}
+    static_lengths, static_shares = Flux.static_lengths, Flux.static_shares
+    posterior, decode = Flux.posterior, Flux.decode
+
+    @staticmethod
+    def shift(tokens, steps=None):
+        """The pipeline's. For training, where there are no steps, 1.2: the pipeline's 1.7 to 2.0 would seldom draw the
+        low noise levels, where detail is made."""
+        return 1.2 if steps is None else compute_empirical_mu(tokens, steps)
+
+    @staticmethod
+    def set_scale(vae, z):
+        """From latents z: the batch norm's statistics, of each channel of a packed token."""
+        packed = F.pixel_unshuffle(z, 2)
+        vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
+        vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))
+
+    @staticmethod
+    def text(parts, ids, length):
+        pad = klein_tokenizer().pad_token_id
+        ids = F.pad(ids, (0, length - KLEIN_LENGTH), value=pad) if length > KLEIN_LENGTH else ids[:, :length]
+        found = parts["text"].model(
+            input_ids=ids, attention_mask=(ids != pad).long(), output_hidden_states=True, use_cache=False
+        )
+        return torch.cat([found.hidden_states[layer] for layer in (9, 18, 27)], -1), None
+
+    @staticmethod
+    def encode_text(pipe, phrases, length, device):
+        return pipe.encode_prompt(phrases, device=device, max_sequence_length=length)[0], None
+
+    @staticmethod
+    def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
+        states, _ = text
+        ids = torch.cat([F.pad(image_ids(*grid, at, tokens.device), (0, 1)) for at in (0, PICTURE_STEP)])
+        words = torch.zeros(states.shape[1], 4, device=tokens.device)
+        words[:, 3] = torch.arange(states.shape[1], device=tokens.device)
+        return transformer(
+            hidden_states=torch.cat([tokens, condition], 1),
+            timestep=sigma,
+            encoder_hidden_states=states,
+            txt_ids=words,
+            img_ids=ids,
+            return_dict=False,
+        )[0][:, : tokens.shape[1]]
+
+    @staticmethod
+    def tokenizers():
+        return {"tokenizer": klein_tokenizer()}
+
+    @staticmethod
+    def finish(folder):
+        known = ["transformers", "PreTrainedTokenizerFast"]
+        _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known))
+
+
+FAMILIES = {"flux": Flux, "qwen": Qwen, "klein": Klein}
 
 
 def family_of(pipe):

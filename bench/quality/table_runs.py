@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from export import build_pipeline
-from families import Flux, Qwen, family_in, family_of
+from families import Flux, Klein, Qwen, family_in, family_of
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
 from models import as_pictures
 from PIL import Image
@@ -36,6 +36,7 @@ from table_measures import (
 
 from specedit_kernels import (
     SpecEditConfig,
+    SpecEditFlux2KleinPipeline,
     SpecEditFluxKontextPipeline,
     SpecEditQwenImageEditPipeline,
     edit_alpha,
@@ -63,8 +64,21 @@ class BatchedQwenPipeline(Batched, SpecEditQwenImageEditPipeline):
     pass
 
 
-BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline}
-RANDOM = {"random": Flux, "random-qwen": Qwen}
+class BatchedKleinPipeline(SpecEditFlux2KleinPipeline):
+    """Edits a list of pictures of one size, a prompt each. The stock pipeline shows them all to every prompt."""
+
+    EDITED = None
+
+    def _size(self, call):
+        return call.height, call.width
+
+    def _pictures(self, call, device):
+        pixels = self.image_processor.preprocess(call.image, call.height, call.width).to(device)
+        return pixels, [pixels]
+
+
+BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline, Klein: BatchedKleinPipeline}
+RANDOM = {"random": Flux, "random-qwen": Qwen, "random-klein": Klein}
 
 
 def model_family(model):
@@ -77,7 +91,7 @@ def model_family(model):
 
 
 def load_pipeline(model, device, dtype):
-    """A folder, or "random", "random-qwen": a tiny editor's structure with random weights, to try the scripts."""
+    """A folder, or one of RANDOM: a tiny editor's structure with random weights, to try the scripts."""
     family = model_family(model)
     if str(model) in RANDOM:
         torch.manual_seed(0)
@@ -85,7 +99,7 @@ def load_pipeline(model, device, dtype):
         pipe = build_pipeline(family, family.make_vae().eval(), weights, dtype)
     else:
         pipe = family.pipeline.from_pretrained(model, torch_dtype=dtype)
-    pipe = BATCHED[family](**pipe.components).to(device)
+    pipe = BATCHED[family](**pipe.components, **family.arguments).to(device)
     as_pictures(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -228,10 +242,14 @@ class Runner:
             output_type="pt",
             generator=[torch.Generator().manual_seed(int(seed)) for seed in part.seeds],
         )
+        if self.true_cfg_scale > 1 and self.family is Klein:
+            raise ValueError("true_cfg_scale: expected 1, klein's editor has no guidance")
         if self.true_cfg_scale > 1:
             options |= dict(true_cfg_scale=self.true_cfg_scale, negative_prompt=[" "] * len(part))
+        if self.family is not Qwen:
+            options["max_sequence_length"] = self.text_length
         if self.family is Flux:
-            return options | dict(image=part.pictures()[0], _auto_resize=False, max_sequence_length=self.text_length)
+            return options | dict(image=part.pictures()[0], _auto_resize=False)
         return options | dict(image=[Image.fromarray(x) for x in part.source.permute(0, 2, 3, 1).cpu().numpy()])
 
     def plain(self, steps, part):
@@ -239,7 +257,8 @@ class Runner:
         options = self.options(part)
         if self.family is Flux:
             return self.pipe(num_inference_steps=steps, specedit=False, **options).images
-        # Qwen's own call shows the model a megapixel whatever it is given; this is the same to the last bit, at a size.
+        # Qwen's own call shows the model a megapixel whatever it is given, klein's shows every picture to every prompt;
+        # this is the same to the last bit, at a size and with a picture for each.
         whole = torch.ones(part.source.shape[-2:])
         config = SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps))
         return self.pipe(specedit=config, mask_image=whole, **options).images
@@ -251,7 +270,9 @@ class Runner:
         keys = self.text_length + (image_tokens if keys is None else keys)
         blocks = config.num_layers + config.get("num_single_layers", 0)
         dim, passes = config.num_attention_heads * config.attention_head_dim, passes if self.true_cfg_scale > 1 else 1
-        return passes * transformer_flops(queries, keys, dim, blocks)
+        # the gated MLP has three matrices of mlp_ratio d^2
+        more = round((6 * config.mlp_ratio - 16) * dim * dim) * queries * blocks if self.family is Klein else 0
+        return passes * (transformer_flops(queries, keys, dim, blocks) + more)
 
     def vae(self, images):
         """Pictures through the VAE and back."""
@@ -439,7 +460,9 @@ def add_arguments(parser, out):
     parser.add_argument("--limit", type=int, help="so many edits, evenly spaced over the set")
     parser.add_argument("--batch", type=int, help="edits in one call")
     parser.add_argument("--size", type=int, default=512, help="side of the pictures, a multiple of 64")
-    parser.add_argument("--text-length", type=int, help="length that FLUX's prompts are padded to (default 512)")
+    parser.add_argument(
+        "--text-length", type=int, help="length that prompts are padded to (default 512; Qwen's are not)"
+    )
     parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="over 1: guidance, an empty negative prompt")
 
 

@@ -170,6 +170,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="flux")
     parser.add_argument("--seconds", type=float, default=860, help="of training over all pieces, compiling included")
+    parser.add_argument(
+        "--piece", type=float, default=math.inf, help="end after so many of them; go on by the same call"
+    )
     parser.add_argument("--tail", type=float, default=45, help="how long the decay takes once a file STOP appears")
     parser.add_argument("--tokens", type=int, default=104_000, help="of a batch, text included")
     parser.add_argument("--fresh", type=float, default=0.12, help="share of each batch that is newly rendered")
@@ -258,7 +261,8 @@ def main():
         size = export(family, export_vae, average, RUN_DIR / "editor")
         log(f"editor: exported {'at the end' if final else ''} at step {step}, {size / 1e6:.2f} MB")
 
-    while not clock.done() or step == 0:
+    until = clock.elapsed + args.piece
+    while (not clock.done() and clock.elapsed < until) or step == 0:
         mix = MIX["early" if clock.fraction < args.early else "late"]
         size = SIZES[torch.multinomial(torch.tensor(mix), 1, generator=generator).item()]
         length = lengths[torch.multinomial(torch.tensor(shares_of[size]), 1, generator=generator).item()]
@@ -271,7 +275,7 @@ def main():
                 group["lr"] = base * rate
         try:
             fields = feeder.batch(size, count)
-            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2), dev)
+            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2, editor.family), dev)
             guidance = 1 + 4 * torch.rand(count, device=dev)
             with autocast(dev):
                 loss, apart = editor.loss(fields, length, sigma, torch.randn_like(fields[0]), guidance)
@@ -375,7 +379,7 @@ def try_steps(editor, lengths, args, dev, scheduler):
                 torch.ones(count, side * side // 4, device=dev),
                 editor.wordless.expand(count, -1),
             )
-            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2), dev)
+            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2, editor.family), dev)
             for _ in range(2):
                 editor.zero_grad(set_to_none=True)
                 with autocast(dev):
