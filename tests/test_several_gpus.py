@@ -250,7 +250,9 @@ def _native(size=None):
 def test_the_second_pass_on_two_ranks(tmp_path, one_thread):
     expected = _native()
     first, second = on_ranks(2, tmp_path, _native, 2)
-    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-4)
+    # the pass sees pictures of 8 bits: where rounding of the first pass turns a level, it sees another one
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-3)
+    assert np.abs(first - expected).mean() < 1e-5
     assert np.array_equal(first, second)
 
 

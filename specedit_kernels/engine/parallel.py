@@ -128,6 +128,45 @@ def all_tokens(x: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     return torch.cat([part[:, :size] for part, size in zip(got, sizes)], dim=1)
 
 
+def all_rows(x: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """[B, C, ..., n, W] of this rank's rows -> the same of all, on every rank. sizes: rows of each rank."""
+    rows = x.movedim(-2, 1)
+    return all_tokens(rows.flatten(2), sizes, ranks).unflatten(2, rows.shape[2:]).movedim(1, -2).contiguous()
+
+
+def beyond(x: Tensor, above: int, below: int, ranks: Ranks) -> Tensor:
+    """A rank's rows [B, C, n, W] of a map whose rows the ranks have in order, with so many of the ranks before and
+    behind it, or zeros: [B, C, above + n + below, W]. n: at least as many, on every rank."""
+    if not above and not below:
+        return x
+    batch, channels, n, width = x.shape
+    first, last = ranks.rank == 0, ranks.rank == ranks.size - 1
+    rows = x.permute(2, 0, 3, 1)  # channels last, as convolutions like them
+    sent = torch.cat([rows[: 0 if first else below], rows[n - (0 if last else above) :]])
+    rows_sent, rows_got = [0] * ranks.size, [0] * ranks.size
+    if not first:
+        rows_sent[ranks.rank - 1], rows_got[ranks.rank - 1] = below, above
+    if not last:
+        rows_sent[ranks.rank + 1], rows_got[ranks.rank + 1] = above, below
+    got = sent.new_empty(sum(rows_got), batch, width, channels)
+    _all_to_all(got, sent.contiguous(), rows_got, rows_sent, ranks)
+    got = got.permute(1, 3, 0, 2)
+    form = torch.channels_last if channels > 1 and x.stride(1) == 1 else torch.contiguous_format
+    found = torch.empty((batch, channels, above + n + below, width), dtype=x.dtype, device=x.device, memory_format=form)
+    found[:, :, above : above + n] = x
+    upper = found[:, :, :above]
+    lower = found[:, :, above + n :]
+    if first:
+        upper.zero_()
+    else:
+        upper.copy_(got[:, :, :above])
+    if last:
+        lower.zero_()
+    else:
+        lower.copy_(got[:, :, got.shape[2] - below :])
+    return found
+
+
 def of_each(x: Tensor, ranks: Ranks) -> list[Tensor]:
     """The tensors of all ranks, of one shape."""
     sent = x.contiguous()
