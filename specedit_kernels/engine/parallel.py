@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._diffusers import context_parallel, ulysses_group
 
@@ -182,3 +183,34 @@ def of_first(x: Tensor, ranks: Ranks) -> Tensor:
     with _exchange(ranks):
         dist.broadcast(sent, group=ranks.group, group_src=0)
     return sent
+
+
+def texts_of_each(text: Any, device: torch.device, ranks: Ranks) -> list[Any]:
+    """The texts of all ranks, on every rank: dataclasses of one class whose fields are tensors on a device, of any
+    lengths, lists of such, or anything that pickles."""
+    kind = type(text)
+    own, form = tree_flatten({field.name: getattr(text, field.name) for field in fields(text)})
+    own = [x.contiguous() if isinstance(x, Tensor) else x for x in own]
+    sent = form, [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _Plain(x) for x in own]
+    said: list[Any] = [None] * ranks.size
+    found = []
+    with _exchange(ranks):
+        dist.all_gather_object(said, sent, group=ranks.group)
+        for rank, (form, leaves) in enumerate(said):
+            values = []
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, _Plain):
+                    values.append(leaf.value)
+                    continue
+                x = own[i] if rank == ranks.rank else torch.empty(leaf[0], dtype=leaf[1], device=device)
+                dist.broadcast(x, group=ranks.group, group_src=rank)
+                values.append(x)
+            found.append(kind(**tree_unflatten(values, form)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What a text holds besides tensors."""
+
+    value: Any
