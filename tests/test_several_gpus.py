@@ -35,6 +35,7 @@ from specedit_kernels import (
     enable_specedit,
 )
 from specedit_kernels.engine import fp8
+from specedit_kernels.engine._diffusers import without_context_parallel
 from specedit_kernels.engine.model import Text
 from specedit_kernels.engine.parallel import Ranks, all_tokens, texts_of_each, to_heads, to_tokens
 from specedit_kernels.engine.sequence import MixedSequence, all_heads, own_tokens
@@ -434,6 +435,29 @@ def test_each_reads_the_prompt_of_its_branch(tmp_path, one_thread):
 def _sub(folder, name):
     (folder / name).mkdir()
     return folder / name
+
+
+def _unhooked():
+    for make in (flux, qwen):
+        pipe, _ = make()
+        assert without_context_parallel(pipe.transformer) is pipe.transformer
+        share_sequence(pipe.transformer, 2)
+        before = {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()}
+        hooked = {name for name, own in before.items() if own.get("_diffusers_hook") is not None}
+        assert hooked and len(hooked) < len(before) / 2
+        twin = without_context_parallel(pipe.transformer)
+        for name, module in twin.named_modules():
+            own = pipe.transformer.get_submodule(name)
+            holds = any(other == name or other.startswith(f"{name}.") or not name for other in hooked)
+            assert (module is own) is not holds, name  # what holds no hook is not made anew
+            if name in hooked:
+                assert "_diffusers_hook" not in vars(module) and "forward" not in vars(module)
+            assert vars(own) == before[name]  # the user's stay
+        assert all(a is b for a, b in zip(twin.parameters(), pipe.transformer.parameters(), strict=True))
+
+
+def test_hooks_of_the_sequence_are_left_out_of_few_new_modules(tmp_path):
+    on_ranks(2, tmp_path, _unhooked)
 
 
 def _refused():

@@ -31,7 +31,7 @@ class Strips:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.rows: list[int] = []
-        self._shares = torch.empty(0)
+        self._shares = torch.empty(0, dtype=torch.float32)
 
     def begin(self, rows: int, device: torch.device) -> None:
         """Share out so many rows."""
