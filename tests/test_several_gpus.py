@@ -456,6 +456,7 @@ def _unhooked():
         assert all(a is b for a, b in zip(twin.parameters(), pipe.transformer.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_hooks_of_the_sequence_are_left_out_of_few_new_modules(tmp_path):
     on_ranks(2, tmp_path, _unhooked)
 

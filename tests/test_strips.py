@@ -104,6 +104,24 @@ def test_rows_beyond_a_strip_of_four(tmp_path):
     on_ranks(4, tmp_path, _beyond, [2, 1, 1, 1])
 
 
+def _tiled():
+    codec = codecs("kontext", True)
+    codec.vae.enable_tiling()
+    codec.vae.tile_sample_min_size, codec.vae.tile_latent_min_size = 32, 4
+    x = pictures(7, _unit(codec), 1)
+    with torch.no_grad():
+        whole = codec.encode(x)
+        shared = strips.over(codec, Ranks.of(None))
+        return [(shared.encode(x), whole), (shared.decode(whole), codec.decode(whole))]
+
+
+@pytest.mark.slow
+def test_each_tile_is_shared_out(tmp_path, one_thread):
+    for pairs in on_ranks(2, tmp_path, _tiled):
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
 class _OtherConv(torch.nn.Conv2d):
     pass
 

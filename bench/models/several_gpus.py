@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 bench/models/several_gpus.py --parts kontext qwen --seconds 110   # full sizes alone
 
 Parts, in order: "links" (what an all-to-all moves), "same" (a small model on one GPU and on all: latents compared,
-runner by runner), "autoencoder" (of full size, whole on each, in strips of rows on all: how far apart, seconds and bytes
+runner by runner), "autoencoder" (of full size, whole on each, in strips of rows on all: how far apart, seconds, bytes
 beside the weights), "kontext" (FLUX.1-Kontext's size: an edit on one GPU, then with its sequence on all, side by side),
 "qwen" (Qwen-Image-Edit's size with guidance: one GPU, its branches on two, a folder's pictures, the sequence on all).
 Each row is on disk when it is done. Random weights, made once a part; text embeddings are given; a square tenth of the
