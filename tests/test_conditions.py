@@ -235,6 +235,7 @@ def test_layers_that_wait_for_the_host_are_no_graphs(bench, name, words):
 # hooks
 
 
+@pytest.mark.slow
 def test_hooks_and_forwards_of_called_layers_work_in_fused_steps():
     pipe = make()
     enable_specedit(pipe)
@@ -259,6 +260,7 @@ def test_hooks_and_forwards_of_called_layers_work_in_fused_steps():
     assert torch.equal(edit(pipe).images, bare)
 
 
+@pytest.mark.slow
 def test_hooks_of_passed_modules_are_refused_with_the_reason():
     pipe = make()
     enable_specedit(pipe)
@@ -270,6 +272,7 @@ def test_hooks_of_passed_modules_are_refused_with_the_reason():
     assert edit(pipe, "fused").stats.runner == "fused"
 
 
+@pytest.mark.slow
 def test_hooks_are_not_left_out_where_layers_compute_in_fp8():
     pipe, calls = make(), []
     enable_specedit(pipe)
@@ -308,6 +311,7 @@ def same_in_both(pipe, **call):
     return quick.images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [False, True])
 def test_loras_come_go_and_change(bench, joined):
     pytest.importorskip("peft")
@@ -347,6 +351,7 @@ def test_loras_come_go_and_change(bench, joined):
     assert away(same_in_both(pipe), seen[0]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_hot_swapped_lora_is_the_new_one(bench, scale):
     pytest.importorskip("peft")
@@ -434,6 +439,7 @@ def offloaded(pipe):
         accelerate.hooks.add_hook_to_module(part, CpuOffload(execution_device="cpu"), append=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_fused_steps_bring_a_model_in(family):
     plain, pipe = make(family), make(family)
@@ -573,6 +579,7 @@ def test_the_users_attention_serves_whole_steps(family, when, monkeypatch):
 # threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 @pytest.mark.parametrize("siblings", [False, True])

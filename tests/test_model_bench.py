@@ -100,6 +100,7 @@ def test_bars(bench):
     assert found == [(22.0, 20.0, True), (10.0, 11.0, False), (1.2, 1.25, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [4.0, 1.0])
 def test_rows_of_qwen(qwen_bench, tmp_path, scale):
     options = ("--side", "64", "--out", str(tmp_path), "--areas", "0.1", "--true-cfg-scale", str(scale))
@@ -142,6 +143,7 @@ def test_regions(bench):
             assert (tokens.all((1, 3)) == tokens.any((1, 3))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_flash_edit_rows(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
@@ -157,6 +159,7 @@ def test_flash_edit_rows(monkeypatch, tmp_path):
     assert "against the inversion" in (tmp_path / "flash_edit.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_rows_of_conditions(monkeypatch, tmp_path):
     pytest.importorskip("peft")
@@ -182,6 +185,7 @@ def native_bench():
         yield load("native")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_rows_of_large_pictures(native_bench, tmp_path):
     options = ("--out", str(tmp_path), "--areas", "0.05", "--patience", "0", "--side", "64")

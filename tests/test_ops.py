@@ -286,6 +286,7 @@ assert "specedit_kernels.reference.mixed_res_attn" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_import_without_optional_packages():
     """Only torch is needed, and nothing of a backend is imported before its first call."""
     code = IMPORT_WITHOUT.format(blocked=["triton", "diffusers", "transformers", "PIL", "numpy_financial"])

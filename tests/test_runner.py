@@ -135,6 +135,7 @@ def edit(pipe, name, columns=2, seed=0, **options):
                 **call_options(output_type=output))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
     monkeypatch.setattr(pipeline, "inspect_weights", lambda *arguments: ("", []))
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
@@ -150,6 +151,7 @@ def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
     assert torch.equal(first.images, edit(pipe, "graph", 5).images)
 
 
+@pytest.mark.slow
 def test_what_a_runner_has_ruled_out_is_not_looked_for(stubbed, monkeypatch):
     """Passes over all modules that cost more than a launch: weights are brought together where they lie elsewhere than
     at the last call, and no module is asked for hooks again."""

@@ -63,6 +63,7 @@ def state(pipe):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_interrupted_call_leaves_the_modules_as_they_were(family, monkeypatch):
     """Ctrl-C at any op: the next call is the same to the last bit."""
@@ -89,6 +90,7 @@ def test_an_interrupted_call_leaves_the_modules_as_they_were(family, monkeypatch
         assert torch.equal(edit(pipe, runner=runner, output_type="pt", **CACHED).images, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_thread_sees_the_shared_autoencoder_unchanged(family):
     pipe = make(family)
@@ -117,6 +119,7 @@ def test_another_thread_sees_the_shared_autoencoder_unchanged(family):
     assert not errors
 
 
+@pytest.mark.slow
 def test_edits_of_one_transformer_in_two_threads_are_those_of_one():
     """Keys and values that a step keeps are its own run's."""
     pipe = make("flux")
@@ -347,6 +350,7 @@ def test_fp32_weights_run_under_autocast(family, runner, options, device):
     assert (out.images - expected.images).abs().max() < 0.15 and (out.images - expected.images).abs().mean() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_dtype_is_the_users(family, runner):

@@ -64,6 +64,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_a_run_has_the_order_of_its_solver(flux, monkeypatch, path):
     """In place of the model: a velocity whose trajectory is known well, by very many steps."""
@@ -98,6 +99,7 @@ def test_fused_steps_do_what_eager_ones_do(request, model, options):
     assert (eager - other).abs().max() > 1e-3 * eager.abs().max()
 
 
+@pytest.mark.slow
 def test_it_is_nearer_to_many_steps(flux):
     exact, one, two = (
         edit(flux, stages=(0, n, 0), solver=solver).images for n, solver in ((64, "ab2"), (8, "euler"), (8, "ab2"))

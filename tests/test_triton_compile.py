@@ -268,6 +268,7 @@ def compile_all():
     return results
 
 
+@pytest.mark.slow
 def test_every_config_compiles_and_fits(tmp_path):
     pytest.importorskip("triton")
     report = tmp_path / "report.json"
