@@ -152,8 +152,8 @@ def test_flash_edit_rows(monkeypatch, tmp_path):
     assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "flash_edit.json").read_text())
     assert {name: row["nfe"] for name, row in report["rows"].items()} == {
-        "flash fused, 10 %": 1, "flash fused, 10 %, no cosi": 1, "flash fused, 10 %, no ssca": 1,
-        "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
+        "flash fused, 10 %": 1, "flash fused, 10 %, fp8": 1, "flash fused, 10 %, no cosi": 1,
+        "flash fused, 10 %, no ssca": 1, "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
         "inversion-2+2 eager, both branches": 2,
     }  # fmt: skip
     assert "against the inversion" in (tmp_path / "flash_edit.md").read_text()
