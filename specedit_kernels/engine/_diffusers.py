@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 
 __all__ = [
+    "Addition",
     "attention_backend",
     "bring_in",
     "cache_hooks",
@@ -341,8 +342,8 @@ def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None
                 scaling[name] = value
 
 
-# (down, up, scale) of what an adapter adds, up(down(x)) * scale; the layer that it adds to; all of them.
-Addition = tuple[torch.nn.Module, torch.nn.Module, Any]
+# (down, up, scale) of what an adapter adds, up(down(x)) * scale: two modules and a number.
+Addition = tuple[Any, Any, Any]
 
 
 def low_rank_parts(layer: Any) -> tuple[Any, list[Addition]]:
