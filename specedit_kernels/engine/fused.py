@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -229,6 +229,23 @@ def feed_forward(ff: FeedForward, x: Tensor | Rows) -> Tensor:
     for layer in rest:
         x = layer(x) if isinstance(layer, torch.nn.Dropout) else linear(layer, x)
     return x
+
+
+# A block is compiled for each kind of call: of whole, mixed and active steps, of the last block and others, with a bias
+# and without one, of fixed lengths and then of any. torch's own limit is 8, and a call beyond it would end the run.
+KINDS_OF_CALLS = 64
+
+
+def compiled(block: Callable[..., Any]) -> Callable[..., Any]:
+    """A block under torch.compile, without a graph break, for as many kinds of calls as there are."""
+    made = torch.compile(block, fullgraph=True)
+
+    @functools.wraps(block)
+    def call(*args: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=KINDS_OF_CALLS):
+            return made(*args)
+
+    return call
 
 
 # Mixed sequences get slots by a sixteenth of their power of two, within these bounds: one capture then serves all edits
