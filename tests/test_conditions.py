@@ -487,6 +487,21 @@ def test_fused_steps_bring_a_model_in(family):
         assert torch.equal(edit(pipe).images, edit(plain).images)
 
 
+def test_cast_layers_of_a_moved_model():
+    """Layerwise casting with model offloading: the recipe for a card of 16 GB."""
+    pipes = [make(), make()]
+    for pipe in pipes:
+        enable_specedit(pipe)
+    bare = edit(pipes[0], "fused").images
+    for pipe in pipes:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    offloaded(pipes[1])
+    for _ in range(2):
+        plain, moved = (edit(pipe, "fused", options=CACHED | dict(kv_cache_dtype="fp8")) for pipe in pipes)
+        assert plain.stats.runner == moved.stats.runner == "fused"
+        assert away(moved.images, plain.images) < 1e-5 < away(plain.images, bare)
+
+
 def test_graphs_of_a_moved_model_are_of_where_it_lies(monkeypatch):
     from test_runner import Replayed
 
