@@ -506,7 +506,7 @@ def main(argv=None):
     parser.add_argument("--edits", type=int, default=200, help="of the row 'day'")
     parser.add_argument("--model", help="folder of the model that the row 'day' has, in place of random weights")
     parser.add_argument("--layers", type=int, help="double blocks, and half the single ones, of the random model")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no row is begun, and a day ends")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds until the last row or edit")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
