@@ -153,12 +153,12 @@ def test_rows_of_conditions(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(SCRIPTS))
     conditions = importlib.import_module("conditions")
-    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, layerwise fp8", "batch of two",
+    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, bitsandbytes nf4", "batch of two",
             "callbacks", "four threads", "day")  # fmt: skip
     options = ("--edits", "4", "--rows", *rows, "--out", str(tmp_path))
     assert conditions.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "conditions.json").read_text())["rows"]
-    assert tuple(report) == rows and "needs a CUDA device" in report.pop("16 GiB card, layerwise fp8")["error"]
+    assert tuple(report) == rows and "needs a CUDA device" in report.pop("16 GiB card, bitsandbytes nf4")["error"]
     assert report["bf16 fused"]["runner"] == "fused" and report["bf16 fused"]["applied"] == 0
     assert report["lora 16"]["applied"] > 1e-3 and report["layerwise fp8"]["applied"] > 1e-3
     assert report["model offload"]["applied"] < 1e-3 and report["four threads"]["wrong"] == []

@@ -42,7 +42,15 @@ LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 # How far a row's picture is to be from the bf16 row's, by the row's name: from rounding alone, or by what is applied.
 # The weights of GGUF rows are other ones (`gguf`).
 SAME, FEW_BITS, CHANGED = (0.0, 0.03), (1e-4, 0.3), (1e-3, 2.0)
-RIGHT = {"bf16 *": SAME, "* offload*": SAME, "lora *": CHANGED, "dora *": CHANGED, "gguf *": CHANGED, "*": FEW_BITS}
+RIGHT = {
+    "bf16 *": SAME,
+    "* offload*": SAME,
+    "lora *": CHANGED,
+    "dora *": CHANGED,
+    "gguf *": CHANGED,
+    "*nf4": CHANGED,
+    "*": FEW_BITS,
+}
 FLAT = 64 << 20  # bytes by which memory may differ between like edits of a day
 CYCLE = 30  # edits after which a day's conditions come again
 
@@ -50,10 +58,11 @@ CYCLE = 30  # edits after which a day's conditions come again
 # the conditions: each changes the transformer of a pipeline, in place
 
 
-def linear_layers(transformer):
-    """(name, layer) of the linear layers of all blocks, without those of the modulation."""
+def linear_layers(transformer, every=False):
+    """(name, layer) of the linear layers of all blocks, without those of the modulation; every: of all there are, as a
+    quantisation config of diffusers has them."""
     for name, module in transformer.named_modules():
-        if type(module) is torch.nn.Linear and "blocks." in name and "norm" not in name:
+        if type(module) is torch.nn.Linear and (every or ("blocks." in name and "norm" not in name)):
             yield name, module
 
 
@@ -92,11 +101,11 @@ def dora(pipe, rank=16):
     pipe.transformer.add_adapter(config, "one")
 
 
-def torchao(kind, pipe, by_row=False):
+def torchao(kind, pipe, by_row=False, every=False):
     from torchao import quantization
 
     config = getattr(quantization, kind)(**(dict(granularity=quantization.PerRow()) if by_row else {}))
-    names = {id(layer) for _, layer in linear_layers(pipe.transformer)}
+    names = {id(layer) for _, layer in linear_layers(pipe.transformer, every)}
     quantization.quantize_(pipe.transformer, config, filter_fn=lambda module, name: id(module) in names)
 
 
@@ -105,14 +114,14 @@ def layerwise(pipe):
     transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
 
 
-def _replace(transformer, make):
-    """Put make(layer) in the place of each linear layer of the blocks."""
-    for name, layer in list(linear_layers(transformer)):
+def _replace(transformer, make, every=False):
+    """Put make(layer) in the place of each of `linear_layers`."""
+    for name, layer in list(linear_layers(transformer, every)):
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, make(layer))
 
 
-def nf4(pipe):
+def nf4(pipe, every=False):
     import bitsandbytes as bnb
 
     def make(layer):
@@ -123,7 +132,7 @@ def nf4(pipe):
         made.bias = layer.bias
         return made
 
-    _replace(pipe.transformer, make)
+    _replace(pipe.transformer, make, every)
 
 
 def bnb_int8(pipe, threshold=0.0):
@@ -186,6 +195,14 @@ CONDITIONS = {
     "gguf Q4_0": partial(gguf, "Q4_0"),
     "quanto int8": partial(quanto, "int8"),
     "quanto fp8": partial(quanto, "fp8"),
+}
+
+
+# Recipes of docs/memory.md, by the cards that they are for. Layerwise casting leaves the modulation as it is.
+CARDS = {
+    "torchao fp8 weight-only": ((24, 16), partial(torchao, "Float8WeightOnlyConfig", every=True)),
+    "layerwise fp8": ((24,), layerwise),
+    "bitsandbytes nf4": ((24, 16), partial(nf4, every=True)),
 }
 
 
@@ -449,9 +466,8 @@ class Conditions:
         rows["group offload, blocks, stream"] = partial(self.offload, use_stream=True, **blocks)
         rows["group offload, leaves, stream"] = partial(self.offload, kind="leaf_level", use_stream=True)
         rows["group offload, blocks, disk"] = partial(self.offload, disk=True, **blocks)
-        for gib in (24, 16):
-            for name in ("torchao fp8 weight-only", "layerwise fp8", "bitsandbytes nf4"):
-                rows[f"{gib} GiB card, {name}"] = partial(self.card, gib=gib, change=CONDITIONS[name])
+        for name, (sizes, change) in CARDS.items():
+            rows |= {f"{gib} GiB card, {name}": partial(self.card, gib=gib, change=change) for gib in sizes}
         rows |= {"batch of two": self.batch, "callbacks": self.callbacks, "four threads": self.threads, "day": self.day}
         return {name: partial(row, name) for name, row in rows.items()}
 
