@@ -440,7 +440,8 @@ class Conditions:
                 differs.append(not torch.equal(self.edit(fresh, **options | {"seed": i + 1}).images, picture))
                 other._free_runner()
         found = {"seconds": statistics.median(seconds), "edits": len(seconds), "stale": stale,
-                 "total_seconds": time.perf_counter() - started, "right": not stale and all(differs)}  # fmt: skip
+                 "total_seconds": time.perf_counter() - started,
+                 "right": not stale and bool(differs) and all(differs)}  # fmt: skip
         like = [memory[50:][k::CYCLE] for k in range(CYCLE)]
         if any(like):
             grown = max(x[-1] - x[0] for x in like if x)
