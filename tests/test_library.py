@@ -188,8 +188,8 @@ def tensor_arguments(name):
 
 @pytest.mark.parametrize("name, argument", [(name, a) for name in NAMES for a in tensor_arguments(name)])
 def test_a_tensor_without_dimensions_is_named(call, name, argument):
-    if (name, argument) == ("lerp_fp8_", "weight"):
-        return  # it has none
+    if (name, argument) in (("lerp_fp8_", "weight"), ("cast_fp8", "x")):
+        return  # it may have none
     op, args, kwargs = call(name)
     names = [a.name for a in op._schema.arguments]
     given = dict(zip(names, args)) | kwargs

@@ -165,17 +165,34 @@ def test_rows_of_conditions(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(SCRIPTS))
     conditions = importlib.import_module("conditions")
-    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, layerwise fp8", "four threads",
-            "day")  # fmt: skip
+    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, bitsandbytes nf4", "batch of two",
+            "callbacks", "four threads", "day")  # fmt: skip
     options = ("--edits", "4", "--rows", *rows, "--out", str(tmp_path))
     assert conditions.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "conditions.json").read_text())["rows"]
-    assert tuple(report) == rows and "needs a CUDA device" in report.pop("16 GiB card, layerwise fp8")["error"]
+    assert tuple(report) == rows and "needs a CUDA device" in report.pop("16 GiB card, bitsandbytes nf4")["error"]
     assert report["bf16 fused"]["runner"] == "fused" and report["bf16 fused"]["applied"] == 0
     assert report["lora 16"]["applied"] > 1e-3 and report["layerwise fp8"]["applied"] > 1e-3
     assert report["model offload"]["applied"] < 1e-3 and report["four threads"]["wrong"] == []
     assert report["day"]["edits"] == 4 and report["day"]["stale"] == []
+    assert all(row["right"] for row in report.values()), report
+    assert report["batch of two"]["apart"] < 1e-4 and report["callbacks"]["applied"] > 1e-3
     assert "graphs need a CUDA device" in (tmp_path / "conditions.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_condition_that_is_left_out_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    conditions = importlib.import_module("conditions")
+    monkeypatch.setitem(conditions.CONDITIONS, "layerwise fp8", lambda pipe: None)
+    options = ("--rows", "bf16 eager", "layerwise fp8", "--out", str(tmp_path))
+    assert conditions.main([*TINY, *options]) == 0
+    rows = json.loads((tmp_path / "conditions.json").read_text())["rows"]
+    assert rows["bf16 eager"]["right"] and not rows["layerwise fp8"]["right"]
+    assert "WRONG graphs need" in (tmp_path / "conditions.md").read_text()
+    assert conditions.main([*TINY, *options, "--limit", "0"]) == 0  # none is begun
+    rows = json.loads((tmp_path / "conditions.json").read_text())["rows"]
+    assert all("not begun" in row["error"] for row in rows.values())
 
 
 @pytest.fixture(scope="module")

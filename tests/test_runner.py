@@ -190,6 +190,29 @@ def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
     assert warnings.messages == [f"runner={name!r}: steps run eagerly: {reason}"]
 
 
+def test_a_refused_runner_becomes_what_auto_takes(warnings, monkeypatch):
+    """Quantised weights on a GPU, seen from a CPU: without graphs steps are fused ones, by one runner for all calls."""
+
+    class Packed(torch.nn.Parameter):
+        pass
+
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    expected = edit(pipe, "fused")
+    monkeypatch.setattr(pipeline, "inspect_weights", lambda name, *_: ("" if name == "fused" else "it cannot", []))
+    monkeypatch.setattr(pipeline, "execution_device", lambda pipe: torch.device("cuda"))
+    pipe.transformer.proj_out.weight = Packed(pipe.transformer.proj_out.weight.data)
+    kept = pipe._specedit_runner
+    warnings.clear()
+    for name in ("graph", "auto", "compile", "graph", "fused"):
+        out = edit(pipe, name)
+        assert out.stats.runner == "fused" and out.stats.runner_reason == ("" if name == "fused" else "it cannot")
+        assert torch.equal(out.images, expected.images) and pipe._specedit_runner is kept
+    assert warnings.messages == [
+        f"runner={name!r}: steps run with runner='fused': it cannot" for name in ("graph", "compile")
+    ]
+
+
 @torch.no_grad()
 def test_the_signature_changes_with_weights_and_adapters():
     pipe = tiny_pipeline()
