@@ -64,6 +64,7 @@ def pair():
     return source, with_disc(source, scene(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_jpeg", [False, True])
 @pytest.mark.parametrize(
     "case",

@@ -115,6 +115,7 @@ def without():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_condition_is_right_applied_and_restored(bench, without, name, family):

@@ -334,6 +334,7 @@ def mask(columns):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize(
     "options",

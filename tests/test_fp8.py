@@ -205,6 +205,7 @@ def test_weights_written_or_moved_are_converted_anew(random):
     assert not torch.allclose(run(), moved, atol=0.1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_low_rank_changes_act_on_layers_in_fp8(random):
     """FlashEdit's networks: the changed weights are what is rounded, in copies that go when the change does."""

@@ -126,6 +126,7 @@ def test_a_blend_of_two(random, device):
     assert torch.equal(between.q_scale, near.q_scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, dict(key_bias=False), dict(lock_text=True), dict(kv_refresh="bracket"),
                                     dict(kv_refresh=2), dict(kv_cache_dtype="fp8")], ids=str)  # fmt: skip
 def test_an_edit(edit, everywhere, monkeypatch, warnings, config):  # noqa: F811

@@ -39,6 +39,7 @@ def parameters(random, device):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(

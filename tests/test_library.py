@@ -274,6 +274,7 @@ def as_reference(name, args, kwargs, run):
     return [given[parameter] for parameter in inspect.signature(run).parameters]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_help_says_the_contract(name):
     doc = inspect.getdoc(getattr(ops, name))

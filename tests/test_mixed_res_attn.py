@@ -167,6 +167,7 @@ def test_arbitrary_bias(backend, poison, random, device):
     check(q, k, v, key_bias=bias - 1000, luck=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [-1e4, -1e9, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_mask_of_any_size_removes_keys(backend, poison, random, device, dtype, mask):
@@ -200,6 +201,7 @@ def far_biases(far, order, keys):
 FAR = [-1e2, -1e4, -1e9, -3e38, torch.finfo(torch.float32).min, -INF, 1e4, 1e9, 3e38]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["alike", "mixed", "rising", "first"])
 @pytest.mark.parametrize("far", FAR, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
@@ -220,6 +222,7 @@ def test_biases_of_any_size(backend, poison, random, device, dtype, dim, far, or
     torch.testing.assert_close(lse.double(), score.logsumexp(-1), rtol=1e-4, atol=1e-4 + step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split_keys", [False, True])
 @pytest.mark.parametrize("score", [1e4, -1e4, 4e8, -4e8, 1e30, -1e30], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -283,6 +286,7 @@ def test_a_coarse_key_weighs_as_its_fine_ones(backend, random, device):
     assert_same(mixed_lse, fine_lse)
 
 
+@pytest.mark.slow
 def test_gather_of_rows(backend, poison, random, integers, device):
     q, k, v = qkv(random, device, 2, 50, 80, 2, 64)
     bias = random(2, 80, device=device)

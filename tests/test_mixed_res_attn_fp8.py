@@ -87,6 +87,7 @@ def multiplicities(batch, keys, device):
     return bias.to(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 999), (7, 7), (99, 127), (127, 99), (999, 1), (130, 300)])
 def test_odd_lengths(backend, dim, poison, random, device, queries, keys):
     call = factors(random, device, 1, queries, keys, 2, dim)
@@ -214,6 +215,7 @@ def test_zero_sizes(backend, dim, poison, random, device, zero):
     assert not out.any() and (zero != "keys" or (lse == -INF).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries, keys", [(64, 192), (200, 400), (130, 3216), (1000, 1600)])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_values_as_sm_90_reads_them(backend, poison, random, integers, device, queries, keys, by_row):

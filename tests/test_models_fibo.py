@@ -93,6 +93,7 @@ def test_sizes_and_a_seed():
     assert torch.equal(out.images, expected) and out.mask.shape[1:] == (8, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_nothing_selected_returns_the_source(guided):
     proofs.nothing_is_the_source(pair()[1], **options(guided, 2))

@@ -81,6 +81,7 @@ def test_given_latents_are_the_plain_pipelines():
         ours(specedit=paper(**proofs.EVERYTHING), **call | dict(latents=torch.randn(1, 64, 128)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["klein", "klein-base"])
 def test_nothing_selected_returns_the_source(kind):
     proofs.nothing_is_the_source(pair(kind)[1], **options(kind, 2))

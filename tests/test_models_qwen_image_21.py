@@ -119,6 +119,7 @@ def test_the_plain_pixels_and_a_padded_batch():
     assert got.shape == expected.shape and got.shape[-1] == 4 and (got == expected).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_nothing_selected_returns_the_source(guided):
     proofs.nothing_is_the_source(pair()[1], **options(guided, 2))

@@ -104,6 +104,7 @@ def batch(n=2, side=8, seed=0):
     return source, target, torch.full((n, side * side // 4), 4.0), ids
 
 
+@pytest.mark.slow
 def test_loads_in_fp32_with_its_scale(pipe):
     assert {x.dtype for x in (pipe.transformer, pipe.text_encoder, pipe.vae)} == {torch.float32}
     assert pipe.config.is_distilled and isinstance(pipe.vae, AutoencoderKLFlux2)
@@ -208,6 +209,7 @@ def test_all_weights_are_distilled_into_a_folder(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in same)
 
 
+@pytest.mark.slow
 def test_own_sampler_and_plain_rows_are_the_pipeline(pipe, batched, edits, steps=4):
     """The stock pipeline shows each prompt all pictures, so it runs edit by edit."""
     runner = runs.Runner(batched, 32)
@@ -225,6 +227,7 @@ def test_own_sampler_and_plain_rows_are_the_pipeline(pipe, batched, edits, steps
     assert torch.allclose(sampler.decode_latents(pipe.vae, z), found.images, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_the_table(batched, edits):
     """A SpecEdit row's FLOPs are the run's own, and the probe of a calibration scores what a run does."""
     runner = runs.Runner(batched, 32)
@@ -238,6 +241,7 @@ def test_rows_of_the_table(batched, edits):
         runs.Runner(batched, 32, 2.0).run(runs.Row("", config=config), edits)
 
 
+@pytest.mark.slow
 def test_an_edit_from_the_folder(folder):
     pipe = SpecEditFlux2KleinPipeline.from_pretrained(folder)
     source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))

@@ -94,6 +94,7 @@ def test_loads_in_fp32_with_its_scale(pipe):
     assert np.allclose(pipe.vae.config.latents_std, 2, atol=0.5)
 
 
+@pytest.mark.slow
 def test_training_sees_the_texts_of_the_pipeline(pipe):
     """The look-up's ids are the tokenizer's, and the states behind them the pipeline's own."""
     encoder, (template, dropped) = text.QwenPhraseEncoder(), text.qwen_template()

@@ -190,6 +190,7 @@ def test_controls_have_equal_counts(runner, edits, finish):
     assert not torch.equal(results["uniform"].mask, results["score"].mask)
 
 
+@pytest.mark.slow
 def test_noise_is_the_edit_s_own(runner, edits):
     row = runs.Row("plain", steps=1)
     together = runner.run(row, edits).images

@@ -289,6 +289,7 @@ def test_a_mixed_step_with_all_blocks_active_is_a_dense_step(plus, zero, seen, g
         assert torch.allclose(mixed, in_order, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
@@ -491,6 +492,7 @@ def test_the_codec_is_the_pipelines_own(edit):
         assert torch.allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("finish", "unselected"), [("full", "source"), ("full", "coarse"), ("locked", "source")])
 @pytest.mark.parametrize("kind", ["mask", "coarse", "quarter", "full_step"])
 def test_an_ideal_model_gives_its_picture(plus, monkeypatch, finish, unselected, kind):

@@ -174,6 +174,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("plus", "zero"), [(False, False), (True, True)], ids=["edit", "plus zero_cond_t"])
@@ -187,6 +188,7 @@ def test_fused_edits_are_eager_ones(plus, zero, options, guided):
     assert (got.stats.kv_cache_bytes > 0) == (expected.stats.kv_cache_bytes > 0) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [-1, 256])
 def test_branches_one_by_one_and_at_once_are_the_same(monkeypatch, joined):
     monkeypatch.setattr(FusedQwenModel, "JOINED", joined)
@@ -203,6 +205,7 @@ def test_branches_one_by_one_and_at_once_are_the_same(monkeypatch, joined):
     assert calls == ([1] + [1] * 8 if joined < 0 else [1] + [2] * 4)
 
 
+@pytest.mark.slow
 def test_the_timestep_hook_of_our_own_is_no_reason_to_stay_eager():
     pipe = pipe_of(True, True)
     for _ in range(2):  # the first call puts it on

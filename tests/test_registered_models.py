@@ -179,6 +179,7 @@ def test_guidance_reaches_the_mixed_steps(edit):
 # adapters
 
 
+@pytest.mark.slow
 @pytest.mark.proves("LoRA")
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(edit, runner):

@@ -35,6 +35,7 @@ def check(score, grid, threshold, dilation=0, uniform_stride=0):
     return mask, index, count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (9, 11), (127, 1), (27, 37), (32, 32)], ids=str)
 @pytest.mark.parametrize("dilation, uniform_stride", [(0, 0), (1, 0), (0, 3), (2, 4), (300, 0), (0, 1000)])
 def test_random_scores(backend, poison, random, device, grid, dilation, uniform_stride):

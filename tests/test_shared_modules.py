@@ -193,6 +193,7 @@ def test_a_part_of_an_offloaded_model_finds_its_weights(family, kind, tmp_path, 
         assert torch.equal(expected.embed(tokens), got.embed(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_edit_with_an_offloaded_autoencoder_is_the_same(family, kind, tmp_path, poison):

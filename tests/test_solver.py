@@ -87,6 +87,7 @@ def test_a_run_has_the_order_of_its_solver(flux, monkeypatch, path):
             assert 0.75 * 2**order < more / less < 1.5 * 2**order, (solver, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, dict(kv_refresh="bracket"), dict(kv_refresh="bracket", lock_text=True)], ids=str
 )

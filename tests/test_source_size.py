@@ -72,6 +72,7 @@ def check(found, source, mask):
     return outside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", ["full", "locked"])
 @pytest.mark.parametrize("shape", [(150, 210), (150, 210, 1), (150, 210, 2), (150, 210, 3), (150, 210, 4)], ids=str)
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32], ids=lambda k: np.dtype(k).name)
@@ -269,6 +270,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, turn, kind, channels", CASES, ids=str)
 def test_files_keep_their_bits_and_metadata(pipe, tmp_path, name, turn, kind, channels):
     path = a_file(tmp_path, name, turn, kind, channels)

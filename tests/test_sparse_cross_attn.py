@@ -120,6 +120,7 @@ def test_regions_do_not_share_nan(backend, poison, call):
         assert torch.equal(a[region == 0], b[region == 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", [1e4, -1e4, 4e8, -4e8, -1e28, 1e31, -1e31], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [0.125, -0.125])

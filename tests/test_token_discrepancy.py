@@ -31,6 +31,7 @@ def check(draft, source, grid):
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 64, 129])
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 7), (9, 11), (127, 1)], ids=str)
@@ -39,6 +40,7 @@ def test_features(backend, poison, random, device, dtype, channels, tokens):
     check(random(*shape, dtype=dtype, device=device), random(*shape, dtype=dtype, device=device), tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
