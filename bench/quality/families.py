@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the two tiny editors: FLUX.1-Kontext's and Qwen-Image-Edit's classes, latents, text and calls.
+"""What differs between the tiny models: the classes, latents, text and calls of FLUX.1-Kontext and Qwen-Image-Edit,
+editors, and of FLUX.1, which makes pictures from captions.
 
 A family is a class that is never instantiated. parts: name of a set of weights -> (the pipeline's component that holds
 it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d] or Qwen's mask [n, T] or None).
@@ -12,12 +13,20 @@ from pathlib import Path
 import models
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxKontextPipeline, QwenImageEditPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FluxKontextPipeline,
+    FluxPipeline,
+    QwenImageEditPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from text import (
+    CAPTION_LENGTH,
     CLIP_LENGTH,
     PHRASE_LENGTH,
     QWEN_LENGTH,
+    CaptionEncoder,
     PhraseEncoder,
     QwenPhraseEncoder,
     clip_tokenizer,
@@ -55,8 +64,11 @@ class Flux:
         "t5": ("text_encoder_2", models.make_t5),
     }
     make_vae, make_scheduler = staticmethod(models.make_vae), staticmethod(models.make_scheduler)
-    settings = {"max_sequence_length": 64}  # of specedit.json
-    ids_width = CLIP_LENGTH + PHRASE_LENGTH
+    settings = {"resolution": 512, "max_sequence_length": 64}  # of specedit.json
+    sees_source = True  # the source's tokens stand behind the target's
+    mix = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # shares of 512, 256 and 128 px in training
+    phrase_length = PHRASE_LENGTH
+    ids_width = CLIP_LENGTH + PHRASE_LENGTH  # of one picture's text
     empty_share = 0.0  # of prompts without words in training
     default_length = 512  # of a padded prompt in the measurements: the pipeline's default
     # Padded lengths of T5's prompt. Users' pipelines pad to 512 by default; nothing masks the padding.
@@ -93,11 +105,11 @@ class Flux:
         z = z / deviation.view(1, -1, 1, 1)
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
 
-    @staticmethod
-    def text(parts, ids, length):
+    @classmethod
+    def text(cls, parts, ids, length):
         """A text from the encoder's ids."""
-        clip, t5 = ids.split((CLIP_LENGTH, PHRASE_LENGTH), dim=1)
-        t5 = F.pad(t5, (0, length - PHRASE_LENGTH)) if length > PHRASE_LENGTH else t5[:, :length]
+        clip, t5 = ids.split((CLIP_LENGTH, cls.phrase_length), dim=1)
+        t5 = F.pad(t5, (0, length - cls.phrase_length)) if length > cls.phrase_length else t5[:, :length]
         return parts["t5"](t5)[0], parts["clip"](clip).pooler_output
 
     @staticmethod
@@ -112,11 +124,13 @@ class Flux:
 
     @staticmethod
     def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
-        """Of packed target tokens, with the source's behind them; grid: both's (rows, columns); sigma, guidance [n]."""
+        """Of packed target tokens, with the source's behind them, or None; grid: both's (rows, columns); sigma,
+        guidance [n]."""
         states, pooled = text
-        ids = torch.cat([image_ids(*grid, index, tokens.device) for index in (0, 1)])
+        shown = [tokens] if condition is None else [tokens, condition]
+        ids = torch.cat([image_ids(*grid, index, tokens.device) for index in range(len(shown))])
         return transformer(
-            hidden_states=torch.cat([tokens, condition], 1),
+            hidden_states=torch.cat(shown, 1),
             timestep=sigma,
             guidance=guidance,
             pooled_projections=pooled,
@@ -141,6 +155,26 @@ class Flux:
         (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
+class TextFlux(Flux):
+    """FLUX.1, a model of the same transformer that sees a caption and no source."""
+
+    pipeline, encoder = FluxPipeline, CaptionEncoder
+    settings = {"resolution": 256, "max_sequence_length": CAPTION_LENGTH}
+    sees_source = False
+    mix = {"early": (0.0, 0.70, 0.30), "late": (0.0, 0.85, 0.15)}
+    phrase_length = CAPTION_LENGTH
+    ids_width = CLIP_LENGTH + CAPTION_LENGTH
+    empty_share = 0.1  # so that guidance has something to lead away from
+    default_length = CAPTION_LENGTH
+    lengths = static_lengths = (CAPTION_LENGTH,)
+    shares = static_shares = dict.fromkeys((512, 256, 128), (1.0,))
+
+    @staticmethod
+    def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
+        """condition: not looked at."""
+        return Flux.velocity(transformer, tokens, None, sigma, grid, text, guidance)
+
+
 @lru_cache(maxsize=2)
 def _qwen_prefix(device):
     return torch.tensor(QwenPhraseEncoder().prefix, device=device)
@@ -158,7 +192,8 @@ class Qwen:
         "text": ("text_encoder", models.make_qwen_text),
     }
     make_scheduler = staticmethod(models.make_qwen_scheduler)
-    settings = {"true_cfg_scale": 1.0}
+    settings = {"resolution": 512, "true_cfg_scale": 1.0}
+    sees_source, mix = True, Flux.mix
     ids_width = default_length = QWEN_LENGTH
     empty_share = 0.1  # then the source is to come back, so that guidance has something to lead away from
     # A mask hides the padding, and each prompt has its own length behind it.
@@ -222,7 +257,7 @@ class Qwen:
         _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known, processor=known))
 
 
-FAMILIES = {"flux": Flux, "qwen": Qwen}
+FAMILIES = {"flux": Flux, "qwen": Qwen, "text-flux": TextFlux}
 
 
 def family_of(pipe):

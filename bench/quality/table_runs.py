@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from export import build_pipeline
-from families import Flux, Qwen, family_in, family_of
+from families import Flux, Qwen, TextFlux, family_in, family_of
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
 from models import as_pictures
 from PIL import Image
@@ -36,6 +36,7 @@ from table_measures import (
 from specedit_kernels import (
     SpecEditConfig,
     SpecEditFluxKontextPipeline,
+    SpecEditFluxPipeline,
     SpecEditQwenImageEditPipeline,
     edit_alpha,
 )
@@ -62,8 +63,8 @@ class BatchedQwenPipeline(Batched, SpecEditQwenImageEditPipeline):
     pass
 
 
-BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline}
-RANDOM = {"random": Flux, "random-qwen": Qwen}
+BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline, TextFlux: SpecEditFluxPipeline}
+RANDOM = {"random": Flux, "random-qwen": Qwen, "random-text-flux": TextFlux}
 
 
 def model_family(model):
@@ -76,7 +77,7 @@ def model_family(model):
 
 
 def load_pipeline(model, device, dtype):
-    """A folder, or "random", "random-qwen": a tiny editor's structure with random weights, to try the scripts."""
+    """A folder, or one of RANDOM: a tiny model's structure with random weights, to try the scripts."""
     family = model_family(model)
     if str(model) in RANDOM:
         torch.manual_seed(0)
@@ -216,6 +217,9 @@ class Runner:
         )
         if self.true_cfg_scale > 1:
             options |= dict(true_cfg_scale=self.true_cfg_scale, negative_prompt=[" "] * len(part))
+        if self.family is TextFlux:  # made from the target's caption
+            options["prompt"] = [after for _, after in part.edits.captions()]
+            return options | dict(image=part.pictures()[0], max_sequence_length=self.text_length)
         if self.family is Flux:
             return options | dict(image=part.pictures()[0], _auto_resize=False, max_sequence_length=self.text_length)
         return options | dict(image=[Image.fromarray(x) for x in part.source.permute(0, 2, 3, 1).cpu().numpy()])
@@ -223,7 +227,10 @@ class Runner:
     def plain(self, steps, part):
         """Pictures of the diffusers pipeline in so many steps."""
         options = self.options(part)
-        if self.family is Flux:
+        if self.family is TextFlux:  # nobody shows it the source
+            for name in ("image", "max_area"):
+                del options[name]
+        if self.family is not Qwen:
             return self.pipe(num_inference_steps=steps, specedit=False, **options).images
         # Qwen's own call shows the model a megapixel whatever it is given; this is the same to the last bit, at a size.
         whole = torch.ones(part.source.shape[-2:])
