@@ -19,7 +19,7 @@ import test_models_fibo as fibo
 import test_models_qwen_image_21 as qwen21
 from tiny_models import TINY, WIDTH, paper, qwen_text, tiny_image
 
-from specedit_kernels import FlashEditConfig, SpecEditConfig, enable_specedit, supported_models
+from specedit_kernels import FlashEditConfig, SpecEditConfig, enable_specedit
 from specedit_kernels.engine import registry
 from specedit_kernels.engine.pipeline import stock_class
 from specedit_kernels.flash_edit import flash_pipelines
@@ -27,7 +27,7 @@ from specedit_kernels.flash_edit import flash_pipelines
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [name for names in supported_models().values() for name in names]
+NAMES = [kind.__name__ for kind, ours in registry.pipelines().items() if ours.SEES_SOURCE]
 EAGER_ALONE = ("BriaFiboEditPipeline", "QwenImage21Pipeline")
 SEVERAL = [name for name in NAMES if name in registry.model_of(name).several_pictures]
 LOCKED = dict(stages=(1, 3, 0), finish="locked", kv_refresh=3)

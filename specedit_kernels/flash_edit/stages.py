@@ -55,12 +55,14 @@ def draft(
     noise = noise if invert is None else invert(source, noise)
     tokens = pack(noise.to(run.source.dtype))
     grids = [grid, *((x.shape[-2] // 2, x.shape[-1] // 2) for x in references)]
-    watch, count = None, tokens.shape[1]
-    if watched is None:
-        layout = run.model.dense_layout(run.positive, run.pictures, grids)
-    else:
-        watch = TextWatch(watched)
-        layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
+    watch, count = None if watched is None else TextWatch(watched), tokens.shape[1]
+
+    def layout_of(text: Text, watch: TextWatch | None) -> Any:
+        if watch is None:
+            return run.model.dense_layout(text, run.pictures, grids)
+        return run.model.watched_layout(text, run.pictures, grids, watch)
+
+    layout = layout_of(run.positive, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
     velocity = run.model.velocity(run.positive, every, conditioning, layout)
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
@@ -70,7 +72,8 @@ def draft(
     prediction = tokens.float() - velocity[:, :count].float()
     against = pack(source).float()
     if invert is not None:
-        text, layout = run.source_text, run.model.dense_layout(run.source_text, run.pictures, grids)
+        # in the same arithmetic, so that equal texts differ in nothing
+        text, layout = run.source_text, layout_of(run.source_text, None if watched is None else TextWatch(watched))
         [at] = run.model.timestep_conditioning(text, torch.full((1,), 1000.0, device=run.device))
         against = tokens.float() - run.model.velocity(text, every, at, layout)[:, :count].float()
         run.record("draft", 1.0, [every.shape[1]] * run.batch)
