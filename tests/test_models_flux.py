@@ -2,6 +2,7 @@
 """FLUX.1 (FluxPipeline) as FlashEdit's base: a model that does not see its source. Random weights."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,6 @@ from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = dict(prompt="make the cat blue", source_prompt="a red cat")
-SEES_NOTHING = "FlashEdit alone: the model does not see its source"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,14 @@ def test_a_second_picture_is_no_reference(pipe):
         edit(pipe, 4, call=dict(image=[tiny_image(), tiny_image(seed=1)]))
     with pytest.raises(ValueError, match="ip_adapter_image: IP-Adapter is not supported"):
         edit(pipe, 4, call=dict(ip_adapter_image=tiny_image()))
+
+
+@pytest.mark.proves("several GPUs", refused="FlashEdit's sequence is not shared", model="FLUX.1")
+def test_a_shared_sequence_is_refused(pipe, monkeypatch):
+    shared = SimpleNamespace(context_parallel_config=object())
+    monkeypatch.setattr(pipe.transformer, "_parallel_config", shared, raising=False)
+    with pytest.raises(ValueError, match="transformer: expected no context parallelism"):
+        edit(pipe, 4)
 
 
 # what is there

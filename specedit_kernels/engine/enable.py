@@ -47,7 +47,8 @@ def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = Non
     if not isinstance(pipe, SpecEditMixin):
         ours = registry.pipeline_of(kind)
         if ours is None:
-            names = ", ".join(plain.__name__ for plain, ours in registry.pipelines().items() if ours.SEES_SOURCE)
+            known: dict[type, Any] = registry.pipelines()
+            names = ", ".join(plain.__name__ for plain, made in known.items() if made.SEES_SOURCE)
             raise TypeError(f"pipe: SpecEdit supports {names}, got {kind.__name__}")
         kind = ours if kind in registry.pipelines() else _subclass(ours, kind)
     elif not issubclass(pipe.CONFIG, SpecEditConfig):
