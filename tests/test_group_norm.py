@@ -51,6 +51,26 @@ def test_shapes(backend, poison, random, parameters, device, shape, num_groups, 
     check(x, num_groups, *parameters(shape[1], dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
+def test_a_map_in_parts(backend, poison, random, parameters, device, layout, dtype):
+    """With the statistics of all parts a part gets what it gets in the whole."""
+    x = layout(random(2, 12, 7, 9, dtype=dtype, device=device) * 3 + torch.arange(7, device=device)[:, None].to(dtype))
+    weight, bias = parameters(12)
+    parts, shares = [layout(part) for part in x.split([5, 2], dim=2)], torch.tensor([5 / 7, 2 / 7], device=device)
+    found = torch.stack([torch.ops.specedit.group_norm_statistics(part, 3) for part in parts], dim=-1)
+    means, variances = found
+    mean = means @ shares
+    statistics = torch.stack([mean, (variances + (means - mean[..., None]).square()) @ shares])
+    groups = x.double().unflatten(1, (3, 4)).flatten(2)
+    expected = torch.stack([groups.mean(2), groups.var(2, correction=0)])
+    torch.testing.assert_close(statistics.double(), expected, rtol=1e-5, atol=1e-5)
+    for silu in (False, True):
+        oracle = reference(x.double(), 3, weight.double(), bias.double(), 1e-6, silu)
+        y = [op(part, 3, weight, bias, silu=silu, statistics=statistics) for part in parts]
+        assert_within_budget(torch.cat(y, dim=2), oracle, eager(x, 3, weight, bias, 1e-6, silu))
+
+
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("programs", [1, 7])
 def test_chunks_of_many_tiles(poison, random, parameters, device, monkeypatch, layout, programs):
@@ -113,6 +133,8 @@ def test_parameters_of_another_dtype_and_the_same_bits_again(backend, random, pa
 def test_empty(backend, parameters, device):
     for shape in ((0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 0)):
         assert op(torch.ones(shape, device=device), 2, *parameters(4)).shape == shape
+        found = torch.ops.specedit.group_norm_statistics(torch.ones(shape, device=device), 2)
+        assert found.shape == (2, shape[0], 2) and found.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +148,9 @@ def test_empty(backend, parameters, device):
         (dict(weight=torch.ones(3)), ValueError, r"weight: expected shape \[4\], got \[3\]"),
         (dict(bias=torch.ones(4).int()), TypeError, "bias: expected dtype bfloat16"),
         (dict(bias=torch.ones(8)[::2]), ValueError, "bias: expected a contiguous last"),
+        (dict(statistics=torch.ones(2, 1, 2).double()), TypeError, "statistics: expected dtype float32"),
+        (dict(statistics=torch.ones(2, 2)), ValueError, r"statistics: expected shape \[2, B, num_groups\]"),
+        (dict(statistics=torch.ones(2, 1, 4)[..., ::2]), ValueError, "statistics: expected a contiguous"),
         (dict(weight=torch.ones(4, requires_grad=True)), ValueError, "weight: expected a tensor that does not"),
     ],
 )

@@ -30,7 +30,18 @@ def qwen_bench():
         yield load("qwen_image_edit")
 
 
+ENDS = ("", " fp8", " fp8-products")
 TINY = ("--tiny", "--device", "cpu", "--text-length", "16", "--repeat", "1")
+
+
+def test_few_steps_are_held_against_as_many_compiled_ones(bench):
+    edits = {f"{name} graph, {area}%": {"seconds": 1.0} for name in bench.FEW_STEPS for area in ("6.4", "15.9", "35.4")}
+    found = bench.bars(edits | {"compiled plain-8": {"seconds": 3.0}})
+    assert {what: (x["bar"], x["met"]) for what, x in found.items()} == {
+        "preset 8 graph, 6.4%: times as fast as compiled plain-8": (3.5, False),
+        "preset 8 graph, 15.9%: times as fast as compiled plain-8": (2.59, True),
+        "preset 8 graph, 35.4%: times as fast as compiled plain-8": (1.67, True),
+    }
 
 
 @pytest.mark.slow
@@ -45,9 +56,8 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket",
              "locked-cached-fp8", "locked-cached-fp8-precision", "locked-cached-fp8-products")  # fmt: skip
     kinds = [f"specedit-9-{kind}" for kind in kinds]
-    kinds += [
-        f"quality {quality}{end}" for end in ("", " fp8", " fp8-products") for quality in ("fast", "balanced", "best")
-    ]
+    tiers = [[f"quality {quality}{end}" for quality in ("fast", "balanced", "best")] for end in ENDS]
+    kinds += [*tiers[0], "preset 8", "preset 8 cached", "preset 4", "preset 4 cached", *tiers[1], *tiers[2]]
     edits = []
     for runner in ("eager", "fused"):
         edits += [f"{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]

@@ -123,6 +123,7 @@ def test_without_a_picture_or_with_all_selected_it_is_the_stock_pipeline(pipe, p
     assert torch.equal(edit(pipe, 8, call=dict(image=tiny_image(seed=3))).images, whole)
 
 
+@pytest.mark.slow
 def test_the_source_enters_by_its_noise_and_its_keys_and_values(pipe):
     """Outside the region the latents are the source's; inside, all three of another source's are felt."""
     out = edit(pipe, 4)
@@ -167,6 +168,7 @@ def test_inversion_and_editing_in_steps(pipe):
     assert torch.allclose(out.images, tokens, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.proves("fused", "FlashEdit", model="FLUX.1")
 def test_fused_edits_are_the_eager_ones(pipe):
     for options in (dict(), dict(bg_shield=False)):
@@ -175,6 +177,20 @@ def test_fused_edits_are_the_eager_ones(pipe):
         assert torch.allclose(fused.images, eager.images, atol=1e-4) and eager.images.std() > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.proves("fp8", model="FLUX.1")
+def test_both_networks_and_both_drafts_compute_in_fp8(pipe):
+    for columns in (4, None):
+        exact, rounded = (edit(pipe, columns, runner="fused", precision=p) for p in ("auto", "fp8"))
+        assert rounded.stats.precision == "fp8" and rounded.stats.inverted and rounded.stats.fp8_bytes > 0
+        assert torch.isfinite(rounded.images).all() and not torch.equal(rounded.images, exact.images)
+    exact, rounded = (edit(pipe, 4, runner="fused", precision=p).images for p in ("auto", "fp8"))
+    assert 0 < (rounded - exact).norm() < 0.2 * exact.norm()
+    same = edit(pipe, runner="fused", precision="fp8", call=dict(source_prompt=PROMPTS["prompt"]))
+    assert same.stats.fallback == "source" and not same.scores.any()
+
+
+@pytest.mark.slow
 @pytest.mark.proves("batch", model="FLUX.1")
 def test_prompts_and_pictures_of_a_batch_are_their_singles(pipe):
     images, sources = [tiny_image(), tiny_image(seed=1)], ["a red cat", "the dog"]
@@ -185,6 +201,7 @@ def test_prompts_and_pictures_of_a_batch_are_their_singles(pipe):
         assert torch.allclose(both.images[i], alone.images[0], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.proves("LoRA", model="FLUX.1")
 def test_an_adapter_by_the_pipelines_own_loader_changes_the_edit(pipe):
     pytest.importorskip("peft")

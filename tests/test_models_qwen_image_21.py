@@ -2,6 +2,9 @@
 """Qwen-Image-2.1's edits on a tiny model of the published structure with random weights."""
 
 import functools
+import importlib
+import json
+from pathlib import Path
 from types import SimpleNamespace as Namespace
 
 import model_proofs as proofs
@@ -228,3 +231,17 @@ def test_the_codec_is_the_plain_pipelines():
     assert torch.equal(latents, plain._encode_vae_image(pixels[:, :, None], None)[:, :, 0])
     assert [x.shape[-2:] for x in codec.features(latents)] == [(4, 6), (4, 6), (8, 12)]
     assert codec.decode(latents).shape == (1, 4, 64, 96)
+
+
+@pytest.mark.slow
+def test_the_bench_on_a_tiny_model(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "bench" / "models"))
+    bench = importlib.import_module("qwen_image_21")
+    options = ("--tiny", "--device", "cpu", "--repeat", "1", "--no-compiled", "--out", str(tmp_path))
+    assert bench.main((*options, "--rows", "plain-40", "specedit-40-full *", "specedit-40-locked-cached *")) == 0
+    report = json.loads((tmp_path / "qwen_image_21.json").read_text())
+    full, cached = (report["rows"][f"specedit-40-{kind} eager, 10%"] for kind in ("full", "locked-cached"))
+    assert full["nfe"] == cached["nfe"] == 40 and cached["flops"] < full["flops"] and full["fallback"] is None
+    assert "specedit-40-full eager, 10%: times as fast as plain-40" in report["bars"]
+    with pytest.raises(SystemExit):
+        bench.main([*options, "--side", "100"])

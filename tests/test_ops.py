@@ -85,7 +85,9 @@ def samples(device):
         maps = normal(2, 48, 5, 3, dtype=dtype)
         if chosen:
             maps = maps.contiguous(memory_format=torch.channels_last)
-        yield specedit.group_norm, (maps, 4, normal(48), normal(48)), dict(silu=chosen)
+        found = dict(statistics=normal(2, 2, 4).abs()) if chosen else {}
+        yield specedit.group_norm, (maps, 4, normal(48), normal(48)), dict(silu=chosen) | found
+        yield specedit.group_norm_statistics, (maps, 4), {}
         yield specedit.gated_residual_add_, (x, normal(2, 3 if chosen else 5, 48, dtype=dtype), vector), options
 
 

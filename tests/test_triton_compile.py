@@ -195,7 +195,7 @@ def _group_norm(capability):
 
     from specedit_kernels.triton_kernels import group_norm
 
-    types = dict.fromkeys(("mean_ptr", "squares_ptr", "group_mean_ptr", "group_scale_ptr"), "*fp32")
+    types = dict.fromkeys(("mean_ptr", "squares_ptr", "group_mean_ptr", "group_variance_ptr"), "*fp32")
     types |= dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*bf16")
     jobs = {}
     for fn in (group_norm._statistics_kernel, group_norm._combine_kernel, group_norm._normalise_kernel):

@@ -54,7 +54,7 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["chunks", "span"])
 def _combine_kernel(
-    mean_ptr, squares_ptr, group_mean_ptr, group_scale_ptr, size, chunks, span, eps,
+    mean_ptr, squares_ptr, group_mean_ptr, group_variance_ptr, size, chunks, span,
     GROUP_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
@@ -76,12 +76,12 @@ def _combine_kernel(
         count, mean, squares = _merge(count, mean, squares, more, more_mean, more_squares)
     here = group + tl.arange(0, 1)
     tl.store(group_mean_ptr + here, mean)
-    tl.store(group_scale_ptr + here, tl.rsqrt(squares / count + eps))
+    tl.store(group_variance_ptr + here, squares / count)
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _normalise_kernel(
-    x_ptr, weight_ptr, bias_ptr, group_mean_ptr, group_scale_ptr, y_ptr, stride_c, stride_s, size, blocks,
+    x_ptr, weight_ptr, bias_ptr, group_mean_ptr, group_variance_ptr, y_ptr, stride_c, stride_s, size, blocks, eps,
     CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -95,7 +95,7 @@ def _normalise_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     group = b * (CHANNELS // GROUP_CHANNELS) + c // GROUP_CHANNELS
     mean = tl.load(group_mean_ptr + group, mask=known, other=0.0)
-    scale = tl.load(group_scale_ptr + group, mask=known, other=0.0)
+    scale = tl.rsqrt(tl.load(group_variance_ptr + group, mask=known, other=1.0) + eps)
     weight = tl.load(weight_ptr + c, mask=known, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)
     y = (x - mean[:, None]) * (scale * weight)[:, None] + bias[:, None]
@@ -115,21 +115,26 @@ def tile(channels, size, channels_last, element_size):
     return min(triton.next_power_of_2(channels), elements // block), block
 
 
-def group_norm(x, num_groups, weight, bias, eps, silu):
-    """x [B, C, ...], contiguous or with channels last; weight, bias [C]. Returns the same, in x's memory format."""
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
+def _shape(x):
+    """(pixels, (stride of channels, of pixels), ROWS, BLOCK, blocks, tiles of channels in all samples)."""
     batch, channels = x.shape[:2]
     size = x[0, 0].numel()
     channels_last = not x.is_contiguous()
-    strides = (1, channels) if channels_last else (size, 1)
     rows, block = tile(channels, size, channels_last, x.element_size())
-    blocks, columns = triton.cdiv(size, block), batch * triton.cdiv(channels, rows)
+    strides = (1, channels) if channels_last else (size, 1)
+    return size, strides, rows, block, triton.cdiv(size, block), batch * triton.cdiv(channels, rows)
+
+
+def group_norm_statistics(x, num_groups):
+    """x [B, C, ...], contiguous or with channels last. Returns fp32 [2, B, num_groups]: means and variances."""
+    batch, channels = x.shape[:2]
+    by_group = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return by_group.fill_(float("nan"))
+    size, strides, rows, block, blocks, columns = _shape(x)
     tiles = triton.cdiv(columns * blocks, _PROGRAMS)
     chunks = triton.cdiv(blocks, tiles)
     by_channel = torch.empty((2, batch, channels, chunks), dtype=torch.float32, device=x.device)
-    by_group = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
     of_group = channels // num_groups
     with torch.cuda.device_of(x):
         _statistics_kernel[(columns * chunks,)](
@@ -137,11 +142,24 @@ def group_norm(x, num_groups, weight, bias, eps, silu):
             CHANNELS=channels, ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
         _combine_kernel[(batch * num_groups,)](
-            *by_channel, *by_group, size, chunks, tiles * block, eps, GROUP_CHANNELS=of_group,
+            *by_channel, *by_group, size, chunks, tiles * block, GROUP_CHANNELS=of_group,
             BLOCK=min(triton.next_power_of_2(of_group * chunks), 4096), num_warps=4,
         )  # fmt: skip
+    return by_group
+
+
+def group_norm(x, num_groups, weight, bias, eps, silu, statistics):
+    """x [B, C, ...], contiguous or with channels last; weight, bias [C]; statistics: of `group_norm_statistics`, None
+    for x's own. Returns x's shape, dtype and memory format."""
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    by_group = group_norm_statistics(x, num_groups) if statistics is None else statistics
+    size, strides, rows, block, blocks, columns = _shape(x)
+    channels = x.shape[1]
+    with torch.cuda.device_of(x):
         _normalise_kernel[(columns * blocks,)](
-            x, weight, bias, *by_group, y, *strides, size, blocks,
-            CHANNELS=channels, GROUP_CHANNELS=of_group, SILU=silu, ROWS=rows, BLOCK=block, num_warps=4,
+            x, weight, bias, *by_group, y, *strides, size, blocks, eps, CHANNELS=channels,
+            GROUP_CHANNELS=channels // num_groups, SILU=silu, ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return y

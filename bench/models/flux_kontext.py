@@ -11,6 +11,9 @@ roofline. All rows of a table come from one process; ratios are printed between 
 of --rows, and what is done is on disk after each. Writes OUT/flux_kontext.json, .md and, with matplotlib, .png; rows
 that --profile names are run once more under torch.profiler, and OUT/profile NAME.txt says where their time goes.
     python bench/models/flux_kontext.py --out runs/models --draw     # .md and .png again from a .json
+Eight and four steps, stock and compiled, beside SpecEdit's presets for them, in one process:
+    python bench/models/flux_kontext.py --out runs/few --compiled --runners graph --areas .064 .159 .354 --rows \\
+        'preset * graph, *' plain-8 plain-4 'compiled plain-8' 'compiled plain-4'
 """
 
 import argparse
@@ -272,7 +275,7 @@ class Bench:
         rows = {}
         if "graph" in self.args.runners:
             rows["q, k, v apart: active step graph"] = lambda: self.active_step("graph", apart=True)
-        for n in (50, 28, 9, 4):
+        for n in (50, 28, 9, 8, 4):
             rows[f"plain-{n}"] = lambda n=n: self.plain_row(lambda: self.plain(n))
         for name, config in (("first block cache", FirstBlockCacheConfig(threshold=0.05)),
                              ("taylorseer", TaylorSeerCacheConfig(cache_interval=5))):  # fmt: skip
@@ -288,7 +291,7 @@ class Bench:
                  "locked-cached-fp8-precision": dict(finish="locked", kv_refresh=9, precision="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
-        kinds |= TIERS
+        kinds |= TIERS | FEW_STEPS
         for ending in ("fp8", "fp8-products"):
             kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in TIERS.items()}
         for runner in self.args.runners:
@@ -300,7 +303,7 @@ class Bench:
                     for share in self.args.areas:
                         kind_of = f"{kind} {runner}" + (" scattered" if scattered else "")
                         mask, facts = (share, scattered), {"kind": kind_of, "area": share}
-                        rows[f"{kind_of}, {share:.0%}"] = lambda c=config, m=mask, f=facts, a=attends: Row(
+                        rows[f"{kind_of}, {100 * share:g}%"] = lambda c=config, m=mask, f=facts, a=attends: Row(
                             lambda: self.specedit(c, region(self.args.side, *m), attends=a), facts=f
                         )
             # without the padding of short prompts, as max_sequence_length leaves it out
@@ -321,7 +324,7 @@ class Bench:
                 name = ("decode" if decode else "encode") + (", fused norms" if fused else "")
                 rows[name] = lambda d=decode, f=fused: self.autoencoder(d, f)
         if self.args.compiled:
-            for n in (28, 9):
+            for n in (28, 9, 8, 4):
                 rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or self.plain_row(lambda: self.plain(n))
         return rows
 
@@ -416,17 +419,24 @@ def setting(args):
 
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
-PEERS = ("plain-50", "compiled plain-50", "plain-28", "compiled plain-28", "plain-9", "compiled plain-9")
+# Of step-distilled weights, whose steps take as long as any others'.
+FEW_STEPS = {f"preset {n}{name}": dict(quality="balanced", preset=n) | change
+             for n in (8, 4) for name, change in (("", {}), (" cached", dict(kv_refresh=9)))}  # fmt: skip
+PEERS = tuple(f"{how}plain-{n}" for n in (50, 28, 9, 8, 4) for how in ("", "compiled "))
 EDITS = tuple(f"specedit-9-{kind} graph, 10%" for kind in ("locked-cached", "locked-kv3", "locked-kv2", "locked"))
 # How many times as fast as a row of PEERS such an edit is to be, and what an active step may take of its roofline.
 SPEEDUPS = {"plain-50": 20.0, "plain-28": 11.0, "compiled plain-28": 8.5, "compiled plain-9": 2.5}
 OF_ROOFLINE = 1.25
+# (edit, peer) -> the same of 8 steps, by the edited area.
+FEW_STEPS_SPEEDUPS = {(f"preset 8 graph, {area}%", "compiled plain-8"): bar
+                      for area, bar in (("6.4", 3.5), ("15.9", 2.59), ("35.4", 1.67))}  # fmt: skip
 
 
 def bars(rows):
     """{what: {"value", "bar", "met"}} of the bars that the rows so far decide."""
     found = {}
-    for edit, (peer, bar) in itertools.product(EDITS, SPEEDUPS.items()):
+    wanted = {(edit, peer): bar for edit, (peer, bar) in itertools.product(EDITS, SPEEDUPS.items())}
+    for (edit, peer), bar in (wanted | FEW_STEPS_SPEEDUPS).items():
         ours, theirs = (rows.get(name, {}).get("seconds") for name in (edit, peer))
         if ours and theirs:
             value = theirs / ours

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 2 bench/models/several_gpus.py --parts kontext qwen --seconds 110   # full sizes alone
 
 Parts, in order: "links" (what an all-to-all moves), "same" (a small model on one GPU and on all: latents compared,
-runner by runner), "kontext" (FLUX.1-Kontext's size: an edit on one GPU, then with its sequence on all, side by side),
+runner by runner), "autoencoder" (of full size, whole on each, in strips of rows on all: how far apart, seconds, bytes
+beside the weights), "kontext" (FLUX.1-Kontext's size: an edit on one GPU, then with its sequence on all, side by side),
 "qwen" (Qwen-Image-Edit's size with guidance: one GPU, its branches on two, a folder's pictures, the sequence on all).
 Each row is on disk when it is done. Random weights, made once a part; text embeddings are given; a square tenth of the
 picture is edited (--area). One-GPU rows run on every GPU at once, apart from each other; seconds are wall clock between
@@ -30,16 +31,21 @@ import numpy as np
 import qwen_image_edit
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, ContextParallelConfig
 from diffusers.hooks.context_parallel import remove_context_parallel
 from flux_kontext import Bench, region, setting
 from qwen_image_edit import QwenBench
 
 from specedit_kernels import SpecEditConfig, disable_guidance_parallelism, enable_guidance_parallelism
 from specedit_kernels.cli.ranks import Share
+from specedit_kernels.engine import strips
+from specedit_kernels.engine.autoencoder import in_channels_last
+from specedit_kernels.engine.parallel import Ranks
+from specedit_kernels.engine.registry import codec_of
+from specedit_kernels.engine.runner import StepRunner
 
 LOCKED = dict(finish="locked", kv_refresh=9)
-PARTS = ("links", "same", "kontext", "qwen")
+PARTS = ("links", "same", "autoencoder", "kontext", "qwen")
 # {what: (times as fast as one GPU, of how many GPUs)}; for a folder it is the share of a linear gain.
 SPEEDUPS = {
     "kontext 2048 cached graph": {2: 1.6, 4: 2.6}, "kontext 1024 cached graph": {2: 1.0, 4: 1.0, 8: 1.0},
@@ -147,6 +153,7 @@ SAME = {
     "cached": (("eager", "fused", "graph"), LOCKED),
     "bracket": (("fused",), LOCKED | dict(kv_refresh="bracket")),
     "locked text, fp8 cache": (("eager", "graph"), LOCKED | dict(lock_text=True, kv_cache_dtype="fp8")),
+    "second order": (("fused", "graph"), {"quality": "balanced"}),
     "fp8 products": (("graph",), LOCKED | dict(precision="fp8")),
 }
 
@@ -170,16 +177,17 @@ def small(args, group, name):
         return (Bench if name == "kontext" else QwenBench)(given), region(side, 0.25)
 
 
+def far(a, b):
+    """Root mean square of a difference over that of b."""
+    return ((a - b).float().pow(2).mean().sqrt() / b.float().pow(2).mean().sqrt()).item()
+
+
 def same(args, group):
-    """{what: how far its latents are from one GPU's, and one GPU's runners from each other}, root mean square over that
-    of the latents."""
+    """{what: how far its latents are from one GPU's, and one GPU's runners from each other}, `far`."""
     found = {}
     runs = [
         (kind, runner) for kind, (runners, _) in SAME.items() for runner in runners if group.cuda or runner != "graph"
     ]
-
-    def far(a, b):
-        return ((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt()).item()
 
     for name in ("kontext", "qwen"):
         bench, mask = small(args, group, name)
@@ -212,6 +220,49 @@ def same(args, group):
         with group.shared(bench.pipe.transformer):
             compared(f"sequence on {group.size}", 2)
         bench.pipe._free_runner()
+    return found
+
+
+def autoencoder(args, group):
+    """{what: how far strips are from the whole, seconds of both, most bytes beside the weights of both}.
+
+    The last height is one that the ranks do not divide in rows of latents.
+    """
+    sizes = {
+        "kontext": (AutoencoderKL, flux_kontext.TINY_VAE if args.tiny else flux_kontext.VAE, "encode", "decode"),
+        "qwen": (AutoencoderKLQwenImage, qwen_image_edit.TINY_VAE if args.tiny else {}, "mode", "pixels"),
+    }
+    dtype, found = torch.bfloat16 if group.cuda else torch.float32, {}
+    heights = {side: side for side in args.sides} | {args.sides[0]: args.sides[0] + 8 * (group.size - 1)}
+    for name, (kind, config, encode, decode) in sizes.items():
+        [vae] = flux_kontext.random_modules(group.device, dtype, lambda kind=kind, config=config: kind(**config))
+        whole = codec_of(vae).fused()
+        codecs = {"whole": whole, "strips": strips.over(whole, Ranks.of(None))}
+        for side, height in heights.items():
+            pixels = torch.randn(1, 3, height, side, generator=torch.Generator().manual_seed(0))
+            given = {encode: pixels.to(group.device, dtype).clamp(-1, 1)}
+            given[decode] = getattr(whole, encode)(in_channels_last(given[encode]))
+            for what, x in given.items():
+                row, results = {}, {}
+                for where, codec in codecs.items():
+                    runner = StepRunner("graph" if group.cuda else "fused")
+
+                    def call(codec=codec, what=what, x=x, runner=runner):
+                        # Qwen's latents have an axis of frames
+                        run = lambda x: getattr(codec, what)(in_channels_last(x) if x.dim() == 4 else x)  # noqa: E731
+                        return runner(what, run, {"x": x})
+
+                    if group.cuda:  # uncaptured: a graph's memory stays
+                        torch.cuda.reset_peak_memory_stats()
+                        before = torch.cuda.memory_allocated()
+                        getattr(codec, what)(in_channels_last(x) if x.dim() == 4 else x)
+                        row[f"bytes_{where}"] = torch.cuda.max_memory_allocated() - before
+                    row[f"seconds_{where}"], results[where] = group.seconds(call, args.repeat)
+                    row["runner"] = runner.mode
+                    runner.close()
+                row["far"] = far(results["strips"], results["whole"])
+                row["times_as_fast"] = row["seconds_whole"] / row["seconds_strips"]
+                found[f"{name} {'encode' if what == encode else 'decode'} {height} x {side}"] = row
     return found
 
 
@@ -313,6 +364,13 @@ def markdown(head, found):
             share = "" if x.get("kv_share") is None else f"{x['kv_share']:.2f}"
             lines.append(f"| {name} | {x['far']:.2e} | {x.get('runner', '')} | {x.get('captures', '')} | {share} |")
         lines.append("")
+    if found.get("autoencoder"):
+        lines += ["| autoencoder | whole, s | in strips, s | far from the whole | MB whole | MB in strips |",
+                  "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+        for name, x in found["autoencoder"].items():
+            used = " | ".join(f"{x.get(f'bytes_{where}', 0) / 2**20:.0f}" for where in ("whole", "strips"))
+            lines.append(f"| {name} | {x['seconds_whole']:.4f} | {x['seconds_strips']:.4f} | {x['far']:.2e} | {used} |")
+        lines.append("")
     if found.get("rows"):
         lines += ["| row | seconds | runner | stages, s |", "|---|---:|---|---|"]
         for name, x in found["rows"].items():
@@ -389,8 +447,8 @@ def main(argv=None):
         try:
             if group.late(begun, args.seconds):
                 said(part, "not begun, the time was over")
-            elif part in ("links", "same"):
-                found[part] = {"links": links, "same": same}[part](args, group)
+            elif part in ("links", "same", "autoencoder"):
+                found[part] = {"links": links, "same": same, "autoencoder": autoencoder}[part](args, group)
                 write()
                 said(part, "done")
             else:

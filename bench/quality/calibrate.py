@@ -15,6 +15,7 @@ import math
 from dataclasses import replace
 
 import torch
+from families import family_of
 from scenes import KINDS
 from table_measures import area_under_curve, effective_scores, mean, median, recall_precision
 from table_runs import (
@@ -22,6 +23,7 @@ from table_runs import (
     Row,
     Runner,
     add_arguments,
+    add_lora,
     cell,
     jsonable,
     load_judge,
@@ -63,6 +65,16 @@ PROBES = {
     "full_step": {"full step": dict(preset=9)},  # from pure noise: the same for every preset
 }
 
+# of weights that are distilled to few steps
+FEW_STEP_PROBES = {
+    "coarse": {
+        "coarse, 1 of 4": dict(stages=(1, 2, 1)),
+        "coarse, 2 of 4": dict(stages=(2, 1, 1)),
+        "coarse, 3 of 8 steps": dict(stages=(3, 3, 2)),
+        "coarse, 2 of 8": dict(stages=(2, 4, 2)),
+    }
+}
+
 # preset -> (coarse, mixed, full) steps for the full finish; coarse steps for the locked one
 FULL_SPLITS = {
     9: [
@@ -97,7 +109,7 @@ class Probe:
     @classmethod
     def of(cls, pipe):
         """A probe of a pipeline's kind, with its components."""
-        probe = type(cls.__name__, (cls, type(pipe)), {})(**pipe.components)
+        probe = type(cls.__name__, (cls, type(pipe)), {})(**pipe.components, **family_of(pipe).arguments)
         probe.set_progress_bar_config(disable=True)
         return probe
 
@@ -200,6 +212,7 @@ def calibrate_thresholds(args, runner, judge, say):
         raise SystemExit("the plain run gets no edit right: nothing to calibrate on")
     edits = edits[keep.nonzero()[:, 0]]
     reference, kinds = edits.reference, edits.edits.kind
+    runner.adapt(args.lora is not None)
     pipe = Probe.of(runner.pipe)
     results, table, by_share = [], {}, []
     header = {
@@ -209,7 +222,7 @@ def calibrate_thresholds(args, runner, judge, say):
         "true_share": edits.tokens.float().mean().item(),
         "reference_share": reference.float().mean().item(),
     }
-    for draft, probes in PROBES.items():
+    for draft, probes in (FEW_STEP_PROBES if args.few_steps or args.lora else PROBES).items():
         for place, (label, change) in enumerate(probes.items()):
             if not any(fnmatch.fnmatchcase(label, glob) for glob in args.probes):
                 continue
@@ -240,7 +253,8 @@ def calibrate_thresholds(args, runner, judge, say):
                 if place == 0:
                     table[metric, form, draft] = threshold
                 if draft == "coarse" and (metric, form) == ("decoder", "matched"):
-                    by_share.append({"share": change["stages"][0] / sum(change["stages"]), "threshold": threshold})
+                    share = change["stages"][0] / sum(change["stages"])
+                    by_share.append({"share": share, "draft": label, "threshold": threshold})
             say(
                 f"{label}: AUC "
                 + ", ".join(f"{r['metric']}/{r['reference']} {r['auc']:.4f}" for r in results if r["draft"] == label)
@@ -480,12 +494,16 @@ def main():
         help="whose splits to try",
     )
     parser.add_argument("--reference-steps", type=int, default=50, help="of the plain run; 0: none, the true masks")
+    parser.add_argument("--few-steps", action="store_true", help="the editor itself is distilled to few steps")
+    add_lora(parser)
     args = parser.parse_args()
+    if args.lora is not None and args.part != "thresholds":
+        parser.error("--lora: of --part thresholds alone; solver.py compares the splits of few steps")
     device = prepare(args)
     say = stopwatch()
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
-    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale, args.lora)
     if args.part != "stages":
         calibrate_thresholds(args, runner, judge, say)
         print((args.out / "thresholds.md").read_text(), flush=True)

@@ -23,7 +23,11 @@ def build_pipeline(family, vae, weights, dtype=torch.bfloat16):
         part.load_state_dict(weights[name])
         components[component] = part.to(dtype).eval()
     return family.pipeline(
-        scheduler=family.make_scheduler(), vae=vae.to("cpu", dtype), **components, **family.tokenizers()
+        scheduler=family.make_scheduler(),
+        vae=vae.to("cpu", dtype),
+        **components,
+        **family.tokenizers(),
+        **family.arguments,
     )
 
 

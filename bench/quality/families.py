@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the tiny models: the classes, latents, text and calls of FLUX.1-Kontext and Qwen-Image-Edit,
-editors, and of FLUX.1, which makes pictures from captions.
+"""What differs between the tiny models: the classes, latents, text and calls of FLUX.1-Kontext, Qwen-Image-Edit and
+FLUX.2-klein, editors, and of FLUX.1, which makes pictures from captions.
 
 A family is a class that is never instantiated. parts: name of a set of weights -> (the pipeline's component that holds
-it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d] or Qwen's mask [n, T] or None).
+it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d], Qwen's mask [n, T] or None).
 """
 
 import json
@@ -15,25 +15,32 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    Flux2KleinPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     QwenImageEditPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from text import (
     CAPTION_LENGTH,
     CLIP_LENGTH,
+    KLEIN_LENGTH,
     PHRASE_LENGTH,
     QWEN_LENGTH,
     CaptionEncoder,
+    KleinPhraseEncoder,
     PhraseEncoder,
     QwenPhraseEncoder,
     clip_tokenizer,
+    klein_tokenizer,
     qwen_tokenizer,
     t5_tokenizer,
 )
 
+from specedit_kernels.models.flux2 import PICTURE_STEP, Flux2Model
 from specedit_kernels.models.flux_kontext import FluxKontextModel
 from specedit_kernels.models.qwen_image_edit import QwenImageEditModel
 
@@ -64,6 +71,8 @@ class Flux:
         "t5": ("text_encoder_2", models.make_t5),
     }
     make_vae, make_scheduler = staticmethod(models.make_vae), staticmethod(models.make_scheduler)
+    shift = None  # the scheduler's own
+    arguments = {}  # of the pipeline beside its components
     settings = {"resolution": 512, "max_sequence_length": 64}  # of specedit.json
     sees_source = True  # the source's tokens stand behind the target's
     mix = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # shares of 512, 256 and 128 px in training
@@ -192,6 +201,8 @@ class Qwen:
         "text": ("text_encoder", models.make_qwen_text),
     }
     make_scheduler = staticmethod(models.make_qwen_scheduler)
+    shift = None
+    arguments = {}
     settings = {"resolution": 512, "true_cfg_scale": 1.0}
     sees_source, mix = True, Flux.mix
     ids_width = default_length = QWEN_LENGTH
@@ -257,7 +268,81 @@ class Qwen:
         _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known, processor=known))
 
 
-FAMILIES = {"flux": Flux, "qwen": Qwen, "text-flux": TextFlux}
+class Klein:
+    """Without guidance, also before it is distilled to few steps: the model sees its source and needs none."""
+
+    pipeline, vae = Flux2KleinPipeline, AutoencoderKLFlux2
+    thresholds = Flux2Model.thresholds
+    encoder = KleinPhraseEncoder
+    parts = {
+        "transformer": ("transformer", models.make_klein_transformer),
+        "text": ("text_encoder", models.make_klein_text),
+    }
+    make_vae, make_scheduler = staticmethod(models.make_klein_vae), staticmethod(models.make_klein_scheduler)
+    arguments = {"is_distilled": True}
+    settings = Flux.settings
+    sees_source, mix = True, Flux.mix
+    ids_width = KLEIN_LENGTH
+    empty_share = 0.0
+    default_length = 512
+    # As FLUX's: the transformer sees the padding.
+    lengths = (32, 64, 128, 256, 512)
+    shares = {512: (0.26, 0.24, 0.10, 0.12, 0.28), 256: (0.4, 0.3, 0.12, 0.1, 0.08), 128: (0.4, 0.3, 0.14, 0.08, 0.08)}
+    static_lengths, static_shares = Flux.static_lengths, Flux.static_shares
+    posterior, decode = Flux.posterior, Flux.decode
+
+    @staticmethod
+    def shift(tokens, steps=None):
+        """The pipeline's. For training, where there are no steps, 1.2: the pipeline's 1.7 to 2.0 would seldom draw the
+        low noise levels, where detail is made."""
+        return 1.2 if steps is None else compute_empirical_mu(tokens, steps)
+
+    @staticmethod
+    def set_scale(vae, z):
+        """From latents z: the batch norm's statistics, of each channel of a packed token."""
+        packed = F.pixel_unshuffle(z, 2)
+        vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
+        vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))
+
+    @staticmethod
+    def text(parts, ids, length):
+        pad = klein_tokenizer().pad_token_id
+        ids = F.pad(ids, (0, length - KLEIN_LENGTH), value=pad) if length > KLEIN_LENGTH else ids[:, :length]
+        found = parts["text"].model(
+            input_ids=ids, attention_mask=(ids != pad).long(), output_hidden_states=True, use_cache=False
+        )
+        return torch.cat([found.hidden_states[layer] for layer in (9, 18, 27)], -1), None
+
+    @staticmethod
+    def encode_text(pipe, phrases, length, device):
+        return pipe.encode_prompt(phrases, device=device, max_sequence_length=length)[0], None
+
+    @staticmethod
+    def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
+        states, _ = text
+        ids = torch.cat([F.pad(image_ids(*grid, at, tokens.device), (0, 1)) for at in (0, PICTURE_STEP)])
+        words = torch.zeros(states.shape[1], 4, device=tokens.device)
+        words[:, 3] = torch.arange(states.shape[1], device=tokens.device)
+        return transformer(
+            hidden_states=torch.cat([tokens, condition], 1),
+            timestep=sigma,
+            encoder_hidden_states=states,
+            txt_ids=words,
+            img_ids=ids,
+            return_dict=False,
+        )[0][:, : tokens.shape[1]]
+
+    @staticmethod
+    def tokenizers():
+        return {"tokenizer": klein_tokenizer()}
+
+    @staticmethod
+    def finish(folder):
+        known = ["transformers", "PreTrainedTokenizerFast"]
+        _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known))
+
+
+FAMILIES = {"flux": Flux, "qwen": Qwen, "klein": Klein, "text-flux": TextFlux}
 
 
 def family_of(pipe):
@@ -269,6 +354,14 @@ def family_in(folder):
     """The family of a folder that holds a pipeline."""
     name = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
     return next(family for family in FAMILIES.values() if family.pipeline.__name__ == name)
+
+
+def editor_in(folder):
+    """The family of a folder that holds an editor; ValueError where its model does not see its source."""
+    family = family_in(folder)
+    if not family.sees_source:
+        raise ValueError(f"--model: expected an editor, got {folder}, whose model does not see its source")
+    return family
 
 
 def load_vae(family, folder):

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the tiny editors: a FLUX.1-Kontext and a Qwen-Image-Edit in small, from diffusers' and transformers'
-own classes."""
+"""The parts of the tiny editors: a FLUX.1-Kontext, a Qwen-Image-Edit and a FLUX.2-klein in small, from diffusers' and
+transformers' own classes."""
 
 from functools import partial
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.transformers import transformer_qwenimage
-from text import CLIP_LENGTH, clip_tokenizer, qwen_tokenizer, t5_tokenizer
+from text import CLIP_LENGTH, clip_tokenizer, klein_tokenizer, qwen_tokenizer, t5_tokenizer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -29,11 +33,13 @@ from specedit_kernels.models.qwen_image_edit import lone_frame
 LATENT_CHANNELS = 16
 TEXT_WIDTH = 256
 POOLED_WIDTH = 128
+KLEIN_WIDTH = 64  # of the text encoder; the pipeline puts three of its layers' states side by side
+KLEIN_LAYERS = 27  # Flux2KleinPipeline takes the states behind layers 9, 18 and 27
 
 
-def make_vae():
+def _make_kl(kind, **options):
     """8x down, 16 channels. No attention: it cost a third of the time and 4 dB of the steps it took away."""
-    vae = AutoencoderKL(
+    vae = kind(
         in_channels=3,
         out_channels=3,
         latent_channels=LATENT_CHANNELS,
@@ -43,16 +49,24 @@ def make_vae():
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=512,
-        scaling_factor=1.0,
-        shift_factor=0.0,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
+        **options,
     )
     # At the usual start the posterior's noise (deviation 1) drowns the means, and half of a short training goes by
     # until the log-variances have come down.
     vae.encoder.conv_out.bias.data[LATENT_CHANNELS:] = -5.0
     return vae
+
+
+def make_vae():
+    return _make_kl(AutoencoderKL, scaling_factor=1.0, shift_factor=0.0)
+
+
+def make_klein_vae():
+    """The same encoder and decoder, so that FLUX's weights fit; a batch norm has the scale of each packed channel."""
+    return _make_kl(AutoencoderKLFlux2)
 
 
 def make_transformer():
@@ -244,6 +258,52 @@ def make_qwen_scheduler():
         shift_terminal=0.02,
         time_shift_type="exponential",
     )
+
+
+def make_klein_transformer():
+    """One double and seven single blocks, as FLUX's, of 256 channels: with the rest the folder stays under 25 MB."""
+    return Flux2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=7,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=3 * KLEIN_WIDTH,
+        axes_dims_rope=(8, 24, 24, 8),
+        guidance_embeds=False,
+    )
+
+
+def make_klein_text():
+    """A Qwen3 of 27 narrow layers, so that the pipeline's default layers are there.
+
+    Embeddings begin at unit deviation: the transformer takes states without a norm, and by the usual .02 they would say
+    nothing for a long time.
+    """
+    tokenizer = klein_tokenizer()
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=KLEIN_WIDTH,
+            intermediate_size=96,
+            num_hidden_layers=KLEIN_LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            tie_word_embeddings=True,
+            use_cache=False,
+            bos_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+    return encoder
+
+
+def make_klein_scheduler():
+    """FLUX.2-klein's; the pipeline gives the shift, by tokens and steps."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True)
 
 
 def parameter_count(module):

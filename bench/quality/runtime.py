@@ -51,6 +51,14 @@ def load_checkpoint(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def compile_blocks(transformer, dynamic=False):
+    """Compiles a transformer's blocks, each shape by itself unless dynamic."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
+    transformer.compile_repeated_blocks(dynamic=dynamic, backend=backend)
+
+
 def memory():
     return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "cpu"
 

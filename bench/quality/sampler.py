@@ -11,8 +11,10 @@ from specedit_kernels import codec_of
 from specedit_kernels.sampling.grid import pack, unpack
 
 
-def shift_mu(scheduler, tokens):
-    """The timestep shift for a target of `tokens` tokens."""
+def shift_mu(scheduler, tokens, family=None, steps=None):
+    """The timestep shift for a target of `tokens` tokens: a family's own where it has one, of so many steps."""
+    if family is not None and family.shift is not None:
+        return family.shift(tokens, steps)
     config = scheduler.config
     return calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
@@ -52,9 +54,8 @@ def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5, away=None)
     n, _, h, w = z_source.shape
     tokens, condition = pack(noise.to(dev, dtype)), pack(z_source.to(dtype))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(
-        sigmas=np.linspace(1.0, 1 / steps, steps), device=dev, mu=shift_mu(scheduler, tokens.shape[1])
-    )
+    mu = shift_mu(scheduler, tokens.shape[1], family_of(pipe), steps)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=dev, mu=mu)
     # The one step of a schedule with a terminal sigma is 0 / 0 to the scheduler; it begins with noise alone.
     scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.nan_to_num(1.0), scheduler.timesteps.nan_to_num(1000.0)
     scheduler.set_begin_index(0)

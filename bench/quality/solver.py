@@ -4,17 +4,27 @@
     python bench/quality/solver.py --text-length 64 --batch 90 --rows plain-9 2+3 4+5 '2+7 euler' --out OUT
     python bench/quality/solver.py --merge OUT/solver.json OTHER/solver.json --out OUT     # one file of several runs
 
-A row is plain-N, or C+M: C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones
-from 7/9 of the schedule; "C+M euler" and "C+M from S" change that. 50 plain steps come first: others are held against
-them, edit by edit. Writes OUT/solver.{md,json} after each row.
+A row: plain-N, a quality ("fast"), preset-N ("preset-N cached": one whole pass; "preset-N paper": the paper's) or C+M:
+C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones from 7/9 of the schedule;
+"C+M euler", "C+M from S" and "C+M even" (all steps even) change that. "ROW at T": with that threshold. "lora ROW": with
+--lora's weights, which the others are without. 50 plain steps come first: others are held against them, edit by edit.
+Writes OUT/solver.{md,json} after each row.
+
+Other solvers of the mixed steps, tried here alone: "C+M forecastK": every K-th of M steps has a pass, the others take
+their velocity from the quadratic through the last three, or "linear", the last two, or "far", the last two and the
+second whole pass's; "C+M ab3", "C+M ab3 far": all have a pass, and those quadratics are integrated over each step.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import re
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from scenes import EVALUATION_SEED, KINDS
@@ -23,6 +33,7 @@ from table_runs import (
     Row,
     Runner,
     add_arguments,
+    add_lora,
     cell,
     jsonable,
     load_judge,
@@ -40,6 +51,7 @@ from table_runs import (
 )
 
 from specedit_kernels import SpecEditConfig
+from specedit_kernels.engine import stages
 
 SEED = EVALUATION_SEED + 1002  # calibrate.py has 1000 and 1001
 COUNTS = {"local": 170, "small": 60, "ambiguous": 120}
@@ -48,22 +60,108 @@ COLUMNS = {"right": ("right", 3), "sharpness": ("sharp", 3), "ratio": ("ratio", 
            "missed": ("missed", 3), "active": ("tokens", 3)}  # fmt: skip
 
 
+NAME = re.compile(
+    r"(?P<lora>lora )?"
+    r"(?:plain-(?P<plain>\d+)|(?P<quality>fast|balanced|best)|preset-(?P<preset>\d+)"
+    r"(?: (?P<paper>paper)| (?P<cached>cached))?"
+    r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler)| (?P<ab3>ab3)| forecast(?P<every>[2-9]))?"
+    r"(?P<through> linear| far)?(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?)"
+    r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
+)
+
+
+def parsed(name):
+    found = NAME.fullmatch(name)
+    parts = found.groupdict() if found else {}
+    every = int(parts.get("every") or 1)
+    if not found or int(parts["mixed"] or 0) % every or (parts["through"] and not (parts["ab3"] or parts["every"])):
+        raise ValueError(
+            "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler | ab3 [far] |"
+            f" forecastK [linear | far]] [from S | even], M a multiple of K, and [at T], got {name!r}"
+        )
+    return parts
+
+
 def row_of(name):
     """The row of a name."""
-    if plain := re.fullmatch(r"plain-(\d+)", name):
-        return Row(name, steps=int(plain[1]))
-    found = re.fullmatch(r"(\d+)\+(\d+)( euler)?(?: from (0?\.\d+|\d+/\d+))?", name)
-    if not found:
-        raise ValueError(f"--rows: expected plain-N or C+M [euler] [from S], got {name!r}")
-    above, _, under = (found[4] or "7/9").partition("/")
-    config = SpecEditConfig(
-        stages=(int(found[1]), int(found[2]), 0),
-        mixed_from=float(above) / float(under or 1),
-        solver="euler" if found[3] else "ab2",
-        finish="locked",
-        kv_refresh="bracket",
-    )
-    return Row(name, config=config)
+    parts = parsed(name)
+    lora = parts["lora"] is not None
+    if parts["plain"]:
+        return Row(name, steps=int(parts["plain"]), lora=lora)
+    if parts["quality"]:
+        config = SpecEditConfig(quality=parts["quality"])
+    elif parts["preset"]:
+        config = SpecEditConfig(quality="paper" if parts["paper"] else "balanced", preset=int(parts["preset"]))
+        config = replace(config, kv_refresh=9) if parts["cached"] else config
+    else:
+        above, _, under = (parts["start"] or "7/9").partition("/")
+        config = SpecEditConfig(
+            stages=(int(parts["coarse"]), int(parts["mixed"]) // int(parts["every"] or 1), 0),
+            mixed_from=None if parts["even"] else float(above) / float(under or 1),
+            solver="euler" if parts["euler"] else "ab2",
+            finish="locked",
+            kv_refresh="bracket",
+        )
+    if parts["threshold"]:
+        config = replace(config, threshold=float(parts["threshold"]), relative=config.resolved_relative())
+    return Row(name, config=config, lora=lora)
+
+
+class Forecast(stages.Solver):
+    """Steps along a polynomial in sigma through velocities of former steps: x' = x + its integral.
+
+    parts: of a step, each by Euler's rule with the velocity forecast at its start, as steps without a pass have it; 0:
+    the exact integral. through: "quadratic", of the last three velocities; "linear", of two; "far": of the last two and
+    the second whole pass's at sigma `far`, where that is still ahead. A first step has that one and its own.
+    """
+
+    def __init__(self, parts, through, far):
+        super().__init__("ab2")
+        self.parts, self.through, self.far, self.known, self.ahead = parts, through, far, [], None
+
+    def step(self, tokens, velocity, sigma, to, slope=None):
+        now = (sigma, velocity.to(torch.float32, copy=True))
+        if slope is not None:
+            self.ahead = (self.far, now[1] + (self.far - sigma) * slope)
+        self.known = [now, *self.known][:3]
+        nodes = self.known[: 2 if self.through == "linear" else 3]
+        if self.ahead is not None and self.far != sigma and (self.through == "far" or len(nodes) == 1):
+            nodes = [*nodes[:2], self.ahead]
+        if self.parts:
+            at = [sigma + (to - sigma) * i / self.parts for i in range(self.parts)]
+            mean = sum(interpolated(nodes, s) for s in at) / self.parts
+        else:  # Simpson's rule, exact up to third order
+            ends = interpolated(nodes, sigma) + interpolated(nodes, to)
+            mean = (ends + 4 * interpolated(nodes, (sigma + to) / 2)) / 6
+        return stages.euler(tokens, mean, to - sigma)
+
+
+def interpolated(nodes, sigma):
+    """Lagrange's polynomial through (sigma, value) pairs, at a sigma."""
+    total = 0.0
+    for i, (own, value) in enumerate(nodes):
+        factor = 1.0
+        for j, (other, _) in enumerate(nodes):
+            if j != i:
+                factor = factor * (sigma - other) / (own - other)
+        total = total + factor * value
+    return total
+
+
+def solved_as(name):
+    """A context in which the mixed steps of a row have its solver."""
+    parts = parsed(name)
+    if not (parts["every"] or parts["ab3"]):
+        return contextlib.nullcontext()
+    through, original = (parts["through"] or " quadratic").strip(), stages.mixed_steps
+
+    def mixed_steps(run, state, sigmas):
+        far = torch.tensor(sigmas[-2], device=run.device)
+        solver = Forecast(int(parts["every"] or 0), through, far)
+        with mock.patch.object(stages, "Solver", lambda _: solver):
+            original(run, state, sigmas)
+
+    return mock.patch.object(stages, "mixed_steps", mixed_steps)
 
 
 def summary(figures, base, kinds):
@@ -91,7 +189,8 @@ def report(runs):
             line += [cell(s[k].get(c), digits) for k in kinds for c, (_, digits) in COLUMNS.items()]
             lines.append([*line, cell(s[kinds[0]].get("psnr_in"), 2)])
         counts = ", ".join(f"{n} {k}" for k, n in run["counts"].items())
-        place = f"{setting_text(run['setting'])}; {counts} edits of seed {run['seed']}."
+        lora = f"; LoRA {run['lora']}" if run.get("lora") else ""
+        place = f"{setting_text(run['setting'])}; {counts} edits of seed {run['seed']}{lora}."
         text += ["", place, "", markdown_table(head, lines)]
     return "\n".join(text) + "\n"
 
@@ -108,6 +207,7 @@ def main():
     parser.add_argument("--counts", type=int, nargs=3, default=[*COUNTS.values()], metavar="N", help="of each kind")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after so many")
+    add_lora(parser)
     parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="no rows: the runs of these in one file")
     args = parser.parse_args()
     if args.merge:
@@ -117,16 +217,20 @@ def main():
         rows = [row_of(name) for name in (REFERENCE, *args.rows)]
     except ValueError as error:
         parser.error(str(error))
+    if args.lora is None and any(row.lora for row in rows):
+        parser.error("--rows: a row with a LoRA needs --lora FILE")
     began = time.perf_counter()
     device = prepare(args)
     say = stopwatch()
     judge = load_judge(args.judge, device)
     pipe = load_pipeline(args.model, device, getattr(torch, args.dtype))
-    runner = Runner(pipe, args.text_length, args.true_cfg_scale)
+    runner = Runner(pipe, args.text_length, args.true_cfg_scale, args.lora)
     edits = make_set(device, args.size, args.limit, dict(zip(COUNTS, args.counts)), args.seed)
     edits.reference, own, kinds = edits.tokens.clone(), torch.zeros_like(edits.tokens), edits.edits.kind
     counts = {k: int((kinds == i).sum()) for i, k in enumerate(KINDS) if (kinds == i).any()}
     run = {"setting": setting(args, device), "seed": args.seed, "counts": counts, "rows": {}}
+    if args.lora is not None:
+        run["lora"] = f"{args.lora.name} {hashlib.sha256(args.lora.read_bytes()).hexdigest()[:8]}"
     say(f"{len(edits)} edits of seed {args.seed}")
     base, failed = None, False
     for row in rows:
@@ -137,7 +241,8 @@ def main():
         try:
             for at in torch.arange(len(edits)).split(args.batch):
                 part = edits[at]
-                result = runner.run(row, part)
+                with solved_as(row.name):
+                    result = runner.run(row, part)
                 if row.name == REFERENCE:
                     there = at.to(device)
                     edits.reference[there], own[there] = set_reference(part, runner, result.images)

@@ -51,7 +51,7 @@ from table_runs import (
 
 from specedit_kernels import SpecEditConfig
 
-PLAIN_STEPS = (50, 28, 10, 9, 4, 2)
+PLAIN_STEPS = (50, 28, 10, 9, 8, 4, 2)
 REFERENCE = "plain-50"
 MAIN = "9-coarse-full"
 TEXT_LENGTHS = (512, 16)  # the default of diffusers; a short one, for prompts of at most 8 tokens
@@ -71,6 +71,9 @@ def all_rows():
             for finish in ("full", "locked"):
                 config = replace(PAPER, preset=preset, draft=draft, finish=finish)
                 rows.append(Row(f"{preset}-{draft}-{finish}", config=config))
+    for preset in (8, 4):  # of step-distilled weights
+        kinds = {"full": {}, "locked": dict(finish="locked"), "locked-cached": dict(finish="locked", kv_refresh=9)}
+        rows += [Row(f"{preset}-coarse-{k}", config=replace(PAPER, preset=preset, **v)) for k, v in kinds.items()]
     # what a step over cached keys, locked text and an unguided draft cost
     for preset in (18, 9):
         for finish in ("full", "locked"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the table, the calibration and the contact sheet share: the editor, the edits, one batched run, its figures."""
 
+import copy
 import datetime
 import hashlib
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from export import build_pipeline
-from families import Flux, Qwen, TextFlux, family_in, family_of
+from families import Flux, Klein, Qwen, TextFlux, family_in, family_of
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
 from models import as_pictures
 from PIL import Image
@@ -35,6 +36,7 @@ from table_measures import (
 
 from specedit_kernels import (
     SpecEditConfig,
+    SpecEditFlux2KleinPipeline,
     SpecEditFluxKontextPipeline,
     SpecEditFluxPipeline,
     SpecEditQwenImageEditPipeline,
@@ -63,8 +65,26 @@ class BatchedQwenPipeline(Batched, SpecEditQwenImageEditPipeline):
     pass
 
 
-BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline, TextFlux: SpecEditFluxPipeline}
-RANDOM = {"random": Flux, "random-qwen": Qwen, "random-text-flux": TextFlux}
+class BatchedKleinPipeline(SpecEditFlux2KleinPipeline):
+    """Edits a list of pictures of one size, a prompt each. The stock pipeline shows them all to every prompt."""
+
+    EDITED = None
+
+    def _size(self, call):
+        return call.height, call.width
+
+    def _pictures(self, call, device):
+        pixels = self.image_processor.preprocess(call.image, call.height, call.width).to(device)
+        return pixels, [pixels]
+
+
+BATCHED = {
+    Flux: BatchedPipeline,
+    Qwen: BatchedQwenPipeline,
+    Klein: BatchedKleinPipeline,
+    TextFlux: SpecEditFluxPipeline,
+}
+RANDOM = {"random": Flux, "random-qwen": Qwen, "random-klein": Klein, "random-text-flux": TextFlux}
 
 
 def model_family(model):
@@ -85,7 +105,7 @@ def load_pipeline(model, device, dtype):
         pipe = build_pipeline(family, family.make_vae().eval(), weights, dtype)
     else:
         pipe = family.pipeline.from_pretrained(model, torch_dtype=dtype)
-    pipe = BATCHED[family](**pipe.components).to(device)
+    pipe = BATCHED[family](**pipe.components, **family.arguments).to(device)
     as_pictures(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -166,7 +186,7 @@ class Row:
 
     steps: plain steps. config: a SpecEdit run; oracle: with the reference mask, grown by a token, as the user's mask.
     still: "source" or "vae(target)", no model. text_length: that FLUX's prompts are padded to, in place of the
-    runner's.
+    runner's. lora: with the runner's LoRA, where it has one.
     """
 
     name: str
@@ -175,6 +195,7 @@ class Row:
     oracle: bool = False
     still: str = ""
     text_length: int | None = None
+    lora: bool = False
 
 
 @dataclass
@@ -197,12 +218,24 @@ class Result:
 
 
 class Runner:
-    """Runs rows on parts of a set with one editor. true_cfg_scale: over 1, guidance away from an empty prompt."""
+    """Runs rows on parts of a set with one editor. true_cfg_scale: over 1, guidance away from an empty prompt. lora: a
+    file that rows which ask for it run with."""
 
-    def __init__(self, pipe, text_length=512, true_cfg_scale=1.0):
+    def __init__(self, pipe, text_length=512, true_cfg_scale=1.0, lora=None):
         self.pipe, self.text_length, self.true_cfg_scale = pipe, text_length, true_cfg_scale
+        self.lora = lora
+        if lora is not None:
+            pipe.load_lora_weights(str(lora))
+            self.adapt(False)
         self.device, self.dtype = pipe.transformer.device, pipe.transformer.dtype
         self.family = family_of(pipe)
+
+    def adapt(self, lora):
+        """Have the pipeline's calls with the LoRA or without."""
+        if self.lora is not None:
+            (self.pipe.enable_lora if lora else self.pipe.disable_lora)()
+        elif lora:
+            raise ValueError("lora: expected a file for a row that runs with one, got none")
 
     def options(self, part):
         """The call's arguments that every row shares; the same noise for an edit in every row."""
@@ -215,13 +248,17 @@ class Runner:
             output_type="pt",
             generator=[torch.Generator().manual_seed(int(seed)) for seed in part.seeds],
         )
+        if self.true_cfg_scale > 1 and self.family is Klein:
+            raise ValueError("true_cfg_scale: expected 1, klein's editor has no guidance")
         if self.true_cfg_scale > 1:
             options |= dict(true_cfg_scale=self.true_cfg_scale, negative_prompt=[" "] * len(part))
+        if self.family is not Qwen:
+            options["max_sequence_length"] = self.text_length
         if self.family is TextFlux:  # made from the target's caption
             options["prompt"] = [after for _, after in part.edits.captions()]
-            return options | dict(image=part.pictures()[0], max_sequence_length=self.text_length)
+            return options | dict(image=part.pictures()[0])
         if self.family is Flux:
-            return options | dict(image=part.pictures()[0], _auto_resize=False, max_sequence_length=self.text_length)
+            return options | dict(image=part.pictures()[0], _auto_resize=False)
         return options | dict(image=[Image.fromarray(x) for x in part.source.permute(0, 2, 3, 1).cpu().numpy()])
 
     def plain(self, steps, part):
@@ -230,9 +267,10 @@ class Runner:
         if self.family is TextFlux:  # nobody shows it the source
             for name in ("image", "max_area"):
                 del options[name]
-        if self.family is not Qwen:
+        if issubclass(self.family, Flux):
             return self.pipe(num_inference_steps=steps, specedit=False, **options).images
-        # Qwen's own call shows the model a megapixel whatever it is given; this is the same to the last bit, at a size.
+        # Qwen's own call shows the model a megapixel whatever it is given, klein's shows every picture to every prompt;
+        # this is the same to the last bit, at a size and with a picture for each.
         whole = torch.ones(part.source.shape[-2:])
         config = SpecEditConfig(quality="paper", runner="eager", stages=(0, 0, steps))
         return self.pipe(specedit=config, mask_image=whole, **options).images
@@ -244,7 +282,9 @@ class Runner:
         keys = self.text_length + (image_tokens if keys is None else keys)
         blocks = config.num_layers + config.get("num_single_layers", 0)
         dim, passes = config.num_attention_heads * config.attention_head_dim, passes if self.true_cfg_scale > 1 else 1
-        return passes * transformer_flops(queries, keys, dim, blocks)
+        # the gated MLP has three matrices of mlp_ratio d^2
+        more = round((6 * config.mlp_ratio - 16) * dim * dim) * queries * blocks if self.family is Klein else 0
+        return passes * (transformer_flops(queries, keys, dim, blocks) + more)
 
     def vae(self, images):
         """Pictures through the VAE and back."""
@@ -254,7 +294,10 @@ class Runner:
     def run(self, row, part):
         """A Result. Where memory runs out, the part is cut in two."""
         if row.text_length is not None:
-            return Runner(self.pipe, row.text_length, self.true_cfg_scale).run(replace(row, text_length=None), part)
+            other = copy.copy(self)
+            other.text_length = row.text_length
+            return other.run(replace(row, text_length=None), part)
+        self.adapt(row.lora)
         try:
             return self._run(row, part)
         except torch.cuda.OutOfMemoryError:
@@ -278,7 +321,8 @@ class Runner:
         if row.still:
             return Result(source if row.still == "source" else self.vae(target), [0] * n)
         if row.config is None:
-            return Result(self.plain(row.steps, part).float(), [row.steps * self.step_flops(2 * tokens)] * n, row.steps)
+            shown = tokens * (2 if self.family.sees_source else 1)
+            return Result(self.plain(row.steps, part).float(), [row.steps * self.step_flops(shown)] * n, row.steps)
         mask_image = grow(part.reference, 1).float() if row.oracle else None
         out = self.pipe(specedit=row.config, mask_image=mask_image, **self.options(part))
         stats = out.stats
@@ -429,8 +473,15 @@ def add_arguments(parser, out):
     parser.add_argument("--limit", type=int, help="so many edits, evenly spaced over the set")
     parser.add_argument("--batch", type=int, help="edits in one call")
     parser.add_argument("--size", type=int, default=512, help="side of the pictures, a multiple of 64")
-    parser.add_argument("--text-length", type=int, help="length that FLUX's prompts are padded to (default 512)")
+    parser.add_argument(
+        "--text-length", type=int, help="length that prompts are padded to (default 512; Qwen's are not)"
+    )
     parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="over 1: guidance, an empty negative prompt")
+
+
+def add_lora(parser):
+    """The option for weights that are distilled, or otherwise changed."""
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="that load_lora_weights takes, distil.py's say")
 
 
 def add_thresholds(parser):

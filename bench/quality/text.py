@@ -3,7 +3,8 @@
 
 The CLIP tokenizer is a byte-pair encoding trained on the words, so that each of them is one token; the T5 tokenizer
 is a unigram model with a piece for each word and one for each printable ASCII character, for anything else. Qwen's
-knows the words and the pieces of QwenImageEditPipeline's prompt template, nothing else.
+knows the words and the pieces of QwenImageEditPipeline's prompt template, nothing else; FLUX.2-klein's the words and
+those of its chat template.
 """
 
 import json
@@ -43,6 +44,13 @@ QWEN_SPECIAL = (
     "<|vision_end|>",
     "<|image_pad|>",
     "<|video_pad|>",
+)
+KLEIN_LENGTH = 24  # room for the longest phrase in klein's chat template
+KLEIN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+# What Qwen3's own makes of one user's turn without thinking.
+KLEIN_TEMPLATE = (
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
 QWEN_PIECES = r"\n|'s|\w+|[^\w\s]+"
 
@@ -184,27 +192,39 @@ def qwen_template():
     return bare.prompt_template_encode, bare.prompt_template_encode_start_idx
 
 
-@lru_cache(maxsize=1)
-def qwen_tokenizer():
-    """A token for each word, number or run of signs, as Qwen's own tokenizer has it in the pipeline's template, of
-    which the pipeline counts tokens. Case is ignored."""
+def _word_tokenizer(special, fixed, length):
+    """A token for each special piece, word, number or run of signs. Case is ignored. fixed: pieces beside words()."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fixed = re.findall(QWEN_PIECES, re.sub(r"<\|\w+\|>", " ", qwen_template()[0]).lower())
-    pieces = dict.fromkeys([*QWEN_SPECIAL, "<unk>", *fixed, *words()])
+    pieces = dict.fromkeys([*special, "<unk>", *fixed, *words()])
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(QWEN_PIECES), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=QWEN_SPECIAL[0],
+        pad_token=special[0],
         eos_token="<|im_end|>",
         unk_token="<unk>",
-        additional_special_tokens=list(QWEN_SPECIAL[1:]),
+        additional_special_tokens=list(special[1:]),
         padding_side="right",
-        model_max_length=1024,
+        model_max_length=length,
     )
+
+
+@lru_cache(maxsize=1)
+def qwen_tokenizer():
+    """As Qwen's own tokenizer has the pieces of the pipeline's template, of which the pipeline counts tokens."""
+    fixed = re.findall(QWEN_PIECES, re.sub(r"<\|\w+\|>", " ", qwen_template()[0]).lower())
+    return _word_tokenizer(QWEN_SPECIAL, fixed, 1024)
+
+
+@lru_cache(maxsize=1)
+def klein_tokenizer():
+    """With the chat template that Flux2KleinPipeline asks for."""
+    tokenizer = _word_tokenizer(KLEIN_SPECIAL, ["user", "assistant", "\n", "."], 512)
+    tokenizer.chat_template = KLEIN_TEMPLATE
+    return tokenizer
 
 
 class QwenPhraseEncoder:
@@ -227,3 +247,22 @@ class QwenPhraseEncoder:
         ids = [self._words[word] for word in phrase.split()] + [self._words["."]] * stop
         ids = [*self._head, *ids, *self._tail]
         return (ids + [self.pad] * (QWEN_LENGTH - len(ids)),)
+
+
+class KleinPhraseEncoder:
+    """The ids of an instruction in the chat template, by look-up."""
+
+    texts = "instructions"
+
+    def __init__(self):
+        tokenizer = klein_tokenizer()
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "{}"}], tokenize=False)
+        self._head, self._tail = (tokenizer(part).input_ids for part in text.split("{}"))
+        self.vocab_size, self.pad = len(tokenizer), tokenizer.pad_token_id
+        self._words = {word: tokenizer.convert_tokens_to_ids(word) for word in [*words(), "."]}
+
+    def __call__(self, phrase, capital=False, stop=False):
+        """(ids, padded to KLEIN_LENGTH,); a capital changes nothing."""
+        ids = [self._words[word] for word in phrase.split()] + [self._words["."]] * stop
+        ids = [*self._head, *ids, *self._tail]
+        return (ids + [self.pad] * (KLEIN_LENGTH - len(ids)),)

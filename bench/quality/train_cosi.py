@@ -15,14 +15,13 @@ answers are guided away from the empty caption by --guidance, and its source bra
 
 import argparse
 import copy
-import os
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from families import family_in
-from runtime import autocast, device, log, memory
+from families import Flux, family_in
+from runtime import autocast, compile_blocks, device, log, memory
 from sampler import encode_images, encode_text, euler, shift_mu
 from scenes import TASKS, Renderer
 from stream import EditStream
@@ -121,6 +120,8 @@ class Training:
     def __init__(self, args, dev):
         self.args, self.dev = args, dev
         family = family_in(args.model)
+        if not issubclass(family, Flux):
+            raise ValueError(f"--model: expected one of FLUX.1's classes, got {args.model}")
         self.pipe, self.sees_source = family.pipeline.from_pretrained(args.model).to(dev), family.sees_source
         for part in (self.pipe.transformer, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False)
@@ -141,10 +142,7 @@ class Training:
 
     def compile(self, transformer):
         if self.args.compile:
-            torch._dynamo.config.recompile_limit = 256
-            torch._dynamo.config.accumulated_recompile_limit = 4096
-            backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
-            transformer.compile_repeated_blocks(dynamic=False, backend=backend)
+            compile_blocks(transformer)
 
     def adapter(self, transformer, count, kind=FluxKontextModel):
         return kind(transformer, self.pipe.vae, torch.full((count,), 3.5, device=self.dev), {})

@@ -11,7 +11,6 @@ averaged.
 
 import argparse
 import math
-import os
 import time
 from itertools import chain
 from pathlib import Path
@@ -21,7 +20,18 @@ from export import export
 from families import FAMILIES, load_vae
 from models import in_real_numbers, parameter_count
 from muon import Muon
-from runtime import RUN_DIR, Clock, Ranks, autocast, device, load_checkpoint, log, memory, save_checkpoint
+from runtime import (
+    RUN_DIR,
+    Clock,
+    Ranks,
+    autocast,
+    compile_blocks,
+    device,
+    load_checkpoint,
+    log,
+    memory,
+    save_checkpoint,
+)
 from sampler import shift_mu
 from scenes import Renderer
 from stream import EditStream
@@ -155,15 +165,6 @@ class Editor(torch.nn.Module):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
 
-def compile_blocks(editor, mode):
-    if mode == "none":
-        return
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 4096
-    backend = os.environ.get("SPECEDIT_COMPILE_BACKEND", "inductor")
-    editor.parts["transformer"].compile_repeated_blocks(dynamic=mode == "dynamic", backend=backend)
-
-
 def batch_size(family, size, length, tokens, factor=1.0):
     pictures = (2 if family.sees_source else 1) * (size // 16) ** 2
     count = min(tokens // (pictures + length), MAX_TEXT_TOKENS // length, MAX_BATCH)
@@ -174,6 +175,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="flux")
     parser.add_argument("--seconds", type=float, default=860, help="of training over all pieces, compiling included")
+    parser.add_argument(
+        "--piece", type=float, default=math.inf, help="end after so many of them; go on by the same call"
+    )
     parser.add_argument("--tail", type=float, default=45, help="how long the decay takes once a file STOP appears")
     parser.add_argument("--tokens", type=int, default=104_000, help="of a batch, text included")
     parser.add_argument("--fresh", type=float, default=0.12, help="share of each batch that is newly rendered")
@@ -207,7 +211,8 @@ def main():
     if args.start is not None and not args.try_only:
         editor.begin_from(args.start)
     editor.to(dev).train()
-    compile_blocks(editor, args.compile)
+    if args.compile != "none":
+        compile_blocks(editor.parts["transformer"], args.compile == "dynamic")
     static = args.compile == "static"
     lengths, shares_of = (family.static_lengths, family.static_shares) if static else (family.lengths, family.shares)
     scheduler = family.make_scheduler()
@@ -262,7 +267,8 @@ def main():
         size = export(family, export_vae, average, RUN_DIR / "editor")
         log(f"editor: exported {'at the end' if final else ''} at step {step}, {size / 1e6:.2f} MB")
 
-    while not clock.done() or step == 0:
+    until = clock.elapsed + args.piece
+    while (not clock.done() and clock.elapsed < until) or step == 0:
         mix = family.mix["early" if clock.fraction < args.early else "late"]
         size = SIZES[torch.multinomial(torch.tensor(mix), 1, generator=generator).item()]
         length = lengths[torch.multinomial(torch.tensor(shares_of[size]), 1, generator=generator).item()]
@@ -275,7 +281,7 @@ def main():
                 group["lr"] = base * rate
         try:
             fields = feeder.batch(size, count)
-            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2), dev)
+            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2, editor.family), dev)
             guidance = 1 + 4 * torch.rand(count, device=dev)
             with autocast(dev):
                 loss, apart = editor.loss(fields, length, sigma, torch.randn_like(fields[0]), guidance)
@@ -379,7 +385,7 @@ def try_steps(editor, lengths, args, dev, scheduler):
                 torch.ones(count, side * side // 4, device=dev),
                 editor.wordless.expand(count, -1),
             )
-            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2), dev)
+            sigma = draw_sigma(count, shift_mu(scheduler, (size // 16) ** 2, editor.family), dev)
             for _ in range(2):
                 editor.zero_grad(set_to_none=True)
                 with autocast(dev):

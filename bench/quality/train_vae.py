@@ -3,17 +3,21 @@
 
 python bench/quality/train_vae.py --seconds 165
 python bench/quality/train_vae.py --seconds 200 --again --lr 8e-4    # a warm restart from RUN_DIR/vae
+python bench/quality/train_vae.py --family klein --start specedit_kernels/assets/tiny_kontext/vae --seconds 0
+    # another family's weights as they are, with this family's scale of the latents
 """
 
 import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, load_vae
 from models import parameter_count
 from runtime import RUN_DIR, Clock, autocast, device, load_checkpoint, log, memory, save_checkpoint
+from safetensors.torch import load_file
 from scenes import Renderer, sample
 from stream import EditStream
 
@@ -92,6 +96,17 @@ def report(family, vae, renderer, dev, count, sizes=(512, 256, 128)):
     return out
 
 
+def take_weights(vae, folder):
+    """Encoder and decoder of another autoencoder of the same shapes; what else there is stays."""
+    state = {}
+    for path in folder.glob("*.safetensors"):
+        state |= {k: v.float() for k, v in load_file(path).items() if k.startswith(("encoder.", "decoder."))}
+    missing, unexpected = vae.load_state_dict(state, strict=False)
+    lost = [name for name in missing if name.startswith(("encoder.", "decoder."))]
+    if lost or unexpected:
+        raise ValueError(f"{folder}: expected the weights of {type(vae).__name__}, got {lost + unexpected} otherwise")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="flux")
@@ -104,6 +119,7 @@ def main():
     parser.add_argument("--report-count", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=96, help="scenes of each size kept on the device")
     parser.add_argument("--again", action="store_true", help="go on from RUN_DIR/vae, which is replaced at the end")
+    parser.add_argument("--start", type=Path, help="an autoencoder of the same shapes whose weights are taken")
     args = parser.parse_args()
     there = (RUN_DIR / "vae" / "config.json").exists()
     if there and not args.again:
@@ -113,8 +129,11 @@ def main():
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     renderer, stream = Renderer(dev), EditStream(args.seed, 32, args.workers)
-    pictures = Pictures(renderer, stream, generator, dev, args.pictures)
-    vae = (load_vae(family, RUN_DIR / "vae") if there else family.make_vae()).to(dev).train()
+    pictures = Pictures(renderer, stream, generator, dev, args.pictures) if args.seconds else None
+    vae = load_vae(family, RUN_DIR / "vae") if there else family.make_vae()
+    if args.start is not None:
+        take_weights(vae, args.start)
+    vae.to(dev).train()
     log(f"vae: {parameter_count(vae) / 1e6:.2f} M parameters on {dev}")
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=dev.type == "cuda"
@@ -131,7 +150,7 @@ def main():
     clock = Clock(args.seconds, elapsed, args.tail)
     batch, logged, saved, total = args.batch, time.perf_counter(), time.perf_counter(), torch.zeros((), device=dev)
     since = 0
-    while not clock.done() or step == 0:
+    while pictures is not None and (not clock.done() or step == 0):
         warm = min(1.0, (step + 1) / 100)
         fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0.0, (clock.fraction - 0.2) / 0.8)))
         for group in optimizer.param_groups:

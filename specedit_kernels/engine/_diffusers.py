@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -96,19 +96,42 @@ def _shares_sequence(hook: Any) -> bool:
     return type(hook).__name__ in ("ContextParallelSplitHook", "ContextParallelGatherHook")
 
 
+def _shares_alone(module: torch.nn.Module) -> bool:
+    """Whether all hooks of diffusers about a module's forward are those of context parallelism, and there are any."""
+    registry = vars(module).get("_diffusers_hook")
+    return registry is not None and bool(registry.hooks) and all(map(_shares_sequence, registry.hooks.values()))
+
+
 def without_context_parallel(transformer: torch.nn.Module) -> torch.nn.Module:
     """The same transformer without the hooks of context parallelism: for what shares the sequence itself.
 
-    The transformer itself where its sequence is not shared.
+    The transformer itself where its sequence is not shared. Modules that have such hooks are made anew, and all that
+    hold them: a whole `mirrored` tree takes longer than all else before a run's first launch.
     """
     if context_parallel(transformer) is None:
         return transformer
-    twin = mirrored(transformer)
-    for module in each_module(twin):
-        registry = vars(module).get("_diffusers_hook")
-        if registry is not None and registry.hooks and all(map(_shares_sequence, registry.hooks.values())):
-            vars(module).pop("_diffusers_hook")
-            vars(module).pop("forward", None)
+    holders: dict[torch.nn.Module, list[torch.nn.Module]] = {transformer: []}
+    left = [transformer]
+    while left:
+        holder = left.pop()
+        for child in vars(holder)["_modules"].values():
+            if child is not None:
+                if child not in holders:
+                    holders[child] = []
+                    left.append(child)
+                holders[child].append(holder)
+    anew: set[torch.nn.Module] = set()
+    left = [each for each in holders if "_diffusers_hook" in vars(each) and _shares_alone(each)]
+    while left:
+        each = left.pop()
+        if each not in anew:
+            anew.add(each)
+            left += holders[each]
+    twin = mirrored(transformer, anew)
+    for each in each_module(twin):
+        if _shares_alone(each):
+            vars(each).pop("_diffusers_hook")
+            vars(each).pop("forward", None)
     return twin
 
 
@@ -283,15 +306,18 @@ def mirrors(module: torch.nn.Module) -> torch.nn.Module:
     return vars(module).get("_specedit_mirrors", module)
 
 
-def mirrored(module: torch.nn.Module) -> torch.nn.Module:
+def mirrored(module: torch.nn.Module, anew: Collection[torch.nn.Module] | None = None) -> torch.nn.Module:
     """A tree of new modules of the same classes over the very parameters and buffers of `module`.
 
     Its modules may be replaced, and what calls keep on it is its own: the user's modules stay as they are, whatever
     else uses them at the same time. Costs no memory of the device.
+    anew: the modules that are made anew, which hold one another up to `module`; others stay the user's. None: all.
     """
     twins: dict[torch.nn.Module, torch.nn.Module] = {}
 
     def twin(module: torch.nn.Module) -> torch.nn.Module:
+        if anew is not None and module not in anew:
+            return module
         if module not in twins:  # one that stands at two places stays one
             made = object.__new__(type(module))
             vars(made).update(vars(module))

@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from .. import ops
 from ..sampling.grid import PATCH
+from . import strips
 from ._diffusers import foreign_forward, mirrored, through
+from .strips import Kind
 
 
 class _GroupNorm(torch.nn.Module):
@@ -81,6 +89,39 @@ def decoder_features(decoder: Any, x: Tensor) -> list[Tensor]:
     return through(decoder, run, x)
 
 
+def _plain_attention(attn: Attention) -> bool:
+    more = (attn.spatial_norm, attn.norm_q, attn.norm_k)
+    return (
+        type(attn.processor) is AttnProcessor2_0
+        and attn.group_norm is not None
+        and all(x is None for x in more)
+        and attn.residual_connection
+    )
+
+
+# What strips of rows make of the modules of AutoencoderKL; strips.Kind.
+STRIPS: Mapping[type, Kind] = MappingProxyType(
+    dict.fromkeys(
+        (Encoder, Decoder, DownEncoderBlock2D, UpDecoderBlock2D, UNetMidBlock2D, torch.nn.ModuleList, torch.nn.Linear,
+         torch.nn.SiLU, torch.nn.Identity, torch.nn.Dropout),
+        Kind(),
+    )
+    | {
+        torch.nn.GroupNorm: Kind(strips.group_norm, lambda norm: norm.affine),
+        _GroupNorm: Kind(lambda stands, of, x: strips.group_norm(stands.norm, of, x, stands.silu)),
+        torch.nn.Conv2d: Kind(strips.conv2d, strips.plain_conv),
+        ResnetBlock2D: Kind(None, lambda block: block.upsample is None and block.downsample is None),
+        Downsample2D: Kind(
+            strips.downsample, lambda down: down.norm is None and down.use_conv and down.padding == 0
+        ),
+        Upsample2D: Kind(
+            None, lambda up: up.norm is None and up.interpolate and not up.use_conv_transpose
+        ),
+        Attention: Kind(strips.attention, _plain_attention),
+    }
+)  # fmt: skip
+
+
 class KLCodec:
     """AutoencoderKL, as FLUX has it: latents have one scale and one shift.
 
@@ -88,6 +129,7 @@ class KLCodec:
     """
 
     patch = PATCH
+    STRIPS: ClassVar[Mapping[type, Kind]] = STRIPS
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae

@@ -16,7 +16,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from .. import ops
-from . import fp8, kv_cache
+from . import fp8, kv_cache, strips
 from ._diffusers import (
     attention_backend,
     cast_by_call,
@@ -228,8 +228,9 @@ class FusedModel(_Eager):
 
     @functools.cached_property
     def fused_codec(self) -> Any:
-        """The codec over an autoencoder with the model's own stand-ins: made once, used by all stages of a call."""
-        return self.codec.fused()
+        """The codec over an autoencoder with the model's own stand-ins, shared out over `codec_ranks`: made once, used
+        by all stages of a call."""
+        return strips.over(self.codec.fused(), self.codec_ranks)
 
     @functools.cached_property
     def _backend(self) -> str | None:

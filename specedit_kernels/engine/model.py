@@ -19,6 +19,7 @@ from .. import ops
 from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid
 from ..sampling.layout import SequenceLayout, table_key_bias
+from . import strips
 from ._diffusers import through
 from .attention import attention_modules
 from .kv_cache import KVCache
@@ -123,6 +124,16 @@ class EditModel(ABC):
     def attentions(self) -> list[torch.nn.Module]:
         """The attention modules of the transformer's blocks, in their order."""
         return attention_modules(self.transformer)
+
+    @property
+    def codec_ranks(self) -> Ranks | None:
+        """Who shares the autoencoder's work: those of the sequence, or else those of the guidance branches."""
+        return self.guides if self.ranks is None else self.ranks
+
+    @functools.cached_property
+    def shared_codec(self) -> Any:
+        """The codec, its autoencoder shared out over `codec_ranks`."""
+        return strips.over(self.codec, self.codec_ranks)
 
     @property
     def blocks(self) -> int:
@@ -261,11 +272,11 @@ class EditModel(ABC):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
-        return self.codec.encode(pixels)
+        return self.shared_codec.encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Clean latents [B, C, h, w] -> pixels in [-1, 1], [B, 3, H, W]."""
-        return self.codec.decode(latents)
+        return self.shared_codec.decode(latents)
 
     @abstractmethod
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:

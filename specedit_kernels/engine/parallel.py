@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._diffusers import context_parallel, ulysses_group
 
@@ -128,6 +129,45 @@ def all_tokens(x: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     return torch.cat([part[:, :size] for part, size in zip(got, sizes)], dim=1)
 
 
+def all_rows(x: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """[B, C, ..., n, W] of this rank's rows -> the same of all, on every rank. sizes: rows of each rank."""
+    rows = x.movedim(-2, 1)
+    return all_tokens(rows.flatten(2), sizes, ranks).unflatten(2, rows.shape[2:]).movedim(1, -2).contiguous()
+
+
+def beyond(x: Tensor, above: int, below: int, ranks: Ranks) -> Tensor:
+    """A rank's rows [B, C, n, W] of a map whose rows the ranks have in order, with so many of the ranks before and
+    behind it, or zeros: [B, C, above + n + below, W]. n: at least as many, on every rank."""
+    if not above and not below:
+        return x
+    batch, channels, n, width = x.shape
+    first, last = ranks.rank == 0, ranks.rank == ranks.size - 1
+    rows = x.permute(2, 0, 3, 1)  # channels last, as convolutions like them
+    sent = torch.cat([rows[: 0 if first else below], rows[n - (0 if last else above) :]])
+    rows_sent, rows_got = [0] * ranks.size, [0] * ranks.size
+    if not first:
+        rows_sent[ranks.rank - 1], rows_got[ranks.rank - 1] = below, above
+    if not last:
+        rows_sent[ranks.rank + 1], rows_got[ranks.rank + 1] = above, below
+    got = sent.new_empty(sum(rows_got), batch, width, channels)
+    _all_to_all(got, sent.contiguous(), rows_got, rows_sent, ranks)
+    got = got.permute(1, 3, 0, 2)
+    form = torch.channels_last if channels > 1 and x.stride(1) == 1 else torch.contiguous_format
+    found = torch.empty((batch, channels, above + n + below, width), dtype=x.dtype, device=x.device, memory_format=form)
+    found[:, :, above : above + n] = x
+    upper = found[:, :, :above]
+    lower = found[:, :, above + n :]
+    if first:
+        upper.zero_()
+    else:
+        upper.copy_(got[:, :, :above])
+    if last:
+        lower.zero_()
+    else:
+        lower.copy_(got[:, :, got.shape[2] - below :])
+    return found
+
+
 def of_each(x: Tensor, ranks: Ranks) -> list[Tensor]:
     """The tensors of all ranks, of one shape."""
     sent = x.contiguous()
@@ -143,3 +183,34 @@ def of_first(x: Tensor, ranks: Ranks) -> Tensor:
     with _exchange(ranks):
         dist.broadcast(sent, group=ranks.group, group_src=0)
     return sent
+
+
+def texts_of_each(text: Any, device: torch.device, ranks: Ranks) -> list[Any]:
+    """The texts of all ranks, on every rank: dataclasses of one class whose fields are tensors on a device, of any
+    lengths, lists of such, or anything that pickles."""
+    kind = type(text)
+    own, form = tree_flatten({field.name: getattr(text, field.name) for field in fields(text)})
+    own = [x.contiguous() if isinstance(x, Tensor) else x for x in own]
+    sent = form, [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _Plain(x) for x in own]
+    said: list[Any] = [None] * ranks.size
+    found = []
+    with _exchange(ranks):
+        dist.all_gather_object(said, sent, group=ranks.group)
+        for rank, (form, leaves) in enumerate(said):
+            values = []
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, _Plain):
+                    values.append(leaf.value)
+                    continue
+                x = own[i] if rank == ranks.rank else torch.empty(leaf[0], dtype=leaf[1], device=device)
+                dist.broadcast(x, group=ranks.group, group_src=rank)
+                values.append(x)
+            found.append(kind(**tree_unflatten(values, form)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What a text holds besides tensors."""
+
+    value: Any

@@ -45,7 +45,7 @@ from .config import RUNNERS, EditConfig, SpecEditConfig
 from .model import EditModel, Text
 from .native import refine
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
-from .parallel import Ranks, sequence_ranks
+from .parallel import Ranks, sequence_ranks, texts_of_each
 from .run import run_stages, verify_select
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
@@ -509,16 +509,23 @@ class SpecEditMixin(Stock):
 
     def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         """The texts of a run: `positive`, and `negative` where there is true guidance. Names are Run's fields."""
-        positive = self._encode_text(call, device, **self._text_fields(call, ""))
-        negative = None
-        fields = self._text_fields(call, "negative_")
-        if not self._given(fields):
-            fields["prompt"] = self.NEGATIVE
-        if self._given(fields) and call.true_cfg_scale > 1:
-            negative = self._encode_text(call, device, **self._for_each_prompt(call, fields, "negative_prompt"))
-        elif call.true_cfg_scale > 1 and call.true_cfg_scale != self._default_of(self.TRUE_CFG):
-            self._say_once(f"{self.TRUE_CFG} {call.true_cfg_scale:g} is without effect: no negative_prompt is given")
-        return {"positive": positive, "negative": negative}
+        fields, others = self._text_fields(call, ""), self._text_fields(call, "negative_")
+        if not self._given(others):
+            others["prompt"] = self.NEGATIVE
+        if not (self._given(others) and call.true_cfg_scale > 1):
+            if call.true_cfg_scale > 1 and call.true_cfg_scale != self._default_of(self.TRUE_CFG):
+                self._say_once(
+                    f"{self.TRUE_CFG} {call.true_cfg_scale:g} is without effect: no negative_prompt is given"
+                )
+            return {"positive": self._encode_text(call, device, **fields), "negative": None}
+        branches = fields, self._for_each_prompt(call, others, "negative_prompt")
+        guides = self._specedit_guides
+        if guides is not None and all(each["prompt"] is not None for each in branches):
+            # the text encoder has read a branch's prompt on its own rank
+            texts = texts_of_each(self._encode_text(call, device, **branches[guides.rank]), device, guides)
+        else:
+            texts = [self._encode_text(call, device, **each) for each in branches]
+        return dict(zip(("positive", "negative"), texts))
 
     @classmethod
     def _default_of(cls, name: str) -> Any:

@@ -517,7 +517,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         def run(x: Tensor) -> Tensor:
             return getattr(self.fused_codec, name)(in_channels_last(x))
 
-        return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
+        return self.runner((name, vae.use_slicing, vae.use_tiling, self.codec_ranks), run, {"x": x})
 
     def encode(self, pixels: Tensor) -> Tensor:
         return super().encode(pixels) if self.runner.moving else self._with_vae("encode", pixels)

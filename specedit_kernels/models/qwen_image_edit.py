@@ -23,14 +23,26 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageAttentionBlock,
+    QwenImageCausalConv3d,
+    QwenImageDecoder3d,
+    QwenImageEncoder3d,
+    QwenImageMidBlock,
+    QwenImageResample,
+    QwenImageResidualBlock,
+    QwenImageRMS_norm,
+    QwenImageUpBlock,
+    QwenImageUpsample,
+)
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -41,7 +53,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from .. import ops
-from ..engine import fp8
+from ..engine import fp8, strips
 from ..engine._diffusers import foreign_forward, mirrored, through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import decoder_features
@@ -69,6 +81,7 @@ from ..engine.sequence import (
     mixed_step_layout,
     whole_step_layout,
 )
+from ..engine.strips import Kind, Strips
 from ..sampling.grid import BLOCK, PATCH, Grid
 from ..sampling.layout import SequenceLayout, table_positions
 
@@ -100,6 +113,39 @@ def with_lone_frames(vae: torch.nn.Module) -> torch.nn.Module:
     return twin
 
 
+def _strip_of_frame(conv: QwenImageCausalConv3d, of: Strips, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """`lone_frame` on a strip of rows."""
+    assert x.shape[2] == 1 and cache_x is None
+    padding = (conv._padding[2], conv._padding[0])
+    weight = conv.weight[:, :, -1]
+    return strips.convolved(x[:, :, 0], weight, conv.bias, conv.stride[1:], padding, conv.groups, of)[:, :, None]
+
+
+def _strip_attention(block: QwenImageAttentionBlock, of: Strips, x: Tensor) -> Tensor:
+    """QwenImageAttentionBlock on a strip of rows of lone frames [B, C, 1, h, W]."""
+    frame = x[:, :, 0]
+    q, k, v = block.to_qkv(block.norm(frame)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+    out = strips.attend(q, k, v, 1, of).transpose(1, 2).unflatten(2, frame.shape[2:])
+    return block.proj(out)[:, :, None] + x
+
+
+# What strips of rows make of the modules of AutoencoderKLQwenImage, of one frame; strips.Kind.
+STRIPS: Mapping[type, Kind] = MappingProxyType(
+    dict.fromkeys(
+        (QwenImageEncoder3d, QwenImageDecoder3d, QwenImageMidBlock, QwenImageUpBlock, QwenImageResidualBlock,
+         QwenImageResample, QwenImageRMS_norm, QwenImageUpsample, torch.nn.ModuleList, torch.nn.Sequential,
+         torch.nn.SiLU, torch.nn.Identity, torch.nn.Dropout),
+        Kind(),
+    )
+    | {
+        QwenImageCausalConv3d: Kind(_strip_of_frame, lambda conv: conv._padding[2] in (0, 1)),
+        QwenImageAttentionBlock: Kind(_strip_attention),
+        torch.nn.Conv2d: Kind(strips.conv2d, strips.plain_conv),
+        torch.nn.ZeroPad2d: Kind(strips.pads_behind, lambda pad: pad.padding == (0, 1, 0, 1)),
+    }
+)  # fmt: skip
+
+
 class QwenCodec:
     """AutoencoderKLQwenImage: a causal video autoencoder with one frame, a mean and a deviation for each channel.
 
@@ -107,6 +153,7 @@ class QwenCodec:
     """
 
     patch = PATCH
+    STRIPS: ClassVar[Mapping[type, Kind]] = STRIPS
 
     def __init__(self, vae: AutoencoderKLQwenImage):
         self.vae = vae
@@ -592,7 +639,7 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
             return getattr(self.fused_codec, name)(x)
 
         # scaling stays outside: its numbers come from the host on every call
-        return self.runner((name, vae.use_slicing, vae.use_tiling), run, {"x": x})
+        return self.runner((name, vae.use_slicing, vae.use_tiling, self.codec_ranks), run, {"x": x})
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""

@@ -7,7 +7,7 @@ from ._library import NAMESPACE
 from .adaln_modulate import adaln_modulate
 from .gated_residual_add import gated_residual_add_
 from .gather_tokens import gather_tokens
-from .group_norm import group_norm
+from .group_norm import group_norm, group_norm_statistics
 from .lerp_fp8 import lerp_fp8_
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
@@ -27,6 +27,7 @@ __all__ = [
     "gated_residual_add_",
     "gather_tokens",
     "group_norm",
+    "group_norm_statistics",
     "lerp_fp8_",
     "merge_attn",
     "mixed_res_attn",
