@@ -77,6 +77,7 @@ def test_a_known_drift_is_found_within_a_quarter_pixel(pair, case, as_jpeg, one_
     assert corner_error(found, *case) <= 0.25
 
 
+@pytest.mark.slow
 def test_undrifted_pairs_stay_as_they_are(pair, one_thread):
     source, edited = pair
     for other in (source, edited, jpeg(edited), jpeg(source, 95)):
@@ -93,6 +94,7 @@ def test_floats_come_back_bit_for_bit(one_thread):
     assert np.array_equal(align(source, found, SIZE)[0], source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gain, offset",
     [((1.02,) * 3, (0.0,) * 3), ((0.98,) * 3, (0.0,) * 3), ((0.95, 1, 1.04), (0.02, 0.01, -0.02))],
@@ -113,6 +115,7 @@ def test_colours_are_found_and_undone(pair, gain, offset, one_thread):
     assert off[seen].mean() < 0.01 and np.median(off[seen]) < 0.006
 
 
+@pytest.mark.slow
 def test_a_painted_wall_is_no_recolouring(one_thread):
     source = scene(2)
     source[: SIZE[1] * 2 // 5] = (200, 200, 190)
@@ -122,6 +125,7 @@ def test_a_painted_wall_is_no_recolouring(one_thread):
     assert found.found and not found.moved and not found.recoloured, str(found)
 
 
+@pytest.mark.slow
 def test_other_scenes_and_backgrounds_are_not_found(pair, one_thread):
     source, _ = pair
     background = with_disc(scene(3), source, share=0.15)
@@ -132,6 +136,7 @@ def test_other_scenes_and_backgrounds_are_not_found(pair, one_thread):
         assert np.array_equal(align(other, found, SIZE)[0], other.astype(np.float32) / np.float32(255))
 
 
+@pytest.mark.slow
 def test_what_is_excluded_has_no_vote(pair, one_thread):
     source, _ = pair
     other = moved(source, 1.5, 0, 1)
@@ -143,6 +148,7 @@ def test_what_is_excluded_has_no_vote(pair, one_thread):
     assert corner_error(estimate_drift(source, other, exclude), 1.5, 0, 1) < 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(160, 144), (480, 432), (327, 288)])
 def test_another_size_is_a_resize(pair, size, one_thread):
     source, edited = pair
@@ -157,6 +163,7 @@ def test_another_size_is_a_resize(pair, size, one_thread):
     assert np.abs(back - edited / 255).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_a_crop_is_found_where_it_was_taken(pair, one_thread):
     source, edited = pair
     left, width = 40, 230
@@ -172,6 +179,7 @@ def test_a_crop_is_found_where_it_was_taken(pair, one_thread):
     assert "cropped" in str(found) or "cut" in str(found)
 
 
+@pytest.mark.slow
 def test_a_letterbox_is_found(pair, one_thread):
     source, edited = pair
     boxed = np.zeros((SIZE[0], SIZE[0], 3), np.uint8)
@@ -193,6 +201,7 @@ def test_a_large_picture_and_a_small_edit_of_it(one_thread):
     assert back.shape == (600, 800, 3)
 
 
+@pytest.mark.slow
 def test_kinds_of_numbers_agree(pair, one_thread):
     source, edited = pair
     other = moved(edited, 3, 1, 1)

@@ -292,6 +292,7 @@ def run_of(tmp_path, pipe, edits, budget, rows=(STOCK, OURS)):
     return work, [(row.name, e.name) for row in rows for e in edits if cells.read(row, e)]
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_and_a_run_that_goes_on(tmp_path, pipe, edits, monkeypatch):
     """One picture by all rows first; what is finished is not done again; what it is of must be the same."""
     _, done = run_of(tmp_path, pipe, edits, Clock(1))
@@ -310,6 +311,7 @@ def test_a_budget_that_ends_and_a_run_that_goes_on(tmp_path, pipe, edits, monkey
     assert not list((tmp_path / "out").rglob(".specedit-*"))
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_no_end(tmp_path, pipe, edits, monkeypatch, capsys):
     odd = Row("fast", 4, SpecEditConfig(preset=4, preserve="pixels", threshold=0.5))
     real = Bench.run

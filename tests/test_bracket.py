@@ -39,6 +39,7 @@ def edit(pipe, **config):
     return edit_left_half(pipe, **dict(stages=(1, 5, 0), finish="locked", runner="eager") | config)
 
 
+@pytest.mark.slow
 def test_it_is_nearer_to_whole_steps_than_stale_keys(flux):
     whole, stale, between = (edit(flux, kv_refresh=k).images for k in (1, 5, "bracket"))
     assert (between - whole).abs().mean() < 0.7 * (stale - whole).abs().mean()
@@ -53,6 +54,7 @@ def test_two_whole_passes_and_active_steps(flux):
     assert [s.stage for s in stats.steps] == ["coarse", "mixed", "mixed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock_text", [False, True])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("model", ["flux", "qwen"])
@@ -65,6 +67,7 @@ def test_fused_steps_do_what_eager_ones_do(request, model, kv_cache_dtype, lock_
     assert error < (2e-4 if kv_cache_dtype == "auto" else 3e-2) * size
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_singles(flux):
     given = dict(output_type="latent", specedit=SpecEditConfig(stages=(1, 4, 0), finish="locked", runner="eager"))
     images, masks = [tiny_image(seed=1), tiny_image(seed=2)], [left_half(), left_half().rotate(90)]

@@ -97,6 +97,7 @@ def test_a_handle_outlives_its_pipelines_specedit(plain):
     assert handle.stats() is None and type(pipe) is FluxKontextPipeline
 
 
+@pytest.mark.slow
 def test_what_is_saved_loads_without_this_package(plain, tmp_path):
     pipe = FluxKontextPipeline(**plain.components)
     enable_specedit(pipe)
@@ -153,6 +154,7 @@ def test_wrong_images_are_named(pipe, image, error, message):
         pipe(**options(image=image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_pictures_of_any_floating_point_dtype(pipe, dtype):
     levels = torch.from_numpy(np.asarray(tiny_image(), np.float32) / 255).permute(2, 0, 1)[None].to(dtype)
@@ -161,6 +163,7 @@ def test_pictures_of_any_floating_point_dtype(pipe, dtype):
     assert torch.equal(found, want)
 
 
+@pytest.mark.slow
 def test_one_negative_prompt_serves_all_prompts(pipe):
     for runner in ("eager", "fused"):
         config = paper(stages=(1, 1, 1), threshold=-1.0, runner=runner)
@@ -180,6 +183,7 @@ def test_other_numbers_of_negative_prompts_are_named(pipe):
         pipe(**options(**text))
 
 
+@pytest.mark.slow
 def test_one_negative_of_qwen_serves_all_prompts():
     plain = tiny_qwen()
     pipe = SpecEditQwenImageEditPipeline(**plain.components)
@@ -193,6 +197,7 @@ def test_one_negative_of_qwen_serves_all_prompts():
     assert found[0].shape[0] == 2 and torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_a_number_of_steps_wins_over_the_preset_and_is_said_once(pipe, caplog):
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         for _ in range(2):
@@ -260,6 +265,7 @@ def test_the_current_timestep_is_that_of_the_step_at_work(pipe, monkeypatch):
 # loading
 
 
+@pytest.mark.slow
 def test_a_folder_that_lacks_something_is_not_loaded(plain, tmp_path):
     plain.save_pretrained(tmp_path)
     assert SpecEditFluxKontextPipeline.from_pretrained(tmp_path).transformer is not None

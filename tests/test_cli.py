@@ -92,6 +92,7 @@ def half(tmp_path, size=(160, 128)):
     return path
 
 
+@pytest.mark.slow
 def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, source):
     out = tmp_path / "out" / "edited.png"
     out.parent.mkdir()
@@ -112,6 +113,7 @@ def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, 
     assert len(text.splitlines()) <= 12
 
 
+@pytest.mark.slow
 def test_edit_is_repeatable_and_seeds_differ(capsys, tmp_path, model, source):
     pictures = []
     for i, seed in enumerate((1, 1, 2)):
@@ -122,6 +124,7 @@ def test_edit_is_repeatable_and_seeds_differ(capsys, tmp_path, model, source):
     assert (pictures[0] == pictures[1]).all() and not (pictures[0] == pictures[2]).all()
 
 
+@pytest.mark.slow
 def test_edit_finds_the_class_of_the_folder(capsys, tmp_path, qwen, source, texts):
     out, other = tmp_path / "edited.png", tmp_path / "other.png"
     tiny_image(160, 96, seed=1).save(other)
@@ -253,6 +256,7 @@ def marked(text):
     return int(text.split("changed     ")[1].split(" of")[0])
 
 
+@pytest.mark.slow
 def test_mask_undoes_a_drift(capsys, tmp_path, model):
     """Shifted, zoomed, cropped, recoloured by a profile: only what was edited is marked."""
     from test_align import moved, scene
@@ -335,6 +339,7 @@ def test_mask_takes_a_tiny_autoencoders_files(capsys, tmp_path, source):
     assert "the VAE cannot be loaded: tiny_decoder.pth: not finite" in wrong
 
 
+@pytest.mark.slow
 def test_detail_at_the_pictures_own_resolution(capsys, tmp_path, model):
     large = tmp_path / "large.png"
     tiny_image(300, 420).save(large)
@@ -347,6 +352,7 @@ def test_detail_at_the_pictures_own_resolution(capsys, tmp_path, model):
         assert code == 2 and "--detail native: expected with --output-size source and --method specedit" in error
 
 
+@pytest.mark.slow
 def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):
     out = tmp_path / "o.png"
     options = ("-o", out, "--model", model, "--device", "cpu", "--preview")
@@ -365,6 +371,7 @@ def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):
     )
 
 
+@pytest.mark.slow
 def test_mask_takes_a_vae_folder(capsys, tmp_path, model, qwen, source):
     out = tmp_path / "heat.png"
     for folder in (model / "vae", qwen / "vae", qwen):
@@ -490,6 +497,7 @@ def test_doctor_names_every_op(capsys):
     assert code == 0 and all(op in text for op in ops.names())
 
 
+@pytest.mark.slow
 def test_help_does_not_load_the_pipelines():
     code = (
         "import sys; from specedit_kernels.cli import main\n"
@@ -608,6 +616,7 @@ def test_settings_that_cannot_be(capsys, copy, source, text):
     assert "specedit.json: " in edit_fails(capsys, copy, source)
 
 
+@pytest.mark.slow
 def test_errors_of_the_run_are_one_line(capsys, copy, source):
     (copy / "specedit.json").write_text('{"resolution": 128, "max_sequence_length": 600}')
     assert "`max_sequence_length` cannot be greater than 512" in edit_fails(capsys, copy, source)
@@ -631,6 +640,7 @@ def test_a_prompt_that_is_cut_is_said(capsys, tmp_path, model, source):
     assert code == 0 and "is cut" not in text
 
 
+@pytest.mark.slow
 def test_boxes_say_where(capsys, tmp_path, model, source):
     """The source has 160 x 128 pixels, the run 8 x 6 tokens, of which blocks of 2 x 2 are edited."""
     options = ("-o", tmp_path / "o.png", "--model", model, "--device", "cpu", "--steps", 4)
@@ -668,6 +678,7 @@ def many(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures(capsys, tmp_path, model, many, monkeypatch):
     out = tmp_path / "out"
     options = ("-o", out, "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
@@ -753,6 +764,7 @@ def test_names_and_prompts_that_no_system_takes(capsys, tmp_path, model, source)
     assert fails(capsys, "edit", "two\nlines.png", "add a hat", *options).count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_mask_is_read_by_the_rule_of_python(capsys, tmp_path, model, source):
     """White but transparent: not selected; 16 bits: over one half of 65535."""
     clear = np.zeros((128, 160, 4), np.uint8)
@@ -771,6 +783,7 @@ def test_the_mask_is_read_by_the_rule_of_python(capsys, tmp_path, model, source)
 # what goes out
 
 
+@pytest.mark.slow
 def test_the_pictures_own_ways_are_kept(capsys, tmp_path, model, source):
     """Colour profile, metadata, greys of 16 bits."""
     from PIL import ImageCms

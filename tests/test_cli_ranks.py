@@ -136,6 +136,7 @@ def test_a_rank_that_dies_is_named(tmp_path, model, many, end):
     assert f"edited      {left} of 4 pictures" in Run(tmp_path, *arguments).end()[1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", [True, False])
 def test_a_launcher_that_ends_all_is_told_who_died(tmp_path, model, many, dies):
     out = tmp_path / "out"

@@ -178,6 +178,7 @@ def test_bad_input_is_named(change, error, text):
         composite(**{**good, **change})
 
 
+@pytest.mark.slow
 def test_no_pipeline_is_imported():
     import subprocess
     import sys

@@ -235,6 +235,7 @@ def test_layers_that_wait_for_the_host_are_no_graphs(bench, name, words):
 # hooks
 
 
+@pytest.mark.slow
 def test_hooks_and_forwards_of_called_layers_work_in_fused_steps():
     pipe = make()
     enable_specedit(pipe)
@@ -259,6 +260,7 @@ def test_hooks_and_forwards_of_called_layers_work_in_fused_steps():
     assert torch.equal(edit(pipe).images, bare)
 
 
+@pytest.mark.slow
 def test_hooks_of_passed_modules_are_refused_with_the_reason():
     pipe = make()
     enable_specedit(pipe)
@@ -270,6 +272,7 @@ def test_hooks_of_passed_modules_are_refused_with_the_reason():
     assert edit(pipe, "fused").stats.runner == "fused"
 
 
+@pytest.mark.slow
 def test_hooks_are_not_left_out_where_layers_compute_in_fp8():
     pipe, calls = make(), []
     enable_specedit(pipe)
@@ -308,6 +311,7 @@ def same_in_both(pipe, **call):
     return quick.images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [False, True])
 def test_loras_come_go_and_change(bench, joined):
     pytest.importorskip("peft")
@@ -347,6 +351,7 @@ def test_loras_come_go_and_change(bench, joined):
     assert away(same_in_both(pipe), seen[0]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_hot_swapped_lora_is_the_new_one(bench, scale):
     pytest.importorskip("peft")
@@ -405,6 +410,47 @@ def test_joined_projections_with_adapters_are_one_product(bench, monkeypatch):
     assert _diffusers.low_rank_parts(layer)[0] is layer.base_layer
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("joined", [False, True])
+def test_adapters_are_added_in_few_products(bench, joined, monkeypatch):
+    """What two adapters add to q, k and v is their own sum, by the weights and scales of the moment."""
+    pytest.importorskip("peft")
+    from specedit_kernels.models.flux_kontext import join_projections_
+
+    pipe = make()
+    loaded(bench, pipe, "one", "two")
+    pipe.set_adapters(["one", "two"], adapter_weights=[0.7, -1.3])
+    if joined:
+        join_projections_(pipe.transformer)
+    attn, x = pipe.transformer.transformer_blocks[0].attn, torch.randn(2, 6, 32)[:, 1:]
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    called, linear = [], torch.nn.functional.linear
+
+    def near():
+        expected = [layer(x) for layer in layers]
+        bare = [layer.base_layer(x) for layer in layers]
+        assert all((y - b).abs().max() > 1e-2 for y, b in zip(expected, bare))
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: called.append(a[1].shape[0]) or linear(*a))
+        called.clear()
+        got = fused.linear_of_each(layers, x)
+        monkeypatch.undo()
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected))
+        # never the layers' own weights
+        assert all(torch.equal(layer.base_layer(x), b) for layer, b in zip(layers, bare))
+
+    near()
+    base = [96] if joined else [32, 32, 32]
+    assert called == [*base, 24]
+    attn.to_k.lora_A["two"].weight.mul_(3.0)  # where it lies
+    attn.to_v.lora_B["one"].weight.add_(0.1)
+    near()
+    attn.to_q.scaling["one"] = torch.tensor(0.25)
+    near()
+    attn.to_q.lora_B["one"].register_forward_hook(lambda module, args, output: 2 * output)
+    near()
+    assert called.count(4) == 6  # each is called
+
+
 # model offloading
 
 
@@ -434,6 +480,7 @@ def offloaded(pipe):
         accelerate.hooks.add_hook_to_module(part, CpuOffload(execution_device="cpu"), append=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_fused_steps_bring_a_model_in(family):
     plain, pipe = make(family), make(family)
@@ -444,6 +491,21 @@ def test_fused_steps_bring_a_model_in(family):
         out = edit(pipe, "fused")
         assert out.stats.runner == "fused" and away(out.images, edit(plain, "fused").images) < 1e-5
         assert torch.equal(edit(pipe).images, edit(plain).images)
+
+
+def test_cast_layers_of_a_moved_model():
+    """Layerwise casting with model offloading: the recipe for a card of 16 GB."""
+    pipes = [make(), make()]
+    for pipe in pipes:
+        enable_specedit(pipe)
+    bare = edit(pipes[0], "fused").images
+    for pipe in pipes:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    offloaded(pipes[1])
+    for _ in range(2):
+        plain, moved = (edit(pipe, "fused", options=CACHED | dict(kv_cache_dtype="fp8")) for pipe in pipes)
+        assert plain.stats.runner == moved.stats.runner == "fused"
+        assert away(moved.images, plain.images) < 1e-5 < away(plain.images, bare)
 
 
 def test_graphs_of_a_moved_model_are_of_where_it_lies(monkeypatch):
@@ -573,6 +635,7 @@ def test_the_users_attention_serves_whole_steps(family, when, monkeypatch):
 # threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 @pytest.mark.parametrize("siblings", [False, True])

@@ -239,6 +239,7 @@ def distilling(pipe, folder, steps, **options):
     return loop, module
 
 
+@pytest.mark.slow
 def test_distilling_lowers_its_loss_and_logs_it(pipe, tmp_path):
     loop, _ = distilling(pipe, tmp_path, 60, rate=2e-2)
     loop.run()
@@ -248,6 +249,7 @@ def test_distilling_lowers_its_loss_and_logs_it(pipe, tmp_path):
     assert sum(float(r["loss"]) for r in rows[-3:]) < 0.85 * sum(float(r["loss"]) for r in rows[:3])
 
 
+@pytest.mark.slow
 def test_a_resumed_loop_ends_with_the_same_weights(pipe, tmp_path):
     whole, module = distilling(pipe, tmp_path / "whole", 6)
     whole.run()

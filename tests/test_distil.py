@@ -121,36 +121,8 @@ def test_rows_by_name():
     assert row.lora and row.config.step_counts() == (1, 2, 1) and row.config.solver == "euler"
     assert (row.config.threshold, row.config.relative, row.config.kv_refresh) == (0.07, 0.5, 9)
     assert solver.row_of("preset-8 paper").config.finish == "full" and not solver.row_of("plain-8").lora
-    even, forecast = solver.row_of("2+6 euler even").config, solver.row_of("4+6 forecast2 far").config
-    assert even.mixed_from is None and forecast.step_counts() == (4, 3, 0)
+    even = solver.row_of("2+6 euler even").config
+    assert even.mixed_from is None and even.step_counts() == (2, 6, 0)
     for wrong in ("4+7 forecast2", "4+6 far", "plain-", "lora", "preset-8 cachedat .1"):
         with pytest.raises(ValueError, match="--rows"):
             solver.row_of(wrong)
-
-
-def test_forecasts_are_the_polynomials_that_they_say():
-    at = torch.tensor([0.8, 0.6, 0.35, 0.1, 0.0])
-
-    def changes(parts, through, velocity):
-        solve, states = solver.Forecast(parts, through, at[-2]), [torch.zeros(2)]
-        for i in range(4):
-            slope = (velocity(at[-2]) - velocity(at[0])) / (at[-2] - at[0]) if i == 0 else None
-            states.append(solve.step(states[-1], velocity(at[i]), at[i], at[i + 1], slope))
-        return torch.stack(states)[:, 0].diff()
-
-    def linear(s):
-        return torch.full((2,), 1.0) + 2 * s
-
-    def square(s):
-        return torch.full((2,), 3.0) * s * s
-
-    for through in ("linear", "quadratic", "far"):
-        torch.testing.assert_close(changes(0, through, linear), (at + at**2).diff(), rtol=0, atol=1e-6)
-    # a quadratic is known by three velocities: its own from the third step on, with the far one from the second
-    for through, first in (("quadratic", 2), ("far", 1)):
-        right = (changes(0, through, square) - (at**3).diff()).abs() < 1e-6
-        assert right.tolist() == [i >= first for i in range(4)]
-    # without a pass in every second step: Euler's rule on twice as many steps, each with the velocity itself
-    finer = torch.stack([at[:-1], (at[:-1] + at[1:]) / 2], 1).flatten()
-    wanted = (torch.cat([finer, at[-1:]]).diff() * (1 + 2 * finer)).view(4, 2).sum(1)
-    torch.testing.assert_close(changes(2, "linear", linear), wanted, rtol=0, atol=1e-6)

@@ -64,6 +64,7 @@ def test_says_why_the_extension_is_not_loaded(monkeypatch, tmp_path):
         _extension.load.cache_clear()
 
 
+@pytest.mark.slow
 def test_runs_where_triton_and_diffusers_cannot_be_imported():
     code = (
         "import sys\n"

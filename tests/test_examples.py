@@ -87,6 +87,7 @@ def test_attention_in_your_module(tmp_path):
     assert float(re.search(r"from PyTorch ([\d.e+-]+);", out)[1]) < 1e-2
 
 
+@pytest.mark.slow
 def test_microbenchmark(tmp_path):
     out = run(tmp_path, "microbenchmark.py", "--queries", 16, "--keys", 64, "--seconds", 0.05)
     assert re.search(r"^mixed_res_attn +[\d.]+ µs", out, re.MULTILINE)

@@ -334,6 +334,7 @@ def seeds():
             yield data.getvalue()
 
 
+@pytest.mark.slow
 def test_damage_is_one_line(tmp_path, capfd):
     """Mutated files give pixels or an ImageFileError, and nothing on the screen."""
     chance, whole, refused = random.Random(0), list(seeds()), 0
@@ -380,6 +381,7 @@ def test_bombs(tmp_path):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
 def test_no_program_is_started(tmp_path):
     """An EPS file by another name: Pillow's reader would look for Ghostscript on the PATH."""

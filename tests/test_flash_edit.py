@@ -447,6 +447,7 @@ def test_plain_and_callback_still_work(pipe, plain):
 # the command
 
 
+@pytest.mark.slow
 def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
     model, source, out = tmp_path / "model", tmp_path / "source.png", tmp_path / "edited.png"
     plain.save_pretrained(model)

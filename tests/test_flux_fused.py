@@ -267,6 +267,7 @@ def tiny_vae():
     return with_norms(AutoencoderKL(**blocks, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("served", ["reference", "triton"])
 def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, device, served):

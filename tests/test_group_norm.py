@@ -71,6 +71,7 @@ def test_a_map_in_parts(backend, poison, random, parameters, device, layout, dty
         assert_within_budget(torch.cat(y, dim=2), oracle, eager(x, 3, weight, bias, 1e-6, silu))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("programs", [1, 7])
 def test_chunks_of_many_tiles(poison, random, parameters, device, monkeypatch, layout, programs):
@@ -122,6 +123,7 @@ def test_far_below_zero_silu_is_zero(backend, device):
     torch.testing.assert_close(y, torch.tensor([[[300.0, 0.0]]], device=device), rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.slow
 def test_parameters_of_another_dtype_and_the_same_bits_again(backend, random, parameters, device):
     x = random(1, 32, 31, 33, dtype=torch.bfloat16, device=device)
     check(x, 8, *(v.to(torch.bfloat16).float() for v in parameters(32)))

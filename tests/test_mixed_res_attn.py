@@ -157,6 +157,7 @@ def test_grouped_queries(backend, poison, random, device, heads, kv_heads):
     check(*qkv(random, device, 2, 33, 65, heads, 64, kv_heads), key_bias=multiplicities(2, 65, device))
 
 
+@pytest.mark.slow
 def test_arbitrary_bias(backend, poison, random, device):
     q, k, v = qkv(random, device, 2, 40, 150, 2, 64)
     bias = random(2, 150, device=device) * 5
@@ -293,6 +294,7 @@ def test_gather_of_rows(backend, poison, random, integers, device):
     check(q, k, v, key_bias=bias, kv_index=empty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("with_lens", [False, True])
@@ -325,6 +327,7 @@ def test_empty_slots_read_nothing(backend, poison, random, device):
     assert_same(indexed, short)
 
 
+@pytest.mark.slow
 def test_gather_of_all_is_dense(backend, random, device):
     q, k, v = qkv(random, device, 2, 45, 77, 2, 64)
     bias = random(2, 77, device=device)
@@ -346,6 +349,7 @@ def test_order_of_keys_does_not_matter(backend, random, device):
         assert_same(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q_lens, kv_lens", [([40, 7], [1, 90]), ([0, 40], [90, 0]), ([99, 1], [64, 999])], ids=str)
 def test_device_side_lengths(backend, poison, random, device, q_lens, kv_lens):
     q, k, v = qkv(random, device, 2, 40, 90, 2, 64)
@@ -408,6 +412,7 @@ def test_zero_sizes(backend, poison, device, zero):
         assert (lse == -INF).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lens", [([5, 0, 33, 1], [7, 9, 0, 64]), ([130, 3, 3, 3], [2, 150, 64, 1])], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_packed_is_padded(backend, poison, random, device, lens, dtype):
@@ -474,6 +479,7 @@ def test_scatter_into_a_strided_buffer(backend, random, device):
     assert torch.equal(buffer, before)
 
 
+@pytest.mark.slow
 def test_deterministic(backend, random, device):
     q, k, v = qkv(random, device, 1, 130, 700, 2, 64, dtype=torch.float16)
     bias = random(1, 700, device=device)

@@ -101,6 +101,7 @@ def test_head_dimensions(backend, poison, random, device, dim):
     check(*factors(random, device, 1, 70, 90, 2, dim), key_bias=multiplicities(1, 90, device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q_rows", [False, True])
 @pytest.mark.parametrize("k_rows", [False, True])
 @pytest.mark.parametrize("v_rows", [False, True])
@@ -234,6 +235,7 @@ def test_values_as_sm_90_reads_them(backend, poison, random, integers, device, q
     check(q, k, v, *scales, kv_lens=kv_lens, q_lens=torch.tensor([queries, 5], dtype=torch.int32, device=device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [2, 3, 8])
 def test_splits(poison, random, integers, device, splits):
     """Parts of the keys, joined; some of them without any key."""

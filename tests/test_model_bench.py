@@ -100,6 +100,7 @@ def test_bars(bench):
     assert found == [(22.0, 20.0, True), (10.0, 11.0, False), (1.2, 1.25, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [4.0, 1.0])
 def test_rows_of_qwen(qwen_bench, tmp_path, scale):
     options = ("--side", "64", "--out", str(tmp_path), "--areas", "0.1", "--true-cfg-scale", str(scale))
@@ -142,6 +143,7 @@ def test_regions(bench):
             assert (tokens.all((1, 3)) == tokens.any((1, 3))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_flash_edit_rows(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
@@ -150,29 +152,47 @@ def test_flash_edit_rows(monkeypatch, tmp_path):
     assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "flash_edit.json").read_text())
     assert {name: row["nfe"] for name, row in report["rows"].items()} == {
-        "flash fused, 10 %": 1, "flash fused, 10 %, no cosi": 1, "flash fused, 10 %, no ssca": 1,
-        "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
+        "flash fused, 10 %": 1, "flash fused, 10 %, fp8": 1, "flash fused, 10 %, no cosi": 1,
+        "flash fused, 10 %, no ssca": 1, "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
         "inversion-2+2 eager, both branches": 2,
     }  # fmt: skip
     assert "against the inversion" in (tmp_path / "flash_edit.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_rows_of_conditions(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(SCRIPTS))
     conditions = importlib.import_module("conditions")
-    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, layerwise fp8", "four threads",
-            "day")  # fmt: skip
+    rows = ("bf16 fused", "lora 16", "layerwise fp8", "model offload", "16 GiB card, bitsandbytes nf4", "batch of two",
+            "callbacks", "four threads", "day")  # fmt: skip
     options = ("--edits", "4", "--rows", *rows, "--out", str(tmp_path))
     assert conditions.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "conditions.json").read_text())["rows"]
-    assert tuple(report) == rows and "needs a CUDA device" in report.pop("16 GiB card, layerwise fp8")["error"]
+    assert tuple(report) == rows and "needs a CUDA device" in report.pop("16 GiB card, bitsandbytes nf4")["error"]
     assert report["bf16 fused"]["runner"] == "fused" and report["bf16 fused"]["applied"] == 0
     assert report["lora 16"]["applied"] > 1e-3 and report["layerwise fp8"]["applied"] > 1e-3
     assert report["model offload"]["applied"] < 1e-3 and report["four threads"]["wrong"] == []
     assert report["day"]["edits"] == 4 and report["day"]["stale"] == []
+    assert all(row["right"] for row in report.values()), report
+    assert report["batch of two"]["apart"] < 1e-4 and report["callbacks"]["applied"] > 1e-3
     assert "graphs need a CUDA device" in (tmp_path / "conditions.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_condition_that_is_left_out_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    conditions = importlib.import_module("conditions")
+    monkeypatch.setitem(conditions.CONDITIONS, "layerwise fp8", lambda pipe: None)
+    options = ("--rows", "bf16 eager", "layerwise fp8", "--out", str(tmp_path))
+    assert conditions.main([*TINY, *options]) == 0
+    rows = json.loads((tmp_path / "conditions.json").read_text())["rows"]
+    assert rows["bf16 eager"]["right"] and not rows["layerwise fp8"]["right"]
+    assert "WRONG graphs need" in (tmp_path / "conditions.md").read_text()
+    assert conditions.main([*TINY, *options, "--limit", "0"]) == 0  # none is begun
+    rows = json.loads((tmp_path / "conditions.json").read_text())["rows"]
+    assert all("not begun" in row["error"] for row in rows.values())
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +202,7 @@ def native_bench():
         yield load("native")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_rows_of_large_pictures(native_bench, tmp_path):
     options = ("--out", str(tmp_path), "--areas", "0.05", "--patience", "0", "--side", "64")

@@ -99,6 +99,7 @@ def test_nothing_selected_returns_the_source(guided):
     proofs.the_rest_is_the_sources(pair()[1], **options(guided, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.proves("batch", model="FIBO-Edit")
 @pytest.mark.parametrize("guided", [False, True])
 def test_batches_are_their_singles(guided):
@@ -120,6 +121,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others, padded):
     proofs.mixed_is_dense(pair()[1], FiboText(embeds, layers, mask, torch.zeros(12, 3)), (8, 8), others, fused=False)
 
 
+@pytest.mark.slow
 @pytest.mark.proves("LoRA", model="FIBO-Edit")
 def test_lora_of_the_pipelines_own_loader():
     pytest.importorskip("peft")

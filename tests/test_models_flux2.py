@@ -87,6 +87,7 @@ def test_nothing_selected_returns_the_source(kind):
     proofs.the_rest_is_the_sources(pair(kind)[1], **options(kind, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_their_singles(kind):
     together = options(kind, 2, batch=2)
@@ -94,6 +95,7 @@ def test_batches_are_their_singles(kind):
     proofs.batches_are_their_singles(pair(kind)[1], together, each, [proofs.mask(3), proofs.mask(5, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_forward_is_the_eager_one(kind):
     proofs.fused_is_eager(pair(kind)[1], **options(kind, 2))
@@ -119,6 +121,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others):
     proofs.mixed_is_dense(pair("klein")[1], Flux2Text(text(), ids), (8, 8), others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["klein", "dev"])
 def test_lora_of_the_pipelines_own_loader(kind):
     pytest.importorskip("peft")
@@ -168,6 +171,7 @@ def test_the_codec_is_the_plain_pipelines():
     assert torch.allclose(codec.fused().decode(latents), codec.decode(latents), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_bench_on_a_tiny_model(monkeypatch, tmp_path):
     scripts = Path(__file__).resolve().parents[1] / "bench" / "models"
     monkeypatch.syspath_prepend(str(scripts))

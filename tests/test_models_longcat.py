@@ -37,6 +37,7 @@ def options(guided=True, **changes):
     return dict(image=tiny_image(), prompt="make it blue", guidance_scale=guidance, output_type="latent", **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided):
     proofs.everything_is_the_plain_pipeline(*pair(), **options(guided), num_images_per_prompt=2)
@@ -57,11 +58,13 @@ def test_nothing_selected_returns_the_source(guided):
     proofs.the_rest_is_the_sources(pair()[1], **options(guided))
 
 
+@pytest.mark.slow
 def test_batches_are_their_singles():
     together = options(num_images_per_prompt=2)
     proofs.batches_are_their_singles(pair()[1], together, [options()] * 2, [proofs.mask(3), proofs.mask(5, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_fused_forward_is_the_eager_one(guided):
     proofs.fused_is_eager(pair()[1], **options(guided))
@@ -73,6 +76,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures():
     proofs.mixed_is_dense(pair()[1], LongCatText(embeds, ids, 15), (8, 8))
 
 
+@pytest.mark.slow
 def test_lora_of_the_transformers_loader():
     """The stock pipeline has no LoRA loader; its transformer has one."""
     pytest.importorskip("peft")

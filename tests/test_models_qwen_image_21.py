@@ -125,6 +125,7 @@ def test_nothing_selected_returns_the_source(guided):
     proofs.the_rest_is_the_sources(pair()[1], **options(guided, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.proves("batch", model="Qwen-Image-2.1")
 @pytest.mark.parametrize("guided", [False, True])
 def test_batches_are_their_singles(guided):

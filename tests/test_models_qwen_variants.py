@@ -70,6 +70,7 @@ def options(guided=False, pictures=2, **changes):
     return {**text, "image": image, "height": 128, "width": 128, "output_type": "latent", **changes}
 
 
+@pytest.mark.slow
 @pytest.mark.proves("eager", "several references", "true guidance")
 @pytest.mark.parametrize("guided", [False, True])
 def test_everything_and_nothing_selected(pipes, guided):
@@ -78,17 +79,20 @@ def test_everything_and_nothing_selected(pipes, guided):
     proofs.the_rest_is_the_sources(pipes[1], **options(guided))
 
 
+@pytest.mark.slow
 @pytest.mark.proves("batch")
 def test_batches_are_their_singles(pipes):
     together = options(num_images_per_prompt=2)
     proofs.batches_are_their_singles(pipes[1], together, [options()] * 2, [proofs.mask(3), proofs.mask(5, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.proves("fused")
 def test_the_fused_forward_is_the_eager_one(pipes):
     proofs.fused_is_eager(pipes[1], **options(True))
 
 
+@pytest.mark.slow
 @pytest.mark.proves("LoRA")
 def test_lora_of_the_pipelines_own_loader(pipes):
     pytest.importorskip("peft")

@@ -159,6 +159,7 @@ def test_nothing_is_stale(editor):
         editor.modular.update_components(scheduler=before)
 
 
+@pytest.mark.slow
 def test_wrong_inputs(editor):
     with pytest.raises(ValueError, match="specedit: expected a SpecEditConfig or None, got False"):
         editor.modular(**editor.call(specedit=False))

@@ -139,6 +139,7 @@ def test_a_window_is_put_in_as_the_whole_is(shape, kind, feather):
 # the pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", ["full", "locked"])
 @pytest.mark.parametrize(
     "kind, shape",
@@ -162,6 +163,7 @@ def test_outside_the_region_the_sources_bits_stay(pipe, kind, shape, finish):
     assert (base.images[0] != out.images[0])[inside].mean() > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", [(0, 0, 30, 30), (390, 270, 420, 300), (0, 299, 420, 300), (17, 17, 18, 18),
                                     "0,0,100%,100%"], ids=str)  # fmt: skip
 def test_regions_at_the_edge_of_one_pixel_and_whole(pipe, region):
@@ -179,6 +181,7 @@ def test_a_picture_that_is_hardly_larger_than_the_working_size_is_as_without(pip
     assert not found.stats.native[0].windows and "pixels a side" in str(found.stats.native[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(37, 2000), (2000, 37)], ids=str)
 def test_strips(pipe, size):
     source = noise((*size, 3), np.uint8)
@@ -195,6 +198,7 @@ def test_nothing_edited_and_previews_have_no_pass(pipe):
             step.stage for step in out.stats.steps}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_batch_is_as_it_is_alone(pipe):
     sources = [noise((300, 420, 3), np.uint8), noise((400, 260, 3), np.uint8, seed=1)]
     prompts = ["add a hat", "make the cat blue"]
@@ -214,6 +218,7 @@ def test_a_sample_of_a_batch_is_as_it_is_alone(pipe):
     assert len(both.stats.native) == 2 and both.stats.native[0].scale != both.stats.native[1].scale
 
 
+@pytest.mark.slow
 def test_the_first_result_is_what_the_pass_begins_from(pipe, monkeypatch):
     """At a sigma of nearly nothing the pass gives the first result, through the autoencoder, at a high one another."""
     source, options, seen = np.asarray(tiny_image(300, 420)), dict(region="0,0,5%,5%"), []
@@ -252,6 +257,7 @@ def test_an_interrupted_pass_leaves_the_first_result(pipe):
     assert np.array_equal(out.images[0], base.images[0]) and "interrupted" in str(out.stats.native[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_every_model(name, guided, monkeypatch):
@@ -269,6 +275,7 @@ def test_every_model(name, guided, monkeypatch):
     assert out.stats.native[0].windows and np.isfinite(out.stats.flops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FluxKontextPipeline", "QwenImageEditPipeline"])
 def test_the_fused_runner_gives_the_same(name, monkeypatch):
     made, call = TINY[name](monkeypatch)
@@ -292,6 +299,7 @@ def test_sigmas():
     assert native.native_sigmas([1.0, 0.0], 0.6) == [0.6, 0.0]
 
 
+@pytest.mark.slow
 def test_edit_image_and_the_summary(pipe):
     source = noise((300, 420, 3), np.uint8)
     result = edit_image(source, "add a hat", model=pipe, region="0,0,40%,40%", detail="native", max_area=128 * 128,

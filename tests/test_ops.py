@@ -64,6 +64,7 @@ def samples(device):
     yield specedit.mixed_res_attn_fp8, factors, {}
     yield specedit.mixed_res_attn_fp8, factors, options
     kept = [x for _ in range(3) for x in (normal(2, 9, 4, 32).to(torch.float8_e4m3fn), normal(2, 1, 4).abs() + 0.1)]
+    yield specedit.cast_fp8, (normal(2, 9, 4).to(torch.float8_e4m3fn), torch.bfloat16), {}
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
@@ -286,6 +287,7 @@ assert "specedit_kernels.reference.mixed_res_attn" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_import_without_optional_packages():
     """Only torch is needed, and nothing of a backend is imported before its first call."""
     code = IMPORT_WITHOUT.format(blocked=["triton", "diffusers", "transformers", "PIL", "numpy_financial"])

@@ -73,6 +73,7 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plain, p
     assert (expected == got).all()
 
 
+@pytest.mark.slow
 def test_everything_selected_is_the_plain_pipeline_in_bfloat16_and_with_guidance():
     plain = tiny_pipeline(seed=2).to(torch.bfloat16)
     pipe = SpecEditFluxKontextPipeline(**plain.components)  # from_pipe would make it float32
@@ -200,6 +201,7 @@ def test_a_batch_of_two_is_two_runs_of_one(pipe, finish, unselected, guided):
         assert both.stats.steps[3].tokens[i] == one.stats.steps[3].tokens[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["coarse", "quarter", "full_step"])
 def test_a_batch_of_two_drafts_is_two_drafts_of_one(pipe, draft):
     images, prompts = [tiny_image(seed=0), tiny_image(seed=1)], ["make the cat blue", "add a hat"]
@@ -414,6 +416,7 @@ def test_the_locked_finish_knows_one_way_for_what_was_not_selected(pipe):
 # options
 
 
+@pytest.mark.slow
 def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
     image = tiny_image()
     for finish in ("full", "locked"):

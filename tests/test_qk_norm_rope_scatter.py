@@ -425,6 +425,7 @@ def check_fp8(random, device, batch, rows, heads, kv_heads, dim, dtype, v_rows, 
         assert torch.equal(out.view(torch.uint8)[untouched], old.view(torch.uint8)[untouched])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v_rows", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, heads, kv_heads, dim", [(1, 2, 2, 8), (37, 3, 3, 128), (70, 4, 2, 16), (5, 6, 2, 48)])

@@ -47,6 +47,7 @@ def of_task(scenes, task, n, **kwargs):
     return draw(scenes, n, tasks=torch.full((n,), scenes.TASKS.index(task)), **kwargs)
 
 
+@pytest.mark.slow
 def test_same_seed_same_edits(scenes, renderer):
     first, second, other = (draw(scenes, 6, seed) for seed in (3, 3, 4))
     assert first.phrases() == second.phrases() != other.phrases()
@@ -117,6 +118,7 @@ def test_weights_do_not_depend_on_the_random_target(scenes, renderer, task):
     assert torch.equal(first.weight, second.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["replace", "add"])
 def test_weights_cover_every_new_object(scenes, renderer, task):
     rendered = renderer(of_task(scenes, task, 24), 256)
@@ -131,6 +133,7 @@ def test_sizes_show_the_same_scene(scenes, renderer):
     assert (reduced - small.source).square().mean().sqrt() < 0.06
 
 
+@pytest.mark.slow
 def test_evaluation_set_is_fixed_and_counted(scenes):
     counts = {"local": 8, "small": 4, "ambiguous": 2, "global": 5}
     first, second = scenes.evaluation_set(counts), scenes.evaluation_set(counts)
@@ -248,6 +251,7 @@ def test_cut_shows_the_box():
     assert crop[:, 0].mean() > 0.98 and crop[:, 1:].max() == 0
 
 
+@pytest.mark.slow
 def test_global_edits_are_told_apart(scenes, renderer):
     judge = importlib.import_module("judge")
     untrained = judge.Judge().eval()
@@ -257,6 +261,7 @@ def test_global_edits_are_told_apart(scenes, renderer):
     assert not judge.judge_edits(untrained, edits, rendered.source, rendered.source).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ("remove", "recolor"))
 def test_the_one_right_answer_is_told_from_the_others(scenes, renderer, task):
     judge = importlib.import_module("judge")

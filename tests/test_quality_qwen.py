@@ -86,6 +86,7 @@ def batch(n=2, side=8, seed=0):
     return source, target, torch.full((n, side * side // 4), 4.0), ids
 
 
+@pytest.mark.slow
 def test_loads_in_fp32_with_its_scale(pipe):
     assert {x.dtype for x in (pipe.transformer, pipe.text_encoder, pipe.vae)} == {torch.float32}
     assert pipe.transformer.config.zero_cond_t is False and pipe.scheduler.config.shift_terminal == 0.02
@@ -160,6 +161,7 @@ def test_latents_are_normalised(family):
     assert z.mean().abs() < 0.02 and abs(z.std() - 1) < 0.02 and deviation.max() < 1.05 * deviation.min()
 
 
+@pytest.mark.slow
 def test_a_repeated_batch_is_learnt(monkeypatch):
     monkeypatch.setattr(Small, "empty_share", 0.0)
     torch.manual_seed(0)
@@ -213,6 +215,7 @@ def test_the_training_script_goes_on_where_it_stopped(tmp_path, monkeypatch, cap
     assert pipe.transformer.config.num_layers == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_own_sampler_is_the_pipeline(pipe, steps):
     """In plain steps, where a call of SpecEdit with everything selected is the stock pipeline at any size."""
@@ -228,6 +231,7 @@ def test_own_sampler_is_the_pipeline(pipe, steps):
     assert expected.nfe == steps and expected.flops == [steps * runner.step_flops(32)] * 2
 
 
+@pytest.mark.slow
 def test_rows_of_the_table(pipe):
     """A plain row, a guided SpecEdit row and a calibration of one pipeline."""
     ours = runs.BatchedQwenPipeline(**pipe.components)
@@ -244,6 +248,7 @@ def test_rows_of_the_table(pipe):
     assert torch.allclose(scores["decoder", "matched"], result.scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rows_flops_are_the_runs_own(pipe):
     ours = runs.BatchedQwenPipeline(**pipe.components)
     ours.set_progress_bar_config(disable=True)
@@ -270,6 +275,7 @@ def test_thresholds_of_another_editor():
     assert by_name["9-quarter-full"].threshold is None and by_name["plain-50"] is None
 
 
+@pytest.mark.slow
 def test_an_edit_from_the_folder(folder):
     pipe = SpecEditQwenImageEditPipeline.from_pretrained(folder)
     source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))

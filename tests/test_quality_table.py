@@ -146,6 +146,7 @@ def runner():
     return runs.Runner(pipe, text_length=16)
 
 
+@pytest.mark.slow
 def test_set_is_sorted_and_keeps_seeds(edits):
     share = edits.tokens.flatten(1).sum(1)
     assert (share.diff() >= 0).all()
@@ -156,6 +157,7 @@ def test_set_is_sorted_and_keeps_seeds(edits):
     assert torch.equal(same.source[0], edits.source[at])
 
 
+@pytest.mark.slow
 def test_calibration_edits_are_others(edits):
     other = runs.make_set(torch.device("cpu"), 128, counts={"local": 2, "ambiguous": 1, "global": 1}, seed=1005)
     assert not any(torch.equal(a, b) for a in edits.source for b in other.source)
@@ -169,6 +171,7 @@ def middle_threshold(runner, edits, config):
     return (low + high) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", ["full", "locked"])
 def test_controls_have_equal_counts(runner, edits, finish):
     edits = edits[torch.arange(3)]
@@ -214,6 +217,7 @@ def test_figures_of_the_target_and_the_source(runner, edits):
     assert (found["kept_max"] > 0).all()
 
 
+@pytest.mark.slow
 def test_preserved_pixels_are_the_source_s(runner, edits):
     edits = edits[torch.arange(3)]
     row = {row.name: row for row in table.all_rows()}["9-coarse-full-pixels"]
@@ -224,6 +228,7 @@ def test_preserved_pixels_are_the_source_s(runner, edits):
         assert (found == 0).all() if preserve else (found > 0).any()
 
 
+@pytest.mark.slow
 def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
     """A failing row is reported, the others go on, records can be read back, and done rows are kept."""
     rows = [
@@ -261,6 +266,7 @@ def test_table_end_to_end(runner, edits, tmp_path, monkeypatch, capsys):
     assert "9-coarse-full" in calls and "plain-4" not in calls
 
 
+@pytest.mark.slow
 def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
     """--onto keeps a former table's other rows, marked with their run; not those of other settings or edits."""
     rows = [
@@ -314,6 +320,7 @@ def test_rows_of_a_former_table(runner, edits, tmp_path, monkeypatch):
         run("e", "plain-4", onto="a")
 
 
+@pytest.mark.slow
 def test_table_without_a_plain_run_to_hold_against(runner, edits, tmp_path, monkeypatch):
     """--reference-steps 0: nothing runs but what was asked for, and masks are held against the true ones."""
     rows = [runs.Row(table.REFERENCE, steps=1), runs.Row("9-coarse-full", config=SpecEditConfig(max_active=1.0))]
@@ -337,6 +344,7 @@ def test_table_without_a_plain_run_to_hold_against(runner, edits, tmp_path, monk
         table.main()
 
 
+@pytest.mark.slow
 def test_flops_of_steps_over_cached_keys(runner, edits):
     edits = edits[torch.arange(2)]
     base = SpecEditConfig(finish="locked", max_active=1.0)
@@ -389,6 +397,7 @@ def test_probe_scores_every_metric_and_reference(runner, edits):
     assert torch.allclose(found["decoder", "matched"], run.scores / scale[..., None], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_selection_study(runner, edits, tmp_path):
     """Score maps go to disk; the rules are compared from there; what is done in a run is one of them."""
     args = argparse.Namespace(

@@ -112,6 +112,7 @@ def plus():
 # proofs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(("plus", "zero", "seen"), SEEN)
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plus, zero, seen, guided):
@@ -127,6 +128,7 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(plus, ze
     assert not torch.equal(unlike, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_everything_selected_has_the_plain_pixels(output_type):
     plain = tiny_qwen(plus=True)
@@ -152,6 +154,7 @@ def test_the_sizes_of_the_plain_pipeline(size):
     assert out.stats.plain_tokens == math.prod(out.mask.shape[1:]) + 60
 
 
+@pytest.mark.slow
 def test_everything_selected_is_the_plain_pipeline_in_bfloat16():
     plain = tiny_qwen(plus=True, zero_cond_t=True).to(torch.bfloat16)
     call = options(True, image=pictures(2), height=128, width=128)
@@ -167,6 +170,7 @@ def test_everything_selected_is_the_plain_pipeline_in_bfloat16():
         assert not torch.equal(out, expected)
 
 
+@pytest.mark.slow
 def test_a_batch_of_prompts_is_the_plain_pipelines():
     plain = tiny_qwen(zero_cond_t=True)
     images = [tiny_image(), tiny_image(seed=1)]
@@ -177,6 +181,7 @@ def test_a_batch_of_prompts_is_the_plain_pipelines():
     assert torch.equal(pipe(generator=[seeded(1), seeded(2)], specedit=config, **call).images, expected)
 
 
+@pytest.mark.slow
 def test_the_text_encoder_sees_what_it_sees_in_the_plain_pipeline():
     for several, image in ((False, tiny_image()), (False, [tiny_image(100, 100)]), (True, pictures(2))):
         plain = tiny_qwen(several, text_encoder=tiny_vision_encoder(), processor=TinyVisionProcessor())
@@ -204,6 +209,7 @@ def test_nothing_selected_returns_the_source(pipe, draft, caplog):
     assert torch.equal(latent, grids.pack(pipe._encode_vae_image(pixels, None)[:, :, 0]))
 
 
+@pytest.mark.slow
 def test_disable_restores_class_processors_hooks_and_bits():
     for several, zero in MODELS:
         pipe = tiny_qwen(several, zero)
@@ -412,6 +418,7 @@ def test_the_text_stands_behind_the_pictures_of_its_stage(plus, monkeypatch):
 # stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", ["full", "locked"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("zero", [False, True])
@@ -432,6 +439,7 @@ def test_a_batch_of_two_is_two_runs_of_one(finish, guided, zero):
         assert both.stats.steps[3].tokens[i] == alone.stats.steps[3].tokens[0]
 
 
+@pytest.mark.slow
 def test_images_of_a_prompt_stand_together(edit):
     images, masks = [tiny_image(), tiny_image(seed=1)], [half_mask(2), half_mask(6)]
     call = options(True, batch=2, specedit=paper(stages=(1, 2, 1)))
@@ -557,6 +565,7 @@ def test_tokens_of_further_pictures(plus):
     assert [s.tokens for s in out.stats.steps] == [(12 + 16,)] + [(12 + 3 * active + 64,)] * 2 + [(48 + 64,)]
 
 
+@pytest.mark.slow
 def test_pixels_outside_the_feathered_region_are_the_sources(pipe):
     image = tiny_image()
     for finish in ("full", "locked"):
@@ -645,6 +654,7 @@ def test_compiled_blocks_without_a_graph_break():
     assert torch.allclose(pipe(generator=seeded(), **call).images, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_from_pretrained(tmp_path):
     plain = tiny_qwen(plus=True, zero_cond_t=True)
     plain.save_pretrained(tmp_path)

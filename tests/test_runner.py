@@ -135,6 +135,7 @@ def edit(pipe, name, columns=2, seed=0, **options):
                 **call_options(output_type=output))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
     monkeypatch.setattr(pipeline, "inspect_weights", lambda *arguments: ("", []))
     pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
@@ -150,6 +151,7 @@ def test_one_capture_serves_other_masks_and_pictures(stubbed, monkeypatch):
     assert torch.equal(first.images, edit(pipe, "graph", 5).images)
 
 
+@pytest.mark.slow
 def test_what_a_runner_has_ruled_out_is_not_looked_for(stubbed, monkeypatch):
     """Passes over all modules that cost more than a launch: weights are brought together where they lie elsewhere than
     at the last call, and no module is asked for hooks again."""
@@ -186,6 +188,29 @@ def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
     reason = f"a {type(module).__name__} has hooks (offloading, caches), which it would leave out"
     reason = reason if hooked else "it needs one CUDA device, the weights are on cpu"
     assert warnings.messages == [f"runner={name!r}: steps run eagerly: {reason}"]
+
+
+def test_a_refused_runner_becomes_what_auto_takes(warnings, monkeypatch):
+    """Quantised weights on a GPU, seen from a CPU: without graphs steps are fused ones, by one runner for all calls."""
+
+    class Packed(torch.nn.Parameter):
+        pass
+
+    pipe = SpecEditFluxKontextPipeline.from_pipe(tiny_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    expected = edit(pipe, "fused")
+    monkeypatch.setattr(pipeline, "inspect_weights", lambda name, *_: ("" if name == "fused" else "it cannot", []))
+    monkeypatch.setattr(pipeline, "execution_device", lambda pipe: torch.device("cuda"))
+    pipe.transformer.proj_out.weight = Packed(pipe.transformer.proj_out.weight.data)
+    kept = pipe._specedit_runner
+    warnings.clear()
+    for name in ("graph", "auto", "compile", "graph", "fused"):
+        out = edit(pipe, name)
+        assert out.stats.runner == "fused" and out.stats.runner_reason == ("" if name == "fused" else "it cannot")
+        assert torch.equal(out.images, expected.images) and pipe._specedit_runner is kept
+    assert warnings.messages == [
+        f"runner={name!r}: steps run with runner='fused': it cannot" for name in ("graph", "compile")
+    ]
 
 
 @torch.no_grad()

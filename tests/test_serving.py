@@ -164,6 +164,7 @@ def test_the_plugin_is_an_entry_point():
     )
 
 
+@pytest.mark.slow
 def test_without_vllm_the_plugin_can_be_called():
     """In a process of its own: it is called in each of vLLM's, and may import nothing there that takes time."""
     code = (
@@ -330,6 +331,7 @@ def test_sglang_gets_a_pipeline_with_its_configs(sgl):
     assert module.SpecEditSamplingParams.image_request_extra_fields() == {"specedit"} <= fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_requests_to_sglang(sgl, guided, monkeypatch):
     _, module = sgl

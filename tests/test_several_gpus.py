@@ -327,6 +327,7 @@ def _odd_text():
     return edited(pipe, call, box(), runner="fused")[3]
 
 
+@pytest.mark.slow
 def test_the_eager_forward_says_what_it_cannot_divide(tmp_path):
     assert on_ranks(2, tmp_path, _odd_text) == ["fused", "fused"]
 
@@ -510,6 +511,7 @@ def _loses_a_rank(runner, end):
     return str(found.value), time.monotonic() - begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "runner, end", [("fused", signal.SIGKILL), ("eager", signal.SIGKILL), ("fused", signal.SIGSTOP)]
 )

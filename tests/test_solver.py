@@ -17,6 +17,7 @@ from tiny_models import call_options, edit_left_half, tiny_image, tiny_pipeline,
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
 from specedit_kernels.engine import stages
 from specedit_kernels.engine.config import PRESETS
+from specedit_kernels.sampling.solver import Solver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +44,7 @@ def test_a_solver_has_the_order_that_it_says():
     def error(name, n):
         sigmas = [(1 - i / n) ** 1.5 for i in range(n + 1)]  # uneven
         at = torch.tensor(sigmas, dtype=torch.float64).float()
-        x, solver = torch.ones(3), stages.Solver(name)
+        x, solver = torch.ones(3), Solver(name)
         for i in range(n):
             x = solver.step(x, torch.cos(3 * at[i]) * x, at[i], at[i + 1])
         return abs(x[0].item() - math.exp(-math.sin(3) / 3))
@@ -64,6 +65,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_a_run_has_the_order_of_its_solver(flux, monkeypatch, path):
     """In place of the model: a velocity whose trajectory is known well, by very many steps."""
@@ -98,6 +100,7 @@ def test_fused_steps_do_what_eager_ones_do(request, model, options):
     assert (eager - other).abs().max() > 1e-3 * eager.abs().max()
 
 
+@pytest.mark.slow
 def test_it_is_nearer_to_many_steps(flux):
     exact, one, two = (
         edit(flux, stages=(0, n, 0), solver=solver).images for n, solver in ((64, "ab2"), (8, "euler"), (8, "ab2"))

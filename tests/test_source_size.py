@@ -143,6 +143,7 @@ def test_nothing_changes_gives_the_source(pipe):
     assert out.images[0] is not source
 
 
+@pytest.mark.slow
 def test_a_preview_ends_with_the_region(pipe):
     source = PIL.Image.fromarray(noise((150, 210, 3), np.uint8))
     config = SpecEditConfig(threshold=0.0, max_active=1.0)
@@ -291,6 +292,7 @@ def test_files_keep_their_bits_and_metadata(pipe, tmp_path, name, turn, kind, ch
     assert (turn == 1) == ("turned upright by its EXIF orientation" not in result.notes)
 
 
+@pytest.mark.slow
 def test_edit_image_takes_paths_pictures_and_arrays(pipe, tmp_path):
     path = a_file(tmp_path, "a.png")
     options = dict(model=pipe, region="0,0,40%,40%", seed=3, **OPTIONS)

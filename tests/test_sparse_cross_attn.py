@@ -68,6 +68,7 @@ def test_from_few_tokens_to_all(backend, poison, call, share):
     check(*call(tokens=200, share=share))
 
 
+@pytest.mark.slow
 def test_scale(backend, poison, call):
     check(*call(), scale=0.4)
     check(*call(), scale=-0.4)
@@ -157,6 +158,7 @@ def test_strides(backend, poison, call):
     check(q[:, ::2], k[:, ::2], v[:, 1::2], region[:, ::2], mask.repeat(1, 2, 1)[:, ::2, :30])
 
 
+@pytest.mark.slow
 def test_joins_into_the_joint_softmax(backend, call, random, device):
     """merge_attn of image and text halves = one softmax over both, where every query sees the same text."""
     q, k, v, region, mask = call(queries=50, tokens=40, regions=1)

@@ -129,6 +129,7 @@ def test_true_guidance_is_the_stock_pipelines(name, monkeypatch):
     assert torch.equal(found, expected) and away(found, lone) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.proves("several references")
 @pytest.mark.parametrize("name", [name for name in SEVERAL if name not in EAGER_ALONE])
 def test_several_references_are_the_stock_pipelines(name, monkeypatch):
@@ -204,6 +205,7 @@ def flash(name, patch):
     return pipe, ours, call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     pytest.param(n, marks=pytest.mark.proves("FlashEdit")) for n in NAMES if n not in (*EAGER_ALONE, "Flux2Pipeline")
 ])  # fmt: skip
@@ -294,6 +296,7 @@ def marked(source):
     return found
 
 
+@pytest.mark.slow
 def test_every_cell_stands_on_a_test_that_is_there():
     seen = 0
     for where, run in support_matrix.runs_on_disk().items():

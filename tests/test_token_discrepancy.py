@@ -96,6 +96,7 @@ def test_tiny_vectors_are_clamped(backend, device):
     torch.testing.assert_close(score, torch.tensor([[0.1**2 + 0.01**2]], device=device), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_equal_inputs_score_zero(backend, random, device):
     x = random(1, 50, 640, dtype=torch.bfloat16, device=device)
     score = torch.ops.specedit.token_discrepancy(x, x.clone(), (5, 10))
@@ -115,6 +116,7 @@ def test_empty_batch(backend, device):
     assert torch.ops.specedit.token_discrepancy(x, x, (2, 2)).shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_deterministic(backend, random, device):
     draft, source = (random(2, 300, 16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
     first = torch.ops.specedit.token_discrepancy(draft, source, (4, 4))

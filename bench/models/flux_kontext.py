@@ -102,6 +102,11 @@ def build(tiny, device, dtype):
     return pipe
 
 
+def noise_picture(side):
+    """A picture of side x side pixels."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+
+
 def region(side, share, scattered=False):
     """A mask picture with about `share` of the side x side pixels' tokens set: a square block, or tokens at random."""
     cells = side // TOKEN
@@ -146,7 +151,7 @@ class Bench:
             return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
         self.options = dict(
-            image=Image.fromarray(np.random.default_rng(0).integers(0, 256, (args.side, args.side, 3), np.uint8)),
+            image=noise_picture(args.side),
             prompt_embeds=normal(1, args.text_length, config.joint_attention_dim),
             pooled_prompt_embeds=normal(1, config.pooled_projection_dim), height=args.side, width=args.side,
             max_area=args.side**2, _auto_resize=False, output_type="pt",

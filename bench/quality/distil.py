@@ -34,11 +34,11 @@ from stream import EditStream
 from table_runs import SHIPPED
 from train_cosi import white
 
-from specedit_kernels.engine.stages import Solver
 from specedit_kernels.flash_edit.cosi import Loop
 from specedit_kernels.flash_edit.cosi.losses import answer_loss
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state
 from specedit_kernels.sampling.grid import pack, unpack
+from specedit_kernels.sampling.solver import Solver
 
 MAX_BYTES = 10e6
 # What the noise decides more often than the editor met it.

@@ -9,14 +9,9 @@ C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", 
 "C+M euler", "C+M from S" and "C+M even" (all steps even) change that. "ROW at T": with that threshold. "lora ROW": with
 --lora's weights, which the others are without. 50 plain steps come first: others are held against them, edit by edit.
 Writes OUT/solver.{md,json} after each row.
-
-Other solvers of the mixed steps, tried here alone: "C+M forecastK": every K-th of M steps has a pass, the others take
-their velocity from the quadratic through the last three, or "linear", the last two, or "far", the last two and the
-second whole pass's; "C+M ab3", "C+M ab3 far": all have a pass, and those quadratics are integrated over each step.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import re
@@ -24,7 +19,6 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from scenes import EVALUATION_SEED, KINDS
@@ -51,7 +45,6 @@ from table_runs import (
 )
 
 from specedit_kernels import SpecEditConfig
-from specedit_kernels.engine import stages
 
 SEED = EVALUATION_SEED + 1002  # calibrate.py has 1000 and 1001
 COUNTS = {"local": 170, "small": 60, "ambiguous": 120}
@@ -64,22 +57,20 @@ NAME = re.compile(
     r"(?P<lora>lora )?"
     r"(?:plain-(?P<plain>\d+)|(?P<quality>fast|balanced|best)|preset-(?P<preset>\d+)"
     r"(?: (?P<paper>paper)| (?P<cached>cached))?"
-    r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler)| (?P<ab3>ab3)| forecast(?P<every>[2-9]))?"
-    r"(?P<through> linear| far)?(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?)"
+    r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
+    r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 
 
 def parsed(name):
     found = NAME.fullmatch(name)
-    parts = found.groupdict() if found else {}
-    every = int(parts.get("every") or 1)
-    if not found or int(parts["mixed"] or 0) % every or (parts["through"] and not (parts["ab3"] or parts["every"])):
+    if not found:
         raise ValueError(
-            "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler | ab3 [far] |"
-            f" forecastK [linear | far]] [from S | even], M a multiple of K, and [at T], got {name!r}"
+            "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler] [from S | even], and"
+            f" [at T], got {name!r}"
         )
-    return parts
+    return found.groupdict()
 
 
 def row_of(name):
@@ -96,7 +87,7 @@ def row_of(name):
     else:
         above, _, under = (parts["start"] or "7/9").partition("/")
         config = SpecEditConfig(
-            stages=(int(parts["coarse"]), int(parts["mixed"]) // int(parts["every"] or 1), 0),
+            stages=(int(parts["coarse"]), int(parts["mixed"]), 0),
             mixed_from=None if parts["even"] else float(above) / float(under or 1),
             solver="euler" if parts["euler"] else "ab2",
             finish="locked",
@@ -105,63 +96,6 @@ def row_of(name):
     if parts["threshold"]:
         config = replace(config, threshold=float(parts["threshold"]), relative=config.resolved_relative())
     return Row(name, config=config, lora=lora)
-
-
-class Forecast(stages.Solver):
-    """Steps along a polynomial in sigma through velocities of former steps: x' = x + its integral.
-
-    parts: of a step, each by Euler's rule with the velocity forecast at its start, as steps without a pass have it; 0:
-    the exact integral. through: "quadratic", of the last three velocities; "linear", of two; "far": of the last two and
-    the second whole pass's at sigma `far`, where that is still ahead. A first step has that one and its own.
-    """
-
-    def __init__(self, parts, through, far):
-        super().__init__("ab2")
-        self.parts, self.through, self.far, self.known, self.ahead = parts, through, far, [], None
-
-    def step(self, tokens, velocity, sigma, to, slope=None):
-        now = (sigma, velocity.to(torch.float32, copy=True))
-        if slope is not None:
-            self.ahead = (self.far, now[1] + (self.far - sigma) * slope)
-        self.known = [now, *self.known][:3]
-        nodes = self.known[: 2 if self.through == "linear" else 3]
-        if self.ahead is not None and self.far != sigma and (self.through == "far" or len(nodes) == 1):
-            nodes = [*nodes[:2], self.ahead]
-        if self.parts:
-            at = [sigma + (to - sigma) * i / self.parts for i in range(self.parts)]
-            mean = sum(interpolated(nodes, s) for s in at) / self.parts
-        else:  # Simpson's rule, exact up to third order
-            ends = interpolated(nodes, sigma) + interpolated(nodes, to)
-            mean = (ends + 4 * interpolated(nodes, (sigma + to) / 2)) / 6
-        return stages.euler(tokens, mean, to - sigma)
-
-
-def interpolated(nodes, sigma):
-    """Lagrange's polynomial through (sigma, value) pairs, at a sigma."""
-    total = 0.0
-    for i, (own, value) in enumerate(nodes):
-        factor = 1.0
-        for j, (other, _) in enumerate(nodes):
-            if j != i:
-                factor = factor * (sigma - other) / (own - other)
-        total = total + factor * value
-    return total
-
-
-def solved_as(name):
-    """A context in which the mixed steps of a row have its solver."""
-    parts = parsed(name)
-    if not (parts["every"] or parts["ab3"]):
-        return contextlib.nullcontext()
-    through, original = (parts["through"] or " quadratic").strip(), stages.mixed_steps
-
-    def mixed_steps(run, state, sigmas):
-        far = torch.tensor(sigmas[-2], device=run.device)
-        solver = Forecast(int(parts["every"] or 0), through, far)
-        with mock.patch.object(stages, "Solver", lambda _: solver):
-            original(run, state, sigmas)
-
-    return mock.patch.object(stages, "mixed_steps", mixed_steps)
 
 
 def summary(figures, base, kinds):
@@ -241,8 +175,7 @@ def main():
         try:
             for at in torch.arange(len(edits)).split(args.batch):
                 part = edits[at]
-                with solved_as(row.name):
-                    result = runner.run(row, part)
+                result = runner.run(row, part)
                 if row.name == REFERENCE:
                     there = at.to(device)
                     edits.reference[there], own[there] = set_reference(part, runner, result.images)

@@ -19,7 +19,10 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retr
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import ops
+
 __all__ = [
+    "Addition",
     "attention_backend",
     "bring_in",
     "cache_hooks",
@@ -202,9 +205,15 @@ def is_cast(module: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> bo
     )
 
 
+def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), of fp8 on CUDA by an op: torch's own cast of it is slower (bench/kernels/fp8.py, "cast")."""
+    fp8 = x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and dtype in (torch.bfloat16, torch.float16)
+    return ops.cast_fp8(x, dtype) if fp8 and x.is_cuda and x.is_contiguous() else x.to(dtype)
+
+
 def _cast_linear(layer: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
     bias = None if layer.bias is None else layer.bias.to(dtype)
-    return F.linear(x, layer.weight.to(dtype), bias)
+    return F.linear(x, _in_dtype(layer.weight, dtype), bias)
 
 
 def cast_by_call(transformer: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> torch.nn.Module:
@@ -359,8 +368,8 @@ def scaled_adapters(transformer: torch.nn.Module, scale: float) -> Iterator[None
                 scaling[name] = value
 
 
-# (down, up, scale) of what an adapter adds, up(down(x)) * scale; the layer that it adds to; all of them.
-Addition = tuple[torch.nn.Module, torch.nn.Module, Any]
+# (down, up, scale) of what an adapter adds, up(down(x)) * scale: two modules and a number.
+Addition = tuple[Any, Any, Any]
 
 
 def low_rank_parts(layer: Any) -> tuple[Any, list[Addition]]:

@@ -55,7 +55,9 @@ def kept_keys(processor: SpecEditAttnProcessor, k: Tensor, v: Tensor, layout: St
     pair = cache.blank(k, v) if processor.kept is None else cache.unpack(processor.kept, v.dtype)
     for place, x in zip(pair, (k, v)):
         ops.scatter_tokens_(place, x, sequence.rows)
-    if not sequence.passing:
+    if not cache.packed:
+        processor.kept = pair  # the very tensors; without a question more that a compiled block would guard on
+    elif not sequence.passing:
         processor.kept = cache.pack(*pair)
     return pair
 

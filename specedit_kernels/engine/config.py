@@ -129,7 +129,7 @@ class EditConfig:
             "graph" (on a CUDA device): fused steps, and the autoencoder, captured as CUDA graphs at the first edit of a
             size and replayed from then on; below about 1,000 tokens a step is bound by its launches without. "compile":
             the same with the blocks under torch.compile. A pipeline that cannot have the runner asked for takes
-            "eager", and warns why.
+            what "auto" takes, and warns why.
         precision: of the linear layers of the transformer's blocks. "auto": as the model has them. "fp8": e4m3 weights
             with a scale for each output (a copy, half the model's bytes, beside its own), activations with a scale for
             each token; on sm_90 with heads of 128 channels steps that keep keys and values attend in e4m3 too, whatever

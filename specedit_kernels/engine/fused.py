@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import ops
 from . import fp8, kv_cache, strips
 from ._diffusers import (
+    Addition,
     attention_backend,
     cast_by_call,
     foreign_forward,
@@ -106,7 +107,7 @@ def separate_(layers: Iterable[torch.nn.Module]) -> None:
 
 def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8,
-    with what adapters of low rank add to each."""
+    with what adapters of low rank add to each, themselves in few products."""
     layers = list(layers)
     y = fp8.product(layers, x)
     if y is not None:
@@ -114,17 +115,50 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     assert isinstance(x, Tensor)
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
-    bases, added = zip(*map(low_rank_parts, layers))
-    weight = bias = None
-    if all(is_plain(base, x) for base in bases):
-        weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
-    if weight is None or bias is None:
+    bases, added = zip(*(low_rank_parts(layer) for layer in layers))
+    if not all(is_plain(base, x) for base in bases):
         return [layer(x) for layer in layers]
-    parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
-    return [_with_added(x, changed(base, x, part), of) for base, part, of in zip(bases, parts, added)]
+    weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+    if weight is not None and bias is not None:
+        parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
+    elif any(added):
+        parts = [F.linear(x, base.weight, base.bias) for base in bases]
+    else:
+        return [layer(x) for layer in layers]
+    return _with_added(x, [changed(base, x, part) for base, part in zip(bases, parts)], added)
 
 
-def _with_added(x: Tensor, y: Tensor, added: list[Any]) -> Tensor:
+def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]]) -> list[Tensor]:
+    """Each of `parts` and what adapters add to it, up(down(x)) * scale, in place: they are the caller's own.
+
+    One product for the `down` of all parts, joined in each call, since an adapter's weights may be written to where
+    they lie; then one for each `up`, which scales and adds as it writes. The sum is rounded once.
+    """
+    every = [of for each in added for of in each]
+    if not every:
+        return parts
+    if not all(_is_product(layer, x) for down, up, _ in every for layer in (down, up)):
+        return [_with_called(x, y, of) for y, of in zip(parts, added)]
+    downs = [down.weight for down, _, _ in every]
+    down = downs[0] if len(downs) == 1 else torch.cat(downs)
+    inner = iter(F.linear(x, down).flatten(0, -2).split([len(each) for each in downs], dim=-1))
+    for y, each in zip(parts, added):
+        for (_, up, scale), h in zip(each, inner):
+            if isinstance(scale, Tensor):  # a number on the device, which may change
+                h, scale = h * scale, 1.0
+            y.view(-1, y.shape[-1]).addmm_(h, up.weight.t(), alpha=scale)
+    return parts
+
+
+def _is_product(layer: Any, x: Tensor) -> bool:
+    """Whether a call of this layer on what has the dtype of x is a product with its weight, and no more."""
+    kinds = (type(layer), type(layer.weight), type(layer.bias))
+    if kinds != (torch.nn.Linear, torch.nn.Parameter, type(None)):
+        return False
+    return layer.weight.dtype == x.dtype and not hooked(vars(layer), frozenset()) and not foreign_forward(layer)
+
+
+def _with_called(x: Tensor, y: Tensor, added: list[Addition]) -> Tensor:
     """y and what adapters add to it, as PEFT's layer does."""
     found = y
     for down, up, scale in added:
@@ -165,13 +199,13 @@ def gelu(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
     """
-    if fp8.serves([layer]):
+    if fp8.serves([layer]) or active_serial():
         return F.gelu(linear(layer, x), approximate="tanh")
     assert isinstance(x, Tensor)
-    if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not active_serial():
+    if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
-    return F.gelu(layer(x), approximate="tanh")
+    return F.gelu(linear(layer, x), approximate="tanh")
 
 
 def first_of(ff: FeedForward) -> torch.nn.Module:
@@ -192,6 +226,23 @@ def feed_forward(ff: FeedForward, x: Tensor | Rows) -> Tensor:
     for layer in rest:
         x = layer(x) if isinstance(layer, torch.nn.Dropout) else linear(layer, x)
     return x
+
+
+# A block is compiled for each kind of call: of whole, mixed and active steps, of the last block and others, with a bias
+# and without one, of fixed lengths and then of any. torch's own limit is 8, and a call beyond it would end the run.
+KINDS_OF_CALLS = 64
+
+
+def compiled(block: Callable[..., Any]) -> Callable[..., Any]:
+    """A block under torch.compile, without a graph break, for as many kinds of calls as there are."""
+    made = torch.compile(block, fullgraph=True)
+
+    @functools.wraps(block)
+    def call(*args: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=KINDS_OF_CALLS):
+            return made(*args)
+
+    return call
 
 
 # Mixed sequences get slots by a sixteenth of their power of two, within these bounds: one capture then serves all edits

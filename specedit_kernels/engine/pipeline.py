@@ -410,28 +410,18 @@ class SpecEditMixin(Stock):
 
     def _runner(self, config: EditConfig) -> StepRunner | None:
         """The runner of the config, None for "eager": where that is asked for, or no other is possible."""
-        name, why, found = config.runner, "", None
-        if name == "auto":
-            name, why, found = self._fastest_runner()
-        self._runner_reason = why
+        name, self._runner_reason, found = self._chosen(config.runner)
         if name == "eager":
             return None
         if self._specedit_runner is not None and self._specedit_runner.name != name:
-            self._free_runner()  # before weights are looked at: it brings them back to where they were
+            self._free_runner()  # it brings weights back to where they were
             found = None
-        signature: list[Any] = []
-        reason, undo = f"{type(self).__name__} has no other", None
-        if name in self.RUNNERS:
-            reason, signature = found or inspect_weights(name, self.transformer, self.vae)
-            kept = self._specedit_runner
-            arranged = self._moving() or (kept is not None and kept.watches(signature))
-            undo = None if reason or arranged else self._arrange()
-            if undo:
-                reason, signature = inspect_weights(name, self.transformer, self.vae)
-        if reason:
-            self._say_once(f"runner={name!r}: steps run eagerly: {reason}")
-            self._runner_reason = reason
-            return None
+        signature = (found or inspect_weights(name, self.transformer, self.vae))[1]
+        kept = self._specedit_runner
+        arranged = self._moving() or (kept is not None and kept.watches(signature))
+        undo = None if arranged else self._arrange()
+        if undo:
+            signature = inspect_weights(name, self.transformer, self.vae)[1]
         if self._specedit_runner is None:
             self._specedit_runner = StepRunner(name)
         self._specedit_runner.moving = self._moving()
@@ -442,6 +432,27 @@ class SpecEditMixin(Stock):
         if undo:
             self._specedit_runner.undoes(undo)
         return self._specedit_runner
+
+    def _chosen(self, asked: str) -> tuple[str, str, tuple[str, list[Any]] | None]:
+        """(the runner for the one asked for, why it is no other or no faster one, what `inspect_weights` found of it).
+
+        One that is not possible becomes what "auto" stands for, with a warning.
+        """
+        if asked == "eager":
+            return asked, "", None
+        if asked == "auto":
+            return self._fastest_runner()
+        found = None
+        reason = f"{type(self).__name__} has no other"
+        if asked in self.RUNNERS:
+            found = inspect_weights(asked, self.transformer, self.vae)
+            reason = found[0]
+        if not reason:
+            return asked, "", found
+        name, _, found = self._fastest_runner()
+        how = "eagerly" if name == "eager" else f"with runner={name!r}"
+        self._say_once(f"runner={asked!r}: steps run {how}: {reason}")
+        return name, reason, found
 
     def _fp8(self, config: EditConfig, runner: StepRunner | None) -> fp8.Fp8Linears | None:
         """The runner's weights in fp8, or None: where they are not asked for, or not possible."""

@@ -101,6 +101,12 @@ class MixedSequence:
         return x if self.ranks is None else all_tokens(x, [image for _, image in self.parts], self.ranks)
 
 
+def _packed(x: Tensor) -> Tensor:
+    """x.contiguous(), with the strides of its own shape: those of a lone sample's slice would stay the whole's, and
+    torch.compile guards on them."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 # Keys and values of a block that outlive a step, [B, keys, H, D] each. Tensors of their own: torch.compile takes views
 # of one tensor at several offsets for views at the first of them.
 Kept = tuple[Tensor, Tensor] | PackedKV | Fp8KV
@@ -149,8 +155,8 @@ class StepLayout:
             queries=fresh - start,
             rows=torch.where(own, token + (whole.span[0] if whole.span else 0), -1),
             passing=first is not None,
-            region=None if whole.region is None else whole.region[:, : end - text].contiguous(),
-            modulate=None if whole.modulate is None else whole.modulate[:, : end - text].contiguous(),
+            region=None if whole.region is None else _packed(whole.region[:, : end - text]),
+            modulate=None if whole.modulate is None else _packed(whole.modulate[:, : end - text]),
         )
         return replace(self, sequence=sequence, start=start)
 

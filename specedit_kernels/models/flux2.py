@@ -45,7 +45,7 @@ from ..engine._diffusers import is_wrapper, through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import linear, linear_of_each, modulated
+from ..engine.fused import compiled, linear, linear_of_each, modulated
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
@@ -206,8 +206,7 @@ BLOCKS: Blocks = (double_block, single_block)
 
 @functools.cache
 def compiled_blocks() -> Blocks:
-    """`double_block` and `single_block` under torch.compile, without a graph break."""
-    double, single = (torch.compile(block, fullgraph=True) for block in BLOCKS)
+    double, single = map(compiled, BLOCKS)
     return double, single
 
 
@@ -350,8 +349,8 @@ class FusedFlux2Model(FusedFluxModel, Flux2Model):
     @property
     def _blocks(self) -> Blocks:
         # a compiled block does not know of changed weights, nor of those in fp8
-        compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
-        return compiled_blocks() if compiled else BLOCKS
+        apart = self.runner.name != "compile" or active_serial() or fp8.is_active()
+        return BLOCKS if apart else compiled_blocks()
 
     def timestep_conditioning(self, text: Flux2Text, timesteps: Tensor) -> Iterable[Tensor]:
         """The modulation of all blocks, [B, ...] for each timestep: it depends on nothing but the step and guidance."""

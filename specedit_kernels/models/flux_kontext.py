@@ -42,6 +42,7 @@ from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fp8 import Rows
 from ..engine.fused import (
     FusedModel,
+    compiled,
     feed_forward,
     first_of,
     hidden,
@@ -232,8 +233,7 @@ BLOCKS: Blocks = (double_block, single_block)
 
 @functools.cache
 def compiled_blocks() -> Blocks:
-    """`double_block` and `single_block` under torch.compile, without a graph break."""
-    double, single = (torch.compile(block, fullgraph=True) for block in BLOCKS)
+    double, single = map(compiled, BLOCKS)
     return double, single
 
 
@@ -409,8 +409,8 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
     @property
     def _blocks(self) -> Blocks:
         # a compiled block does not know of changed weights, nor of those in fp8
-        compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
-        return compiled_blocks() if compiled else BLOCKS
+        apart = self.runner.name != "compile" or active_serial() or fp8.is_active()
+        return BLOCKS if apart else compiled_blocks()
 
     def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
         layout = super().dense_layout(text, pictures, grids)

@@ -59,6 +59,7 @@ from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layo
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
     FusedModel,
+    compiled,
     feed_forward,
     first_of,
     linear,
@@ -306,8 +307,7 @@ Block = Callable[..., None]
 
 @functools.cache
 def compiled_block() -> Block:
-    """`double_block` under torch.compile, without a graph break."""
-    return torch.compile(double_block, fullgraph=True)
+    return compiled(double_block)
 
 
 def fused_forward(
@@ -551,8 +551,8 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
     @property
     def _block(self) -> Block:
         # a compiled block does not know of changed weights
-        compiled = self.runner.name == "compile" and not active_serial() and not fp8.is_active()
-        return compiled_block() if compiled else double_block
+        apart = self.runner.name != "compile" or active_serial() or fp8.is_active()
+        return double_block if apart else compiled_block()
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
         before = self._joined[0]
