@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "FLUX.2-dev": ("Flux2Pipeline", ("Flux2Pipeline", "dev")),
     "LongCat-Image-Edit": ("LongCatImageEditPipeline", ("LongCatImageEditPipeline",)),
     "FIBO-Edit": ("BriaFiboEditPipeline", ("BriaFiboEditPipeline",)),
+    "FLUX.1": ("FluxPipeline", ("FluxPipeline",)),
     "Qwen-Image-2.1": ("QwenImage21Pipeline", ("QwenImage21Pipeline",)),
 }
 FEATURES = (

@@ -151,9 +151,9 @@ def test_matching_moves_the_pictures_by_the_difference_of_the_two_models(pipe):
     assert bias.grad is not None and made.grad is None
 
 
-def terms_of(generator, inverter, text, teacher=None):
+def terms_of(generator, inverter, text, teacher=None, sees_source=True):
     weights = CosiWeights(reconstruction=1.0, noise=2.0, cycle=3.0, teacher=4.0)
-    made = (text, normal(*SHAPE, seed=3), normal(*SHAPE, seed=4))
+    made = (text, normal(*SHAPE, seed=3), normal(*SHAPE, seed=4) if sees_source else None)
     source, fresh = normal(*SHAPE, seed=5), normal(4, *SHAPE[1:], seed=6)
     return inversion_loss(generator, inverter, text, made, source, fresh, weights, teacher)
 
@@ -171,6 +171,21 @@ def test_inversion_loss_adds_its_terms_and_trains_the_inverter_alone(pipe):
     second["loss"].backward()
     assert all(p.grad is not None for p in trained)
     assert all(p.grad is None for p in pipe.transformer.parameters())
+
+
+def test_without_a_condition_no_network_sees_the_source(pipe):
+    found, generator = {}, flux(pipe)
+    for sees_source in (True, False):
+        counts, velocity = [], FluxKontextModel.velocity
+        generator.velocity = lambda text, tokens, t, layout, counts=counts, velocity=velocity: (
+            counts.append(tokens.shape[1]) or velocity(generator, text, tokens, t, layout)
+        )
+        with torch.no_grad():
+            teacher = (generator, torch.tensor(0.4))
+            terms = terms_of(generator, flux(pipe), flux_text(), teacher, sees_source)
+        found[sees_source] = counts, terms
+    assert found[True][0] == [32] * 4 and found[False][0] == [16] * 4
+    assert all(found[True][1][name] != found[False][1][name] for name in ("reconstruction", "cycle", "teacher"))
 
 
 def test_qwen_trains_too():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"
 
 import distil
 import solver
-from families import Flux, Klein
+from families import Flux, Klein, editor_in
 from models import make_scheduler
 from sampler import shift_mu
 from tiny_models import tiny_pipeline
@@ -41,6 +41,15 @@ def test_levels_are_the_sigmas_of_the_pipelines_steps(steps, family):
     assert at == pytest.approx(plain, abs=1e-6)
     pooled = stage_sigmas(plain, steps - 1, 1, 0).coarse
     assert [distil.level(coarse, i, steps) for i in range(steps)] == pytest.approx(list(pooled), abs=1e-6)
+
+
+def test_a_model_that_does_not_see_its_source_is_refused(tmp_path):
+    index = tmp_path / "model_index.json"
+    index.write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="--model: expected an editor"):
+        editor_in(tmp_path)
+    index.write_text('{"_class_name": "Flux2KleinPipeline"}')
+    assert editor_in(tmp_path) is Klein
 
 
 def field(x, sigma):

@@ -160,6 +160,67 @@ def test_every_phrase_is_whole_words_for_both_tokenizers(scenes):
         assert len(plain.split()) + 2 <= text.PHRASE_LENGTH
 
 
+def test_captions_tell_what_stands_where(scenes):
+    text = importlib.import_module("text")
+    encoder, clip, t5 = text.CaptionEncoder(), text.clip_tokenizer(), text.t5_tokenizer()
+    for task, change in (("replace", 0), ("remove", -1), ("recolor", 0), ("add", 1)):
+        edits = of_task(scenes, task, 60)
+        for i, (before, after) in enumerate(edits.captions()):
+            assert before.count(" with ") == (edits.object[i] >= 0).sum() and before != after
+            assert after.count(" with ") - before.count(" with ") == change
+            if task == "recolor":
+                name, color = text.NAMES[edits.subject[i]], text.COLORS[edits.color[i]]
+                assert f"{color} {name}" in after and f"{color} {name}" not in before
+            if task == "add":
+                added = f"with {text.article(text.NAMES[edits.new[i]])} in the {text.PLACES[edits.place[i]]}"
+                assert after.replace(f" {added}", "") == before
+            clip_ids, t5_ids = encoder(after, True, True)
+            written = after.capitalize() + "."
+            assert clip_ids == clip(written, padding="max_length", max_length=77).input_ids
+            assert t5_ids == t5(written, padding="max_length", max_length=text.CAPTION_LENGTH).input_ids
+            assert t5.unk_token_id not in t5_ids
+    backgrounds = [before.split(" with ")[0] for before, _ in draw(scenes, 300).captions()]
+    assert {"a picture", *(f"a {color} scene" for color in text.COLORS)} == set(backgrounds)
+
+
+@pytest.mark.slow
+def test_a_model_of_captions_learns_both_pictures_of_an_edit_and_sees_neither(scenes):
+    families, text = importlib.import_module("families"), importlib.import_module("text")
+    training, stream = importlib.import_module("train_editor"), importlib.import_module("stream")
+    family, encoder, dev = families.TextFlux, text.CaptionEncoder(), torch.device("cpu")
+    torch.manual_seed(0)
+    source = stream.EditStream(1, 4, 0, training.CAPTIONED, encoder=text.CaptionEncoder)
+    captions, take = [], source.take
+
+    def recorded(count):
+        edits, ids = take(count)
+        captions.extend(edits.captions())
+        return edits, ids
+
+    source.take = recorded
+    feeder = training.Feeder(family.make_vae().eval(), source, dev, (1, 1, 6), 0.5, family)
+    rows = feeder.render(128, 5)  # one edit too many for so many rows
+    pictures, same, weight, ids = feeder.rings[128].get(rows)
+    assert len(rows) == 4 and torch.equal(pictures, same) and (weight == 1).all()
+    assert not torch.equal(pictures[:2], pictures[2:])
+    in_order = [pair[0] for pair in captions] + [pair[1] for pair in captions]
+    styles = [(capital, stop) for capital in (False, True) for stop in (False, True)]
+    written = [[[i for part in encoder(caption, *style) for i in part] for style in styles] for caption in in_order]
+    assert all(row in known for row, known in zip(ids.tolist(), written, strict=True))
+    assert ids.shape[1] == family.ids_width
+    assert len(feeder.batch(128, 4)[0]) == 4 and feeder.rings[128].filled == 6  # the ring has come round
+    editor = training.Editor(family)
+    editor.family = type("Told", (family,), {"empty_share": 0.0})
+    sigma, noise = torch.full((4,), 0.5), torch.randn_like(pictures)
+    with torch.no_grad():
+        told, other = (
+            editor.loss((x, pictures, weight, ids), text.CAPTION_LENGTH, sigma, noise, sigma * 7)[0]
+            for x in (pictures, torch.randn_like(pictures))
+        )
+        untold = editor.loss((pictures, pictures, weight, ids.flip(0)), text.CAPTION_LENGTH, sigma, noise, sigma * 7)[0]
+    assert told == other and told != untold
+
+
 def test_tokenizers_survive_saving(tmp_path):
     from transformers import CLIPTokenizer, T5TokenizerFast
 

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [name for names in supported_models().values() for name in names]
 # Models whose sequences are not [text, target, pictures] of one joint attention: held to model_proofs by files of
 # their own.
-APART = {"BriaFiboEditPipeline": "test_models_fibo.py", "QwenImage21Pipeline": "test_models_qwen_image_21.py"}
+APART = {
+    "BriaFiboEditPipeline": "test_models_fibo.py",
+    "FluxPipeline": "test_models_flux.py",
+    "QwenImage21Pipeline": "test_models_qwen_image_21.py",
+}
 
 
 def test_each_registered_pipeline_has_a_tiny_one():

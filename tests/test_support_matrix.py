@@ -19,7 +19,7 @@ import test_models_fibo as fibo
 import test_models_qwen_image_21 as qwen21
 from tiny_models import TINY, WIDTH, paper, qwen_text, tiny_image
 
-from specedit_kernels import FlashEditConfig, SpecEditConfig, enable_specedit, supported_models
+from specedit_kernels import FlashEditConfig, SpecEditConfig, enable_specedit
 from specedit_kernels.engine import registry
 from specedit_kernels.engine.pipeline import stock_class
 from specedit_kernels.flash_edit import flash_pipelines
@@ -27,7 +27,8 @@ from specedit_kernels.flash_edit import flash_pipelines
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [name for names in supported_models().values() for name in names]
+# what SpecEdit itself serves
+NAMES = [kind.__name__ for kind, ours in registry.pipelines().items() if ours.SEES_SOURCE]
 EAGER_ALONE = ("BriaFiboEditPipeline", "QwenImage21Pipeline")
 SEVERAL = [name for name in NAMES if name in registry.model_of(name).several_pictures]
 LOCKED = dict(stages=(1, 3, 0), finish="locked", kv_refresh=3)
@@ -310,7 +311,8 @@ def test_every_cell_stands_on_a_test_that_is_there():
 
 
 def test_each_registered_pipeline_has_a_row_and_no_name_means_two():
-    assert set(NAMES) == {pipeline for pipeline, _ in support_matrix.MODELS.values()}
+    registered = {kind.__name__ for kind in registry.pipelines()}
+    assert registered == {pipeline for pipeline, _ in support_matrix.MODELS.values()}
     names = [name for _, names in support_matrix.MODELS.values() for name in names]
     assert len(names) == len(set(names)) and support_matrix.meant("FluxKontextPipeline") == "FLUX.1-Kontext"
     assert support_matrix.meant("none") is None and support_matrix.meant(3) is None

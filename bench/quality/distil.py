@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from export import export
-from families import family_in
+from families import editor_in
 from runtime import autocast, compile_blocks, device, load_checkpoint, log, memory, replace_file
 from safetensors.torch import save_file
 from sampler import encode_images, encode_text, shift_mu
@@ -175,7 +175,7 @@ class Lessons:
 class Training:
     def __init__(self, args, dev):
         self.args, self.dev = args, dev
-        self.family = family_in(args.model)
+        self.family = editor_in(args.model)
         self.pipe = self.family.pipeline.from_pretrained(args.model).to(dev)
         for part in self.pipe.components.values():
             if isinstance(part, torch.nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from contact_sheet import pil_pictures
-from families import family_in
+from families import editor_in
 from judge import WEIGHTS, Judge, judge_edits
 from models import as_pictures
 from runtime import RUN_DIR, device, log
@@ -87,7 +87,7 @@ def main():
     args = parser.parse_args()
     dev = device()
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-    family = family_in(args.model)
+    family = editor_in(args.model)
     args.length = args.length or family.default_length
     pipe = family.pipeline.from_pretrained(args.model, torch_dtype=dtype).to(dev)
     as_pictures(pipe.vae)

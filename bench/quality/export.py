@@ -45,7 +45,7 @@ def export(family, vae, weights, folder):
         config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
     family.finish(staging)
-    (staging / "specedit.json").write_text(json.dumps({"resolution": 512, **family.settings}) + "\n")
+    (staging / "specedit.json").write_text(json.dumps(family.settings) + "\n")
     size = folder_size(staging)
     if size > LIMIT:
         raise ValueError(f"the folder takes {size} bytes, more than {LIMIT}")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the tiny editors: FLUX.1-Kontext's, Qwen-Image-Edit's and FLUX.2-klein's classes, latents, text
-and calls.
+"""What differs between the tiny models: the classes, latents, text and calls of FLUX.1-Kontext, Qwen-Image-Edit and
+FLUX.2-klein, editors, and of FLUX.1, which makes pictures from captions.
 
 A family is a class that is never instantiated. parts: name of a set of weights -> (the pipeline's component that holds
 it, function that makes it). A text is (states [n, T, d], and FLUX's pooled CLIP [n, d], Qwen's mask [n, T] or None).
@@ -19,15 +19,18 @@ from diffusers import (
     AutoencoderKLQwenImage,
     Flux2KleinPipeline,
     FluxKontextPipeline,
+    FluxPipeline,
     QwenImageEditPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from text import (
+    CAPTION_LENGTH,
     CLIP_LENGTH,
     KLEIN_LENGTH,
     PHRASE_LENGTH,
     QWEN_LENGTH,
+    CaptionEncoder,
     KleinPhraseEncoder,
     PhraseEncoder,
     QwenPhraseEncoder,
@@ -70,8 +73,11 @@ class Flux:
     make_vae, make_scheduler = staticmethod(models.make_vae), staticmethod(models.make_scheduler)
     shift = None  # the scheduler's own
     arguments = {}  # of the pipeline beside its components
-    settings = {"max_sequence_length": 64}  # of specedit.json
-    ids_width = CLIP_LENGTH + PHRASE_LENGTH
+    settings = {"resolution": 512, "max_sequence_length": 64}  # of specedit.json
+    sees_source = True  # the source's tokens stand behind the target's
+    mix = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # shares of 512, 256 and 128 px in training
+    phrase_length = PHRASE_LENGTH
+    ids_width = CLIP_LENGTH + PHRASE_LENGTH  # of one picture's text
     empty_share = 0.0  # of prompts without words in training
     default_length = 512  # of a padded prompt in the measurements: the pipeline's default
     # Padded lengths of T5's prompt. Users' pipelines pad to 512 by default; nothing masks the padding.
@@ -108,11 +114,11 @@ class Flux:
         z = z / deviation.view(1, -1, 1, 1)
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
 
-    @staticmethod
-    def text(parts, ids, length):
+    @classmethod
+    def text(cls, parts, ids, length):
         """A text from the encoder's ids."""
-        clip, t5 = ids.split((CLIP_LENGTH, PHRASE_LENGTH), dim=1)
-        t5 = F.pad(t5, (0, length - PHRASE_LENGTH)) if length > PHRASE_LENGTH else t5[:, :length]
+        clip, t5 = ids.split((CLIP_LENGTH, cls.phrase_length), dim=1)
+        t5 = F.pad(t5, (0, length - cls.phrase_length)) if length > cls.phrase_length else t5[:, :length]
         return parts["t5"](t5)[0], parts["clip"](clip).pooler_output
 
     @staticmethod
@@ -127,11 +133,13 @@ class Flux:
 
     @staticmethod
     def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
-        """Of packed target tokens, with the source's behind them; grid: both's (rows, columns); sigma, guidance [n]."""
+        """Of packed target tokens, with the source's behind them, or None; grid: both's (rows, columns); sigma,
+        guidance [n]."""
         states, pooled = text
-        ids = torch.cat([image_ids(*grid, index, tokens.device) for index in (0, 1)])
+        shown = [tokens] if condition is None else [tokens, condition]
+        ids = torch.cat([image_ids(*grid, index, tokens.device) for index in range(len(shown))])
         return transformer(
-            hidden_states=torch.cat([tokens, condition], 1),
+            hidden_states=torch.cat(shown, 1),
             timestep=sigma,
             guidance=guidance,
             pooled_projections=pooled,
@@ -156,6 +164,26 @@ class Flux:
         (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
+class TextFlux(Flux):
+    """FLUX.1, a model of the same transformer that sees a caption and no source."""
+
+    pipeline, encoder = FluxPipeline, CaptionEncoder
+    settings = {"resolution": 256, "max_sequence_length": CAPTION_LENGTH}
+    sees_source = False
+    mix = {"early": (0.0, 0.70, 0.30), "late": (0.0, 0.85, 0.15)}
+    phrase_length = CAPTION_LENGTH
+    ids_width = CLIP_LENGTH + CAPTION_LENGTH
+    empty_share = 0.1  # so that guidance has something to lead away from
+    default_length = CAPTION_LENGTH
+    lengths = static_lengths = (CAPTION_LENGTH,)
+    shares = static_shares = dict.fromkeys((512, 256, 128), (1.0,))
+
+    @staticmethod
+    def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
+        """condition: not looked at."""
+        return Flux.velocity(transformer, tokens, None, sigma, grid, text, guidance)
+
+
 @lru_cache(maxsize=2)
 def _qwen_prefix(device):
     return torch.tensor(QwenPhraseEncoder().prefix, device=device)
@@ -175,7 +203,8 @@ class Qwen:
     make_scheduler = staticmethod(models.make_qwen_scheduler)
     shift = None
     arguments = {}
-    settings = {"true_cfg_scale": 1.0}
+    settings = {"resolution": 512, "true_cfg_scale": 1.0}
+    sees_source, mix = True, Flux.mix
     ids_width = default_length = QWEN_LENGTH
     empty_share = 0.1  # then the source is to come back, so that guidance has something to lead away from
     # A mask hides the padding, and each prompt has its own length behind it.
@@ -251,7 +280,8 @@ class Klein:
     }
     make_vae, make_scheduler = staticmethod(models.make_klein_vae), staticmethod(models.make_klein_scheduler)
     arguments = {"is_distilled": True}
-    settings = {"max_sequence_length": 64}
+    settings = Flux.settings
+    sees_source, mix = True, Flux.mix
     ids_width = KLEIN_LENGTH
     empty_share = 0.0
     default_length = 512
@@ -312,7 +342,7 @@ class Klein:
         _rewrite(folder / "model_index.json", lambda x: x.update(tokenizer=known))
 
 
-FAMILIES = {"flux": Flux, "qwen": Qwen, "klein": Klein}
+FAMILIES = {"flux": Flux, "qwen": Qwen, "klein": Klein, "text-flux": TextFlux}
 
 
 def family_of(pipe):
@@ -324,6 +354,14 @@ def family_in(folder):
     """The family of a folder that holds a pipeline."""
     name = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
     return next(family for family in FAMILIES.values() if family.pipeline.__name__ == name)
+
+
+def editor_in(folder):
+    """The family of a folder that holds an editor; ValueError where its model does not see its source."""
+    family = family_in(folder)
+    if not family.sees_source:
+        raise ValueError(f"--model: expected an editor, got {folder}, whose model does not see its source")
+    return family
 
 
 def load_vae(family, folder):

@@ -3,11 +3,14 @@
 
     python bench/quality/flash_table.py --cosi runs/cosi                 # OUT/flash_table.md and .json
     python bench/quality/flash_table.py --cosi runs/cosi --limit 12 --rows flash 'flash, *'
+    python bench/quality/flash_table.py --model runs/base/editor --cosi runs/base/cosi --size 256
+
+The last is of a base that does not see its source: edits from the source's caption to the target's.
 
 Columns: right, by the judge; PSNR and SSIM outside the edit against the source, and PSNR there against the source as
-the autoencoder gives it back, whose own error would hide what the edit does; PSNR inside against the true target, of
-edits with one right answer; sharpness, as in table.py; recall of the true region and share of the tokens of the mask;
-and, of the source branch, how far it is from giving the source back: the cycle that COSI trains.
+the autoencoder gives it back, whose own error would hide what the edit does; PSNR and SSIM inside against the true
+target, of edits with one right answer; sharpness, as in table.py; recall of the true region and share of the tokens of
+the mask; of the source branch, how far it is from giving the source back: the cycle that COSI trains; and time.
 """
 
 import argparse
@@ -18,7 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from contact_sheet import pil_pictures, varied
+from families import TextFlux, family_of
 from judge import judge_edits
+from runtime import replace_file
 from scenes import EVALUATION_COUNTS
 from table_measures import grow, masked_psnr, mean, median, recall_precision, to_pixels
 from table_runs import (
@@ -40,21 +46,30 @@ from table_runs import (
     write_text,
 )
 
-from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, SpecEditConfig
+from specedit_kernels import (
+    FlashEditConfig,
+    FlashEditFluxKontextPipeline,
+    FlashEditFluxPipeline,
+    SpecEditConfig,
+)
 from specedit_kernels.flash_edit import GENERATOR, LowRankChange
+from specedit_kernels.images.sheet import encode_within
 
 FLASH = FlashEditConfig()
+GUIDANCE = 2.5  # of a base's multi-step answers, as in train_cosi.py
+SHEET_LIMIT = 1_200_000  # bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """config: a FlashEdit or SpecEdit run; steps: plain steps in its place; oracle: with the true mask, grown by a
-    token. generator: "cosi", the COSI folder's; "distilled", the one there before distribution matching; "editor", the
-    editor's own first step."""
+    """config: a FlashEdit or SpecEdit run; steps: plain steps in its place, with true guidance over 1, away from the
+    empty text; oracle: with the true mask, grown by a token. generator: "cosi", the COSI folder's; "distilled", the one
+    there before distribution matching; "editor", the model's own first step."""
 
     config: FlashEditConfig | SpecEditConfig | None = None
     steps: int = 0
     oracle: bool = False
+    guidance: float = 1.0
     generator: str = "cosi"
 
 
@@ -80,6 +95,33 @@ def all_rows():
     }
 
 
+def base_rows():
+    """The same of a base that does not see its source. With the true mask, where no part answers for the region; then
+    with the region that FlashEdit finds."""
+    parts = {
+        "": FLASH,
+        ", no cosi": replace(FLASH, cosi=False),
+        ", no bg_shield": replace(FLASH, bg_shield=False),
+        ", no ssca": replace(FLASH, ssca=False),
+        ", no bg_shield, no ssca": replace(FLASH, bg_shield=False, ssca=False),
+        ", no bg_shield, no cosi": replace(FLASH, bg_shield=False, cosi=False),
+        ", none of the three": replace(FLASH, cosi=False, bg_shield=False, ssca=False),
+        ", white noise in the region": replace(FLASH, region_noise="white"),
+    }
+    inversion = FlashEditConfig(method="inversion")
+    return {
+        **{f"flash, true mask{name}": Row(config, oracle=True) for name, config in parts.items()},
+        "inversion-50+50": Row(inversion),
+        f"inversion-50+50, guidance {GUIDANCE:g}": Row(replace(inversion, guidance=GUIDANCE)),
+        f"caption alone, 50 steps, guidance {GUIDANCE:g}": Row(steps=50, guidance=GUIDANCE),
+        **{f"flash{name}": Row(config) for name, config in parts.items()},
+        "flash, true mask, before matching": Row(FLASH, oracle=True, generator="distilled"),
+        "flash, true mask, the base's own step": Row(FLASH, oracle=True, generator="editor"),
+        "inversion-8+8": Row(replace(inversion, steps=8)),
+        **{f"flash, mask_ratio {ratio:g}": Row(replace(FLASH, mask_ratio=ratio)) for ratio in (1.0, 2.0, 2.5)},
+    }
+
+
 def ssim(a, b, mask):
     """[n]: mean structural similarity of the lumas over mask [n, H, W], Gaussian window 11, sigma 1.5 (Wang, 2004)."""
     weights = a.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
@@ -102,16 +144,25 @@ class Flash(Batched, FlashEditFluxKontextPipeline):
     pass
 
 
+def options_of(runner, part):
+    """The options of a FlashEdit call."""
+    options = runner.options(part)
+    if runner.family is TextFlux:
+        options["source_prompt"] = [before for before, _ in part.edits.captions()]
+    return options
+
+
 @torch.no_grad()
 def run(row, part, runner, pipes):
     """(pictures [n, 3, H, W] in [0, 1], mask bool [n, rows, columns] or None, source_error [n] or None)."""
-    options = runner.options(part)
+    options = options_of(runner, part)
     if isinstance(row.config, FlashEditConfig):
         mask = grow(part.tokens, 1).float() if row.oracle else None
         out = pipes[row.generator](specedit=row.config, mask_image=mask, **options)
         return out.images.float(), out.mask if row.config.method == "flash" else None, out.stats.source_error
     if row.config is None:
-        return runner.plain(row.steps, part).float(), None, None
+        guided = Runner(runner.pipe, runner.text_length, row.guidance)
+        return guided.plain(row.steps, part).float(), None, None
     out = runner.pipe(specedit=row.config, **options)
     return out.images.float(), out.mask, None
 
@@ -125,6 +176,7 @@ def measure(part, images, mask, source_error, judge, runner):
         "psnr_out": masked_psnr(images, source, outside), "ssim_out": ssim(images, source, outside),
         "psnr_kept": masked_psnr(images, runner.vae(source), outside),
         "psnr_in": masked_psnr(images, target, part.mask).masked_fill(~unique, torch.nan),
+        "ssim_in": ssim(images, target, part.mask).masked_fill(~unique, torch.nan),
         "sharpness": relative_sharpness(part.edits, source, target, images, around),
     }  # fmt: skip
     if judge is not None:
@@ -143,10 +195,12 @@ COLUMNS = {
     "ssim_out": ("out SSIM", 4),
     "psnr_kept": ("kept dB", 2),
     "psnr_in": ("in dB", 2),
+    "ssim_in": ("in SSIM", 3),
     "sharpness": ("sharp", 3),
     "recall": ("recall", 3),
     "share": ("tokens %", 1),
     "cycle": ("cycle", 2),
+    "seconds": ("ms", 1),
 }
 
 
@@ -157,7 +211,7 @@ def markdown(header, records):
         [
             "# FlashEdit on edits with known answers",
             "",
-            f"{header['edits']} held-out local edits, {place['size']} px, {place['text_length']} text tokens, editor"
+            f"{header['edits']} held-out local edits, {place['size']} px, {place['text_length']} text tokens, model"
             f" {place['model']}, COSI {header['cosi']}, commit {place['commit'][:10]}, {place['date']},"
             f" {place['device']}, {place['dtype']}.",
             "",
@@ -168,7 +222,7 @@ def markdown(header, records):
             " the exact mask against the true target, of edits with one right answer; sharp: gradient energy where the"
             " output changed over the target's where that did, median of the edits with an object; recall of the true"
             " region, of the edits with one right answer; tokens: share of the mask; cycle: mean squared error of the"
-            " source branch's latents against the source's, in thousandths.",
+            " source branch's latents against the source's, in thousandths; ms: of an edit in its batch, codec too.",
             "",
         ]
     )
@@ -178,12 +232,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "out/flash")
     parser.add_argument("--cosi", default=str(SHIPPED / "cosi"), help="folder for load_cosi, or 'none'")
+    parser.add_argument("--sheet", type=int, default=0, metavar="N", help="draw a few edits of the first N rows")
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
     args = parser.parse_args(argv)
     device, say = prepare(args), stopwatch()
     judge = load_judge(args.judge, device)
     runner = Runner(load_pipeline(args.model, device, getattr(torch, args.dtype)), args.text_length)
-    pipes = {name: Flash(**runner.pipe.components) for name in ("editor", "cosi", "distilled")}
+    kind, table = (Flash, all_rows()) if family_of(runner.pipe).sees_source else (FlashEditFluxPipeline, base_rows())
+    pipes = {name: kind(**runner.pipe.components) for name in ("editor", "cosi", "distilled")}
     for name, pipe in pipes.items():
         pipe.set_progress_bar_config(disable=True)
         if name != "editor" and args.cosi != "none":
@@ -195,25 +251,37 @@ def main(argv=None):
     edits = make_set(device, args.size, args.limit, {"local": EVALUATION_COUNTS["local"]})
     say(f"{len(edits)} edits are drawn")
     header, records = {"setting": setting(args, device), "edits": len(edits), "cosi": args.cosi}, {}
-    for name, row in all_rows().items():
+    shown, sheet = torch.tensor(varied(edits)), {}
+    source, target = edits[shown].pictures()
+    sheet |= {"source": source, "target": target}
+    for name, row in table.items():
         if not any(fnmatch.fnmatchcase(name, glob) for glob in args.rows):
             continue
         if row.generator == "distilled" and not before.is_file():
             continue  # a run's own; it is not shipped
-        begun, columns = time.perf_counter(), {}
+        begun, columns, took, pictures = time.perf_counter(), {}, 0.0, []
         for rows in torch.arange(len(edits)).split(args.batch):
+            at = time.perf_counter()
             made = run(row, edits[rows], runner, pipes)
+            pictures.append(made[0].cpu())
+            took += time.perf_counter() - at
             for key, values in measure(edits[rows], *made, judge, runner).items():
                 columns.setdefault(key, []).append(values)
         records[name] = {
             key: (median if key == "sharpness" else mean)(torch.cat(values)) for key, values in columns.items()
         }
+        records[name]["seconds"] = 1000 * took / len(edits)
+        sheet[name] = torch.cat(pictures)[shown]
         say(
             f"{name}: {time.perf_counter() - begun:.1f} s; "
             + ", ".join(f"{k} {cell(v, 3)}" for k, v in records[name].items())
         )
         write_json(args.out / "flash_table.json", jsonable({**header, "rows": records}))
         write_text(args.out / "flash_table.md", markdown(header, records))
+    if args.sheet:
+        columns = {name: pil_pictures(images) for name, images in list(sheet.items())[: 2 + args.sheet]}
+        content = encode_within(columns, edits[shown].edits.phrases(), SHEET_LIMIT)
+        replace_file(args.out / "flash_sheet.png", lambda path: path.write_bytes(content))
     print((args.out / "flash_table.md").read_text())
 
 

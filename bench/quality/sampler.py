@@ -45,10 +45,11 @@ def encode_text(pipe, phrases, length, device):
 
 
 @torch.no_grad()
-def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5):
+def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5, away=None):
     """Edited latents [n, 16, h, w] from the source's, in `steps` Euler steps from `noise`.
 
-    states, pooled: what encode_text gives. Without true guidance."""
+    states, pooled: what encode_text gives. away: (the same of another text, scale of true guidance away from it), or
+    None: without."""
     dev, dtype = z_source.device, pipe.transformer.dtype
     n, _, h, w = z_source.shape
     tokens, condition = pack(noise.to(dev, dtype)), pack(z_source.to(dtype))
@@ -59,15 +60,14 @@ def euler(pipe, z_source, states, pooled, steps, noise, guidance=3.5):
     scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.nan_to_num(1.0), scheduler.timesteps.nan_to_num(1000.0)
     scheduler.set_begin_index(0)
     strength = torch.full((n,), guidance, device=dev)
+    grid = (h // 2, w // 2)
     for t in scheduler.timesteps:
-        velocity = family_of(pipe).velocity(
-            pipe.transformer,
-            tokens,
-            condition,
-            t.expand(n).to(dtype) / 1000,
-            (h // 2, w // 2),
-            (states, pooled),
-            strength,
+        at = t.expand(n).to(dtype) / 1000
+        velocity, *other = (
+            family_of(pipe).velocity(pipe.transformer, tokens, condition, at, grid, text, strength)
+            for text in ((states, pooled), *([] if away is None else [away[0]]))
         )
+        if other:
+            velocity = other[0] + away[1] * (velocity - other[0])
         tokens = scheduler.step(velocity, t, tokens, return_dict=False)[0]
-    return unpack(tokens, (h // 2, w // 2))
+    return unpack(tokens, grid)

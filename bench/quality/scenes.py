@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from text import COLORS, GLOBALS, NAMES, PLACES, phrase
+from text import COLORS, GLOBALS, NAMES, PLACES, caption, phrase
 
 DATA = Path(__file__).parent / "data"
 TOKEN = 16  # pixels a side that one token of the editor covers
@@ -46,6 +46,7 @@ COLOR_VALUES = torch.tensor(
     ]
 )
 LUMA = torch.tensor([0.299, 0.587, 0.114])
+GRAY = 0.12  # how far a colour is from its own gray at least, to be called anything else
 # Light's factor per channel, and what is added.
 GLOBAL_FACTORS = {
     "night": (0.22, 0.28, 0.48),
@@ -138,6 +139,38 @@ class Edits:
             )
             for task, variant, a, b, c, p in rows
         ]
+
+    def instructions(self):
+        """The n instructions, each as the one text of its edit."""
+        return [(text,) for text in self.phrases()]
+
+    def captions(self):
+        """n pairs: what the source shows, and what the target of a local edit does.
+
+        Each object by its name, its colour where a recolouring gave it one, and the nearest place; a texture by the
+        nearest hue, a photograph by none."""
+        place = torch.stack([self.x, self.y], 2)[:, :, None].sub(PLACE_CENTERS).norm(dim=3).argmin(2)
+        after_place = self.after_pose[:, None, :2].sub(PLACE_CENTERS).norm(dim=2).argmin(1)
+        mean = (self.gradient[:, :3] + self.gradient[:, 3:6]) / 2
+        tint, tints = (x - x.mean(-1, keepdim=True) for x in (mean, COLOR_VALUES))
+        hue = F.cosine_similarity(tint[:, None], tints, dim=2).argmax(1)
+        background = torch.where(tint.norm(dim=1) < GRAY, COLORS.index("gray"), hue)
+        background = torch.where(self.photo < 0, background, -1)
+        rows = (background, self.object, place, self.slot, self.after, after_place, self.color)
+        found = []
+        for ground, objects, places, slot, after, spot, color in zip(*(x.tolist() for x in rows)):
+            ground = COLORS[ground] if ground >= 0 else None
+            before = [(o, -1, p) for o, p in zip(objects, places)]
+            behind = [*before[:slot], (after, color, spot), *before[slot + 1 :]]
+            found.append(
+                tuple(
+                    caption(
+                        ground, [(NAMES[o], COLORS[c] if c >= 0 else None, PLACES[p]) for o, c, p in each if o >= 0]
+                    )
+                    for each in (before, behind)
+                )
+            )
+        return found
 
     def unique(self):
         """[n] bool: one right answer."""

@@ -24,7 +24,8 @@ class _Endless(IterableDataset):
                 tasks = torch.multinomial(torch.tensor(self.shares), self.chunk, replacement=True, generator=generator)
             edits = sample(self.chunk, generator, tasks=tasks, every_pairing=self.every_pairing)
             style = torch.rand((self.chunk, 2), generator=generator) < torch.tensor([0.3, 0.2])
-            ids = [list(chain(*encoder(text, *flags))) for text, flags in zip(edits.phrases(), style.tolist())]
+            texts = getattr(edits, encoder.texts)() if self.encoder else edits.instructions()
+            ids = [[i for t in each for i in chain(*encoder(t, *flags))] for each, flags in zip(texts, style.tolist())]
             yield {**vars(edits), "ids": torch.tensor(ids, dtype=torch.int32)}
 
 
@@ -32,7 +33,8 @@ class EditStream:
     """take(n) -> (Edits of n, ids int32 [n, K]), all on the CPU.
 
     chunk: how many are drawn at once; workers: processes (0: this one); shares: of TASKS, or None for the usual ones;
-    every_pairing: the held-out pairings too; encoder: a class of text.py whose ids, end to end, are wanted (none: K 0).
+    every_pairing: the held-out pairings too; encoder: a class of text.py whose ids, end to end, are wanted (none: K 0),
+    of all texts that an edit has there.
     """
 
     def __init__(self, seed, chunk, workers, shares=None, every_pairing=False, encoder=None):

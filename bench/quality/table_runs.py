@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from export import build_pipeline
-from families import Flux, Klein, Qwen, family_in, family_of
+from families import Flux, Klein, Qwen, TextFlux, family_in, family_of
 from judge import WEIGHTS, Judge, found_boxes, judge_edits
 from models import as_pictures
 from PIL import Image
@@ -38,6 +38,7 @@ from specedit_kernels import (
     SpecEditConfig,
     SpecEditFlux2KleinPipeline,
     SpecEditFluxKontextPipeline,
+    SpecEditFluxPipeline,
     SpecEditQwenImageEditPipeline,
     edit_alpha,
 )
@@ -77,8 +78,13 @@ class BatchedKleinPipeline(SpecEditFlux2KleinPipeline):
         return pixels, [pixels]
 
 
-BATCHED = {Flux: BatchedPipeline, Qwen: BatchedQwenPipeline, Klein: BatchedKleinPipeline}
-RANDOM = {"random": Flux, "random-qwen": Qwen, "random-klein": Klein}
+BATCHED = {
+    Flux: BatchedPipeline,
+    Qwen: BatchedQwenPipeline,
+    Klein: BatchedKleinPipeline,
+    TextFlux: SpecEditFluxPipeline,
+}
+RANDOM = {"random": Flux, "random-qwen": Qwen, "random-klein": Klein, "random-text-flux": TextFlux}
 
 
 def model_family(model):
@@ -91,7 +97,7 @@ def model_family(model):
 
 
 def load_pipeline(model, device, dtype):
-    """A folder, or one of RANDOM: a tiny editor's structure with random weights, to try the scripts."""
+    """A folder, or one of RANDOM: a tiny model's structure with random weights, to try the scripts."""
     family = model_family(model)
     if str(model) in RANDOM:
         torch.manual_seed(0)
@@ -248,6 +254,9 @@ class Runner:
             options |= dict(true_cfg_scale=self.true_cfg_scale, negative_prompt=[" "] * len(part))
         if self.family is not Qwen:
             options["max_sequence_length"] = self.text_length
+        if self.family is TextFlux:  # made from the target's caption
+            options["prompt"] = [after for _, after in part.edits.captions()]
+            return options | dict(image=part.pictures()[0])
         if self.family is Flux:
             return options | dict(image=part.pictures()[0], _auto_resize=False)
         return options | dict(image=[Image.fromarray(x) for x in part.source.permute(0, 2, 3, 1).cpu().numpy()])
@@ -255,7 +264,10 @@ class Runner:
     def plain(self, steps, part):
         """Pictures of the diffusers pipeline in so many steps."""
         options = self.options(part)
-        if self.family is Flux:
+        if self.family is TextFlux:  # nobody shows it the source
+            for name in ("image", "max_area"):
+                del options[name]
+        if issubclass(self.family, Flux):
             return self.pipe(num_inference_steps=steps, specedit=False, **options).images
         # Qwen's own call shows the model a megapixel whatever it is given, klein's shows every picture to every prompt;
         # this is the same to the last bit, at a size and with a picture for each.
@@ -309,7 +321,8 @@ class Runner:
         if row.still:
             return Result(source if row.still == "source" else self.vae(target), [0] * n)
         if row.config is None:
-            return Result(self.plain(row.steps, part).float(), [row.steps * self.step_flops(2 * tokens)] * n, row.steps)
+            shown = tokens * (2 if self.family.sees_source else 1)
+            return Result(self.plain(row.steps, part).float(), [row.steps * self.step_flops(shown)] * n, row.steps)
         mask_image = grow(part.reference, 1).float() if row.oracle else None
         out = self.pipe(specedit=row.config, mask_image=mask_image, **self.options(part))
         stats = out.stats

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of the instructions, and the tokenizers of the tiny editors.
+"""The words of the instructions and captions, and the tokenizers of the tiny models.
 
 The CLIP tokenizer is a byte-pair encoding trained on the words, so that each of them is one token; the T5 tokenizer
 is a unigram model with a piece for each word and one for each printable ASCII character, for anything else. Qwen's
@@ -34,6 +34,7 @@ TEMPLATES = {
 
 CLIP_LENGTH = 77  # what the pipelines pad CLIP's prompt to
 PHRASE_LENGTH = 16  # room for the longest phrase with its end token in T5's ids
+CAPTION_LENGTH = 40  # the same of the longest caption
 QWEN_LENGTH = 24  # room for the longest prompt in Qwen's ids, from the picture's token on; a multiple of 8
 QWEN_SPECIAL = (
     "<|endoftext|>",
@@ -61,6 +62,17 @@ def article(noun):
 def phrase(task, variant, a=None, b=None, c=None, p=None):
     """The instruction of an edit. a, b: object names; c: a colour; p: a place; variant: which of three phrasings."""
     return TEMPLATES[task][variant].format(a=a, b=article(b) if b else None, c=c, p=p)
+
+
+def caption(background, objects):
+    """The caption of a scene, in the words of the instructions alone.
+
+    background: a colour of COLORS, None for a photograph. objects: (name, colour or None, place) of each."""
+    parts = ["a picture" if background is None else f"{article(background)} scene"]
+    for name, color, place in objects:
+        noun = name if color is None else f"{color} {name}"
+        parts.append(f"with {article(noun)} in the {place}")
+    return " ".join(parts)
 
 
 def words():
@@ -129,7 +141,11 @@ def t5_tokenizer():
 
 
 class PhraseEncoder:
-    """The tokenizers' ids of an instruction, by look-up: 2 us instead of 100 us a phrase."""
+    """The tokenizers' ids of an instruction, by look-up: 2 us instead of 100 us a phrase.
+
+    texts: the method of Edits that gives the texts of each edit; length: of T5's ids."""
+
+    texts, length = "instructions", PHRASE_LENGTH
 
     def __init__(self):
         clip, t5 = clip_tokenizer(), t5_tokenizer()
@@ -151,14 +167,20 @@ class PhraseEncoder:
         return ids[0]
 
     def __call__(self, phrase, capital=False, stop=False):
-        """(clip ids, length CLIP_LENGTH; t5 ids, length PHRASE_LENGTH), padded."""
+        """(clip ids, length CLIP_LENGTH; t5 ids, as long as `length`), padded."""
         parts = phrase.split()
         clip = [self.clip_bos, *(self._clip[w] for w in parts), *([self._clip["."]] if stop else [])]
         if capital:
             parts = [parts[0].capitalize(), *parts[1:]]
         t5 = [*(self._t5[w] for w in parts), *([self._t5["."]] if stop else []), self.t5_eos]
         clip += [self.clip_eos] * (CLIP_LENGTH - len(clip))
-        return clip, t5 + [self.t5_pad] * (PHRASE_LENGTH - len(t5))
+        return clip, t5 + [self.t5_pad] * (self.length - len(t5))
+
+
+class CaptionEncoder(PhraseEncoder):
+    """The same of captions, of which an edit has two: the source's and the target's."""
+
+    texts, length = "captions", CAPTION_LENGTH
 
 
 @lru_cache(maxsize=1)
@@ -208,6 +230,8 @@ def klein_tokenizer():
 class QwenPhraseEncoder:
     """The ids of an instruction in the pipeline's template, by look-up. prefix: those that the pipeline drops."""
 
+    texts = "instructions"
+
     def __init__(self):
         tokenizer = qwen_tokenizer()
         template, dropped = qwen_template()
@@ -227,6 +251,8 @@ class QwenPhraseEncoder:
 
 class KleinPhraseEncoder:
     """The ids of an instruction in the chat template, by look-up."""
+
+    texts = "instructions"
 
     def __init__(self):
         tokenizer = klein_tokenizer()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains FlashEdit's one-step generator and inversion network for the tiny editor, as low-rank changes of it.
+"""Trains FlashEdit's one-step generator and inversion network for a tiny model, as low-rank changes of it.
 
     python bench/quality/train_cosi.py --out runs/cosi --compile
 
@@ -8,6 +8,9 @@ sharpened by distribution matching; the inversion network is trained in its two 
 and OUT/inverter.safetensors, what `load_cosi` takes, as soon as each exists, OUT/distilled/generator.safetensors before
 the sharpening, a CSV log of each part, and checkpoints; the same command goes on from these, with more --seconds also
 after the end.
+
+--model: the tiny editor, or a base that does not see its source (train_editor.py --family text-flux). That one's
+answers are guided away from the empty caption by --guidance, and its source branch has the source's caption.
 """
 
 import argparse
@@ -17,12 +20,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import FluxKontextPipeline
+from families import Flux, family_in
 from runtime import autocast, compile_blocks, device, log, memory
 from sampler import encode_images, encode_text, euler, shift_mu
 from scenes import TASKS, Renderer
 from stream import EditStream
 from table_runs import SHIPPED
+from train_editor import CAPTIONED
 
 from specedit_kernels.flash_edit import GENERATOR, INVERTER
 from specedit_kernels.flash_edit.cosi import CosiWeights, Loop, distil_loss, inversion_loss, matching_loss
@@ -44,12 +48,34 @@ def white(shape, generator, dev):
     return torch.randn(shape, generator=torch.Generator(dev).manual_seed(seed), device=dev)
 
 
+def rows_of(text, count):
+    """A text of one row, or of `count`, as `count` rows in fp32."""
+    return tuple(x.float().expand(count, *x.shape[1:]) for x in text)
+
+
+class Guided(FluxKontextModel):
+    """A model whose every velocity is guided away from a text. away: (text, scale)."""
+
+    away = None
+
+    def velocity(self, text, tokens, conditioning, layout):
+        return self.guide(
+            super().velocity(text, tokens, conditioning, layout),
+            super().velocity(self.away[0], tokens, conditioning, layout),
+            self.away[1],
+        )
+
+
 class Answers:
     """A ring of edits of one size with the editor's own multi-step answers: (source, noise, answer, weight of each
-    token, text). Answers are made `count` at once: one shape, so that a compiled editor serves all."""
+    token, text, the source's text). Answers are made `count` at once: one shape, so that a compiled editor serves all.
 
-    def __init__(self, pipe, stream, size, count, capacity, args, dev):
+    empty: the empty text. sees_source: else the texts are captions, and answers are those of the source's or the
+    target's caption, one as often as the other."""
+
+    def __init__(self, pipe, stream, size, count, capacity, args, dev, empty, sees_source):
         self.pipe, self.stream, self.size, self.count, self.args, self.dev = pipe, stream, size, count, args, dev
+        self.empty, self.sees_source = empty, sees_source
         self.capacity = max(capacity, count) // count * count
         self.renderer, self.fields, self.at, self.filled, self.owed = Renderer(dev), None, 0, 0, 0.0
 
@@ -59,10 +85,18 @@ class Answers:
         rendered = self.renderer(edits, self.size)
         with autocast(self.dev):
             source = encode_images(self.pipe.vae, rendered.source).float()
-            states, pooled = encode_text(self.pipe, edits.phrases(), self.args.text_length, self.dev)
             noise = white(source.shape, generator, self.dev)
-            answer = euler(self.pipe, source, states, pooled, self.args.teacher_steps, noise).float()
-        fresh = (source, noise, answer, rendered.weight.float(), states.float(), pooled.float())
+            if self.sees_source:
+                texts, away, weight = edits.phrases(), None, rendered.weight.float()
+                of_source = self.empty
+            else:
+                pairs = edits.captions()
+                texts = [pair[i % 2] for i, pair in enumerate(pairs)]
+                of_source = encode_text(self.pipe, [pair[0] for pair in pairs], self.args.text_length, self.dev)
+                away, weight = (rows_of(self.empty, self.count), self.args.guidance), torch.ones_like(rendered.weight)
+            states, pooled = encode_text(self.pipe, texts, self.args.text_length, self.dev)
+            answer = euler(self.pipe, source, states, pooled, self.args.teacher_steps, noise, away=away).float()
+        fresh = (source, noise, answer, weight, states.float(), pooled.float(), *rows_of(of_source, self.count))
         if self.fields is None:
             self.fields = [x.new_empty(self.capacity, *x.shape[1:]) for x in fresh]
         for store, x in zip(self.fields, fresh):
@@ -77,40 +111,56 @@ class Answers:
             self.make(generator)
             self.owed = max(self.owed - 1, 0.0)
         rows = torch.randint(self.filled, (count,), generator=generator).to(self.dev)
-        source, noise, answer, weight, states, pooled = (x[rows] for x in self.fields)
+        source, noise, answer, weight, *texts = (x[rows] for x in self.fields)
         weight = unpack(weight.flatten(1)[..., None].expand(-1, -1, 4), weight.shape[1:])
-        return source, noise, answer, weight, states, pooled
+        return source, noise, answer, weight, (texts[0], texts[1]), (texts[2], texts[3])
 
 
 class Training:
     def __init__(self, args, dev):
         self.args, self.dev = args, dev
-        self.pipe = FluxKontextPipeline.from_pretrained(args.model).to(dev)
+        family = family_in(args.model)
+        if not issubclass(family, Flux):
+            raise ValueError(f"--model: expected one of FLUX.1's classes, got {args.model}")
+        self.pipe, self.sees_source = family.pipeline.from_pretrained(args.model).to(dev), family.sees_source
         for part in (self.pipe.transformer, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False)
         self.editor = copy.deepcopy(self.pipe.transformer)  # never compiled
         self.compile(self.pipe.transformer)
-        stream = EditStream(args.seed + 77, 64, args.workers, shares=[SHARES.get(task, 0.014) for task in TASKS])
-        self.counts = {size: max(2, args.tokens // (2 * (size // 16) ** 2 + args.text_length)) for size in args.sizes}
-        self.answers = {
-            size: Answers(self.pipe, stream, size, self.counts[size], capacity, args, dev)
-            for size, capacity in zip(args.sizes, args.capacity)
+        shares = [SHARES.get(task, 0.014) for task in TASKS] if self.sees_source else CAPTIONED
+        stream = EditStream(args.seed + 77, 64, args.workers, shares=shares)
+        pictures = 2 if self.sees_source else 1
+        self.counts = {
+            size: max(2, args.tokens // (pictures * (size // 16) ** 2 + args.text_length)) for size in args.sizes
         }
         self.empty = encode_text(self.pipe, [""], args.text_length, dev)
+        self.answers = {
+            size: Answers(self.pipe, stream, size, self.counts[size], capacity, args, dev, self.empty, self.sees_source)
+            for size, capacity in zip(args.sizes, args.capacity)
+        }
         self.fraction = lambda: 1.0
 
     def compile(self, transformer):
         if self.args.compile:
             compile_blocks(transformer)
 
-    def adapter(self, transformer, count):
-        return FluxKontextModel(transformer, self.pipe.vae, torch.full((count,), 3.5, device=self.dev), {})
+    def adapter(self, transformer, count, kind=FluxKontextModel):
+        return kind(transformer, self.pipe.vae, torch.full((count,), 3.5, device=self.dev), {})
 
     def text(self, states, pooled):
         return FluxText(states, pooled, torch.zeros(states.shape[1], 3, device=self.dev))
 
-    def source_text(self, count):
-        return self.text(*(x.float().expand(count, *x.shape[1:]) for x in self.empty))
+    def teacher(self, count):
+        """The model whose likelihood the generator is held to: it answers as `Answers` has it."""
+        if self.sees_source:
+            return self.adapter(self.pipe.transformer, count)
+        made = self.adapter(self.pipe.transformer, count, Guided)
+        made.away = self.text(*rows_of(self.empty, count)), self.args.guidance
+        return made
+
+    def seen(self, source):
+        """The references of a call."""
+        return [source] if self.sees_source else []
 
     def batch(self, generator, fresh, factor=1.0, size=None):
         """Rows of a size: of the first one, which is the editor's own, more often once the part has settled."""
@@ -122,11 +172,12 @@ class Training:
         return self.answers[size].batch(max(2, int(factor * self.counts[size])), fresh, generator)
 
     def distil(self, transformer, generator, fresh, size=None):
-        """(loss, what `sharpen` needs): the editor's own answers, and for some rows the source under the empty text."""
-        source, noise, answer, weight, states, pooled = self.batch(generator, fresh, size=size)
+        """(loss, what `sharpen` needs): the editor's own answers, and for some rows the source under the empty text,
+        where the model sees it."""
+        source, noise, answer, weight, (states, pooled), of_source = self.batch(generator, fresh, size=size)
         count = len(source)
-        keep = (torch.rand(count, generator=generator) < EMPTY).to(self.dev)
-        text = self.source_text(count)
+        keep = (torch.rand(count, generator=generator) < (EMPTY if self.sees_source else 0)).to(self.dev)
+        text = self.text(*of_source)
         chosen = self.text(
             torch.where(keep[:, None, None], text.embeds, states), torch.where(keep[:, None], text.pooled, pooled)
         )
@@ -134,7 +185,12 @@ class Training:
         weight = torch.where(aside, 1.0, weight)
         with autocast(self.dev):
             loss, made = distil_loss(
-                self.adapter(transformer, count), chosen, noise, torch.where(aside, source, answer), [source], weight
+                self.adapter(transformer, count),
+                chosen,
+                noise,
+                torch.where(aside, source, answer),
+                self.seen(source),
+                weight,
             )
         # the editor has never met the empty text: those rows take no part in the matching
         return loss, (chosen, made.float(), source, torch.where(aside, 1e-6, weight))
@@ -149,13 +205,13 @@ class Training:
         """One step of the second model on the generator's pictures, and the generator's loss against it."""
         loss, (text, made, source, weight) = self.distil(transformer, generator, self.args.fresh / 5, size)
         count = len(made)
-        models = [self.adapter(x, count) for x in (self.pipe.transformer, second.module)]
+        models = [self.teacher(count), self.adapter(second.module, count)]
         with autocast(self.dev):
             matching, second_loss = matching_loss(
                 *models,
                 text,
                 made,
-                [source],
+                self.seen(source),
                 white(made.shape, generator, self.dev),
                 self.sigmas(count, made.shape[-1] * 8, generator),
                 weight,
@@ -165,7 +221,7 @@ class Training:
         return {"loss": total, "distil": loss, "second": second_loss, "matching": matching}
 
     def invert(self, generating, inverting, stage, generator):
-        source, noise, _, _, states, pooled = self.batch(generator, 0.0, 0.4)
+        source, noise, _, _, text, of_source = self.batch(generator, 0.0 if self.sees_source else 0.02, 0.4)
         count = len(source)
         fresh = white((2 * count, *source.shape[1:]), generator, self.dev)
         teacher = None
@@ -176,11 +232,11 @@ class Training:
             return inversion_loss(
                 self.adapter(generating, count),
                 self.adapter(inverting, count),
-                self.source_text(count),
-                (self.text(states, pooled), noise, source),
+                self.text(*of_source),
+                (self.text(*text), noise, source) if self.sees_source else (self.text(*of_source), noise, None),
                 source,
                 fresh,
-                CosiWeights(),
+                CosiWeights(noise=self.args.noise_weight),
                 teacher,
             )
 
@@ -240,12 +296,14 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="of each part, in place of --seconds")
     parser.add_argument("--rank", type=int, default=80, help="of the generator's change")
     parser.add_argument("--inverter-rank", type=int, default=20)
+    parser.add_argument("--noise-weight", type=float, default=CosiWeights.noise, help="in the inverter's loss")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--sharpen-rate", type=float, default=3e-4, help="the generator's, in the matching part")
     parser.add_argument("--anchor", type=float, default=0.5, help="weight of the answers in the matching part")
     parser.add_argument("--tokens", type=int, default=48_000, help="of a batch, text included")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 256], help="pixels; multiples of 64")
     parser.add_argument("--text-length", type=int, default=64, help="length that prompts are padded to")
+    parser.add_argument("--guidance", type=float, default=2.5, help="of the answers of a base, from the empty caption")
     parser.add_argument("--teacher-steps", type=int, default=8, help="Euler steps of the editor's answers")
     parser.add_argument("--fresh", type=float, default=0.25, help="share of a batch that is newly answered")
     parser.add_argument("--capacity", type=int, nargs="+", default=[12_000, 24_000], help="of each size's ring")
@@ -283,7 +341,7 @@ def main(argv=None):
         training.run(f"inverter_{stage}", parameters, partial(training.invert, generator, inverting, stage), args.rate)
         write(inverting, args.out / INVERTER)
     total = sum((args.out / name).stat().st_size for name in (GENERATOR, INVERTER))
-    if total > MAX_BYTES:
+    if args.model == SHIPPED and total > MAX_BYTES:
         raise SystemExit(f"{args.out}: {total / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}; take smaller ranks")
 
 

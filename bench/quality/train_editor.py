@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the transformer and the text encoders of a tiny editor by flow matching, on RUN_DIR/vae's latents.
+"""Trains the transformer and the text encoders of a tiny model by flow matching, on RUN_DIR/vae's latents.
 
     python bench/quality/train_editor.py --seconds 860
 
@@ -40,7 +40,7 @@ from specedit_kernels import codec_of
 from specedit_kernels.sampling.grid import pack
 
 SIZES = (512, 256, 128)
-MIX = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # of SIZES
+CAPTIONED = (0.20, 0.15, 0.40, 0.15, 0.10)  # of LOCAL_TASKS, where captions tell of both pictures
 MAX_TEXT_TOKENS = 32_768  # of a batch: T5's attention keeps a matrix a head
 MAX_BATCH = 300
 
@@ -59,13 +59,11 @@ class Replay:
 
     def put(self, *fields):
         n = len(fields[0])
-        if self.at + n > self.capacity:
-            self.at = 0
-        rows = torch.arange(self.at, self.at + n, device=self.source.device)
+        rows = torch.arange(self.at, self.at + n, device=self.source.device) % self.capacity
         for store, field in zip((self.source, self.target, self.weight, self.ids), fields):
-            store[self.at : self.at + n].copy_(field, non_blocking=True)
-        self.at += n
-        self.filled = max(self.filled, self.at)
+            store[rows] = field.to(store.device, store.dtype, non_blocking=True)
+        self.at = (self.at + n) % self.capacity
+        self.filled = min(self.filled + n, self.capacity)
         return rows
 
     def get(self, rows):
@@ -73,16 +71,20 @@ class Replay:
 
 
 class Feeder:
-    """Batches of one size: a share of fresh edits, the rest from the ring."""
+    """Batches of one size: a share of fresh edits, the rest from the ring.
 
-    def __init__(self, vae, stream, dev, capacities, fresh, ids_width):
+    A model that does not see its source has two rows of an edit, source and target, each with its own caption."""
+
+    def __init__(self, vae, stream, dev, capacities, fresh, family):
         self.codec, self.stream, self.dev, self.fresh = codec_of(vae), stream, dev, fresh
+        self.sees_source, ids_width = family.sees_source, family.ids_width
         self.renderer = Renderer(dev)
         dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
         self.rings = {size: Replay(size, capacity, ids_width, dev, dtype) for size, capacity in zip(SIZES, capacities)}
 
     @torch.no_grad()
     def render(self, size, count):
+        count = count if self.sees_source else max(count // 2, 1)
         edits, ids = self.stream.take(count)
         rendered = self.renderer(edits, size)
         images = torch.cat([rendered.source, rendered.target]) * 2 - 1
@@ -93,13 +95,16 @@ class Feeder:
                     for part in images.split(max(1, 64 * (256 // size) ** 2 if size <= 256 else 16))
                 ]
             )
-        return self.rings[size].put(z[:count], z[count:], rendered.weight.flatten(1), ids)
+        if self.sees_source:
+            return self.rings[size].put(z[:count], z[count:], rendered.weight.flatten(1), ids)
+        ids = torch.cat(ids.chunk(2, dim=1))
+        return self.rings[size].put(z, z, torch.ones(len(z), (size // 16) ** 2, device=self.dev), ids)
 
     def batch(self, size, count):
         ring = self.rings[size]
         while ring.filled < min(2 * count, ring.capacity):
             self.render(size, min(64, count, ring.capacity))
-        fresh = self.render(size, min(max(1, round(count * self.fresh)), count, ring.capacity))
+        fresh = self.render(size, min(max(2, round(count * self.fresh)), count, ring.capacity))
         old = torch.randint(ring.filled, (count - len(fresh),), device=self.dev)
         return ring.get(torch.cat([fresh, old]))
 
@@ -160,8 +165,8 @@ class Editor(torch.nn.Module):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
 
-def batch_size(size, length, tokens, factor=1.0):
-    pictures = 2 * (size // 16) ** 2
+def batch_size(family, size, length, tokens, factor=1.0):
+    pictures = (2 if family.sees_source else 1) * (size // 16) ** 2
     count = min(tokens // (pictures + length), MAX_TEXT_TOKENS // length, MAX_BATCH)
     return max(2, int(count * factor))
 
@@ -247,8 +252,9 @@ def main():
         step, elapsed = restore()
         log(f"editor: resumed at step {step}, {elapsed:.0f} s")
     clock = Clock(args.seconds, elapsed, args.tail, ranks)
-    stream = EditStream(args.seed + 1 + step + 100_000 * ranks.rank, 64, args.workers, encoder=family.encoder)
-    feeder = Feeder(vae, stream, dev, args.capacity, args.fresh, family.ids_width)
+    shares = None if family.sees_source else CAPTIONED
+    stream = EditStream(args.seed + 1 + step + 100_000 * ranks.rank, 64, args.workers, shares, encoder=family.encoder)
+    feeder = Feeder(vae, stream, dev, args.capacity, args.fresh, family)
     live = [p for part in editor.state().values() for p in part.values() if p.is_floating_point()]
     smooth = [p for part in average.values() for p in part.values() if p.is_floating_point()]
     export_vae = load_vae(family, RUN_DIR / "vae")
@@ -263,12 +269,12 @@ def main():
 
     until = clock.elapsed + args.piece
     while (not clock.done() and clock.elapsed < until) or step == 0:
-        mix = MIX["early" if clock.fraction < args.early else "late"]
+        mix = family.mix["early" if clock.fraction < args.early else "late"]
         size = SIZES[torch.multinomial(torch.tensor(mix), 1, generator=generator).item()]
         length = lengths[torch.multinomial(torch.tensor(shares_of[size]), 1, generator=generator).item()]
         if first:  # the same shape as --try-only's first, so that its compiled kernels are found again
             size, length, first = SIZES[-1], lengths[0], False
-        count = batch_size(size, length, args.tokens, factor[size])
+        count = batch_size(family, size, length, args.tokens, factor[size])
         rate = min(1.0, (step + 1) / 150) * clock.decay(0.55, 0.02)
         for optimizer, base in ((muon, args.muon_lr), (adam, args.adam_lr)):
             for group in optimizer.param_groups:
@@ -370,7 +376,7 @@ def try_steps(editor, lengths, args, dev, scheduler):
     for size in sorted(args.sizes):
         for length in dict.fromkeys((lengths[0], lengths[-1])):
             started = time.perf_counter()
-            count = batch_size(size, length, args.tokens)
+            count = batch_size(editor.family, size, length, args.tokens)
             side = size // 8
             z = torch.randn(count, 16, side, side, device=dev)
             fields = (

@@ -306,7 +306,8 @@ def edit_summary(
     if arguments.method == "flash":
         noise = "white"
         if stats.inverted:
-            noise = "of the source" + (", white in the edit region" if config.region_noise == "white" else "")
+            inside = config.noise_of_region(editor.pipe.SEES_SOURCE)
+            noise = "of the source" + (", white in the edit region" if inside == "white" else "")
         elif stats.fallback is None:
             noise += ": the model folder has no one-step weights (cosi/)"
         words = "" if stats.key_tokens is None else f"; {int(stats.key_tokens[0].sum())} key text tokens"

@@ -14,7 +14,7 @@ from .attention import unwrap_processors, wrap_processors
 from .config import SpecEditConfig
 from .output import SpecEditStats
 from .parallel import Ranks
-from .pipeline import SpecEditMixin, check_supported, stock_class
+from .pipeline import SpecEditMixin, check_served, check_supported, stock_class
 
 
 class SpecEditHandle:
@@ -47,11 +47,13 @@ def enable_specedit(pipe: DiffusionPipeline, config: SpecEditConfig | None = Non
     if not isinstance(pipe, SpecEditMixin):
         ours = registry.pipeline_of(kind)
         if ours is None:
-            names = ", ".join(plain.__name__ for plain in registry.pipelines())
+            known: dict[type, Any] = registry.pipelines()
+            names = ", ".join(plain.__name__ for plain, made in known.items() if made.SEES_SOURCE)
             raise TypeError(f"pipe: SpecEdit supports {names}, got {kind.__name__}")
         kind = ours if kind in registry.pipelines() else _subclass(ours, kind)
     elif not issubclass(pipe.CONFIG, SpecEditConfig):
         raise TypeError(f"pipe: expected a pipeline without FlashEdit, got {type(pipe).__name__}")
+    check_served(kind)
     check_supported(pipe, kind.UNSUPPORTED, kind.SEVERAL_GPUS)
     wrap_processors(pipe.transformer)
     pipe.__class__ = kind

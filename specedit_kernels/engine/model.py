@@ -55,7 +55,8 @@ def _row(value: Any, index: int) -> Any:
 class Pictures:
     """Which pictures a full-resolution sequence shows, in its order: the target, then the references.
 
-    target: the target's fine grid. references: the fine grid of each reference, the edited one first.
+    target: the target's fine grid. references: the fine grid of each reference, the edited one first; none where the
+        model does not see its source.
     aligned: whether the edited one has the target's grid; then, and only then, its condition tokens can be fine
         where the target's are and coarse where they are coarse. All others keep one resolution in the mixed steps.
     coarse_others: whether those others are coarse there.
@@ -67,7 +68,7 @@ class Pictures:
 
     @property
     def aligned(self) -> bool:
-        return self.references[0] == self.target
+        return bool(self.references) and self.references[0] == self.target
 
     @property
     def others(self) -> tuple[tuple[int, Grid], ...]:

@@ -154,7 +154,8 @@ class SpecEditMixin(Stock):
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
     the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
     whether the stock call runs without a picture. EDITED: how many of a call's pictures are edited, the first ones;
-    None: all. SEVERAL_GPUS: whether several may share the sequence of a call. DETAILS: what `detail` may be.
+    None: all. SEES_SOURCE: whether the model has the edited picture as condition; where not, FlashEdit alone serves it.
+    SEVERAL_GPUS: whether several may share the sequence of a call. DETAILS: what `detail` may be.
     `_size`, `_encode_text`, `_pictures`, `_model`: see there.
     """
 
@@ -174,6 +175,7 @@ class SpecEditMixin(Stock):
     PIXELS = True
     TEXT_TO_IMAGE = False
     EDITED: int | None = None
+    SEES_SOURCE = True
     SEVERAL_GPUS = False
     DETAILS: tuple[str, ...] = DETAILS
 
@@ -312,6 +314,7 @@ class SpecEditMixin(Stock):
 
     def _resolve(self, call: Call) -> tuple[EditConfig, tuple[int, int, int]]:
         """The config of a call and its (coarse, mixed, full) steps, checked against each other and the pipeline."""
+        check_served(type(self))
         config = call.specedit
         if config is None or config is True:
             config = self._specedit_default or self.CONFIG()
@@ -884,6 +887,13 @@ def per_image(x: Tensor, name: str, batch: int) -> Tensor:
 
 # Of a cache of steps.
 _INSTEAD = "to save steps take a smaller preset and kv_refresh of SpecEditConfig"
+
+
+def check_served(kind: type[SpecEditMixin]) -> None:
+    """TypeError where SpecEdit's own stages do not serve the models of a pipeline class."""
+    if issubclass(kind.CONFIG, SpecEditConfig) and not kind.SEES_SOURCE:
+        name = stock_class(kind).__name__
+        raise TypeError(f"pipe: SpecEdit needs a model that sees its source, got {name}, which FlashEdit{name} serves")
 
 
 def check_supported(pipe: DiffusionPipeline, flags: Sequence[str], several_gpus: bool = False) -> None:

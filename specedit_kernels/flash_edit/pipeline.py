@@ -39,12 +39,13 @@ class FlashEditConfig(EditConfig):
         cosi: the noise is the source's, from the inversion network (in the background, see region_noise); False, or
             without its weights: white noise.
         region_noise: with cosi, the noise in the edit region: "white", the run's own, or "inverted", the source's there
-            too. That one carries the source along, and one step gives half of the instructions' answers from it
-            (bench/log/flash_edit.md).
+            too. None: inverted where the model does not see its source otherwise, as in the paper, else white. From an
+            editor the inverted noise takes half of the instructions' answers (bench/log/flash_edit.md).
         bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and
             the edit computes its region alone; False: the whole picture.
         ssca: text reaches the background without the key semantic tokens of the instruction.
-        mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture.
+        mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture. The
+            change is from the source, or from the draft under the source's text where the model does not see it.
         layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; None:
             the block at 3/8 of the depth, where the tiny editor's words stood out most clearly from the padding.
         token_ratio: a text token is a key one if the attention that the edit region gives it beyond the background's is
@@ -57,7 +58,7 @@ class FlashEditConfig(EditConfig):
     steps: int = 50
     guidance: float = 1.0
     cosi: bool = True
-    region_noise: str = "white"
+    region_noise: str | None = None
     bg_shield: bool = True
     ssca: bool = True
     # on 11 calibration edits, the shipped editor's own first step: recall .995 at 23 % of the tokens (true share: 10 %)
@@ -68,7 +69,8 @@ class FlashEditConfig(EditConfig):
     def __post_init__(self):
         super().__post_init__()
         _one_of("method", self.method, METHODS)
-        _one_of("region_noise", self.region_noise, REGION_NOISES)
+        if self.region_noise is not None:
+            _one_of("region_noise", self.region_noise, REGION_NOISES)
         for name in ("cosi", "bg_shield", "ssca"):
             _flag(name, getattr(self, name))
         _integer("steps", self.steps, 1)
@@ -79,6 +81,10 @@ class FlashEditConfig(EditConfig):
         _number("token_ratio", self.token_ratio, 0.0, float("inf"))
         if self.method == "inversion" and self.preserve is not None:
             raise ValueError(f"preserve: expected None with method='inversion' (no mask), got {self.preserve!r}")
+
+    def noise_of_region(self, sees_source: bool) -> str:
+        """`region_noise` for a model that sees its source or does not."""
+        return self.region_noise or ("white" if sees_source else "inverted")
 
     @property
     def may_drift(self) -> bool:
@@ -97,8 +103,10 @@ class FlashEditMixin(SpecEditMixin):
     """What FlashEdit changes of a SpecEdit pipeline; a class has it before that one.
 
     specedit: a FlashEditConfig. source_prompt: the source branch's text; prompts of an edit model tell what to change,
-    so the empty one stands for the source. Where prompt embeddings are given, the source branch's take the names of the
-    negative ones, `negative_prompt_embeds` and the like. mask_image, preserve, output: as in SpecEdit.
+    so the empty one stands for the source. A model that does not see its source has captions, here the source's: it
+    makes the source from the noise that the inversion network gives. Where prompt embeddings are given, the source
+    branch's take the names of the negative ones, `negative_prompt_embeds` and the like. mask_image, preserve, output:
+    as in SpecEdit.
     The generator is the pipeline's own transformer until `load_cosi` brings low-rank changes that distil it to one step
     and make an inversion network of it. `from_pretrained` does so from a local folder's `cosi/`, where it has one.
     """
@@ -186,6 +194,8 @@ class FlashEditMixin(SpecEditMixin):
                     " the pipeline has no text encoder"
                 )
             fields["prompt"] = call.source_prompt
+            if not self.SEES_SOURCE and not call.source_prompt:
+                self._say_once("source_prompt: no caption of the source is given, which this model does not see")
         source = self._encode_text(call, device, **self._for_each_prompt(call, fields, "source_prompt"))
         return {"positive": positive, "negative": None, "source_text": source}
 
@@ -204,20 +214,34 @@ class FlashEditMixin(SpecEditMixin):
 
     def _one_step(self, run: Run, user_mask: Tensor | None) -> tuple[Tensor, Selection, Tensor | None]:
         config, clock, source_text = run.config, run.clock, run.source_text
+        region_noise = config.noise_of_region(self.SEES_SOURCE)
+        if config.cosi and self._inverter is None:
+            self._say_once("cosi: no inversion network is loaded (load_cosi): the noise is white")
+        cosi = config.cosi and self._inverter is not None
+
+        def invert(clean: Tensor, white: Tensor) -> Tensor:
+            if not cosi:
+                return white
+            with active(self._inverter, self.transformer):
+                return flash_stages.invert(run, run.model, source_text, clean, white)
+
         # of the draft and of the edit
         first = torch.full((1,), 1000.0, dtype=torch.float32, device=run.device)
         [conditioning] = run.model.timestep_conditioning(run.positive, first)
         scores = mass = None
         if user_mask is None or config.ssca:
             watched = flash_stages.watched_module(run.model, config.layer) if config.ssca else None
-            draft = flash_stages.draft(run, conditioning, watched)
-            mass = draft.mass
+            draft = flash_stages.draft(
+                run, conditioning, watched, None if self.SEES_SOURCE else invert, compare=user_mask is None
+            )
+            scores, mass = draft.change, draft.mass
             clock.mark("draft")
         if user_mask is not None:
             selection = stages.select(run, user_mask.to(run.device).float(), 0.5, 0)
             reach = selection.edited
         else:
-            scores, run.stats.threshold = draft.change, config.mask_ratio
+            assert scores is not None  # the draft has compared
+            run.stats.threshold = config.mask_ratio
             selection = stages.select(run, scores, config.mask_ratio, config.dilation)
             # without the growth; a picture that is edited whole has no other part
             reach = run.join(scores > config.mask_ratio)
@@ -226,12 +250,9 @@ class FlashEditMixin(SpecEditMixin):
             return run.source, selection, scores
 
         noise, key_text, whole = run.noise, None, all(selection.dense)
-        if config.cosi and self._inverter is None:
-            self._say_once("cosi: no inversion network is loaded (load_cosi): the noise is white")
-        elif config.cosi and not (whole and config.region_noise == "white"):
-            with active(self._inverter, self.transformer):
-                noise = flash_stages.invert(run, run.model, source_text)
-            if config.region_noise == "white":
+        if cosi and not (whole and region_noise == "white"):
+            noise = invert(run.source, run.noise)
+            if region_noise == "white":
                 noise = flash_stages.white_inside(run, noise, selection)
             run.stats.inverted = True
             clock.mark("invert")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of FlashEdit (arXiv 2509.22244) on a transformer that sees its source as condition tokens.
+"""The stages of FlashEdit (arXiv 2509.22244) on a transformer that sees its source as condition tokens, or not at all.
 
 draft -> select -> invert -> source branch -> edit. Each is one step of the model. The paper's U-Net has self-attention
-and cross-attention apart; here both are parts of one joint attention over [text | target | condition].
+and cross-attention apart; here both are parts of one joint attention over [text | target | condition]. Without a
+condition, as in the paper, the source enters by its noise and by its branch's keys and values alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,43 +24,61 @@ from ..engine.stages import Run, Selection
 from ..sampling import noise as algebra
 from ..sampling.grid import PATCH, coarse_grid, from_blocks, pack, unpack
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, sequence_length
-from .one_step import complete_noise, predict_noise
+from .one_step import complete_noise, grid_of, predict_noise
 
 
 @dataclass(frozen=True)
 class FlashDraft:
-    """change: fp32 [B, N], how far the draft departs from the source, over its mean. mass: fp32 [B, blocks, T],
+    """change: fp32 [B, N], the draft's distance from the source over its mean, or None. mass: fp32 [B, blocks, T],
     attention of each block's token to each text token in the watched layer, or None."""
 
-    change: Tensor
+    change: Tensor | None
     mass: Tensor | None
 
 
-def draft(run: Run, conditioning: Any, watched: torch.nn.Module | None) -> FlashDraft:
+def draft(
+    run: Run, conditioning: Any, watched: torch.nn.Module | None,
+    invert: Callable[[Tensor, Tensor], Tensor] | None = None, compare: bool = True,
+) -> FlashDraft:  # fmt: skip
     """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
 
     change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
     The source stands for the source branch's prediction, which is to be it. conditioning: the model's, of sigma 1.
-    watched: the attention whose text is watched (`watched_module`), or None.
+    watched: the attention whose text is watched (`watched_module`), or None. invert: of a model that does not see its
+    source: (clean latents, white noise) -> the noise that both predictions begin from, the source branch's too.
+    compare: False where the change is not asked for.
     """
     grid = coarse_grid(run.grid)
     source = stages.source_at(run, grid)
     references = stages.references_at(run, 2, source)
-    noise = algebra.pool_noise(run.noise).to(run.source.dtype)
-    tokens = pack(noise)
+    noise = algebra.pool_noise(run.noise)
+    noise = noise if invert is None else invert(source, noise)
+    tokens = pack(noise.to(run.source.dtype))
     grids = [grid, *((x.shape[-2] // 2, x.shape[-1] // 2) for x in references)]
-    watch, count = None, tokens.shape[1]
-    if watched is None:
-        layout = run.model.dense_layout(run.positive, run.pictures, grids)
-    else:
-        watch = TextWatch(watched)
-        layout = run.model.watched_layout(run.positive, run.pictures, grids, watch)
+    watch, count = None if watched is None else TextWatch(watched), tokens.shape[1]
+
+    def layout_of(text: Text, watch: TextWatch | None) -> Any:
+        if watch is None:
+            return run.model.dense_layout(text, run.pictures, grids)
+        return run.model.watched_layout(text, run.pictures, grids, watch)
+
+    layout = layout_of(run.positive, watch)
     every = torch.cat([tokens, *(pack(x) for x in references)], dim=1)
     velocity = run.model.velocity(run.positive, every, conditioning, layout)
     run.record("draft", 1.0, [every.shape[1]] * run.batch)
-    difference = (tokens.float() - velocity[:, :count].float() - pack(source).float()).abs().mean(dim=2)
-    change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
     mass = None if watch is None or watch.mass is None else watch.mass[:, :count]
+    if not compare:
+        return FlashDraft(None, mass)
+    prediction = tokens.float() - velocity[:, :count].float()
+    against = pack(source).float()
+    if invert is not None:
+        # in the same arithmetic, so that equal texts differ in nothing
+        text, layout = run.source_text, layout_of(run.source_text, None if watched is None else TextWatch(watched))
+        [at] = run.model.timestep_conditioning(text, torch.full((1,), 1000.0, device=run.device))
+        against = tokens.float() - run.model.velocity(text, every, at, layout)[:, :count].float()
+        run.record("draft", 1.0, [every.shape[1]] * run.batch)
+    difference = (prediction - against).abs().mean(dim=2)
+    change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
     return FlashDraft(from_blocks(change, run.grid), mass)
 
 
@@ -85,11 +105,12 @@ def key_tokens(mass: Tensor, edited: Tensor, ratio: float) -> Tensor:
     return beyond > ratio * beyond.mean(dim=1, keepdim=True)
 
 
-def invert(run: Run, inverter: EditModel, text: Text) -> Tensor:
-    """Noise of the source in one step of the inversion network (COSI), fp32 [B, C, H, W]."""
-    predicted_noise = predict_noise(inverter, text, run.source)
-    run.record("invert", 0.0, [math.prod(run.grid)] * run.batch)
-    return complete_noise(predicted_noise, run.noise).float()
+def invert(run: Run, inverter: EditModel, text: Text, clean: Tensor, noise: Tensor) -> Tensor:
+    """Noise of clean latents in one step of the inversion network (COSI), fp32, their shape [B, C, H, W]. noise: white,
+    for what they cannot tell."""
+    predicted_noise = predict_noise(inverter, text, clean)
+    run.record("invert", 0.0, [math.prod(grid_of(clean))] * run.batch)
+    return complete_noise(predicted_noise, noise).float()
 
 
 def white_inside(run: Run, noise: Tensor, selection: Selection) -> Tensor:

@@ -526,6 +526,14 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         return super().decode(latents) if self.runner.moving else self._with_vae("decode", latents)
 
 
+def refuse_ip_adapter(call: Call) -> None:
+    """ValueError where a call has an IP-Adapter's pictures or their embeddings."""
+    for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+        for prefix in ("", "negative_"):
+            if getattr(call, prefix + name) is not None:
+                raise ValueError(f"{prefix}{name}: IP-Adapter is not supported with SpecEdit")
+
+
 class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     """FluxKontextPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
@@ -592,11 +600,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
     def _size(self, call: Call) -> tuple[int, int]:
         """By FluxKontextPipeline's rules, in whole blocks; the source's ratio where none is given."""
-        given = ("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image",
-                 "negative_ip_adapter_image_embeds")  # fmt: skip
-        for name in given:
-            if getattr(call, name) is not None:
-                raise ValueError(f"{name}: IP-Adapter is not supported with SpecEdit")
+        refuse_ip_adapter(call)
         height, width, max_area = call.height, call.width, call.max_area
         if height is None and width is None:
             height, width = picture_size(call.image)

@@ -118,7 +118,7 @@ def inversion_loss(
     generator: EditModel,
     inverter: EditModel,
     source_text: Text,
-    made: tuple[Text, Tensor, Tensor],
+    made: tuple[Text, Tensor, Tensor | None],
     source: Tensor,
     fresh: Tensor,
     weights: CosiWeights,
@@ -127,18 +127,20 @@ def inversion_loss(
     """Loss of the inversion network: {"loss", and each term by its name}.
 
     generator: frozen. source_text: the source branch's text, under which the inversion network sees every picture.
-    made: (text, noise, the generator's condition) of pictures that are made here, G(noise) [B, C, H, W].
+    made: (text, noise, the generator's condition) of pictures that are made here, G(noise) [B, C, H, W]. No condition:
+    the model does not see its source, and text is source_text.
     source: real pictures; fresh: white noise, [2 B, C, H, W], which completes what a picture tells of its noise.
     teacher: stage 2: (the multi-step model, frozen, and a sigma, 0-dim in (0, 1)); None: stage 1.
     """
     text, noise, condition = made
+    made_from, seen = ([], []) if condition is None else ([condition], [source])
     with torch.no_grad():
-        picture = predict_clean(generator, text, noise, [condition])
+        picture = predict_clean(generator, text, noise, made_from)
     first, second = fresh.chunk(2)
     predicted_noise = predict_noise(inverter, source_text, picture)
-    rebuilt = predict_clean(generator, text, complete_noise(predicted_noise, first), [condition])
+    rebuilt = predict_clean(generator, text, complete_noise(predicted_noise, first), made_from)
     inverted = complete_noise(predict_noise(inverter, source_text, source), second)
-    cycled = predict_clean(generator, source_text, inverted, [source])
+    cycled = predict_clean(generator, source_text, inverted, seen)
     terms = {
         "reconstruction": reconstruction_loss(picture, rebuilt),
         "noise": noise_loss(noise, predicted_noise),
@@ -148,6 +150,6 @@ def inversion_loss(
         model, sigma = teacher
         state = _noised(source, inverted, sigma)
         with torch.no_grad():
-            velocity = velocity_of(model, source_text, state, sigma, [source], _pictures(source, [source]))
+            velocity = velocity_of(model, source_text, state, sigma, seen, _pictures(source, seen))
         terms["teacher"] = teacher_loss(inverted, teacher_noise(state, velocity, sigma), sigma)
     return {"loss": sum(getattr(weights, name) * term for name, term in terms.items()), **terms}
