@@ -22,6 +22,7 @@ from ..sampling.grid import PATCH
 from . import strips
 from ._diffusers import foreign_forward, mirrored, through
 from .strips import Kind
+from .wide_attention import WideAttnProcessor
 
 
 class _GroupNorm(torch.nn.Module):
@@ -58,9 +59,12 @@ def _activated(owner: Any) -> tuple[str, tuple[str, ...]]:
 
 def with_fused_norms(vae: torch.nn.Module) -> torch.nn.Module:
     """The same autoencoder, a tree of modules of its own over the same weights, where the op `group_norm` serves the
-    group norms, with the SiLU of those that one follows."""
+    group norms, with the SiLU of those that one follows, and `wide_attention` the attention."""
     twin = mirrored(vae)
+    owner: Any
     for owner in list(twin.modules()):
+        if type(owner) is Attention and _plain_attention(owner):
+            owner.processor = WideAttnProcessor()
         name, norms = _activated(owner)
         for child, module in list(owner.named_children()):
             if _served(module):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from . import wide_attention
 from ._diffusers import each_module, foreign_forward, hooked, mirrored, mirrors
 from .parallel import Ranks, all_rows, all_tokens, beyond, of_each
 
@@ -97,17 +98,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, strips: Strips) -> Tenso
     """Attention of q [B, n, C] of this rank's strip to keys and values of all strips; k, v: its own, [B, n, C]."""
     counts = strips.counts(q.shape[1])
     k, v = all_tokens(torch.cat([k, v], dim=-1), counts, strips.ranks).chunk(2, dim=-1)
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return wide_attention.of_heads(q, k, v, heads)
 
 
 def attention(attn: Any, strips: Strips, x: Tensor, **unused: Any) -> Tensor:
-    """diffusers' Attention of an autoencoder, as AttnProcessor2_0 computes it."""
-    tokens = attn.group_norm(x.flatten(2)).transpose(1, 2)
-    out = attend(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens), attn.heads, strips)
-    for layer in attn.to_out:
-        out = layer(out)
-    return (out.transpose(1, 2).unflatten(2, x.shape[2:]) + x) / attn.rescale_output_factor
+    """diffusers' Attention of an autoencoder, on its strip x [B, C, h, W] of a map."""
+    return wide_attention.of_map(attn, x, lambda q, k, v: attend(q, k, v, attn.heads, strips))
 
 
 class Kind(NamedTuple):
