@@ -3,6 +3,7 @@
 
     python bench/models/native.py --out runs/models            # one GPU with 40 GB or more, under two minutes
     python bench/models/native.py --tiny --out /tmp/models     # a tiny model on any machine, to try the script
+    python bench/models/native.py --out runs/models --draw     # .png again from a .json
 
 A box of the picture is given as the region. All is timed but the text: from an array on the host to the edited array on
 the host, at the source's size. "edit": a picture of the working size. The others: several areas of one picture, and one
@@ -13,6 +14,7 @@ matplotlib, .png.
 import argparse
 import contextlib
 import itertools
+import json
 import math
 import sys
 from functools import partial
@@ -182,7 +184,10 @@ def main(argv=None):
     parser.add_argument("--patience", type=float, default=4.0, help="seconds after which a row is not repeated")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--draw", action="store_true")
     args = parser.parse_args(argv)
+    if args.draw:
+        return plot(json.loads((args.out / "native.json").read_text())["rows"], args.out / "native.png")
     args.side = args.side or (128 if args.tiny else 1024)
     args.runner = args.runner or ("graph" if torch.device(args.device).type == "cuda" else "eager")
     bench = Bench(args)
