@@ -753,12 +753,13 @@ class SpecEditMixin(Stock):
         images, times = [], run.batch // len(call.photos[: self.EDITED])
         for i in range(run.batch):
             given, photo = call.given[i // times], call.photos[i // times]
-            array, drift = photo.array.copy(), None
             if changed[i]:
                 array, drift = put_back(
                     photo, source[i], decoded[i], regions[i], config.feather, config.may_drift,
                     compositing_device(run.device),
                 )  # fmt: skip
+            else:
+                array, drift = photo.array.copy(), None
             run.stats.drift.append(drift)
             if call.detail == "native":
                 run.clock.mark("composite")
