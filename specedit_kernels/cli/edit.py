@@ -319,8 +319,8 @@ def edit_summary(
         f"mask        {shown(mask_out)}: {inside}",
     ]
     if size != edited.working and mask.any() and arguments.output_size == "source":
-        ends = region_ends(mask, size, edited.working, config.feather)
-        lines.append(f"within      {','.join(map(str, ends))} of the picture; beyond, every pixel is the source's")
+        box = region_ends(mask, size, edited.working, config.feather)
+        lines.append(f"within      {','.join(map(str, box))} of the picture; beyond, every pixel is the source's")
     if threshold is not None:
         draft, unit = ("one step", " times the mean") if editor.flash else (config.draft, "")
         lines.append(f"draft       {draft}, scores over {threshold:.3g}{unit} are edited, grown by {config.dilation}")
