@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 
 PIL = pytest.importorskip("PIL")
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from specedit_kernels.images.align import Drift, align, estimate_drift
 from specedit_kernels.images.resample import resample
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SIZE = (320, 288)  # width, height
 PAD = 32
 
@@ -147,6 +149,31 @@ def test_what_is_excluded_has_no_vote(pair, one_thread):
     exclude[:, :7] = True
     assert corner_error(estimate_drift(source, other), -6, 4, 1) < 0.5
     assert corner_error(estimate_drift(source, other, exclude), 1.5, 0, 1) < 0.25
+
+
+@pytest.mark.slow
+def test_what_moved_by_itself_has_no_vote(pair, one_thread):
+    """An editor draws a part of the picture again a little off its place: no similarity holds for all of it."""
+    source, _ = pair
+    rows = int(0.4 * SIZE[1])
+    for own in ((1.2, 0), (-2.0, -0.5)):  # along a line that is no zoom
+        other = moved(source, 2.5, -1.5, 1)
+        other[-rows:] = moved(source, 2.5 + own[0], -1.5 + own[1], 1)[-rows:]
+        found = estimate_drift(source, other)
+        assert found.found and corner_error(found, 2.5, -1.5, 1) <= 0.05, str(found)
+
+
+@needs_cuda
+def test_the_device_finds_the_same(pair):
+    source, edited = pair
+    other = (moved(edited, 3.3, -2.1, 1.01) * np.float32(0.98)).round().astype(np.uint8)
+    exclude = np.zeros((12, 9), bool)
+    exclude[4:8, 3:6] = True
+    for hidden in (None, exclude):
+        here, there = (estimate_drift(source, other, hidden, device) for device in ("cpu", "cuda"))
+        assert there.found and there.recoloured == here.recoloured
+        np.testing.assert_allclose(there.shift + there.scale, here.shift + here.scale, atol=5e-3)
+        np.testing.assert_allclose(there.gain + there.offset, here.gain + here.offset, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from specedit_kernels.cli.text import UserError, say
 from specedit_kernels.images.files import Photo
 
 ROOT = Path(__file__).parents[1]
+PHOTO = ROOT / "bench" / "quality" / "data" / "photos" / "chelsea0.jpg"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +111,7 @@ def test_edit_writes_picture_and_overlay_and_a_summary(capsys, tmp_path, model, 
     assert sorted(p.name for p in out.parent.iterdir()) == ["edited.png", "mask.png"]
     for word in ("24 of 48 tokens", "50.0 %", "2 x coarse 24", "4 x mixed 60", "3 x full 96", "reference", "28 steps"):
         assert word in text
-    assert len(text.splitlines()) <= 12
+    assert len(text.splitlines()) <= 13
 
 
 @pytest.mark.slow
@@ -347,9 +348,39 @@ def test_detail_at_the_pictures_own_resolution(capsys, tmp_path, model):
     options += ("--box", "30,30,90,90", "--detail", "native")
     code, text, _ = run(capsys, *options)
     assert code == 0 and re.search(r"native      \d of .* steps from sigma 0\.6", text)
+    assert len(re.findall(r"\d+ x native", text)) == 1  # windows differ in their tokens
+    x0, y0, x1, y1 = map(int, re.search(r"within      (\d+),(\d+),(\d+),(\d+) of", text).groups())
+    changed = (np.array(PIL.Image.open(tmp_path / "out.png")) != np.array(PIL.Image.open(large))).any(axis=-1)
+    assert changed[y0:y1, x0:x1].sum() == changed.sum() > 0 and (x1 - x0) * (y1 - y0) < changed.size
     for wrong in (("--output-size", "working"), ("--method", "flash")):
         code, _, error = run(capsys, *options, *wrong)
         assert code == 2 and "--detail native: expected with --output-size source and --method specedit" in error
+
+
+@pytest.mark.slow
+def test_a_photograph_of_24_megapixels_within_3_gigabytes(tmp_path, model):
+    """A JPEG file with an orientation, tiles of a photograph: everything that a user's camera gives."""
+    tile = np.asarray(PIL.Image.open(PHOTO).convert("RGB").resize((1000, 1000), PIL.Image.Resampling.BICUBIC))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    path, out = tmp_path / "photo.jpg", tmp_path / "out.png"
+    PIL.Image.fromarray(np.tile(tile, (4, 6, 1))).save(path, quality=90, exif=exif)
+    code = (
+        "import resource, sys; from specedit_kernels.cli import main; code = main(sys.argv[1:]); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+    )
+    options = ["-o", out, "--model", model, "--device", "cpu", "--box", "10%,20%,30%,40%", "--detail", "native"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "edit", path, "add a hat", *options], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("peak ")[1]) < 3e9
+    before, after = Photo.open(path), Photo.open(out)
+    assert after.size == before.size == (4000, 6000)
+    x0, y0, x1, y1 = map(int, re.search(r"within      (\d+),(\d+),(\d+),(\d+) of", done.stdout).groups())
+    changed = (before.array != after.array).any(axis=-1)
+    assert changed[y0:y1, x0:x1].sum() == changed.sum() > 0.02 * changed.size and changed.mean() < 0.3
 
 
 @pytest.mark.slow

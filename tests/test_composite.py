@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specedit_kernels.images.composite import _grown, composite, edit_weight
+from specedit_kernels.images.composite import _grown, composite, composite_window, edit_weight
 from specedit_kernels.images.resample import resample
 
 MODES = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "one channel": (1,)}
@@ -100,6 +100,25 @@ def test_the_weight_is_the_pipelines_seam():
     line = weight[40]
     assert (line[:40] == 0).all() and (line[72:] == 0).all()
     np.testing.assert_allclose(line[40:48].numpy(), np.arange(1, 9) / 9, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_puts_in_what_the_cpu_does(mode, dtype):
+    source, edited = a_source((390, 517, *MODES[mode]), dtype), an_edit(128, 176)
+    region = np.random.default_rng(4).random((8, 11)) < 0.3
+    for feather in (0, 8):
+        here, there = (composite(source, edited, region, feather, device=device) for device in ("cpu", "cuda"))
+        black, white = np.zeros((390, 517), np.float32), np.ones_like(edited)
+        kept = composite(black, white, region, feather, match=False) == 0
+        assert kept.mean() > 0.2 and np.array_equal(there[kept], source[kept])
+        off = np.abs(here.astype(np.float64) - there.astype(np.float64)).max()
+        assert off <= (1 if np.dtype(dtype).kind == "u" else 2e-3 if dtype == np.float16 else 1e-5)
+        weights = (edit_weight(region, (176, 128), feather, device) for device in ("cpu", "cuda"))
+        parts = [composite_window(source, edited, weight, feather, (16, 300, 33, 500)) for weight in weights]
+        off = np.abs(parts[0].astype(np.float64) - parts[1].astype(np.float64)).max()
+        assert off <= (1 if np.dtype(dtype).kind == "u" else 2e-3 if dtype == np.float16 else 1e-5)
 
 
 def test_a_soft_mask_blends():

@@ -205,11 +205,11 @@ def native_bench():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_rows_of_large_pictures(native_bench, tmp_path):
-    options = ("--out", str(tmp_path), "--areas", "0.05", "--patience", "0", "--side", "64")
+    options = ("--out", str(tmp_path), "--areas", "--sizes", "2", "--patience", "0", "--side", "64")
     assert native_bench.main([*TINY, *options]) == 0
     report = json.loads((tmp_path / "native.json").read_text())
     rows = report["rows"]
-    assert list(rows) == ["edit", "256 x 192, 5 %, native", "256 x 192, 5 %, working", "128 x 96, 5 %, native"]
+    assert list(rows) == ["edit", "256 x 192, 5 %, native", "256 x 192, 5 %, working", "128 x 96, 20 %, native"]
     large, plain = rows["256 x 192, 5 %, native"], rows["256 x 192, 5 %, working"]
     assert large["passes"] >= 1 and large["stages"]["native"] > 0 and "native" not in plain["stages"]
     assert large["flops"] > plain["flops"] and large["nfe"] == plain["nfe"] == 11
@@ -220,13 +220,13 @@ def test_rows_of_large_pictures(native_bench, tmp_path):
 
 
 def test_bars_of_large_pictures(native_bench):
-    sizes = (4096, 3072), (2048, 1536)
-    cases = ((sizes[0], 0.05, 1.4, 1.0), (sizes[0], 0.025, 1.0, 0.6), (sizes[1], 0.1, 0.9, 0.4))
+    large, small = (4096, 3072), (2048, 1536)
+    cases = ((large, 0.05, 1.4, 1.0), (large, 0.025, 1.0, 0.6), (small, 0.1, 0.9, 0.4))
     rows = {"edit": {"seconds": 0.5}}
     for size, share, seconds, spent in cases:
         rows[native_bench.named(size, share, "native")] = {
-            "seconds": seconds, "stages": {"native": spent}, "picture": size, "detail": "native",
+            "seconds": seconds, "stages": {"native": spent}, "picture": size, "passes": 2,
             "pixels": share * size[0] * size[1] / 1e6, "peak_bytes": 41 * 2**30,
         }  # fmt: skip
-    found = [(round(x["value"], 3), x["bar"], x["met"]) for x in native_bench.bars(rows, *sizes).values()]
+    found = [(round(x["value"], 3), x["bar"], x["met"]) for x in native_bench.bars(rows, large).values()]
     assert found == [(2.8, 3.0, True), (41.0, 40.0, False), (1.5, 1.3, False)]

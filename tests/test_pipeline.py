@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline
+from diffusers import DDIMScheduler, FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from tiny_models import call_options, paper, tiny_image, tiny_pipeline
 
@@ -867,7 +867,9 @@ def test_call_names_the_wrong_argument(pipe, change, error, message):
 
 
 def test_unsupported_pipelines_schedulers_and_processors(plain):
-    with pytest.raises(TypeError, match="SpecEdit supports FluxKontextPipeline, .*, got FluxPipeline"):
+    with pytest.raises(TypeError, match="SpecEdit supports FluxKontextPipeline, .*, got FluxImg2ImgPipeline"):
+        enable_specedit(FluxImg2ImgPipeline.from_pipe(plain))
+    with pytest.raises(TypeError, match="sees its source, got FluxPipeline, which FlashEditFluxPipeline serves"):
         enable_specedit(FluxPipeline.from_pipe(plain))
     with pytest.raises(TypeError, match="config: expected SpecEditConfig"):
         enable_specedit(plain, {"preset": 9})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -272,6 +273,23 @@ def region_overlay(source: Any, mask: Any) -> Any:
     return PIL.Image.fromarray(out)
 
 
+def region_ends(mask: Any, size: tuple[int, int], working: tuple[int, int], feather: int) -> tuple[int, int, int, int]:
+    """The box (x0, y0, x1, y1) of a picture of that size, as for --box, that holds an edit region with its seam.
+
+    mask: bool [rows, columns] of tokens, one or more set. working: (width, height) that the seam's `feather` pixels are
+    of.
+    """
+    import numpy as np
+
+    ends = []
+    for axis, side, small in ((1, size[0], working[0]), (0, size[1], working[1])):
+        filled = np.flatnonzero(mask.any(axis=1 - axis))
+        cell, seam = side / mask.shape[axis], (feather + 1) * side / small  # one pixel for the interpolation
+        ends.append((math.floor(filled[0] * cell - seam), math.ceil((filled[-1] + 1) * cell + seam)))
+    (x0, x1), (y0, y1) = ends
+    return max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
+
+
 def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -300,6 +318,9 @@ def edit_summary(
         "edited      nothing: a preview of the region" if arguments.preview else f"edited      {shown(out)}",
         f"mask        {shown(mask_out)}: {inside}",
     ]
+    if size != edited.working and mask.any() and arguments.output_size == "source":
+        box = region_ends(mask, size, edited.working, config.feather)
+        lines.append(f"within      {','.join(map(str, box))} of the picture; beyond, every pixel is the source's")
     if threshold is not None:
         draft, unit = ("one step", " times the mean") if editor.flash else (config.draft, "")
         lines.append(f"draft       {draft}, scores over {threshold:.3g}{unit} are edited, grown by {config.dilation}")

@@ -28,7 +28,7 @@ from ..sampling.grid import BLOCK
 from . import stages
 from .config import BRACKET
 from .output import NativeDetail, SpecEditStats, StageClock
-from .source_size import pixels_of
+from .source_size import compositing_device, pixels_of
 from .stages import Reference, Run
 
 SIGMA = 0.6  # of the noise that the pass begins from: above, content would be decided anew
@@ -58,7 +58,7 @@ def refine(
         return NativeDetail(reason=f"the picture has {scale:.2f} pixels a side for one of the working size")
     config, steps = run.config, 0
     parts = windows(region, photo.size, working, token * BLOCK, config.feather)
-    weight = edit_weight(region, working, config.feather)
+    weight = edit_weight(region, working, config.feather, compositing_device(run.device))
     for window in parts:
         top, bottom, left, right = window.box
         box = slice(top, bottom), slice(left, right)
@@ -71,7 +71,7 @@ def refine(
             break
         steps = len(schedule) - 1
         new = composite_window(photo.array, photo.unit(decoded), weight, config.feather, window.box)
-        array[box] = _faded(array[box], new, window)
+        _put(array, new, window)
     (height, width), (top, bottom, left, right) = parts[0].size, parts[0].box
     own = math.sqrt(height * width / ((bottom - top) * (right - left)))
     return NativeDetail(
@@ -86,9 +86,18 @@ def _seen(part: Photo, window: Window, device: torch.device) -> Tensor:
     return pixels_of([picture if picture.size == size else picture.resize(size, PIL.Image.Resampling.LANCZOS)], device)
 
 
-def _faded(old: np.ndarray, new: np.ndarray, window: Window) -> np.ndarray:
-    """What a window has found, over what was there."""
-    weight = window.weight().reshape(*new.shape[:2], *(1,) * (new.ndim - 2))
+def _put(array: np.ndarray, new: np.ndarray, window: Window) -> None:
+    """What a window has found, [box's rows, columns], over what was there, in its core."""
+    (top, bottom, left, right), (first, _, start, _) = window.core, window.box
+    inside = slice(top - first, bottom - first), slice(left - start, right - start)
+    old, new = array[top:bottom, left:right], new[inside]
+    if any(window.fades):
+        new = _faded(old, new, window.weight()[inside])
+    old[...] = new
+
+
+def _faded(old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    weight = weight.reshape(*new.shape[:2], *(1,) * (new.ndim - 2))
     mixed = old + weight * (new.astype(np.float32) - old)
     mixed = np.rint(mixed).astype(new.dtype) if new.dtype.kind == "u" else mixed.astype(new.dtype)
     return np.where(weight == 1, new, np.where((weight == 0) | (old == new), old, mixed))

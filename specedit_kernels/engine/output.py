@@ -142,11 +142,13 @@ class SpecEditStats:
 
 
 def group_steps(stats: SpecEditStats) -> list[tuple[str, float, int]]:
-    """(stage, mean image tokens, count) of each run of alike steps, in order."""
+    """(stage, mean image tokens, count) of each run of alike steps, in order; detail="native", whose windows
+    differ, is one run."""
     groups: list[tuple[str, float, int]] = []
     for stage, tokens in stats.tokens_per_step():
-        if groups and groups[-1][:2] == (stage, tokens):
-            groups[-1] = (stage, tokens, groups[-1][2] + 1)
+        last, mean, count = groups[-1] if groups else ("", 0.0, 0)
+        if (last, mean) == (stage, tokens) or last == stage == "native":
+            groups[-1] = (stage, mean + (tokens - mean) / (count + 1), count + 1)
         else:
             groups.append((stage, tokens, 1))
     return groups

@@ -49,7 +49,7 @@ from .parallel import Ranks, sequence_ranks, texts_of_each
 from .run import run_stages, verify_select
 from .runner import StepRunner
 from .runner import inspect as inspect_weights
-from .source_size import as_given, photos_of, pixels_of, put_back
+from .source_size import as_given, compositing_device, photos_of, pixels_of, put_back
 from .stages import Draft, Reference, Run, Selection
 
 logger = logging.getLogger("specedit_kernels")
@@ -774,9 +774,13 @@ class SpecEditMixin(Stock):
         images, times = [], run.batch // len(call.photos[: self.EDITED])
         for i in range(run.batch):
             given, photo = call.given[i // times], call.photos[i // times]
-            array, drift = photo.array.copy(), None
             if changed[i]:
-                array, drift = put_back(photo, source[i], decoded[i], regions[i], config.feather, config.may_drift)
+                array, drift = put_back(
+                    photo, source[i], decoded[i], regions[i], config.feather, config.may_drift,
+                    compositing_device(run.device),
+                )  # fmt: skip
+            else:
+                array, drift = photo.array.copy(), None
             run.stats.drift.append(drift)
             if call.detail == "native":
                 run.clock.mark("composite")

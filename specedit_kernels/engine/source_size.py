@@ -50,24 +50,31 @@ def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tens
 
 
 def put_back(
-    photo: Photo, source: np.ndarray, decoded: np.ndarray, region: np.ndarray, feather: int, drifts: bool
-) -> tuple[np.ndarray, Drift | None]:
+    photo: Photo, source: np.ndarray, decoded: np.ndarray, region: np.ndarray, feather: int, drifts: bool,
+    device: torch.device | str = "cpu",
+) -> tuple[np.ndarray, Drift | None]:  # fmt: skip
     """(the photo's array with the edit in its region, the drift that was found where one was looked for).
 
     source, decoded: floats in [0, 1], [h, w, 3], sRGB, at the working size. region: bool [rows, columns]. drifts:
     whether the model may have moved or recoloured what it was not to edit: then the run is brought back onto the source
-    first, by the pixels outside the region; pixels that it does not show stay the source's.
+    first, by the pixels outside the region; pixels that it does not show stay the source's. device: where the
+    drift is estimated and the edit put in.
     """
     drift = None
     if drifts and not region.all():
         height, width = decoded.shape[:2]
         weight = edit_weight(region, (width, height), feather)
-        drift = estimate_drift(source, decoded, (weight > 0).numpy())
+        drift = estimate_drift(source, decoded, (weight > 0).numpy(), device)
         if drift.moved or drift.recoloured:
             decoded, seen = align(decoded, drift, (width, height))
             if not seen.all():
                 region = (edit_weight(region, (width, height), 0) > 0).numpy() & seen
-    return composite(photo.array, photo.unit(decoded), region, feather), drift
+    return composite(photo.array, photo.unit(decoded), region, feather, device=device), drift
+
+
+def compositing_device(device: torch.device) -> torch.device:
+    """Where results of a run on a device are put together: there, where it is a GPU that has float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def as_given(given: Any, photo: Photo, array: np.ndarray, output_type: str) -> Any:

@@ -74,7 +74,7 @@ def draft(
     if invert is not None:
         # in the same arithmetic, so that equal texts differ in nothing
         text, layout = run.source_text, layout_of(run.source_text, None if watched is None else TextWatch(watched))
-        [at] = run.model.timestep_conditioning(text, torch.full((1,), 1000.0, device=run.device))
+        [at] = run.model.timestep_conditioning(text, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
         against = tokens.float() - run.model.velocity(text, every, at, layout)[:, :count].float()
         run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (prediction - against).abs().mean(dim=2)

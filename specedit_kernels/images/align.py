@@ -31,6 +31,7 @@ TEXTURE = 0.006  # RMS contrast of a block, of 1, under which it says nothing
 NEAR = 0.75  # pixels of a level: blocks that depart less from the fit agree with it
 LEAST_AGREEING = 0.3  # share of the blocks with texture
 LEAST_BLOCKS = 6
+MANY_PIXELS = 2**19  # of a level: with more, blocks side by side are enough to tell which pixels agree
 COLOUR_SAMPLES = 8192
 LEAST_GAIN = 0.05  # share of the difference that an alignment has to take away to be one
 SMALLEST_MOVE = 0.2  # pixels, of the coarser picture, at its corners: less is none
@@ -160,10 +161,10 @@ class _Pyramid:
     """A picture at falling resolutions. planes[k]: luminance, fp32 [1, h, w]; factors[k]: pixels of the picture on one
     of its own. colour: fp32 [3, h, w] of the first."""
 
-    def __init__(self, array: np.ndarray):
+    def __init__(self, array: np.ndarray, device: torch.device | str = "cpu"):
         self.size = array.shape[1], array.shape[0]
         factor = max(max(self.size) // BASE_SIDE, 1)
-        self.colour = _reduced(array, factor)
+        self.colour = _reduced(array, factor).to(device)
         weights = self.colour.new_tensor([0.299, 0.587, 0.114])
         self.planes = [torch.tensordot(weights, self.colour, 1)[None]]
         self.factors = [factor]
@@ -220,7 +221,7 @@ def _warp(edited: _Pyramid, to: _Map, factor: int, size: tuple[int, int]) -> tup
     scale, shift = [a * factor / of for a in to.scale], [b / of for b in to.shift]
     width, height = size
     plane = edited.planes[k]
-    inside = [(torch.arange(n) + 0.5) * a + b for n, a, b in zip(size, scale, shift)]
+    inside = [(torch.arange(n, device=plane.device) + 0.5) * a + b for n, a, b in zip(size, scale, shift)]
     covered = [(p >= 0) & (p <= n) for p, n in zip(inside, (plane.shape[2], plane.shape[1]))]
     return resample(plane, (0, height, 0, width), scale, shift), covered[1][:, None] & covered[0]
 
@@ -234,9 +235,10 @@ def _smooth(x: Tensor, reach: int) -> Tensor:
 
 def _detail(x: Tensor) -> Tensor:
     """What is neither the finest grain (JPEG's, an autoencoder's) nor shading. [1, h, w]."""
-    kernel = x.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    y = F.pad(x[None], (2, 2, 2, 2), mode="replicate")
-    y = F.conv2d(F.conv2d(y, kernel.view(1, 1, 1, 5)), kernel.view(1, 1, 5, 1))[0]
+    y = F.pad(x, (2, 2, 2, 2), mode="replicate")
+    for axis in (1, 2):  # by sums: a convolution of one channel takes a CPU three times as long
+        a, b, c, d, e = (y.narrow(axis, i, y.shape[axis] - 4) for i in range(5))
+        y = (a + e).add_(b + d, alpha=4).add_(c, alpha=6).div_(16)
     return y - _smooth(y, 8)
 
 
@@ -250,7 +252,7 @@ def _correlate(source: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
     cross = a.conj() * b
     size = cross.abs()
     # rows and columns of little power say nothing of a shift; fine ones little
-    fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)
+    fy, fx = torch.fft.fftfreq(h, device=size.device)[:, None], torch.fft.rfftfreq(w, device=size.device)
     low = torch.exp(-(fx**2 + fy**2) / (2 * 0.2**2))
     floor = 0.1 * size.mean(dim=(-2, -1), keepdim=True) + 1e-12
     phase = cross / (size + floor) * low
@@ -262,7 +264,7 @@ def _correlate(source: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
     near = torch.roll(surface, (reach_y, reach_x), (-2, -1))[:, : 2 * reach_y + 1, : 2 * reach_x + 1]
     peak, at = near.reshape(n, -1).max(dim=1)
     row, column = at // near.shape[2], at % near.shape[2]
-    padded, every = F.pad(near, (1, 1, 1, 1)), torch.arange(n)
+    padded, every = F.pad(near, (1, 1, 1, 1)), torch.arange(n, device=size.device)
     middle = padded[every, row + 1, column + 1]
 
     def vertex(before: Tensor, after: Tensor) -> Tensor:
@@ -274,11 +276,11 @@ def _correlate(source: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([dx, dy], dim=1), peak / unit
 
 
-def _window(h: int, w: int, flat: float) -> Tensor:
+def _window(h: int, w: int, flat: float, device: torch.device) -> Tensor:
     """1 in the middle, to 0 at the borders; flat: share of a side that is 1."""
 
     def line(n: int) -> Tensor:
-        edge = (torch.arange(n) + 0.5) / n
+        edge = (torch.arange(n, device=device) + 0.5) / n
         edge = torch.minimum(edge, 1 - edge) * 2 / (1 - flat)
         return torch.sin(edge.clamp(max=1) * math.pi / 2) ** 2
 
@@ -288,24 +290,26 @@ def _window(h: int, w: int, flat: float) -> Tensor:
 @dataclass(frozen=True)
 class _Blocks:
     """Blocks of one level. at: their middles, [n, 2]; move: displacements, [n, 2]; both (x, y), pixels of the source.
-    peak: [n], of the correlation."""
+    peak: [n], of the correlation. reach: half a block's side, pixels of the source. On the host."""
 
     at: Tensor
     move: Tensor
     peak: Tensor
     factor: int
+    reach: float
 
     def __len__(self) -> int:
         return len(self.at)
 
 
-def _blocks(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: int) -> _Blocks:
-    """Displacements of the blocks with texture. source: `_detail` of the level, [1, h, w]; usable: bool [h, w]."""
+def _blocks(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: int, apart: bool = False) -> _Blocks:
+    """Displacements of the blocks with texture. source: `_detail` of the level, [1, h, w]; usable: bool [h, w]. apart:
+    side by side; else each covers half of the next."""
     h, w = source.shape[-2:]
     size = min(BLOCK, h, w)
     warped, covered = _warp(edited, to, factor, (w, h))
     warped = _detail(warped)
-    step = size // 2
+    step = size if apart else size // 2
     pairs = torch.cat([source, warped, (usable & covered).float()[None]])
     cut = pairs.unfold(1, size, step).unfold(2, size, step)
     rows, columns = cut.shape[1:3]
@@ -313,12 +317,27 @@ def _blocks(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     at = (torch.stack([x.flatten(), y.flatten()], dim=1) * step + size / 2) * factor
     keep = (cut[0].square().mean(dim=(1, 2)).sqrt() > TEXTURE) & (cut[2].mean(dim=(1, 2)) > 0.75)
-    if not keep.any():  # MKL transforms no empty batch
-        return _Blocks(at[keep], at[keep], at[keep, 0], factor)
+    at = at[keep.cpu()]
+    if not len(at):  # MKL transforms no empty batch
+        return _Blocks(at, at, at[:, 0], factor, size / 2 * factor)
     source, warped = cut[0, keep], cut[1, keep]
-    window = _window(size, size, 0.2)
+    window = _window(size, size, 0.2, keep.device)
     move, peak = _correlate(source * window, warped * window)
-    return _Blocks(at[keep], move * factor, peak, factor)
+    return _Blocks(at, move.cpu() * factor, peak.cpu(), factor, size / 2 * factor)
+
+
+def _within(at: Tensor, reach: float, factor: int, like: Tensor) -> Tensor:
+    """bool [h, w] of a level, as `like`: pixels of blocks whose middles are at [n, 2], pixels of the source."""
+    h, w = like.shape
+    # corners of each block; sums over rows and columns fill it
+    corners = torch.zeros(h + 1, w + 1, dtype=torch.int32)
+    (x0, x1), (y0, y1) = (
+        [((at[:, axis] + way * reach) / factor).round().long().clamp(0, side) for way in (-1, 1)]
+        for axis, side in enumerate((w, h))
+    )
+    for y, x, sign in ((y0, x0, 1), (y1, x1, 1), (y0, x1, -1), (y1, x0, -1)):
+        corners.index_put_((y, x), torch.full((len(at),), sign, dtype=torch.int32), accumulate=True)
+    return (corners.cumsum(0).cumsum(1)[:h, :w] > 0).to(like.device)
 
 
 def _consensus(blocks: _Blocks, size: tuple[int, int], near: float) -> tuple[Tensor, tuple, tuple]:
@@ -367,7 +386,8 @@ def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
     source: `_detail` of the level, [1, h, w]; usable: bool [h, w].
     """
     h, w = source.shape[-2:]
-    x, y = torch.arange(w).float() / w - 0.5, (torch.arange(h).float() / h - 0.5)[:, None]
+    x, y = (torch.arange(n, dtype=torch.float32, device=source.device) / n - 0.5 for n in (w, h))
+    y = y[:, None]
     for _ in range(iterations):
         warped, covered = _warp(edited, to, factor, (w, h))
         warped = _detail(warped)
@@ -382,7 +402,8 @@ def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
         weight = ok / (1 + energy[0] / (0.25 * energy[1] + 1e-5)).square()
         rows = torch.stack([gx, gx * x, gy, gy * y, warped[0]]).reshape(5, -1)
         weighted = rows * weight.reshape(-1)
-        normal, right = (weighted @ rows.T).double(), (weighted @ off.reshape(-1)).double()
+        both = (weighted @ torch.cat([rows, off.reshape(1, -1)]).T).double().cpu()
+        normal, right = both[:, :5], both[:, 5]
         ridge = torch.diag(normal.diagonal() * 1e-6 + 1e-9)
         tx, mx, ty, my, _ = torch.linalg.solve(normal + ridge, right).tolist()
         limit = [max(-2.0, min(2.0, t)) for t in (tx, ty)]
@@ -400,7 +421,7 @@ def _refine(source: Tensor, usable: Tensor, edited: _Pyramid, to: _Map, factor: 
 def _coarse(source: Tensor, usable: Tensor, edited: _Pyramid, factor: int, plain: list[_Map]) -> list[_Map]:
     """Placements and zooms with the best shift of each, the likeliest first."""
     h, w = source.shape[-2:]
-    window = _window(h, w, 0.5)
+    window = _window(h, w, 0.5, source.device)
     middle = (w * factor / 2, h * factor / 2)
     found = []
     for start in plain:
@@ -416,12 +437,15 @@ def _coarse(source: Tensor, usable: Tensor, edited: _Pyramid, factor: int, plain
     return [to for _, to in found]
 
 
-def estimate_drift(source: np.ndarray, edited: np.ndarray, exclude: np.ndarray | None = None) -> Drift:
+def estimate_drift(
+    source: np.ndarray, edited: np.ndarray, exclude: np.ndarray | None = None, device: torch.device | str = "cpu"
+) -> Drift:
     """The drift of an edited picture against its source, estimated from the pixels that the edit left alone.
 
     source, edited: [height, width, 3], uint8, uint16, or floats in [0, 1]; their sizes may differ, and their aspects
     (a crop or a border is found where the content is not zoomed by more than 6 % against a fit to either side).
-    exclude: bool [any height, any width] over the whole source, true where it is known to be edited.
+    exclude: bool [any height, any width] over the whole source, true where it is known to be edited. device: where it
+    is computed.
 
     ValueError or TypeError for other shapes and kinds. Nothing is refused for its content: see `Drift.found`.
     """
@@ -437,20 +461,21 @@ def estimate_drift(source: np.ndarray, edited: np.ndarray, exclude: np.ndarray |
     if min(*sizes[0], *sizes[1]) < BLOCK:
         return nothing
     with torch.no_grad():
-        return _estimate(_Pyramid(source), _Pyramid(edited), exclude, nothing)
+        return _estimate(_Pyramid(source, device), _Pyramid(edited, device), exclude, nothing)
 
 
-def _usable(exclude: np.ndarray | None, h: int, w: int) -> Tensor:
+def _usable(exclude: Tensor | None, like: Tensor) -> Tensor:
+    """bool [h, w] of a plane [.., h, w]. exclude: [1, 1, any, any], over 0 where it is to be left out."""
     if exclude is None:
-        return torch.ones(h, w, dtype=torch.bool)
-    covered = F.adaptive_max_pool2d(torch.from_numpy(exclude).float()[None, None], (h, w))
-    return covered[0, 0] == 0
+        return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device)
+    return F.adaptive_max_pool2d(exclude, like.shape[-2:])[0, 0] == 0
 
 
 def _estimate(source: _Pyramid, edited: _Pyramid, exclude: np.ndarray | None, nothing: Drift) -> Drift:
     size = source.size
     details = [_detail(p) for p in source.planes]
-    usable = [_usable(exclude, *p.shape[-2:]) for p in source.planes]
+    covered = None if exclude is None else torch.from_numpy(exclude).to(source.colour.device).float()[None, None]
+    usable = [_usable(covered, p) for p in source.planes]
     last = len(source) - 1
     plain = _placements(size, edited.size)
     best: tuple[int, _Map] | None = None
@@ -468,8 +493,16 @@ def _estimate(source: _Pyramid, edited: _Pyramid, exclude: np.ndarray | None, no
     if int(inside.sum()) < LEAST_BLOCKS:
         return nothing
     to = to.then(first, slope)
+    voters = usable
     for level in range(middle, -1, -1):
-        to = _refine(details[level], usable[level], edited, to, source.factors[level], 3 if level else 2)
+        to = _refine(details[level], voters[level], edited, to, source.factors[level], 3 if level else 2)
+        # what an editor moved by itself has no vote from here on: it pulls the fit by up to some pixels
+        many = details[level].numel() > MANY_PIXELS
+        blocks = _blocks(details[level], usable[level], edited, to, source.factors[level], many)
+        near = blocks.move.square().sum(dim=1).sqrt() < NEAR / 2 * blocks.factor
+        if int(near.sum()) >= max(LEAST_AGREEING * len(blocks), LEAST_BLOCKS):
+            voters = [u & _within(blocks.at[near], blocks.reach, f, u) for u, f in zip(usable, source.factors)]
+    to = _refine(details[0], voters[0], edited, to, source.factors[0], 2)
     blocks = _blocks(details[middle], usable[middle], edited, to, source.factors[middle])
     off = blocks.move.square().sum(dim=1).sqrt()
     agree = off < NEAR * blocks.factor
@@ -513,7 +546,8 @@ def _colours(source: _Pyramid, edited: _Pyramid, to: _Map, usable: Tensor, seen:
     shift = [b / edited.factors[0] for b in to.shift]
     warped = resample(edited.colour, (0, h, 0, w), scale, shift)
     _, covered = _warp(edited, to, factor, (w, h))
-    ok = usable & covered
+    # the rest is little, and reads a number in each turn
+    reduced, warped, ok = reduced.cpu(), warped.cpu(), (usable & covered).cpu()
     first = torch.zeros_like(ok)
     reach = BLOCK // 2
     for x, y in (seen / factor).round().long().tolist():

@@ -10,21 +10,22 @@ from torch import Tensor
 
 from .resample import resample
 
-TILE = 512  # pixels a side: what is computed at once
+# Pixels a side of what is computed at once: on a CPU, for little memory; on a GPU, for few launches.
+TILE, DEVICE_TILE = 512, 2048
 RING = 16  # pixels of the working size beyond the feather that are compared with the source
 CELL = 4  # of which means are taken: finer differences are detail
 LARGEST_OFFSET = 0.12
 GREY = (0.299, 0.587, 0.114)  # as Pillow makes L of RGB
 
 
-def edit_weight(region: np.ndarray, size: tuple[int, int], feather: int) -> Tensor:
+def edit_weight(region: np.ndarray, size: tuple[int, int], feather: int, device: torch.device | str = "cpu") -> Tensor:
     """Weight of the edit at each pixel of the working size: fp32 [h, w], 1 in the region, 0 from `feather` pixels off.
 
     region: bool [rows, columns], of any size, or floats in [0, 1] [h, w]; over the whole picture. size: (w, h). The
     seam falls linearly, outside the region.
     """
     width, height = size
-    values = torch.from_numpy(np.ascontiguousarray(region, dtype=np.float32))[None, None]
+    values = torch.from_numpy(np.ascontiguousarray(region, dtype=np.float32))[None, None].to(device)
     mask = F.interpolate(values, size=(height, width), mode="nearest-exact")
     radius = feather // 2
     if radius == 0:
@@ -43,8 +44,10 @@ def _tile_weight(weight: Tensor, window: tuple[int, int, int, int], size: tuple[
     """The weight on a window (top, bottom, left, right) of the source's grid: bilinear, or hard at cells' borders."""
     h, w = weight.shape
     top, bottom, left, right = window
-    y = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * (h / size[1])
-    x = (torch.arange(left, right, dtype=torch.float64) + 0.5) * (w / size[0])
+    y, x = (
+        (torch.arange(*ends, dtype=torch.float64, device=weight.device) + 0.5) * times
+        for ends, times in (((top, bottom), h / size[1]), ((left, right), w / size[0]))
+    )
     if hard:
         return weight[y.long().clamp(max=h - 1)][:, x.long().clamp(max=w - 1)]
     y0, x0 = ((p - 0.5).clamp(0, n - 1) for p, n in ((y, h), (x, w)))
@@ -76,7 +79,7 @@ def _grown(mask: Tensor, reach: int) -> Tensor:
         count = mask.shape[axis]
         # how many lie before each place
         sums = F.pad(mask.int().cumsum(axis).movedim(axis, 0), (0, 0, 1, 0))
-        at = torch.arange(count)
+        at = torch.arange(count, device=mask.device)
         found = sums[(at + reach + 1).clamp(max=count)] - sums[(at - reach).clamp(min=0)]
         mask = found.movedim(0, axis) > 0
     return mask
@@ -94,7 +97,7 @@ def _seam_offset(source: np.ndarray, colours: int, planes: Tensor, weight: Tenso
         return out
     (top, bottom), (left, right) = ((int(i.min()), int(i.max()) + 1) for i in near.nonzero().T)
     scale = source.shape[1] / w, source.shape[0] / h
-    small = _brought_down(source, colours, (top, bottom, left, right), scale)
+    small = _brought_down(source, colours, (top, bottom, left, right), scale, planes.device)
     box = slice(None), slice(top, bottom), slice(left, right)
     off = small - planes[box]
     # where the two differ by more, the edit goes on outside its region
@@ -108,20 +111,37 @@ def _seam_offset(source: np.ndarray, colours: int, planes: Tensor, weight: Tenso
     return out
 
 
-def _brought_down(source: np.ndarray, colours: int, window: tuple, scale: tuple[float, float]) -> Tensor:
+def _brought_down(
+    source: np.ndarray, colours: int, window: tuple, scale: tuple[float, float], device: torch.device
+) -> Tensor:
     """A window of the source at the working size, fp32 [colours, rows, columns] in [0, 1]."""
-    height = source.shape[0]
     view = source[..., None] if source.ndim == 2 else source
-    parts = []
-    for r in range(window[0], window[1], 32):  # strips, for the whole may be large
-        until = min(r + 32, window[1])
-        margin = 3 * max(scale[1], 1) + 1
-        low, high = max(int(r * scale[1] - margin), 0), min(int(until * scale[1] + margin) + 1, height)
-        lines = view[low:high, :, :colours].astype(np.float32) / np.float32(_top(source.dtype))
-        lines = torch.from_numpy(np.nan_to_num(lines)).permute(2, 0, 1).contiguous()
-        shift = (0.0, r * scale[1] - low)
-        parts.append(resample(lines, (0, until - r, window[2], window[3]), scale, shift))
+
+    def seen(start: int, stop: int, times: float, side: int) -> slice:
+        margin = 3 * max(times, 1) + 1
+        return slice(max(int(start * times - margin), 0), min(int(stop * times + margin) + 1, side))
+
+    columns = seen(window[2], window[3], scale[0], source.shape[1])
+    parts, strip = [], 32 if device.type == "cpu" else DEVICE_TILE  # strips, for the whole may be large
+    for r in range(window[0], window[1], strip):
+        until = min(r + strip, window[1])
+        rows = seen(r, until, scale[1], source.shape[0])
+        lines = _levels(_bits(view[rows, columns, :colours], device)).float() / _top(source.dtype)
+        lines = torch.nan_to_num(lines).permute(2, 0, 1).contiguous()
+        shift = window[2] * scale[0] - columns.start, r * scale[1] - rows.start
+        parts.append(resample(lines, (0, until - r, 0, window[3] - window[2]), scale, shift))
     return torch.cat(parts, dim=1)
+
+
+def _bits(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device; uint16 as int16 with the same bits, for torch computes little with uint16."""
+    values = np.ascontiguousarray(values)
+    return torch.from_numpy(values.view(np.int16) if values.dtype == np.uint16 else values).to(device)
+
+
+def _levels(bits: Tensor) -> Tensor:
+    """The numbers of `_bits`."""
+    return bits.int() & 0xFFFF if bits.dtype == torch.int16 else bits
 
 
 def _top(dtype: np.dtype) -> float:
@@ -157,8 +177,9 @@ def _check(source: np.ndarray, edited: np.ndarray, region: np.ndarray, feather: 
 
 
 def composite(
-    source: np.ndarray, edited: np.ndarray, region: np.ndarray, feather: int = 8, match: bool = True
-) -> np.ndarray:
+    source: np.ndarray, edited: np.ndarray, region: np.ndarray, feather: int = 8, match: bool = True,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:  # fmt: skip
     """The source with the edit in its region: a new array of the source's shape and dtype.
 
     source: uint8, uint16 or floats in [0, 1]; [H, W] or [H, W, 1] grey, [H, W, 2] grey and alpha, [H, W, 3] RGB, [H, W,
@@ -166,7 +187,7 @@ def composite(
     size.
     region: bool [rows, columns], a token grid, or floats in [0, 1], any size; over the whole picture. feather: width of
     the seam in pixels of the working size, outside the region. match: add to the edit what it lacks in brightness and
-    colour against the source around the region, smoothly.
+    colour against the source around the region, smoothly. device: where it is computed.
 
     A pixel of weight 0 is the source's, bit for bit; one of weight 1 is the edit's, brought up by Lanczos. Between
     them the two are mixed as they are coded (gamma). In linear light the seam's PSNR to exact targets is the same
@@ -174,15 +195,16 @@ def composite(
     with FLUX.2's tiny autoencoder (two photographs of a megapixel). There `match` adds .8 dB, 1.0 where the edit
     has a cast of 3 %; with the first, which blurs more, 0 and .06.
 
-    Works in tiles, and on those alone where the weight is not 0: memory is two times the source and little more.
+    Works in tiles, and on those alone where the weight is not 0: memory is two times the source and little more, on a
+    GPU a tile's.
 
     ValueError or TypeError for other shapes, kinds and ranges.
     """
     _check(source, edited, region, feather)
     height, width = source.shape[:2]
     h, w = edited.shape[:2]
-    weight = edit_weight(region, (w, h), feather)
-    planes, colours = _planes(source, edited)
+    weight = edit_weight(region, (w, h), feather, device)
+    planes, colours = _planes(source, edited, weight.device)
     if match:
         planes += _seam_offset(source, colours, planes, weight, feather)
     hard = feather < 2 and region.dtype == bool
@@ -199,28 +221,28 @@ def composite_window(
     """`composite` of a part of the source alone: the new array of that part.
 
     edited: floats in [0, 1], [h, w, 3], of the part, of any size. weight: `edit_weight` of a token grid over the whole
-    source and the same feather. box: (top, bottom, left, right) in the source.
+    source and the same feather; where it is, the part is computed. box: (top, bottom, left, right) in the source.
     """
     height, width = source.shape[:2]
     top, bottom, left, right = box
     share = _tile_weight(weight, box, (width, height), feather < 2)
     part = source[top:bottom, left:right]
-    planes, colours = _planes(part, edited)
+    planes, colours = _planes(part, edited, weight.device)
     near = F.interpolate(share[None, None], size=planes.shape[-2:], mode="nearest-exact")[0, 0]
     reach = round(feather * planes.shape[-1] / (right - left) * width / weight.shape[1])
     planes += _seam_offset(part, colours, planes, near, reach)
     out = part.copy()
-    rows, columns = part.shape[:2]
-    for r in range(0, rows, TILE):
-        for c in range(0, columns, TILE):
-            window = r, min(r + TILE, rows), c, min(c + TILE, columns)
+    (rows, columns), tile = part.shape[:2], _tile(weight)
+    for r in range(0, rows, tile):
+        for c in range(0, columns, tile):
+            window = r, min(r + tile, rows), c, min(c + tile, columns)
             _mix(out, planes, window, share[window[0] : window[1], window[2] : window[3]])
     return out
 
 
-def _planes(source: np.ndarray, edited: np.ndarray) -> tuple[Tensor, int]:
+def _planes(source: np.ndarray, edited: np.ndarray, device: torch.device) -> tuple[Tensor, int]:
     """(the edited picture as fp32 [C, h, w] with the source's colours, how many those are)."""
-    planes = torch.from_numpy(np.ascontiguousarray(edited, dtype=np.float32)).permute(2, 0, 1).contiguous()
+    planes = torch.from_numpy(np.ascontiguousarray(edited, dtype=np.float32)).to(device).permute(2, 0, 1).contiguous()
     colours = 1 if source.ndim == 2 else source.shape[2] - (source.shape[2] in (2, 4))
     if colours == 1:
         planes = torch.tensordot(planes.new_tensor(GREY), planes, 1)[None]
@@ -233,26 +255,30 @@ def _mix(out: np.ndarray, planes: Tensor, window: tuple[int, int, int, int], sha
         return
     (h, w), (height, width) = planes.shape[-2:], out.shape[:2]
     top, bottom, left, right = window
-    fresh = resample(planes, window, (w / width, h / height)).clamp_(0, 1).permute(1, 2, 0).numpy() * _top(out.dtype)
+    fresh = resample(planes, window, (w / width, h / height)).clamp_(0, 1).mul_(_top(out.dtype)).permute(1, 2, 0)
     view = (out[..., None] if out.ndim == 2 else out)[top:bottom, left:right, : planes.shape[0]]
-    weight = share[..., None].numpy()
-    mixed = np.where(weight == 1, fresh, weight * fresh + (1 - weight) * view)
+    old, weight = _bits(view, planes.device), share[..., None]
+    mixed = torch.where(weight == 1, fresh, weight * fresh + (1 - weight) * _levels(old))
     if out.dtype.kind == "u":
-        mixed = np.rint(mixed)
-    view[...] = np.where(weight == 0, view, mixed.astype(out.dtype))
+        mixed = mixed.round_().int()
+    view[...] = torch.where(weight == 0, old, mixed.to(old.dtype)).cpu().numpy().view(out.dtype)
+
+
+def _tile(x: Tensor) -> int:
+    return TILE if x.device.type == "cpu" else DEVICE_TILE
 
 
 def _tiles(weight: Tensor, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
     """Windows (top, bottom, left, right) of the source's grid in which a weight may differ from 0."""
     h, w = weight.shape
-    width, height = size
+    (width, height), tile = size, _tile(weight)
     found = []
-    for top in range(0, height, TILE):
-        bottom = min(top + TILE, height)
+    for top in range(0, height, tile):
+        bottom = min(top + tile, height)
         # one row more on each side: bilinear weights look there
         rows = weight[max(int(top * h / height) - 1, 0) : int(bottom * h / height) + 2]
-        for left in range(0, width, TILE):
-            right = min(left + TILE, width)
+        for left in range(0, width, tile):
+            right = min(left + tile, width)
             part = rows[:, max(int(left * w / width) - 1, 0) : int(right * w / width) + 2]
             if part.any():
                 found.append((top, bottom, left, right))

@@ -12,22 +12,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRIP = 64  # outputs of one matrix product: its matrix is a band, so wider strips multiply by more zeros
+# Outputs of one matrix product. Its matrix is a band, so wider strips multiply by more zeros; a GPU wants few products.
+STRIP, DEVICE_STRIP = 64, 1024
 
 
 def _lanczos(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-def _weights(start: int, stop: int, scale: float, shift: float, size: int) -> tuple[int, int, Tensor]:
-    """Of outputs start to stop: (first input, input after the last, weights fp32 [stop - start, inputs])."""
+def _weights(
+    start: int, stop: int, scale: float, shift: float, size: int, strip: int, device: torch.device
+) -> list[tuple[int, int, Tensor]]:
+    """Of outputs start to stop, a strip after another: (first input, input after the last, weights fp32 [strip,
+    inputs]), on a device."""
     at = np.clip((np.arange(start, stop) + 0.5) * scale + shift, 0.0, size)
     stretch = max(scale, 1.0)
-    low = max(int(np.floor(at.min() - 3 * stretch)), 0)
-    high = min(int(np.ceil(at.max() + 3 * stretch)), size)
-    weights = _lanczos((np.arange(low, high)[None] + 0.5 - at[:, None]) / stretch)
+    low = np.maximum(np.floor(at - 3 * stretch).astype(np.int64), 0)
+    high = np.minimum(np.ceil(at + 3 * stretch).astype(np.int64), size)
+    # of each output the inputs that it sees, and no more
+    inputs = low[:, None] + np.arange((high - low).max())
+    weights = np.where(inputs < high[:, None], _lanczos((inputs + 0.5 - at[:, None]) / stretch), 0.0)
     weights /= weights.sum(axis=1, keepdims=True)
-    return low, high, torch.from_numpy(weights.astype(np.float32))
+    found = []
+    for i in range(0, stop - start, strip):
+        part = slice(i, i + strip)
+        first, last = int(low[part].min()), int(high[part].max())
+        band = np.zeros((len(at[part]), last - first), np.float32)
+        seen = inputs[part] < high[part, None]
+        band[np.nonzero(seen)[0], inputs[part][seen] - first] = weights[part][seen]
+        found.append((first, last, torch.from_numpy(band).to(device)))
+    return found
 
 
 def resample(
@@ -54,13 +68,16 @@ def resample(
         and right + x <= columns
     ):
         return planes[:, top + int(y) : bottom + int(y), left + int(x) : right + int(x)].clone()
-    strips = [_weights(c, min(c + STRIP, right), scale[0], shift[0], columns) for c in range(left, right, STRIP)]
-    first, last = min(s[0] for s in strips), max(s[1] for s in strips)
+    strip = STRIP if planes.device.type == "cpu" else DEVICE_STRIP
+    across = _weights(left, right, scale[0], shift[0], columns, strip, planes.device)
+    first, last = min(s[0] for s in across), max(s[1] for s in across)
     out = planes.new_empty(planes.shape[0], bottom - top, right - left)
-    for r in range(top, bottom, STRIP):
-        low, high, weights = _weights(r, min(r + STRIP, bottom), scale[1], shift[1], rows)
-        lines = torch.matmul(weights, planes[:, low:high, first:last])
-        for c, (a, b, across) in zip(range(left, right, STRIP), strips):
-            part = lines[..., a - first : b - first] @ across.T
-            out[:, r - top : r - top + len(weights), c - left : c - left + len(across)] = part
+    r = 0
+    for low, high, down in _weights(top, bottom, scale[1], shift[1], rows, strip, planes.device):
+        lines = torch.matmul(down, planes[:, low:high, first:last])
+        c = 0
+        for a, b, weights in across:
+            out[:, r : r + len(down), c : c + len(weights)] = lines[..., a - first : b - first] @ weights.T
+            c += len(weights)
+        r += len(down)
     return out
