@@ -140,7 +140,7 @@ class Bench:
     """Rows of one process."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, torch.empty(0, device=args.device).device  # with an index
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe = build(args.tiny, self.device, self.dtype)
         self.is_compiled = False
