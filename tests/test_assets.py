@@ -43,6 +43,7 @@ def test_size(model):
     assert max(sizes.values()) <= 15_000_000
 
 
+@pytest.mark.slow
 def test_it_is_a_kontext(pipe):
     assert pipe.vae.config.latent_channels == 16 and pipe.vae_scale_factor == 8
     assert pipe.transformer.config.in_channels == 64 and pipe.transformer.config.guidance_embeds

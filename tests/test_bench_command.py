@@ -204,6 +204,7 @@ def test_a_stock_cell_is_the_stock_call(pipe, edits):
     assert not pipe.transformer._forward_hooks and not pipe.transformer._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_a_cell_of_ours_keeps_the_rest(pipe, edits):
     work = Bench(pipe, SETTINGS, seed=5)
     source = work.source(edits[0])
@@ -216,6 +217,7 @@ def test_a_cell_of_ours_keeps_the_rest(pipe, edits):
     assert not [x for x in pipe.transformer.attn_processors.values() if "SpecEdit" in type(x).__name__]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_every_registered_model_runs_both(name, tmp_path, edits, monkeypatch):
     """The calls' arguments fit each stock pipeline and ours; the same noise, size and pixels go into both."""
@@ -238,6 +240,7 @@ def test_every_registered_model_runs_both(name, tmp_path, edits, monkeypatch):
     assert ours["psnr"] > 0 and -1 <= ours["ssim"] < 1 and 0 < ours["features"] <= 4
 
 
+@pytest.mark.slow
 def test_steps_that_the_stock_call_cannot_take_are_its_own(monkeypatch, edits):
     """Qwen's call works at a megapixel alone: rows of a smaller folder are the stock pipeline's bits all the same."""
     pipe, call = TINY["QwenImageEditPipeline"](monkeypatch)
@@ -434,6 +437,7 @@ def test_compiled_rows_are_compiled(edits, monkeypatch):
     assert difference.max() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, expected", [
     (["--minutes", "-1"], "--minutes: expected a number of 0 or more, got -1"),
     (["--steps", "0"], "--steps: expected at least 1, got 0"),

@@ -45,6 +45,7 @@ def test_it_is_nearer_to_whole_steps_than_stale_keys(flux):
     assert (between - whole).abs().mean() < 0.7 * (stale - whole).abs().mean()
 
 
+@pytest.mark.slow
 def test_two_whole_passes_and_active_steps(flux):
     stats = edit(flux, kv_refresh="bracket").stats
     assert [s.stage for s in stats.steps] == ["coarse", "mixed", "bracket", "active", "active", "active", "active"]

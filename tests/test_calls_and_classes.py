@@ -288,6 +288,7 @@ def test_a_folder_that_lacks_something_is_not_loaded(plain, tmp_path):
         SpecEditFluxKontextPipeline.from_pretrained(tmp_path, transformer=plain.transformer)
 
 
+@pytest.mark.slow
 def test_a_tensor_too_many_is_left_out_and_said(plain, tmp_path, caplog):
     plain.save_pretrained(tmp_path)
     path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"

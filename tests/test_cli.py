@@ -156,6 +156,7 @@ def test_settings_of_a_folder(tmp_path):
     assert models.model_settings(tmp_path, plus, 3.0)["true_cfg_scale"] == 3.0
 
 
+@pytest.mark.slow
 def test_edit_says_when_nothing_changes(capsys, tmp_path, model, source):
     out = tmp_path / "same.png"
     options = ("--model", model, "--device", "cpu", "--threshold", 4, "--draft", "quarter")
@@ -167,6 +168,7 @@ def test_edit_says_when_nothing_changes(capsys, tmp_path, model, source):
         assert (np.array(PIL.Image.open(out)) == np.array(expected)).all()
 
 
+@pytest.mark.slow
 def test_edit_at_the_working_size(capsys, tmp_path, model, source):
     out = tmp_path / "edited.png"
     options = ("--model", model, "--device", "cpu", "--mask", half(tmp_path), "--output-size", "working")
@@ -178,6 +180,7 @@ def test_edit_at_the_working_size(capsys, tmp_path, model, source):
     assert not (np.array(edited)[:, :64] == expected[:, :64]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels, kind, profile", [
     (1, np.uint8, False), (2, np.uint16, False), (3, np.uint16, True), (4, np.uint8, True), (4, np.uint16, False),
 ], ids=str)  # fmt: skip
@@ -200,6 +203,7 @@ def test_outside_the_edit_every_bit_is_the_sources(capsys, tmp_path, model, chan
         assert np.array_equal(found.alpha, array[..., -1])
 
 
+@pytest.mark.slow
 def test_mask_finds_what_changed(capsys, tmp_path, model, source):
     picture = PIL.Image.open(source)
     edited = tmp_path / "edited.jpg"
@@ -217,6 +221,7 @@ def test_mask_finds_what_changed(capsys, tmp_path, model, source):
     assert "texture     fine detail 1.00 of the source's" in text and "over twice in 0.0 %" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, low, high", [("blurred", 0, 0.5), ("sharpened", 1.5, 9), ("flat", None, None)])
 def test_mask_tells_texture(capsys, tmp_path, model, kind, low, high):
     from PIL import ImageFilter
@@ -299,6 +304,7 @@ def test_mask_undoes_a_drift(capsys, tmp_path, model):
     assert marked(run_on(linear, "--no-align", icc_profile=LINEAR)) == 0 < marked(run_on(linear, "--no-align"))
 
 
+@pytest.mark.slow
 def test_mask_takes_a_tiny_autoencoders_files(capsys, tmp_path, source):
     """Weights of random values in the structure of FLUX.2's tiny autoencoder."""
     import torch
@@ -605,6 +611,7 @@ def test_a_component_that_is_gone(capsys, copy, source, part):
     assert f"has no {part}\n" in edit_fails(capsys, copy, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_that_are_not_the_models(capsys, copy, source, part):
     whole = sorted((copy / part).glob("*.safetensors"))[0].read_bytes()
@@ -663,6 +670,7 @@ def test_errors_of_the_run_are_one_line(capsys, copy, source):
     assert "scheduler: base_shift is nan" in edit_fails(capsys, copy, source)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_cut_is_said(capsys, tmp_path, model, source):
     options = ("-o", tmp_path / "o.png", "--model", model, "--device", "cpu", "--mask", half(tmp_path), "--steps", 4)
     code, text, _ = run(capsys, "edit", source, "add a hat " * 40, *options)
@@ -738,6 +746,7 @@ def test_a_folder_of_pictures(capsys, tmp_path, model, many, monkeypatch):
     assert "3 of 3 pictures" in run(capsys, "edit", many, "add a cat", *options)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_list_of_pictures(capsys, tmp_path, model, many, kind):
     rows = [{"image": "a.png", "instruction": "add a hat", "seed": 1, "output": "hat.tif"},
@@ -852,6 +861,7 @@ def test_places_are_tried_before_the_work(capsys, tmp_path, model, source):
     assert not (tmp_path / "mask.png").exists()
 
 
+@pytest.mark.slow
 def test_long_names_and_links_are_written(capsys, tmp_path, model, source):
     options = ("--model", model, "--device", "cpu", "--steps", 4, "--mask", half(tmp_path))
     (tmp_path / "far").mkdir()

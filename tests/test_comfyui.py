@@ -428,6 +428,7 @@ def test_sample_gives_the_mask(comfy):
         nodes["SpecEditSample"].execute(edit.noise, edit.guider(), object(), sigmas, {"samples": edit.noise})
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_mask_from_two_images(comfy):
     node = nodes_of(comfy)["SpecEditMask"]

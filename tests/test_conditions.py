@@ -144,6 +144,7 @@ def test_a_condition_is_right_applied_and_restored(bench, without, name, family)
     assert type(pipe) is kind and torch.equal(stock(pipe), expected)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_applied(bench, tmp_path):
     """A file written with the gguf package, loaded as diffusers loads them."""
     gguf = pytest.importorskip("gguf")
@@ -411,6 +412,7 @@ def test_joined_projections_with_adapters_are_one_product(bench, monkeypatch):
     assert _diffusers.low_rank_parts(layer)[0] is layer.base_layer
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("joined", [False, True])
 def test_adapters_are_added_in_few_products(bench, joined, monkeypatch):
@@ -494,6 +496,7 @@ def test_fused_steps_bring_a_model_in(family):
         assert torch.equal(edit(pipe).images, edit(plain).images)
 
 
+@pytest.mark.slow
 def test_cast_layers_of_a_moved_model():
     """Layerwise casting with model offloading: the recipe for a card of 16 GB."""
     pipes = [make(), make()]
@@ -509,6 +512,7 @@ def test_cast_layers_of_a_moved_model():
         assert away(moved.images, plain.images) < 1e-5 < away(plain.images, bare)
 
 
+@pytest.mark.slow
 def test_graphs_of_a_moved_model_are_of_where_it_lies(monkeypatch):
     from test_runner import Replayed
 

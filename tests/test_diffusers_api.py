@@ -108,6 +108,7 @@ def test_no_other_file_touches_what_is_not_documented():
 FLOATS = ("zeros", "ones", "full", "rand", "randn", "empty", "tensor", "linspace", "eye", "normal", "scalar_tensor")
 
 
+@pytest.mark.slow
 def test_no_tensor_of_numbers_is_made_without_a_dtype():
     """torch.set_default_dtype is the user's: what a file makes by it has another type in his program."""
     folder, found = Path(specedit_kernels.__file__).parent, []

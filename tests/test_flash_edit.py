@@ -267,6 +267,7 @@ def test_preserve_keeps_the_pixels_of_the_source(pipe):
     assert (array[:, 64 + 8 :] == source[:, 64 + 8 :]).all() and not (array[:, :64] == source[:, :64]).all()
 
 
+@pytest.mark.slow
 def test_the_inversion_baseline_runs_there_and_back(pipe):
     out = run(pipe, method="inversion", steps=4)
     assert [s.stage for s in out.stats.steps] == ["invert"] * 4 + ["edit"] * 4 and out.mask.all()

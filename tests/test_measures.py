@@ -115,6 +115,7 @@ def test_sheet_has_every_picture_at_its_ratio():
     assert (drawn[: sheet.TITLE] < 128).any() and (drawn[-sheet.CAPTION :] < 128).any()  # the title, the last caption
 
 
+@pytest.mark.slow
 def test_sheet_is_the_largest_within_its_limit():
     random = np.random.default_rng(0)
     columns = {x: [Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(2)] for x in "ab"}

@@ -94,6 +94,7 @@ def test_far_halves(backend, poison, random, device, far):
     torch.testing.assert_close(lse, torch.maximum(lse_a, lse_b), rtol=1e-6, atol=1)
 
 
+@pytest.mark.slow
 def test_split_is_whole(backend, random, device):
     """Attention over two halves of the keys, merged, is attention over all of them."""
     q, k, v = (random(2, n, 3, 64, device=device) for n in (33, 90, 90))

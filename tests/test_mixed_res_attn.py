@@ -247,6 +247,7 @@ def test_scores_of_any_size(backend, poison, random, device, dtype, score, split
     torch.testing.assert_close(lse, torch.full_like(lse, exact + math.log(700)), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [-1e9, -3e38, 1e9], ids=str)
 @pytest.mark.parametrize("scatter", [False, True])
 def test_parts_of_far_keys_weigh_as_much_as_they_are(random, device, far, scatter):
@@ -380,6 +381,7 @@ def test_lengths_count_slots_of_an_index(backend, poison, random, integers, devi
     )
 
 
+@pytest.mark.slow
 def test_strides(backend, poison, random, device):
     """Heads before rows, a slice of a packed qkv, a sliced bias."""
     dtype = usual_dtype()

@@ -198,6 +198,7 @@ def test_large_scores(backend, dim, poison, random, device):
     check(q, k, v, q_scale * 60, k_scale, v_scale, rms=0.05)
 
 
+@pytest.mark.slow
 def test_many_small_weights(backend, dim, random, device):
     """4000 keys that together outweigh one strong key: e4m3 without the shift would lose them all."""
     q, k, v, q_scale, k_scale, v_scale = factors(random, device, 1, 4, 4001, 1, dim)

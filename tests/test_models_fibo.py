@@ -70,6 +70,7 @@ def options(guided=True, pictures=1, **changes):
                 height=128, width=128, **changes)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.proves("eager", "several references", "true guidance", model="FIBO-Edit")
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("guided", [False, True])
@@ -77,6 +78,7 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided, 
     proofs.everything_is_the_plain_pipeline(*pair(), **options(guided, pictures))
 
 
+@pytest.mark.slow
 def test_negative_prompts_and_pixels():
     plain, ours = pair()
     call = options(pictures=2) | dict(negative_prompt="a red hat", output_type="np")
@@ -85,6 +87,7 @@ def test_negative_prompts_and_pixels():
     assert got.shape == expected.shape == (1, 128, 128, 3) and (got == expected).all()
 
 
+@pytest.mark.slow
 def test_sizes_and_a_seed():
     plain, ours = pair()
     call = options(False) | dict(image=tiny_image(128, 192), height=None, width=None, _auto_resize=False, seed=3)
@@ -135,6 +138,7 @@ def test_lora_of_the_pipelines_own_loader():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_enable_disable_and_what_is_refused():
     pipe = tiny_fibo()
     blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]

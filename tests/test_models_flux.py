@@ -146,6 +146,7 @@ def test_noise_of_the_region_follows_the_model(pipe, plain):
     assert FlashEditConfig(region_noise="white").noise_of_region(False) == "white"
 
 
+@pytest.mark.slow
 def test_the_region_is_where_the_two_captions_differ(pipe):
     out = edit(pipe, mask_ratio=1.5, dilation=0)
     assert stages_of(out)[:4] == [("invert", 16), ("draft", 16), ("draft", 16), ("invert", 64)]
@@ -225,6 +226,7 @@ def test_disabled_the_very_objects_come_back(plain, weights):
     assert all(plain.transformer.attn_processors[name] is one for name, one in before.items())
 
 
+@pytest.mark.slow
 def test_sizes(pipe):
     wide = tiny_image(170, 100)
     expected = {(): (160, 96), (("max_area", 64 * 64),): (64, 32), (("height", 64), ("width", 100)): (64, 96)}
@@ -235,6 +237,7 @@ def test_sizes(pipe):
     assert found.shape == source.shape and np.array_equal(found[-40:], source[-40:])
 
 
+@pytest.mark.slow
 def test_a_missing_caption_is_said_once(pipe, caplog):
     for _ in range(2):
         edit(pipe, 4, call=dict(source_prompt=""))

@@ -47,12 +47,14 @@ def options(kind, pictures=1, batch=1, **changes):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(kind, pictures):
     proofs.everything_is_the_plain_pipeline(*pair(kind), **options(kind, pictures), num_images_per_prompt=2)
 
 
+@pytest.mark.slow
 def test_the_plain_pixels_sizes_and_bfloat16():
     plain, ours = pair("klein")
     for size in ({}, dict(height=64, width=192)):
@@ -102,6 +104,7 @@ def test_the_fused_forward_is_the_eager_one(kind):
     proofs.fused_is_eager(pair(kind)[1], **options(kind, 2))
 
 
+@pytest.mark.slow
 def test_fp8():
     """In emulation: all layers of the blocks, and near what the layers give as they are."""
     _, ours = pair("klein")
@@ -135,6 +138,7 @@ def test_lora_of_the_pipelines_own_loader(kind):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_four_and_eight_steps_of_the_distilled_weights():
     _, ours = pair("klein")
     for steps in (4, 8):
@@ -148,6 +152,7 @@ def test_four_and_eight_steps_of_the_distilled_weights():
         assert ours(generator=seeded(), specedit=config, **options("klein", 2)).stats.nfe == steps
 
 
+@pytest.mark.slow
 def test_enable_and_disable():
     pipe = tiny_flux2("klein")
     before = dict(pipe.transformer.attn_processors)

@@ -44,6 +44,7 @@ def test_everything_selected_without_coarse_stage_is_the_plain_pipeline(guided):
     proofs.everything_is_the_plain_pipeline(*pair(), **options(guided) | dict(negative_prompt="red", prompt=["a cat"]))
 
 
+@pytest.mark.slow
 def test_the_plain_pixels_and_bfloat16():
     plain, ours = pair()
     call = options() | dict(output_type="np", image=tiny_image(96, 192))
@@ -52,6 +53,7 @@ def test_the_plain_pixels_and_bfloat16():
     assert got.shape == expected.shape == (1, 96, 192, 3) and (got == expected).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_nothing_selected_returns_the_source(guided):
     proofs.nothing_is_the_source(pair()[1], **options(guided))

@@ -103,6 +103,7 @@ def options(guided=False, pictures=1, **changes):
     return found | dict(negative_prompt="red", true_cfg_scale=3.0) if guided else found
 
 
+@pytest.mark.slow
 @pytest.mark.proves("eager", "several references", "true guidance", model="Qwen-Image-2.1")
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("guided", [False, True])
@@ -191,6 +192,7 @@ def test_a_coarse_target_is_the_stock_forward_on_that_size():
             assert torch.allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.proves("LoRA", model="Qwen-Image-2.1")
 def test_lora_of_the_pipelines_own_loader():
     pytest.importorskip("peft")

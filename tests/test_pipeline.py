@@ -775,6 +775,7 @@ def test_bfloat16_runs_and_stays_finite():
         assert out.images.dtype == torch.bfloat16 and out.images.isfinite().all()
 
 
+@pytest.mark.slow
 def test_from_pretrained_and_return_tuple(tmp_path):
     plain = tiny_pipeline(seed=8)
     plain.save_pretrained(tmp_path)

@@ -112,6 +112,7 @@ def test_loads_in_fp32_with_its_scale(pipe):
     assert torch.allclose(pipe.vae.bn.running_var.sqrt(), torch.full((64,), 2.0), atol=0.6)
 
 
+@pytest.mark.slow
 def test_training_sees_the_texts_of_the_pipeline(pipe):
     """The look-up's ids are the tokenizer's, and the states behind them the pipeline's own, at every length."""
     encoder = text.KleinPhraseEncoder()

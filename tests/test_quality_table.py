@@ -198,6 +198,7 @@ def test_noise_is_the_edit_s_own(runner, edits):
     assert torch.allclose(together[2], alone[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_figures_of_the_target_and_the_source(runner, edits):
     source, target = edits.pictures()
     n = len(edits)
@@ -388,6 +389,7 @@ def test_operating_points_and_recommendation():
     assert calibrate.two_digits(0.0789) == 0.078 and calibrate.two_digits(0.15) == 0.15
 
 
+@pytest.mark.slow
 def test_probe_scores_every_metric_and_reference(runner, edits):
     pipe = calibrate.Probe.of(runner.pipe)
     config = SpecEditConfig(preset=9)

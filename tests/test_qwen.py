@@ -552,6 +552,7 @@ def test_guidance_keeps_the_length_of_each_tokens_velocity():
 # options
 
 
+@pytest.mark.slow
 def test_tokens_of_further_pictures(plus):
     for coarse, others in ((False, 60), (True, 15)):
         config = paper(stages=(1, 2, 1), coarse_references=coarse)
@@ -598,6 +599,7 @@ def test_thresholds_of_its_own_drafts(edit, guided, changes, threshold):
     assert edit(generator=seeded(), specedit=config, **call).stats.threshold == threshold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "counts"), [(8, (3, 3, 2)), (4, (1, 2, 1))])
 def test_presets_and_schedule_of_distilled_weights(preset, counts):
     plain = tiny_qwen()

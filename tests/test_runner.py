@@ -190,6 +190,7 @@ def test_steps_stay_eager_where_the_runner_cannot_run_them(warnings, hooked):
     assert warnings.messages == [f"runner={name!r}: steps run eagerly: {reason}"]
 
 
+@pytest.mark.slow
 def test_a_refused_runner_becomes_what_auto_takes(warnings, monkeypatch):
     """Quantised weights on a GPU, seen from a CPU: without graphs steps are fused ones, by one runner for all calls."""
 

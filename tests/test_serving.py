@@ -175,6 +175,7 @@ def test_without_vllm_the_plugin_can_be_called():
     assert ran.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_weights_come_by_the_checkpoints_names(omni, checkpoint, editor):
     served = omni.SpecEditOmniPipeline(od_config=host.vllm_omni_config(checkpoint))
     host.load(served)

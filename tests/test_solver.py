@@ -109,6 +109,7 @@ def test_it_is_nearer_to_many_steps(flux):
     assert (two - exact).abs().mean() < 0.5 * (one - exact).abs().mean()
 
 
+@pytest.mark.slow
 def test_euler_has_the_bits_of_the_plain_pipeline(flux):
     given = dict(image=tiny_image(), num_inference_steps=5, output_type="latent")
     plain = flux(specedit=False, **call_options(generator=torch.Generator().manual_seed(1), **given))
@@ -139,6 +140,7 @@ def test_the_locked_tokens_are_the_sources(flux):
     assert torch.equal(euler[:, columns >= 4], ab2[:, columns >= 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(0, 0, 4), (0, 4, 0)])
 def test_a_callback_that_changes_the_run_restarts_it(flux, counts):
     def run(solver, change):

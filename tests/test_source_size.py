@@ -115,6 +115,7 @@ def test_a_pictures_profile_stays_with_it(pipe):
     assert not np.array_equal(np.asarray(run(pipe, given, region="0,0,30%,30%").images[0]), np.asarray(out.images[0]))
 
 
+@pytest.mark.slow
 def test_several_pictures_of_several_sizes(pipe):
     sources = [noise((150, 210, 3), np.uint8), noise((300, 90, 4), np.uint16)]
     out = run(pipe, sources, ["add a hat", "make the cat blue"], region=["0,0,50%,50%"])
