@@ -226,7 +226,7 @@ def mixed_step_is_dense(run):
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.texts]
     tokens = torch.cat([pack(x) for x in (fine, *(reference.latents for reference in run.references))], dim=1)
     dense = run.velocity(tokens, at, layouts)
-    # the table of a mixed sequence has coarse rows behind the fine ones, of the target and of the condition
+    # the table of a mixed sequence has coarse rows after the fine ones, of the target and of the condition
     half = 5 * blocks
     row = state.layout.index[:, : tokens.shape[1]].long()
     row = torch.where(row < half, row, row - blocks)

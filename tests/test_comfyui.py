@@ -191,7 +191,7 @@ def test_transformer_is_loaded_again_after_the_vae(comfy):
     edit = Edit(comfy)
     guider = edit.guider()
     guider.sample(edit.sampler(threshold=0.02), edit.noise, torch.tensor(SIGMAS))
-    # the VAE reads the decoder's features; the transformer's next step comes behind them
+    # the VAE reads the decoder's features; the transformer's next step comes after them
     assert comfy.loaded == [[guider.model_patcher], ["the VAE"], ["the VAE"], ["the VAE"], [guider.model_patcher]]
 
 

@@ -138,7 +138,7 @@ def test_a_qwen_step_rounds_every_layer_of_its_blocks(zero):
     modulation = qwen_image_edit.modulation(transformer, timestep, tokens)
     with fp8.active(linears):
         got = qwen_image_edit.fused_forward(transformer, tokens, embeds, modulation, sequence)
-    # nothing reads the last block's text behind its attention
+    # nothing reads the last block's text after its attention
     assert not linears.refused and sum(map(len, linears._own)) == 2 * 12 - 3
     round_blocks(transformer.transformer_blocks)
     assert_close(got, theirs(), plain)

@@ -46,7 +46,7 @@ class TinyProcessor:
 
 def without_encoder(patch):
     """In place of the vision encoder: a text that depends on the prompt, words about each picture's vision tokens, one
-    for 32 x 32 pixels, and padding behind the shorter prompt of a batch."""
+    for 32 x 32 pixels, and padding after the shorter prompt of a batch."""
 
     def encode(self, prompt=None, image=None, device=None):
         prompt = [prompt] if isinstance(prompt, str) else prompt
@@ -131,7 +131,7 @@ def test_nothing_selected_returns_the_source(guided):
 @pytest.mark.proves("batch", model="Qwen-Image-2.1")
 @pytest.mark.parametrize("guided", [False, True])
 def test_batches_are_their_singles(guided):
-    # of one length: the stock pipeline places the target behind the padding of a shorter text, and so does this
+    # of one length: the stock pipeline places the target after the padding of a shorter text, and so does this
     words = ["make the cat blue", "remove a red hat"]
     together = options(guided, 2) | dict(prompt=words)
     if guided:

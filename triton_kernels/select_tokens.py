@@ -67,7 +67,7 @@ def _select_tokens_kernel(
     tl.store(count + b, selected_count)
     tl.debug_barrier()
 
-    # A selected token goes behind the selected ones before it, another behind all selected and the others before it.
+    # A selected token goes after the selected ones before it, another after all selected and the others before it.
     before = tl.zeros([], dtype=tl.int32)
     for start in range(0, tokens, BLOCK):
         token = start + lane

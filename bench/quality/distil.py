@@ -57,7 +57,7 @@ def shifts_of(scheduler, size, sizes, family, steps):
 
 
 def level(shift, step, steps):
-    """The sigma at which a step of so many begins, 1 at the first, 0 behind the last; step may lie between two."""
+    """The sigma at which a step of so many begins, 1 at the first, 0 after the last; step may lie between two."""
     at = 1 - step / steps
     return shift * at / (1 + (shift - 1) * at)
 

@@ -74,7 +74,7 @@ class Flux:
     shift = None  # the scheduler's own
     arguments = {}  # of the pipeline beside its components
     settings = {"resolution": 512, "max_sequence_length": 64}  # of specedit.json
-    sees_source = True  # the source's tokens stand behind the target's
+    sees_source = True  # the source's tokens stand after the target's
     mix = {"early": (0.0, 0.72, 0.28), "late": (0.58, 0.22, 0.20)}  # shares of 512, 256 and 128 px in training
     phrase_length = PHRASE_LENGTH
     ids_width = CLIP_LENGTH + PHRASE_LENGTH  # of one picture's text
@@ -133,7 +133,7 @@ class Flux:
 
     @staticmethod
     def velocity(transformer, tokens, condition, sigma, grid, text, guidance):
-        """Of packed target tokens, with the source's behind them, or None; grid: both's (rows, columns); sigma,
+        """Of packed target tokens, with the source's after them, or None; grid: both's (rows, columns); sigma,
         guidance [n]."""
         states, pooled = text
         shown = [tokens] if condition is None else [tokens, condition]

@@ -26,7 +26,7 @@ from .wide_attention import WideAttnProcessor
 
 
 class _GroupNorm(torch.nn.Module):
-    """Stands for a group norm, and for the SiLU behind it."""
+    """Stands for a group norm, and for the SiLU after it."""
 
     def __init__(self, norm: torch.nn.GroupNorm, silu: bool):
         super().__init__()

@@ -206,7 +206,7 @@ class SpecEditConfig(EditConfig):
         solver: of the flow's differential equation. "euler": the scheduler's, where preset or stages are given. "ab2":
             the two-step Adams-Bashforth method for steps of any length, of second order: a step has the velocity at its
             middle, extrapolated from the velocities at its start and at the step before. It costs no evaluation. The
-            first step of each stage, and one behind a callback that changes the latents or the text, is Euler's; with
+            first step of each stage, and one after a callback that changes the latents or the text, is Euler's; with
             kv_refresh="bracket" the first mixed step has the second whole pass for its other velocity. A "quarter"
             draft is Euler's.
         draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's
@@ -238,7 +238,7 @@ class SpecEditConfig(EditConfig):
             sigma, which it reaches in one step; the tokens that are not recomputed then have keys and values between
             those two, by the sigma of each step. All but 1 needs tokens outside the edit that follow the source: not
             with finish="full" and unselected="coarse", where the default is 1.
-        lock_text: the first mixed step alone computes the text; those behind it keep its keys and values of that step.
+        lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step.
             The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
             "full_step"): half their cost.

@@ -108,7 +108,7 @@ class KVCache:
     A block's are its attention processor's `kept` while a call runs (`attention.with_layout`), and here between calls:
     a compiled block guards on its own processor, where a table of all blocks would have it guard on the table's length.
     packed: in fp8. rows: how many keys are kept, None: those of the call that fills the cache. pairs: of each processor
-    keys and values [B, rows, Hk, D], packed ones with their scales behind; None before the first call.
+    keys and values [B, rows, Hk, D], packed ones with their scales after them; None before the first call.
     """
 
     def __init__(self, packed: bool = False, rows: int | None = None):

@@ -193,7 +193,7 @@ class EditModel(ABC):
     ) -> tuple[Any, Any]:  # fmt: skip
         """(layout of the source branch, that of an edit of its first so many slots over its keys and values).
 
-        The first `fine_lengths` slots of each sample are the edit's own; the others, and all behind, are the branch's.
+        The first `fine_lengths` slots of each sample are the edit's own; the others, and all after them, are the branch's.
         """
         lengths = [x.embeds.shape[1] for x in (source, text)]
         # the two texts differ in length: each ends where the image begins
@@ -223,7 +223,7 @@ class EditModel(ABC):
         return int(any(type(weight) is not torch.nn.Parameter for weight in self.transformer.parameters()))
 
     def slots(self, count: int) -> int:
-        """How many slots a sequence gets, where so many are needed; those behind its length stay empty."""
+        """How many slots a sequence gets, where so many are needed; those after its length stay empty."""
         return count if self.ranks is None else -(-count // self.ranks.size) * self.ranks.size
 
     def agreed(self, x: Tensor) -> Tensor:

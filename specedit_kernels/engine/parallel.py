@@ -91,7 +91,7 @@ def _all_to_all(got: Tensor, sent: Tensor, rows_got: Sequence[int], rows_sent: S
 def to_heads(streams: Sequence[Sequence[Tensor]], sizes: Sequence[int], ranks: Ranks) -> list[Tensor]:
     """q, k and v of this rank's tokens -> those of all tokens for its heads, [B, sum(sizes), H / ranks, D] each.
 
-    streams: q, k and v of the rank's tokens, [B, n, H, D] each, one stream behind the other. sizes: tokens of each
+    streams: q, k and v of the rank's tokens, [B, n, H, D] each, one stream after the other. sizes: tokens of each
     rank, in whose order all are.
     """
     dtype = streams[0][0].dtype
@@ -137,7 +137,7 @@ def all_rows(x: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
 
 def beyond(x: Tensor, above: int, below: int, ranks: Ranks) -> Tensor:
     """A rank's rows [B, C, n, W] of a map whose rows the ranks have in order, with so many of the ranks before and
-    behind it, or zeros: [B, C, above + n + below, W]. n: at least as many, on every rank."""
+    after it, or zeros: [B, C, above + n + below, W]. n: at least as many, on every rank."""
     if not above and not below:
         return x
     batch, channels, n, width = x.shape

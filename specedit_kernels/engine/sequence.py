@@ -38,7 +38,7 @@ class MixedSequence:
     of the tokens are queries and how many keys there are, None: all. rows: int32 [B, N], the row of the kept keys and
     values that each token writes, -1: none; None: row i by token i. Without text tokens those of the text stay as they
     were kept. span: (first, end) of the kept rows that the call attends to, None: all. text_at: the key of the first
-    text token within these, behind those of the image or 0.
+    text token within these, after those of the image or 0.
     region: int32 [B, image tokens], which row of text_mask, bool [B, regions, text], says what text an image token
     sees; None: all see all. Text sees everything. watched: what attention the image gives to the text is asked for.
     passing: later calls recompute the keys and values of these tokens in any case, so packed ones need not be
@@ -197,7 +197,7 @@ def embedded(
 def all_heads(streams: Sequence[Sequence[Tensor]], sequence: MixedSequence) -> list[Tensor]:
     """q, k and v of all tokens [text | image], for this rank's heads: [B, N, h, D] each.
 
-    streams: q, k and v of this rank's tokens, [B, n, H, D] each, one stream behind the other.
+    streams: q, k and v of this rank's tokens, [B, n, H, D] each, one stream after the other.
     """
     ranks, parts = sequence.ranks, sequence.parts
     if ranks is None:

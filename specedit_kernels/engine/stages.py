@@ -66,7 +66,7 @@ class Run:
 
     source: clean latents of the edited picture on the fine grid, [B, C, patch*rows, patch*columns]; pixels: its
     pictures in [-1, 1], [n, 3, H, W], n divides B; noise: the white fine noise of the run, fp32, the shape of `source`.
-    references: the pictures behind the target in the model's sequence, the edited one first; where that has the
+    references: the pictures after the target in the model's sequence, the edited one first; where that has the
     target's grid its latents are `source`. encode: pixels [n, ...] -> clean latents [B, ...].
     source_text: of a method that runs the source under a text of its own (FlashEdit), or None.
     joined: how the user's mask joins the draft's region, "limit" or "add", and its tokens, bool [B, N]; or None.
@@ -232,7 +232,7 @@ def _version(x: Tensor) -> tuple[int, int]:
 
 
 def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens behind the callback of a step of the main trajectory; the solver restarts where that changed them, or
+    """The tokens after the callback of a step of the main trajectory; the solver restarts where that changed them, or
     the text."""
     before, text = _version(tokens), _version(run.positive.embeds)
     found = run.on_step(run.step, timestep, tokens)
@@ -251,7 +251,7 @@ def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
     guided: bool = True, solver: str = "euler",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Plain steps: every token of `state` is computed, with the clean latents of each reference behind it.
+    """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
     guided: False leaves true guidance out. main: whether they are the main trajectory's.
 

@@ -112,7 +112,7 @@ class TinyCodec:
         return x
 
     def _decoded(self, latents: Tensor) -> list[Tensor]:
-        """The first convolution's output, then the map behind each resolution's blocks, then pixels in [0, 1]."""
+        """The first convolution's output, then the map after each resolution's blocks, then pixels in [0, 1]."""
         x = torch.tanh(latents / RANGE) * RANGE
         maps, layers = [], list(self.decoder.values())
         for i, layer in enumerate(layers):

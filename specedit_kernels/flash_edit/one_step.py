@@ -23,7 +23,7 @@ def grid_of(latents: Tensor) -> Grid:
 def velocity_of(
     model: EditModel, text: Text, state: Tensor, sigma: Tensor, references: Sequence[Tensor], pictures: Pictures
 ) -> Tensor:
-    """Velocity [B, C, H, W] of a state, behind it the clean references. sigma: fp32 in [0, 1], 0-dim or each sample's
+    """Velocity [B, C, H, W] of a state, after it the clean references. sigma: fp32 in [0, 1], 0-dim or each sample's
     [B] (the latter through an adapter that calls the transformer's own forward)."""
     grids = [grid_of(x) for x in (state, *references)]
     tokens = torch.cat([pack(x) for x in (state, *references)], dim=1)

@@ -153,7 +153,7 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
     parts: dict[str, Any] = dict(condition=pictures.aligned, others=behind)
     _, capacity = sequence_length(blocks, run.grid, **parts)
     layout = build_layout(selection.order, torch.full_like(selection.count, blocks), run.grid, capacity, **parts)
-    # a condition row is as far behind its target row as the halves of the table are long
+    # a condition row is as far after its target row as the halves of the table are long
     half = fine + blocks
     place = torch.where(layout.index < fine, layout.index, layout.index - half).clamp(0, fine - 1).long()
     apart = layout.index >= 2 * half

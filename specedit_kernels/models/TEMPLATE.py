@@ -78,7 +78,7 @@ class StockText(Text):
 def image_ids(table: Tensor, text: StockText) -> Tensor:
     """The model's ids of rows of (picture, row, column), fp32 [n, 3], fractions of rows and columns included.
 
-    text: for ids that begin behind the text, as the page says of them.
+    text: for ids that begin after the text, as the page says of them.
     """
     return table
 

@@ -2,7 +2,7 @@
 """FLUX.1 (FluxPipeline), a model that makes pictures from captions and does not see its source: for FlashEdit alone.
 
 Transformer, autoencoder and text are FLUX.1-Kontext's. What is its own: a sequence is [text | target], with no picture
-behind it, so the source reaches an edit by its noise and by its branch's keys and values.
+after it, so the source reaches an edit by its noise and by its branch's keys and values.
 """
 
 from __future__ import annotations

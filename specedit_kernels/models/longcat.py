@@ -2,7 +2,7 @@
 """LongCat-Image-Edit (LongCatImageEditPipeline): all that the engine cannot know of it.
 
 Its transformer has FLUX.1's blocks, so the fused forward is flux_kontext's; the timestep is its only conditioning.
-Position ids: the picture's kind (0 text, 1 target, 2 reference), then row and column behind the text's tokens.
+Position ids: the picture's kind (0 text, 1 target, 2 reference), then row and column after the text's tokens.
 True guidance. The stock forward takes no attention kwargs, so a mixed sequence's layout is set on the processors.
 
 Thresholds are not calibrated for it: drafts are judged by the decoder's features with those of the tiny FLUX editor.

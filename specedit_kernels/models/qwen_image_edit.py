@@ -264,7 +264,7 @@ def double_block(
     """QwenImageTransformerBlock on text [B, T, C] and image tokens [B, N, C], this rank's, in place.
 
     kept: where its keys and values go, None to forget them. image_mod: [B, 6 C], or [B, 2, 6 C] where the sequence says
-    which of them is whose; text_mod: [B, 6 C]. last: nothing reads the text behind this block's attention.
+    which of them is whose; text_mod: [B, 6 C]. last: nothing reads the text after this block's attention.
     """
     attn, n, which = block.attn, sequence.own[0], sequence.modulate
     (i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2) = image_mod.chunk(6, dim=-1)
@@ -462,7 +462,7 @@ class QwenImageEditModel(EditModel):
         return self.transformer.img_in
 
     def dense_layout(self, text: QwenText, pictures: Pictures, grids: Sequence[Grid]) -> QwenLayout:
-        # Smaller pictures are a plain run of their own, so the text stands where that has it, right behind them.
+        # Smaller pictures are a plain run of their own, so the text stands where that has it, right after them.
         return QwenLayout(_shapes(grids))
 
     def _turns(self, text: QwenText, layout: QwenLayout) -> Tensor:

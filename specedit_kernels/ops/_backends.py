@@ -69,7 +69,7 @@ def _replace(old, new):
 def add(op, stem, csrc=None, refuses=None, arch="", scope="", capability=(8, 0)):
     """Make ``op`` known.
 
-    stem: names its file in reference/ and triton_kernels/, and with _csrc behind it what the extension registers.
+    stem: names its file in reference/ and triton_kernels/, and with _csrc after it what the extension registers.
     csrc: the callable that launches its csrc kernel, or None.
     refuses: called with the arguments of one call, says why csrc does not serve it, or "". None: it serves all.
     arch: an architecture that the extension must be built for, such as "90a"; "": any.
