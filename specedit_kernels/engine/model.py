@@ -193,7 +193,7 @@ class EditModel(ABC):
     ) -> tuple[Any, Any]:  # fmt: skip
         """(layout of the source branch, that of an edit of its first so many slots over its keys and values).
 
-        The first `fine_lengths` slots of each sample are the edit's own; the others, and all after them, are the branch's.
+        The first `fine_lengths` slots of each sample are the edit's own; others and all after are the branch's.
         """
         lengths = [x.embeds.shape[1] for x in (source, text)]
         # the two texts differ in length: each ends where the image begins
