@@ -472,6 +472,11 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
         (model / "cosi" / name).write_bytes((weights / name).read_bytes())
     code, text, _ = command()
     assert code == 0 and "noise       of the source, white in the edit region" in text and "1 x invert 64" in text
+    pixels = PIL.Image.open(out).convert("RGB").tobytes()
+    code, text, _ = command("--source-prompt", "a red cat")
+    assert code == 0 and PIL.Image.open(out).convert("RGB").tobytes() != pixels  # the source branch reads it
+    code, _, error = command("--source-prompt", "a red cat", "--method", "specedit")
+    assert code == 2 and "--source-prompt: expected with --method flash" in error
 
 
 # steps of few launches

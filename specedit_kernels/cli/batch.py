@@ -141,7 +141,7 @@ def _one(editor: edit.Editor, job: Job, out: Path, options: dict[str, Any]) -> N
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's options that change a result."""
     names = ("method", "quality", "preset", "steps", "draft", "finish", "preserve", "output_size", "threshold",
-             "mask_mode", "runner", "detail", "true_cfg_scale", "reference")  # fmt: skip
+             "mask_mode", "runner", "detail", "true_cfg_scale", "reference", "source_prompt")  # fmt: skip
     found = {name: getattr(arguments, name) for name in names}
     found["box"] = [str(box) for box in arguments.box]
     return found | {"model": str(models.model_folder(arguments.model))}

@@ -51,6 +51,8 @@ class Editor:
             raise UserError("--preserve none: expected with --output-size working; at the source's its pixels stay")
         if arguments.detail == "native" and (arguments.output_size == "working" or arguments.method == "flash"):
             raise UserError("--detail native: expected with --output-size source and --method specedit")
+        if arguments.source_prompt is not None and arguments.method != "flash":
+            raise UserError("--source-prompt: expected with --method flash, whose second branch it is the text of")
         if arguments.mask_mode != "replace" and not arguments.box and arguments.mask is None:
             raise UserError(f"--mask-mode {arguments.mask_mode}: expected with --mask or --box")
         self.arguments = arguments
@@ -69,6 +71,8 @@ class Editor:
         if self.flash:
             # its second branch is the source's, no guidance
             settings = {k: v for k, v in settings.items() if k not in (kind.TRUE_CFG, "negative_prompt")}
+            if arguments.source_prompt is not None:
+                settings["source_prompt"] = arguments.source_prompt
         self.settings = settings
         self.pipe = models.load_pipeline(kind, folder, device, dtype)
         self.pipe.set_progress_bar_config(leave=False, disable=not sys.stderr.isatty())

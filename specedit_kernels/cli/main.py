@@ -147,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         help="flash: FlashEdit, one step; --quality, --preset, --draft and --finish are SpecEdit's",
     )
     p.add_argument(
+        "--source-prompt",
+        default=None,
+        metavar="TEXT",
+        help="with --method flash: the source's caption, for a model that makes pictures from captions (FLUX.1)",
+    )
+    p.add_argument(
         "--quality",
         choices=QUALITIES,
         default="balanced",
