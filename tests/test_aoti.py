@@ -35,8 +35,12 @@ def run(*command):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aoti")
-    torch_folder = Path(torch.__file__).parent
-    for command in (("cmake", "-S", EXAMPLE, "-B", folder, f"-DTORCH={torch_folder}"), ("cmake", "--build", folder)):
+    options = [f"-DTORCH={Path(torch.__file__).parent}"]
+    # as some compilers do of themselves: a libstdc++ inside the library, beside the one of torch
+    static = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip()
+    if Path(static).is_absolute():
+        options.append("-DCMAKE_SHARED_LINKER_FLAGS=-static-libstdc++")
+    for command in (("cmake", "-S", EXAMPLE, "-B", folder, *options), ("cmake", "--build", folder)):
         code, text = run(*command)
         assert code == 0, text
     return folder
