@@ -428,6 +428,9 @@ def test_wrong_calls_are_named(pipe):
         pipe(specedit=FlashEditConfig(layer=2), **options)
     with pytest.raises(ValueError, match="source_prompt"):
         pipe(source_prompt=["", ""], **options)
+    for wrong in (None, 3, [None]):
+        with pytest.raises(TypeError, match="^source_prompt: expected a str or a list of them, got "):
+            pipe(source_prompt=wrong, **options)
 
 
 def test_plain_and_callback_still_work(pipe, plain):
@@ -527,3 +530,8 @@ def test_graphs_replay_the_fused_steps(weights):
             fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
             assert graph.stats.runner == "graph"
             torch.testing.assert_close(graph.images, fused.images, atol=1e-4, rtol=1e-3)
+
+
+def test_a_picture_of_one_block(pipe):
+    out = pipe(image=tiny_image(), generator=seeded(), **call_options() | dict(height=32, width=32, max_area=32 * 32))
+    assert out.scores.shape == (1, 2, 2)

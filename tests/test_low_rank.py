@@ -107,3 +107,34 @@ def test_a_lora_that_is_loaded_later_reaches_the_generator(runner):
     torch.testing.assert_close(edit(pipe, runner), before, atol=1e-5, rtol=1e-5)
     disable_specedit(pipe)
     assert not any(m._forward_hooks for m in pipe.transformer.modules())
+
+
+class _InTheInputsDtype(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+class _Turned(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+class _OneRowForAll(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x[:1]).expand(x.shape[0], -1, -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [_InTheInputsDtype, _Turned, _OneRowForAll])
+def test_outputs_that_nothing_can_be_added_to_in_place(kind):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(kind(8, 6))
+    change, x = LowRankChange({"0": (torch.randn(2, 8), torch.randn(6, 2))}), torch.randn(2, 3, 8)
+    down, up = change.layers["0"]
+    for autocast, tolerance in ((False, 1e-6), (True, 0.1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            plain = model(x)
+            with active(change, model):
+                found = model(x)
+        assert found.dtype == plain.dtype
+        torch.testing.assert_close(found.float(), plain.float() + x @ down.T @ up.T, rtol=0, atol=tolerance)

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.utils import logging
 
 from specedit_kernels.engine import wide_attention
 
@@ -29,3 +31,15 @@ def test_what_it_serves(device):
         assert wide_attention.serves(q) == (device.type == "cuda")
         assert not wide_attention.serves(q[..., :256]) and not wide_attention.serves(q.float())
     assert not wide_attention.serves(q)  # autograd
+
+
+@torch.no_grad()
+def test_diffusers_knows_all_arguments_of_the_processor(caplog):
+    """It would warn in each call of an autoencoder's middle block."""
+    attn = Attention(16, heads=1, dim_head=16, norm_num_groups=4, residual_connection=True, bias=True)
+    attn.processor = wide_attention.WideAttnProcessor()
+    logger = logging.get_logger("diffusers.models.attention_processor")
+    logger.addHandler(caplog.handler)
+    attn(torch.zeros(1, 16, 2, 3), temb=None)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records

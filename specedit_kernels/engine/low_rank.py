@@ -112,17 +112,29 @@ OWN_HOOKS = frozenset({add_change})
 
 
 def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """y = layer(x) with the active change, added to y in place but for autograd; y itself where there is none."""
+    """y = layer(x) with the active change; y itself where there is none.
+
+    Added in place, but for autograd and where y is not what a product gives: of another dtype (autocast), or with rows
+    that are not one after another.
+    """
     change = active_change()
     pair = None if change is None else change.of(layer, y)
     if pair is None:
         return y
     down, up = pair
     inner = F.linear(x.to(y.dtype), down)
-    if torch.is_grad_enabled() and (y.requires_grad or inner.requires_grad):
-        return y + F.linear(inner, up)
+    needs_grad = torch.is_grad_enabled() and (y.requires_grad or inner.requires_grad)
+    if needs_grad or inner.dtype != y.dtype or not _has_rows(y):
+        return (y + F.linear(inner, up)).to(y.dtype)
     y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), up.t())
     return y
+
+
+def _has_rows(y: Tensor) -> bool:
+    """Whether y.view(-1, channels) is there, and no two of its elements share memory."""
+    if y.dim() < 2 or y.stride(-1) != 1 or y.stride(-2) < y.shape[-1]:
+        return False
+    return all(y.stride(i) == y.stride(i + 1) * y.shape[i + 1] for i in range(y.dim() - 2))
 
 
 def active_serial() -> int:

@@ -80,5 +80,6 @@ def of_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 class WideAttnProcessor:
     """Stands for AttnProcessor2_0 in an autoencoder of our own modules."""
 
-    def __call__(self, attn: Any, x: Tensor, *unused: Any, **options: Any) -> Tensor:
+    # diffusers warns of each argument that a processor has no name for; an autoencoder's block gives temb, always None
+    def __call__(self, attn: Any, x: Tensor, *unused: Any, temb: Tensor | None = None, **options: Any) -> Tensor:
         return of_map(attn, x, functools.partial(of_heads, heads=attn.heads))

@@ -193,6 +193,9 @@ class FlashEditMixin(SpecEditMixin):
                     "source_prompt: expected the source text's embeddings (negative_prompt_embeds and the like), since"
                     " the pipeline has no text encoder"
                 )
+            texts = call.source_prompt if isinstance(call.source_prompt, list | tuple) else [call.source_prompt]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"source_prompt: expected a str or a list of them, got {call.source_prompt!r}")
             fields["prompt"] = call.source_prompt
             if not self.SEES_SOURCE and not call.source_prompt:
                 self._say_once("source_prompt: no caption of the source is given, which this model does not see")

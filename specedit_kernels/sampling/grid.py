@@ -65,7 +65,7 @@ def from_blocks(blocks: Tensor, grid: Grid) -> Tensor:
     """Block values [B, blocks] -> the same values on the fine grid [B, rows*columns]."""
     rows, columns = coarse_grid(grid)
     x = blocks.reshape(-1, rows, 1, columns, 1).expand(-1, -1, BLOCK, -1, BLOCK)
-    return x.reshape(-1, rows * columns * BLOCK * BLOCK)
+    return x.reshape(-1, rows * columns * BLOCK * BLOCK).contiguous()  # one block alone would be a view
 
 
 def token_positions(grid: Grid, device: torch.device | str | None = None) -> Tensor:
