@@ -40,6 +40,7 @@ _NAMES = {
 }
 _PIPELINES = (
     "FlashEditFluxKontextPipeline",
+    "FlashEditFluxPipeline",
     "FlashEditQwenImageEditPipeline",
     "FlashEditQwenImageEditPlusPipeline",
     "SpecEditFluxKontextPipeline",

@@ -342,12 +342,10 @@ def edit_summary(
         lines.append(f"drift       {drift}")
     if stats.native and stats.native[0] is not None:
         lines.append(f"native      {stats.native[0]}")
-    if stats.fallback == "dense":
-        lines.append("note        nearly everything changes: all tokens were computed at full resolution")
-    if stats.fallback == "source":
-        ends = "" if arguments.preview else ": the source is returned"
-        lines.append(f"note        nothing changes{ends}")
-    lines += [f"note        {note}" for note in (*edited.notes, *notes)]
+    said = [note for note in (*edited.notes, *notes) if not (arguments.preview and note.startswith("nothing changes"))]
+    if stats.fallback == "source" and arguments.preview:  # which returns no picture
+        said.append("nothing changes")
+    lines += [f"note        {note}" for note in said]
     apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
     same = share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"
     lines += [

@@ -137,7 +137,8 @@ def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]])
     every = [of for each in added for of in each]
     if not every:
         return parts
-    if not all(_is_product(layer, x) for down, up, _ in every for layer in (down, up)):
+    # in place: not where autograd may ask for what was there
+    if torch.is_grad_enabled() or not all(_is_product(layer, x) for down, up, _ in every for layer in (down, up)):
         return [_with_called(x, y, of) for y, of in zip(parts, added)]
     downs = [down.weight for down, _, _ in every]
     down = downs[0] if len(downs) == 1 else torch.cat(downs)

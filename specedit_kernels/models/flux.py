@@ -44,9 +44,12 @@ class SpecEditFluxPipeline(SpecEditMixin, FluxPipeline):
     def _size(self, call: Call) -> tuple[int, int]:
         refuse_ip_adapter(call)
         height, width = call.height, call.width
+        area = call.max_area
+        if isinstance(area, bool) or not isinstance(area, (int, float)) or not area > 0:
+            raise ValueError(f"max_area: expected a number of pixels above 0, got {area!r}")
         if height is None or width is None:
             height, width = picture_size(call.image)
-            scale = min((call.max_area / (height * width)) ** 0.5, 1.0)
+            scale = min((area / (height * width)) ** 0.5, 1.0)
             height, width = round(height * scale), round(width * scale)
         multiple = self.vae_scale_factor * PATCH * BLOCK
         return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple
