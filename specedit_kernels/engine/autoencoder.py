@@ -111,8 +111,8 @@ STRIPS: Mapping[type, Kind] = MappingProxyType(
         Kind(),
     )
     | {
-        torch.nn.GroupNorm: Kind(strips.group_norm, lambda norm: norm.affine),
-        _GroupNorm: Kind(lambda stands, of, x: strips.group_norm(stands.norm, of, x, stands.silu)),
+        torch.nn.GroupNorm: Kind(strips.norm_of_map, lambda norm: norm.affine),
+        _GroupNorm: Kind(lambda stands, of, x: strips.norm_of_map(stands.norm, of, x, stands.silu)),
         torch.nn.Conv2d: Kind(strips.conv2d, strips.plain_conv),
         ResnetBlock2D: Kind(None, lambda block: block.upsample is None and block.downsample is None),
         Downsample2D: Kind(

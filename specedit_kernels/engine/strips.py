@@ -53,7 +53,7 @@ class Strips:
         return torch.stack([mean, (self._shares * (variances + (means - mean).square())).sum(0)])
 
 
-def group_norm(norm: torch.nn.GroupNorm, strips: Strips, x: Tensor, silu: bool = False) -> Tensor:
+def norm_of_map(norm: torch.nn.GroupNorm, strips: Strips, x: Tensor, silu: bool = False) -> Tensor:
     """The group norm of a map on its strip x [B, C, h, W] or [B, C, N], and a SiLU."""
     of_all = strips.statistics(x, norm.num_groups)
     return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, statistics=of_all)
