@@ -16,7 +16,7 @@ from test_files import LINEAR, SRGB, XMP
 from tiny_models import tiny_image, tiny_pipeline
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, edit_image
-from specedit_kernels.engine import stages
+from specedit_kernels.engine import source_size, stages
 from specedit_kernels.engine.source_size import put_back
 from specedit_kernels.images.boxes import Box, box_tokens, boxes_of
 from specedit_kernels.images.files import Photo
@@ -318,3 +318,21 @@ def test_edit_image_takes_paths_pictures_and_arrays(pipe, tmp_path):
         edit_image(path, "add a hat", model=tiny_pipeline())
     with pytest.raises(ValueError, match="no such file"):
         edit_image(tmp_path / "none.png", "add a hat", **options)
+
+
+def test_a_full_device_loses_no_edit(monkeypatch):
+    """Putting the edit in runs on the CPU where the GPU's memory does not suffice."""
+    photo = Photo.of(np.zeros((40, 60, 3), np.uint8))
+    decoded, region = np.ones((20, 30, 3), np.float32), np.ones((2, 3), bool)
+    expected = source_size.put_back(photo, decoded, decoded, region, 0, False)
+    devices, composite = [], source_size.composite
+
+    def full(*args, device):
+        devices.append(device)
+        if device != "cpu":
+            raise torch.cuda.OutOfMemoryError("full")
+        return composite(*args, device=device)
+
+    monkeypatch.setattr(source_size, "composite", full)
+    array, drift = source_size.put_back(photo, decoded, decoded, region, 0, False, "cuda")
+    assert devices == ["cuda", "cpu"] and drift is None and np.array_equal(array, expected[0]) and array.any()

@@ -58,8 +58,18 @@ def put_back(
     source, decoded: floats in [0, 1], [h, w, 3], sRGB, at the working size. region: bool [rows, columns]. drifts:
     whether the model may have moved or recoloured what it was not to edit: then the run is brought back onto the source
     first, by the pixels outside the region; pixels that it does not show stay the source's. device: where the
-    drift is estimated and the edit put in.
+    drift is estimated and the edit put in; on the CPU where its memory does not suffice.
     """
+    try:
+        return _put_back(photo, source, decoded, region, feather, drifts, device)
+    except torch.cuda.OutOfMemoryError:  # the edit is made: it is not to be lost by its last step
+        return _put_back(photo, source, decoded, region, feather, drifts, "cpu")
+
+
+def _put_back(
+    photo: Photo, source: np.ndarray, decoded: np.ndarray, region: np.ndarray, feather: int, drifts: bool,
+    device: torch.device | str,
+) -> tuple[np.ndarray, Drift | None]:  # fmt: skip
     drift = None
     if drifts and not region.all():
         height, width = decoded.shape[:2]
