@@ -210,7 +210,7 @@ class Conditions:
     """Rows of one process."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, base.device_of(args)
         self.reference = None  # the picture of the bf16 row
         self.ends = time.perf_counter() + args.limit
 
@@ -532,9 +532,7 @@ def main(argv=None):
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
     conditions = Conditions(args)
     every = conditions.rows()
-    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
-    if not chosen:
-        parser.error(f"--rows: none of {args.rows} is a row; there are {', '.join(every)}")
+    chosen = base.chosen_rows(parser, every, args.rows)
     head = base.setting(args)
     if args.layers:
         base.TRANSFORMER |= dict(num_layers=args.layers, num_single_layers=2 * args.layers)

@@ -13,13 +13,25 @@ in the order of --rows; what is done is on disk after each. Writes OUT/flux2_kle
 """
 
 import argparse
-import fnmatch
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinKVPipeline, Flux2Transformer2DModel
-from flux_kontext import Bench, Row, markdown, plot, random_modules, region, run_rows, setting
+from flux_kontext import (
+    Bench,
+    Row,
+    chosen_rows,
+    device_of,
+    markdown,
+    plot,
+    random_modules,
+    region,
+    run_rows,
+    setting,
+    speedups_of_tenths,
+    with_bars,
+)
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditFlux2KleinPipeline
@@ -66,7 +78,7 @@ class KleinBench(Bench):
     """The same clock for klein's pipeline and rows."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, device_of(args)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe, self.is_compiled = build(args.size, args.tiny, self.device, self.dtype), False
         random, width = np.random.default_rng(0), self.pipe.transformer.config.joint_attention_dim
@@ -128,23 +140,17 @@ class KleinBench(Bench):
 
 def bars(rows):
     """{what: {"value", "bar", "met"}} of the bars that the rows so far decide."""
-    found = {}
-    for name, row in rows.items():
-        if row.get("area") != 0.1 or "seconds" not in row:
-            continue
+
+    def wanted(name):
         steps = int(name.split("-")[1])
-        for peer in ("plain", "compiled plain", "kept references", "compiled kept references"):
-            theirs = rows.get(f"{peer}-{steps}", {}).get("seconds")
-            if theirs:
-                value, bar = theirs / row["seconds"], BARS[steps]
-                found[f"{name}: times as fast as {peer}-{steps}"] = {"value": value, "bar": bar, "met": value >= bar}
-    return found
+        peers = ("plain", "compiled plain", "kept references", "compiled kept references")
+        return {f"{peer}-{steps}": BARS[steps] for peer in peers}
+
+    return speedups_of_tenths(rows, wanted)
 
 
 def report(head, rows):
-    lines = [f"{what}: {x['value']:.2f}, wanted {x['bar']:g}{'' if x['met'] else ' (missed)'}"
-             for what, x in bars(rows).items()]  # fmt: skip
-    return "\n".join([markdown(head, rows), *lines]) + "\n"
+    return with_bars(markdown(head, rows), bars(rows))
 
 
 @torch.inference_mode()
@@ -171,9 +177,7 @@ def main(argv=None):
         parser.error(f"--references: expected at least 1, got {args.references}")
     bench = KleinBench(args)
     every = bench.rows()
-    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
-    if not chosen:
-        parser.error(f"--rows: none of {list(every)} matches {args.rows}")
+    chosen = chosen_rows(parser, every, args.rows)
     size = "tiny" if args.tiny else f"FLUX.2-klein {args.size}"
     head = setting(args) | {"model": f"{size}, random weights, {args.references} reference(s)"}
     measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}

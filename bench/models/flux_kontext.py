@@ -136,11 +136,16 @@ class Row:
     facts: dict = field(default_factory=dict)
 
 
+def device_of(args):
+    """The device of --device, with an index, which torch asks for where the allocator gets a limit."""
+    return torch.empty(0, device=args.device).device
+
+
 class Bench:
     """Rows of one process."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.empty(0, device=args.device).device  # with an index
+        self.args, self.device = args, device_of(args)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe = build(args.tiny, self.device, self.dtype)
         self.is_compiled = False
@@ -453,6 +458,35 @@ def bars(rows):
     return found
 
 
+def speedups_of_tenths(rows, wanted):
+    """`bars` of the edits of a tenth. wanted: of a row's name, {its peer: how many times as fast the edit is to be}."""
+    found = {}
+    for name, row in rows.items():
+        if row.get("area") != 0.1 or "seconds" not in row:
+            continue
+        for peer, bar in wanted(name).items():
+            theirs = rows.get(peer, {}).get("seconds")
+            if theirs:
+                value = theirs / row["seconds"]
+                found[f"{name}: times as fast as {peer}"] = {"value": value, "bar": bar, "met": value >= bar}
+    return found
+
+
+def with_bars(text, found):
+    """A report and a line for each of its bars."""
+    lines = (f"{what}: {x['value']:.2f}, wanted {x['bar']:g}{'' if x['met'] else ' (missed)'}"
+             for what, x in found.items())  # fmt: skip
+    return "\n".join([text, *lines]) + "\n"
+
+
+def chosen_rows(parser, every, globs):
+    """{name: None} of the rows that --rows names, in its order."""
+    chosen = dict.fromkeys(n for glob in globs for n in every if fnmatch.fnmatchcase(n, glob))
+    if not chosen:
+        parser.error(f"--rows: none of {list(every)} matches {globs}")
+    return chosen
+
+
 def markdown(head, rows):
     peers = [name for name in PEERS if rows.get(name, {}).get("seconds")]
     lines = [f"{head['model']}, {head['side']} x {head['side']}, {head['text_length']} text tokens, batch 1;"
@@ -478,9 +512,7 @@ def markdown(head, rows):
 
 
 def report(head, rows):
-    lines = [f"{what}: {x['value']:.2f}, wanted {x['bar']:g}{'' if x['met'] else ' (missed)'}"
-             for what, x in bars(rows).items()]  # fmt: skip
-    return "\n".join([markdown(head, rows), *lines]) + "\n"
+    return with_bars(markdown(head, rows), bars(rows))
 
 
 def plot(rows, path):
@@ -567,9 +599,7 @@ def main(argv=None):
         return 0
     bench = Bench(args)
     every = bench.rows()
-    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
-    if not chosen:
-        parser.error(f"--rows: none of {list(every)} matches {args.rows}")
+    chosen = chosen_rows(parser, every, args.rows)
 
     def measure(name):
         row = every[name]()

@@ -11,13 +11,25 @@ done is on disk after each. Writes OUT/qwen_image_21.json, .md and, with matplot
 """
 
 import argparse
-import fnmatch
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage21, FlowMatchEulerDiscreteScheduler, QwenImage21Transformer2DModel
-from flux_kontext import Bench, Row, markdown, plot, random_modules, region, run_rows, setting
+from flux_kontext import (
+    Bench,
+    Row,
+    chosen_rows,
+    device_of,
+    markdown,
+    plot,
+    random_modules,
+    region,
+    run_rows,
+    setting,
+    speedups_of_tenths,
+    with_bars,
+)
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImage21Pipeline
@@ -72,7 +84,7 @@ class Qwen21Bench(Bench):
     """The same clock for Qwen-Image-2.1's pipeline and rows."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, device_of(args)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe, self.is_compiled = build(args.tiny, self.device, self.dtype), False
         vision, words = (args.side // SLOT) ** 2, args.text_length
@@ -119,22 +131,12 @@ class Qwen21Bench(Bench):
 
 def bars(rows):
     """{what: {"value", "bar", "met"}} of the bars that the rows so far decide."""
-    found = {}
-    for name, row in rows.items():
-        if row.get("area") != 0.1 or "seconds" not in row:
-            continue
-        for peer in (f"plain-{STEPS}", f"compiled plain-{STEPS}"):
-            theirs = rows.get(peer, {}).get("seconds")
-            if theirs:
-                value = theirs / row["seconds"]
-                found[f"{name}: times as fast as {peer}"] = {"value": value, "bar": BAR, "met": value >= BAR}
-    return found
+    peers = {f"{how}plain-{STEPS}": BAR for how in ("", "compiled ")}
+    return speedups_of_tenths(rows, lambda name: peers)
 
 
 def report(head, rows):
-    lines = [f"{what}: {x['value']:.2f}, wanted {x['bar']:g}{'' if x['met'] else ' (missed)'}"
-             for what, x in bars(rows).items()]  # fmt: skip
-    return "\n".join([markdown(head, rows), *lines]) + "\n"
+    return with_bars(markdown(head, rows), bars(rows))
 
 
 @torch.inference_mode()
@@ -158,9 +160,7 @@ def main(argv=None):
         parser.error(f"--text-length: expected at least 4, got {args.text_length}")
     bench = Qwen21Bench(args)
     every = bench.rows()
-    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
-    if not chosen:
-        parser.error(f"--rows: none of {list(every)} matches {args.rows}")
+    chosen = chosen_rows(parser, every, args.rows)
     size = "tiny" if args.tiny else "Qwen-Image-2.1 (7 B)"
     head = setting(args) | {"model": f"{size}, random weights, one reference"}
     measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}

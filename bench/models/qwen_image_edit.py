@@ -11,14 +11,25 @@ branch. The edit's region is a user's mask, a square block of tokens. All rows c
 """
 
 import argparse
-import fnmatch
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from flux_kontext import TIERS, Bench, Row, markdown, plot, random_modules, region, run_rows, setting
+from flux_kontext import (
+    TIERS,
+    Bench,
+    Row,
+    chosen_rows,
+    device_of,
+    markdown,
+    plot,
+    random_modules,
+    region,
+    run_rows,
+    setting,
+)
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
@@ -63,7 +74,7 @@ class QwenBench(Bench):
     """The same clock for Qwen's pipeline and rows."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, device_of(args)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe, self.is_compiled = build(args.tiny, self.device, self.dtype), False
         generator = torch.Generator().manual_seed(0)
@@ -141,9 +152,7 @@ def main(argv=None):
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
     bench = QwenBench(args)
     every = bench.rows()
-    chosen = dict.fromkeys(n for glob in args.rows for n in every if fnmatch.fnmatchcase(n, glob))
-    if not chosen:
-        parser.error(f"--rows: none of {list(every)} matches {args.rows}")
+    chosen = chosen_rows(parser, every, args.rows)
     size = "tiny" if args.tiny else "Qwen-Image-Edit (20.4 B)"
     head = setting(args) | {"model": f"{size}, random weights, true_cfg_scale {args.true_cfg_scale:g}"}
     measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}
