@@ -238,8 +238,16 @@ class SpecEditConfig(EditConfig):
             sigma, which it reaches in one step; the tokens that are not recomputed then have keys and values between
             those two, by the sigma of each step. All but 1 needs tokens outside the edit that follow the source: not
             with finish="full" and unselected="coarse", where the default is 1.
-        lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step.
-            The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+        lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step,
+            or between those of the two whole passes with kv_refresh="bracket". Coarse steps over kept keys and values
+            leave it out too. The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+        coarse_refresh: every k-th coarse step, the first one and one after a callback that changes latents or text
+            compute their whole sequence, [text | target | references] at the coarse grid, and keep each layer's keys
+            and values, [B, tokens, heads, channels]; the steps between compute text and target, or with lock_text the
+            target alone, over those. 1: every step computes all. At Kontext's size that is 1536 or 1024 tokens of
+            2560, and 1.8 GB, which the mixed steps take over. The last coarse step, whose estimate is verified, may be
+            one of those between: its target is computed whole in any case. Steps of a "quarter" draft compute all; so
+            do those of models that keep their references' keys and values.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
             "full_step"): half their cost.
 
@@ -263,6 +271,7 @@ class SpecEditConfig(EditConfig):
     coarse_condition: bool = True
     kv_refresh: int | str | None = None
     lock_text: bool = False
+    coarse_refresh: int = 1
     draft_guidance: bool = True
 
     def __post_init__(self):
@@ -301,6 +310,7 @@ class SpecEditConfig(EditConfig):
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
         _flag("lock_text", self.lock_text)
+        _integer("coarse_refresh", self.coarse_refresh, 1)
         _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:

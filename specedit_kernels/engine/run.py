@@ -66,8 +66,9 @@ def run_stages(
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
-            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance, solver=config.solver
-        )
+            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance, solver=config.solver,
+            refresh=config.coarse_refresh, lock_text=config.lock_text,
+        )  # fmt: skip
         if selection is None:
             found = Draft(last, small, first if coarse_steps > 1 else None)
             scores, selection = verify(run, found, "coarse")
