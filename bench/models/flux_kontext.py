@@ -301,9 +301,9 @@ class Bench:
                  "locked-cached-fp8-precision": dict(finish="locked", kv_refresh=9, precision="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
-        kinds |= TIERS | FEW_STEPS
+        kinds |= TIERS | STEPS | FEW_STEPS
         for ending in ("fp8", "fp8-products"):
-            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in TIERS.items()}
+            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in (TIERS | STEPS).items()}
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
@@ -429,6 +429,15 @@ def setting(args):
 
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
+# Coarse + mixed steps, named as bench/quality/solver.py has them. ck: coarse steps behind the first over its keys and
+# values; lt: the first step of both alone computes the text.
+STEPS = {
+    f"steps {coarse}+{mixed}{name}": dict(
+        stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
+        coarse_refresh=coarse if " ck" in name else 1, lock_text=" lt" in name,
+    )
+    for coarse, mixed in ((2, 3), (4, 3), (4, 7), (6, 7), (8, 4)) for name in ("", " lt", " ck", " ck lt")
+}  # fmt: skip
 # Of step-distilled weights, whose steps take as long as any others'.
 FEW_STEPS = {f"preset {n}{name}": dict(quality="balanced", preset=n) | change
              for n in (8, 4) for name, change in (("", {}), (" cached", dict(kv_refresh=9)))}  # fmt: skip
