@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""coarse_refresh: coarse steps over kept keys and values, by every runner; and lock_text with kv_refresh="bracket"."""
+"""coarse_refresh, lock_condition, and lock_text with kv_refresh="bracket": what is computed once, by every runner."""
 
 import pytest
 import torch
@@ -42,22 +42,34 @@ def coarse(out):
     return [step for step in out.stats.steps if step.stage == "coarse"]
 
 
-@pytest.mark.parametrize("lock_text", [False, True])
+# what keeps keys and values of text and condition, and what does the same without
+KEPT = {
+    "coarse": (dict(stages=(4, 2, 0), coarse_refresh=4), dict(coarse_refresh=1)),
+    "coarse, text": (dict(stages=(4, 2, 0), coarse_refresh=4, lock_text=True), dict(coarse_refresh=1, lock_text=False)),
+    "condition": (dict(stages=(1, 5, 0), kv_refresh="bracket", lock_condition=True), dict(lock_condition=False)),
+    "condition, text": (
+        dict(stages=(1, 5, 0), kv_refresh="bracket", lock_condition=True, lock_text=True),
+        dict(lock_condition=False, lock_text=False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 @pytest.mark.parametrize("model", ["flux", "qwen"])
-def test_it_is_whole_steps_where_kept_keys_and_values_do_not_change(monkeypatch, model, runner, lock_text):
+def test_it_is_whole_steps_where_kept_keys_and_values_do_not_change(monkeypatch, model, runner, kind):
     """In a model of one block with one timestep for all steps, those of text and condition depend on no step."""
     pipe = made(model, tiny_pipeline() if model == "flux" else tiny_qwen())
     blocks = pipe.transformer.transformer_blocks
     pipe.transformer.transformer_blocks = blocks[:1]
     if model == "flux":
         pipe.transformer.single_transformer_blocks = torch.nn.ModuleList()
-    options = dict(runner=runner, stages=(4, 2, 0), mixed_from=0.3)
+    options, without = KEPT[kind]
+    options = dict(runner=runner, mixed_from=0.3, solver="ab2") | options
     own = stages.Run.timestep_conditioning
 
     def apart():
-        # lock_text keeps the text of the mixed steps too
-        whole, kept = (edit(pipe, coarse_refresh=k, lock_text=lock_text and k > 1, **options).images for k in (1, 4))
+        whole, kept = (edit(pipe, **options | changes).images for changes in (without, {}))
         return (whole - kept).abs().max() / whole.abs().max()
 
     assert apart() > 1e-4
@@ -96,7 +108,7 @@ def test_fused_steps_do_what_eager_ones_do(request, model, options, lock_text):
 @pytest.mark.parametrize("model", ["flux", "qwen"])
 def test_graph_steps_do_what_fused_ones_do(model, lock_text):
     pipe = made(model, tiny_pipeline() if model == "flux" else tiny_qwen()).to("cuda")
-    options = dict(coarse_refresh=3, lock_text=lock_text, kv_refresh="bracket", stages=(3, 4, 0))
+    options = dict(coarse_refresh=3, lock_text=lock_text, lock_condition=True, kv_refresh="bracket", stages=(3, 4, 0))
 
     def run(**more):
         return edit(pipe, dict(generator=torch.Generator().manual_seed(1)), **options | more)
@@ -232,7 +244,43 @@ def test_bracketed_text_lies_between_the_two_passes(flux, monkeypatch, runner):
     assert min(moved) > 1e-4  # the text does move
 
 
+@pytest.mark.parametrize("lock_text", [False, True])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("model", ["flux", "qwen"])
+def test_the_second_whole_pass_without_the_condition(request, model, kv_cache_dtype, lock_text):
+    pipe = request.getfixturevalue(model)
+    options = dict(stages=(1, 5, 0), kv_refresh="bracket", solver="ab2", lock_text=lock_text)
+    options |= dict(kv_cache_dtype=kv_cache_dtype)
+    eager, fused = (edit(pipe, runner=r, lock_condition=True, **options) for r in ("eager", "fused"))
+    error, size = (eager.images - fused.images).abs().max(), eager.images.abs().max()
+    assert error < (2e-5 if kv_cache_dtype == "auto" else 3e-2) * size
+    assert not torch.equal(eager.images, edit(pipe, **options).images)
+    [step] = [s for s in eager.stats.steps if s.stage == "bracket"]
+    assert (step.tokens, step.keys, step.lock_text) == ((40,), (80,), lock_text)
+    assert eager.stats.steps == fused.stats.steps
+    # all others compute what they did
+    rest = [s for s in edit(pipe, **options).stats.steps if s.stage != "bracket"]
+    assert [s for s in eager.stats.steps if s.stage != "bracket"] == rest
+
+
+@pytest.mark.parametrize("runner", ["eager", "fused"])
+def test_a_batch_without_the_condition_is_its_singles(flux, runner):
+    config = SpecEditConfig(stages=(1, 4, 0), finish="locked", runner=runner, lock_condition=True)
+    given = dict(output_type="latent", specedit=config)
+    quarter = left_half().crop((32, 0, 160, 128))
+    images, masks = [tiny_image(seed=1), tiny_image(seed=2)], [left_half(), quarter]
+    seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
+    text = ["make the cat blue", "add a hat"]
+    both = flux(**call_options(image=images, mask_image=masks, generator=seeds, prompt=text, **given)).images
+    for i in (0, 1):
+        seed = [torch.Generator().manual_seed(i + 1)]
+        one = dict(image=images[i], mask_image=masks[i], prompt=text[i], generator=seed)
+        torch.testing.assert_close(flux(**call_options(**one, **given)).images[0], both[i], atol=1e-4, rtol=1e-4)
+
+
 def test_values():
+    with pytest.raises(TypeError, match="lock_condition: expected True or False"):
+        SpecEditConfig(lock_condition=1)
     assert SpecEditConfig().coarse_refresh == 1 and SpecEditConfig(coarse_refresh=3).coarse_refresh == 3
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="coarse_refresh: expected an integer >= 1"):

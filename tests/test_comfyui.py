@@ -113,6 +113,9 @@ CASES = {
     "mask, locked": dict(mask=half_mask(), finish="locked"),
     "cached keys and values": dict(mask=half_mask(), finish="locked", kv_refresh=2),
     "bracketed keys and values": dict(mask=half_mask(), finish="locked", kv_refresh="bracket"),
+    "second whole pass without the condition": dict(
+        mask=half_mask(), finish="locked", kv_refresh="bracket", lock_condition=True
+    ),
     "coarse steps over kept keys and values": dict(FOUND, coarse_refresh=3),
     "no key bias": dict(mask=half_mask(), key_bias=False),
 }

@@ -7,8 +7,8 @@
 A row: plain-N, a quality ("fast"), preset-N ("preset-N cached": one whole pass; "preset-N paper": the paper's) or C+M:
 C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones from 7/9 of the schedule;
 "C+M euler", "C+M from S" and "C+M even" (all steps even) change that; "ck" behind it: coarse steps behind the first
-over its keys and values, "ckK": every K-th one computes all (coarse_refresh); then "lt": lock_text. "ROW at T": with
-that threshold. "lora ROW": with --lora's weights, which the others are without. 50 plain steps come first: others are held against them, edit by edit.
+over its keys and values, "ckK": every K-th one computes all (coarse_refresh); then "lt": lock_text, "lc":
+lock_condition. "ROW at T": with that threshold. "lora ROW": with --lora's weights, which the others are without. 50 plain steps come first: others are held against them, edit by edit.
 Writes OUT/solver.{md,json} after each row.
 """
 
@@ -59,7 +59,7 @@ NAME = re.compile(
     r"(?:plain-(?P<plain>\d+)|(?P<quality>fast|balanced|best)|preset-(?P<preset>\d+)"
     r"(?: (?P<paper>paper)| (?P<cached>cached))?"
     r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
-    r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?(?: (?P<kept>ck\d*))?(?: (?P<locked>lt))?)"
+    r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?(?: (?P<kept>ck\d*))?(?: (?P<text>lt))?(?: (?P<condition>lc))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 
@@ -69,7 +69,7 @@ def parsed(name):
     if not found:
         raise ValueError(
             "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler] [from S | even]"
-            f" [ck | ckK] [lt], and [at T], got {name!r}"
+            f" [ck | ckK] [lt] [lc], and [at T], got {name!r}"
         )
     return found.groupdict()
 
@@ -95,7 +95,8 @@ def row_of(name):
             finish="locked",
             kv_refresh="bracket",
             coarse_refresh=int(kept[2:] or max(coarse, 1)) if kept else 1,
-            lock_text=parts["locked"] is not None,
+            lock_text=parts["text"] is not None,
+            lock_condition=parts["condition"] is not None,
         )
     if parts["threshold"]:
         config = replace(config, threshold=float(parts["threshold"]), relative=config.resolved_relative())

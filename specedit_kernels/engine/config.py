@@ -248,6 +248,9 @@ class SpecEditConfig(EditConfig):
             2560, and 1.8 GB, which the mixed steps take over. The last coarse step, whose estimate is verified, may be
             one of those between: its target is computed whole in any case. Steps of a "quarter" draft compute all; so
             do those of models that keep their references' keys and values.
+        lock_condition: the second whole pass of kv_refresh="bracket" leaves the condition tokens and those of further
+            references out, two in five of its sequence: they have the keys and values of the first pass. With lock_text
+            the text too.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
             "full_step"): half their cost.
 
@@ -271,6 +274,7 @@ class SpecEditConfig(EditConfig):
     coarse_condition: bool = True
     kv_refresh: int | str | None = None
     lock_text: bool = False
+    lock_condition: bool = False
     coarse_refresh: int = 1
     draft_guidance: bool = True
 
@@ -310,6 +314,7 @@ class SpecEditConfig(EditConfig):
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
         _flag("lock_text", self.lock_text)
+        _flag("lock_condition", self.lock_condition)
         _integer("coarse_refresh", self.coarse_refresh, 1)
         _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:

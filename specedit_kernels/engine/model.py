@@ -170,6 +170,15 @@ class EditModel(ABC):
         made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
         return replace(layout, attention=made)
 
+    def target_layout(
+        self, text: Any, layout: Any, shared: SequenceLayout, first: int, lock_text: bool = False
+    ) -> Any:
+        """Layout of a call that brings the first so many slots of a cached mixed sequence and renews the keys and
+        values of all its target tokens for good. shared: what `layout` was made of. lock_text: as above."""
+        whole = replace(layout.attention, fresh=shared.target_lengths + text.embeds.shape[1])
+        made = self.active_layout(text, replace(layout, attention=whole), first, lock_text)
+        return self._with_sequence(made, passing=False)
+
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -562,6 +562,8 @@ class MixedState:
     the sequence's first ones, that hold them all. Over cached keys and values, where there are any: active_layouts, the
     model's for these alone; locked_layouts, for all slots without the text. brackets: for each of `layouts`, with
     kv_refresh="bracket", (the layout that keeps those of the last sigma, the one that keeps the interpolated).
+    far_layouts: of the pass at the last sigma, which brings the first `far` slots; None: all. targets: target tokens of
+    each sample.
     """
 
     tokens: Tensor
@@ -576,6 +578,9 @@ class MixedState:
     active_layouts: list[Any]
     locked_layouts: list[Any]
     brackets: list[tuple[Any, Any]]
+    far_layouts: list[Any]
+    far: int | None
+    targets: tuple[int, ...]
 
 
 def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Selection) -> MixedState:
@@ -603,7 +608,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
         condition=pictures.aligned and shown,
         others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others) if shown else 0,
     )
-    lengths = tuple(sequence_length(c, run.grid, **parts)[1] for c in selection.counts)
+    targets, lengths = zip(*(sequence_length(c, run.grid, **parts) for c in selection.counts))
     layout = build_layout(selection.order, selection.count, run.grid, run.model.slots(max(lengths)), **parts)
     capacity = layout.capacity
     tokens = ops.gather_tokens(table, layout.index, capacity)
@@ -621,8 +626,14 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
     shared = layout.repeat(run.joined_branches)
     layouts = [run.model.mixed_layout(text, pictures, shared, config.key_bias, cached) for text in texts]
     pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
+    far_layouts, far = [], None
     if config.kv_refresh == BRACKET:
-        brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]
+        ends = [run.model.another_cache(x) for x in layouts]
+        far_layouts = ends
+        if config.lock_condition and targets != lengths:
+            far = run.model.slots(max(targets))
+            far_layouts = [run.model.target_layout(text, x, shared, far, lock) for text, x in zip(texts, ends)]
+        brackets = [(end, run.model.another_cache(x)) for end, x in zip(ends, layouts)]
         active_layouts = [run.model.active_layout(text, x, first, lock) for text, (_, x) in zip(texts, brackets)]
     elif config.kv_refresh > 1:
         active_layouts = [run.model.active_layout(text, x, first, lock) for text, x in pairs]
@@ -630,8 +641,23 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
         locked_layouts = [run.model.active_layout(text, x, None, lock) for text, x in pairs]
     return MixedState(
         tokens, table, free[..., None], moves, layout, layouts, lengths, fine_counts, first, active_layouts,
-        locked_layouts, brackets,
+        locked_layouts, brackets, far_layouts, far, targets,
     )  # fmt: skip
+
+
+def _far_velocity(run: Run, state: MixedState, tokens: Tensor, conditioning: tuple[Any, ...]) -> Tensor:
+    """The velocity of the second whole pass of kv_refresh="bracket", which keeps its keys and values.
+
+    With lock_condition that of the target alone, over keys and values that the condition has in the first pass; zero
+    elsewhere.
+    """
+    if state.far is None:
+        return run.velocity(tokens, conditioning, state.far_layouts)
+    start = torch.zeros((), device=run.device)
+    for near, (end, _) in zip(state.layouts, state.brackets):
+        run.model.blend(end, near, near, start)  # a copy
+    found = run.velocity(tokens[:, : state.far], conditioning, state.far_layouts)
+    return F.pad(found, (0, 0, 0, tokens.shape[1] - state.far))
 
 
 def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
@@ -665,8 +691,11 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
             if bracket:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
-                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
-                run.record("bracket", sigmas[-2], state.lengths)
+                behind = _far_velocity(run, state, ahead, conditionings[-1])
+                run.record(
+                    "bracket", sigmas[-2], state.lengths if state.far is None else state.targets,
+                    keys=state.lengths, lock_text=lock and state.far is not None,
+                )  # fmt: skip
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
                     slope = (behind.float() - velocity.float()) / (at[-2] - at[0])

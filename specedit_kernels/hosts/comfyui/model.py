@@ -223,6 +223,12 @@ class HostModel(EditModel):
             raise ValueError("lock_text: expected False, since ComfyUI's models compute the text in each call")
         return replace(layout, ids=layout.ids[:, :first], first=first)
 
+    def target_layout(
+        self, text: Text, layout: MixedLayout, shared: SequenceLayout, first: int, lock_text: bool = False
+    ) -> MixedLayout:
+        order = replace(layout.order, fine_lengths=layout.order.target_lengths)
+        return replace(self.active_layout(text, layout, first, lock_text), order=order)
+
     def another_cache(self, layout: MixedLayout) -> MixedLayout:
         return replace(layout, cache={})
 
