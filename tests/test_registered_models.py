@@ -142,9 +142,9 @@ def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["full", "locked", "locked text", pytest.param("bracket", marks=pytest.mark.proves("fused")), "fp8", "dense",
+    [pytest.param("bracket", marks=pytest.mark.proves("fused")), "full", "locked", "locked text", "fp8", "dense",
      "kept coarse"],
-)
+)  # fmt: skip
 def test_fused_edits_are_the_eager_ones(edit, name, guided=True):
     if "fused" not in edit.pipe.RUNNERS:
         pytest.skip("the model has no fused forward")

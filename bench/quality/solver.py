@@ -6,9 +6,10 @@
 
 A row: plain-N, a quality ("fast"), preset-N ("preset-N cached": one whole pass; "preset-N paper": the paper's) or C+M:
 C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones from 7/9 of the schedule;
-"C+M euler", "C+M from S" and "C+M even" (all steps even) change that; "ck" behind it: coarse steps behind the first
-over its keys and values, "ckK": every K-th one computes all (coarse_refresh); then "lt": lock_text, "lc":
-lock_condition. "ROW at T": with that threshold. "lora ROW": with --lora's weights, which the others are without. 50 plain steps come first: others are held against them, edit by edit.
+"C+M euler", "C+M from S" and "C+M even" (all steps even) change that. Behind these, in this order, "ck": the coarse
+steps but the first over its keys and values, "ckK": but every K-th (coarse_refresh); "lt": lock_text; "lc":
+lock_condition. "ROW at T": with that threshold. "lora ROW": with --lora's weights, which the others are without. 50
+plain steps come first: others are held against them, edit by edit.
 Writes OUT/solver.{md,json} after each row.
 """
 
@@ -59,7 +60,8 @@ NAME = re.compile(
     r"(?:plain-(?P<plain>\d+)|(?P<quality>fast|balanced|best)|preset-(?P<preset>\d+)"
     r"(?: (?P<paper>paper)| (?P<cached>cached))?"
     r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
-    r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?(?: (?P<kept>ck\d*))?(?: (?P<text>lt))?(?: (?P<condition>lc))?)"
+    r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?"
+    r"(?: (?P<kept>ck\d*))?(?: (?P<text>lt))?(?: (?P<condition>lc))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 

@@ -643,8 +643,6 @@ class SpecEditMixin(Stock):
             interrupted=lambda: self._interrupt,
             clock=clock,
         )
-        run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
-        run.stats.plain_tokens = run.plain_tokens
         user_mask, run.preview = self._user_mask(call, grid, batch), call.preview
         if call.needs_draft and user_mask is not None:
             run.joined, user_mask = (call.mask_mode, user_mask.to(device)), None
@@ -657,6 +655,9 @@ class SpecEditMixin(Stock):
             run.stats.precision, run.stats.fp8_bytes = config.precision, linears.bytes
             for reason, layers in linears.refused.items():
                 self._say_once(f"precision='fp8': {len(layers)} layers compute as they are: {reason}")
+        # counted here, where the device has work: it would wait for them before its steps
+        run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
+        run.stats.plain_tokens = run.plain_tokens
         run.stats.nfe = run.step
         self._current_timestep = None
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -653,7 +653,7 @@ def _far_velocity(run: Run, state: MixedState, tokens: Tensor, conditioning: tup
     """
     if state.far is None:
         return run.velocity(tokens, conditioning, state.far_layouts)
-    start = torch.zeros((), device=run.device)
+    start = torch.zeros((), dtype=torch.float32, device=run.device)
     for near, (end, _) in zip(state.layouts, state.brackets):
         run.model.blend(end, near, near, start)  # a copy
     found = run.velocity(tokens[:, : state.far], conditioning, state.far_layouts)

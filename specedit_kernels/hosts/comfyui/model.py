@@ -238,6 +238,11 @@ class HostModel(EditModel):
             k, v = (torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(pair, far.cache[name]))
             layout.cache[name] = k, v
 
+    def release(self, layouts: Sequence[MixedLayout]) -> None:
+        for layout in layouts:
+            assert layout.cache is not None
+            layout.cache.clear()
+
     def kv_bytes(self, layouts: Sequence[MixedLayout]) -> int:
         kept = (x for layout in layouts if layout.cache for pair in layout.cache.values() for x in pair)
         return sum(x.numel() * x.element_size() for x in kept)
