@@ -45,7 +45,9 @@ def coarse(out):
 # what keeps keys and values of text and condition, and what does the same without
 KEPT = {
     "coarse": (dict(stages=(4, 2, 0), coarse_refresh=4), dict(coarse_refresh=1)),
-    "coarse, text": (dict(stages=(4, 2, 0), coarse_refresh=4, lock_text=True), dict(coarse_refresh=1, lock_text=False)),
+    "coarse, text": (
+        dict(stages=(4, 2, 0), coarse_refresh=4, lock_text="all"), dict(coarse_refresh=1, lock_text=False),
+    ),
     "condition": (dict(stages=(1, 5, 0), kv_refresh="bracket", lock_condition=True), dict(lock_condition=False)),
     "condition, text": (
         dict(stages=(1, 5, 0), kv_refresh="bracket", lock_condition=True, lock_text=True),
@@ -90,7 +92,7 @@ def test_one_coarse_step_and_whole_ones_keep_their_bits(request, model):
     assert not torch.equal(edit(pipe, coarse_refresh=3).images, edit(pipe).images)
 
 
-@pytest.mark.parametrize("lock_text", [False, True])
+@pytest.mark.parametrize("lock_text", [False, "all"])
 @pytest.mark.parametrize("options", [{}, dict(kv_cache_dtype="fp8"), dict(draft_guidance=False)], ids=str)
 @pytest.mark.parametrize("model", ["flux", "qwen"])
 def test_fused_steps_do_what_eager_ones_do(request, model, options, lock_text):
@@ -104,7 +106,7 @@ def test_fused_steps_do_what_eager_ones_do(request, model, options, lock_text):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lock_text", [False, True])
+@pytest.mark.parametrize("lock_text", [False, "all"])
 @pytest.mark.parametrize("model", ["flux", "qwen"])
 def test_graph_steps_do_what_fused_ones_do(model, lock_text):
     pipe = made(model, tiny_pipeline() if model == "flux" else tiny_qwen()).to("cuda")
@@ -121,7 +123,8 @@ def test_graph_steps_do_what_fused_ones_do(model, lock_text):
 
 
 def test_rows_are_counted(flux):
-    out, locked = (edit(flux, stages=(5, 2, 0), coarse_refresh=3, lock_text=lock) for lock in (False, True))
+    out, mixed, locked = (edit(flux, stages=(5, 2, 0), coarse_refresh=3, lock_text=x) for x in (False, True, "all"))
+    assert coarse(out) == coarse(mixed) and [s.lock_text for s in mixed.stats.steps[-2:]] == [False, True]
     for found, lock in ((out, False), (locked, True)):
         steps = coarse(found)
         assert found.stats.nfe == 7 and [s.tokens for s in steps] == [(32,), (16,), (16,), (32,), (16,)]
@@ -142,14 +145,14 @@ def test_a_step_after_a_callback_that_changes_the_run_is_whole(flux, change):
 
         return dict(callback_on_step_end=back, callback_on_step_end_tensor_inputs=[change])
 
-    options = dict(stages=(5, 2, 0), coarse_refresh=9, lock_text=True)
+    options = dict(stages=(5, 2, 0), coarse_refresh=9, lock_text="all")
     assert [s.tokens[0] for s in coarse(edit(flux, call(1), **options))] == [32, 16, 32, 16, 16]
     assert [s.tokens[0] for s in coarse(edit(flux, call(9), **options))] == [32, 16, 16, 16, 16]
 
 
 @pytest.mark.parametrize("runner", ["eager", "fused"])
 def test_a_batch_is_its_singles(flux, runner):
-    config = SpecEditConfig(stages=(3, 2, 0), finish="locked", runner=runner, coarse_refresh=3, lock_text=True)
+    config = SpecEditConfig(stages=(3, 2, 0), finish="locked", runner=runner, coarse_refresh=3, lock_text="all")
     given = dict(output_type="latent", specedit=config)
     images, masks = [tiny_image(seed=1), tiny_image(seed=2)], [left_half(), left_half().rotate(90)]
     seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
@@ -164,7 +167,7 @@ def test_a_batch_is_its_singles(flux, runner):
 @pytest.mark.parametrize("size", [(96, 160), (224, 96)])
 def test_coarse_grids_of_odd_sides(flux, size):
     call = dict(image=tiny_image(*size), height=size[0], width=size[1], max_area=size[0] * size[1])
-    options = dict(stages=(3, 2, 0), coarse_refresh=3, lock_text=True)
+    options = dict(stages=(3, 2, 0), coarse_refresh=3, lock_text="all")
     call["mask_image"] = left_half().resize(size[::-1])
     found = []
     for runner in ("eager", "fused"):
@@ -281,6 +284,9 @@ def test_a_batch_without_the_condition_is_its_singles(flux, runner):
 def test_values():
     with pytest.raises(TypeError, match="lock_condition: expected True or False"):
         SpecEditConfig(lock_condition=1)
+    for wrong in ("some", 1, None):
+        with pytest.raises(TypeError, match="lock_text: expected True or False"):
+            SpecEditConfig(lock_text=wrong)
     assert SpecEditConfig().coarse_refresh == 1 and SpecEditConfig(coarse_refresh=3).coarse_refresh == 3
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="coarse_refresh: expected an integer >= 1"):

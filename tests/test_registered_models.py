@@ -120,7 +120,7 @@ STEPS = {
     "bracket": dict(stages=(1, 4, 0), finish="locked", kv_refresh="bracket"),
     "fp8": dict(stages=(1, 4, 0), finish="locked", kv_refresh=3, kv_cache_dtype="fp8"),
     "dense": dict(stages=(0, 0, 2)),
-    "kept coarse": dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket", coarse_refresh=3, lock_text=True,
+    "kept coarse": dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket", coarse_refresh=3, lock_text="all",
                         lock_condition=True),
 }  # fmt: skip
 

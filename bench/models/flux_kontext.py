@@ -430,14 +430,16 @@ def setting(args):
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
 # Coarse + mixed steps, named as bench/quality/solver.py has them. ck: coarse steps behind the first over its keys and
-# values; lt: the first step of both alone computes the text; lc: the second whole pass leaves the condition out.
+# values; lt: the first mixed step alone computes the text; lta: of the coarse steps too; lc: the second whole pass leaves
+# the condition out.
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
-        coarse_refresh=coarse if " ck" in name else 1, lock_text=" lt" in name, lock_condition=" lc" in name,
+        coarse_refresh=coarse if " ck" in name else 1, lock_condition=" lc" in name,
+        lock_text="all" if " lta" in name else " lt" in name,
     )
     for coarse, mixed in ((2, 3), (4, 3), (4, 7), (6, 7), (8, 4))
-    for name in ("", " lt", " lc", " ck", " ck lt", " ck lc", " ck lt lc")
+    for name in ("", " lt", " lc", " ck", " ck lt", " ck lc", " ck lt lc", " ck lta lc")
 }  # fmt: skip
 # Of step-distilled weights, whose steps take as long as any others'.
 FEW_STEPS = {f"preset {n}{name}": dict(quality="balanced", preset=n) | change

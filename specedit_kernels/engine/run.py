@@ -12,6 +12,7 @@ from ..sampling import noise as algebra
 from ..sampling.grid import coarse_grid
 from ..sampling.schedule import stage_sigmas
 from . import stages
+from .config import ALL
 from .stages import Draft, Run, Selection
 
 
@@ -67,7 +68,7 @@ def run_stages(
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
             run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance, solver=config.solver,
-            refresh=config.coarse_refresh, lock_text=config.lock_text,
+            refresh=config.coarse_refresh, lock_text=config.lock_text == ALL,
         )  # fmt: skip
         if selection is None:
             found = Draft(last, small, first if coarse_steps > 1 else None)

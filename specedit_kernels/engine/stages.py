@@ -620,7 +620,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     fine_counts = tuple(CHILDREN * count for count in selection.counts)
-    lock, first = config.lock_text, run.model.slots(max(fine_counts))
+    lock, first = bool(config.lock_text), run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(run.joined_branches)
@@ -671,7 +671,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     step's sigma. The other tokens' keys and values of an active step are interpolated between those two by its sigma.
     With solver="ab2" that pass's velocity is the first step's second one.
     """
-    lock, every = run.config.lock_text, run.config.kv_refresh
+    lock, every = bool(run.config.lock_text), run.config.kv_refresh
     steps = len(sigmas) - 1
     bracket = every == BRACKET and steps > 2
     if every == BRACKET:
