@@ -430,8 +430,8 @@ def setting(args):
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
 # Coarse + mixed steps, named as bench/quality/solver.py has them. ck: coarse steps behind the first over its keys and
-# values; lt: the first mixed step alone computes the text; lta: of the coarse steps too; lc: the second whole pass leaves
-# the condition out.
+# values; lt: the first mixed step alone computes the text; lta: of the coarse steps too; lc: the second whole pass
+# leaves the condition out.
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
