@@ -36,7 +36,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "best": dict(stages=(6, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
     "paper": dict(preset=9, mixed_from=None, solver="euler", finish="full", kv_refresh=1),
 }
-DRAFTS = ("coarse", "quarter", "full_step")
+DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
 UNSELECTED = ("source", "coarse")
 METRICS = ("decoder", "latent", "projected")
@@ -51,7 +51,7 @@ RUNNERS = ("auto", "eager", "fused", "graph", "compile")
 
 # draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
 # the "coarse" one alone so far.
-RELATIVE = {"coarse": 0.5, "quarter": 0.0, "full_step": 0.0}
+RELATIVE = {"coarse": 0.5, "half": 0.5, "quarter": 0.0, "full_step": 0.0}
 
 # (metric, reference, draft) -> threshold on the [0, 4] scale of token_discrepancy, for use with dilation 1.
 # Found by bench/quality/calibrate.py on an H100 with the shipped editor, on 188 local and small calibration edits at
@@ -178,9 +178,8 @@ class EditConfig:
         """Whether a run without a mask has to begin with coarse steps."""
         return False
 
-    @property
-    def separate_steps(self) -> int:
-        """Steps of a draft that is no part of the main trajectory."""
+    def separate_steps(self, counts: tuple[int, int, int]) -> int:
+        """Steps of a draft that is no part of the main trajectory. counts: those of `step_counts`."""
         return 0
 
     @property
@@ -211,7 +210,10 @@ class SpecEditConfig(EditConfig):
             kv_refresh="bracket" the first mixed step has the second whole pass for its other velocity. A "quarter"
             draft is Euler's.
         draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's
-            and the last's, no extra step. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
+            and the last's, no extra step. "half": the same, but these steps are a separate run: the main trajectory
+            begins at noise, and mixed steps at the sigmas of the coarse ones draw the region at full resolution from
+            the start; a mask in the draft's place saves the coarse steps. Where all tokens are computed it goes on from
+            the coarse ones. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
             (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
             coarse steps.
         draft_steps: steps of the "quarter" draft (the paper's N_draft).
@@ -264,7 +266,7 @@ class SpecEditConfig(EditConfig):
     stages: tuple[int, int, int] | None = None
     mixed_from: float | None = None
     solver: str | None = None
-    draft: str = "coarse"
+    draft: str | None = None
     draft_steps: int = 8
     finish: str | None = None
     unselected: str = "source"
@@ -284,9 +286,10 @@ class SpecEditConfig(EditConfig):
         super().__post_init__()
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
-        defaults = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
+        defaults = {"draft": "coarse"} | QUALITIES[self.quality]
+        del defaults["preset" if "preset" in defaults else "stages"]
         if self.preset is not None or self.stages is not None:
-            defaults |= dict(mixed_from=None, solver="euler")
+            defaults |= dict(mixed_from=None, solver="euler", draft="coarse")
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 follows = name != "kv_refresh" or self.finish == "locked" or self.unselected == "source"
@@ -356,11 +359,10 @@ class SpecEditConfig(EditConfig):
 
     @property
     def needs_coarse_steps(self) -> bool:
-        return self.draft == "coarse"
+        return self.draft in ("coarse", "half")
 
-    @property
-    def separate_steps(self) -> int:
-        return self.draft_steps if self.draft == "quarter" else 0
+    def separate_steps(self, counts: tuple[int, int, int]) -> int:
+        return {"half": counts[0], "quarter": self.draft_steps}.get(self.draft, 0)
 
     @property
     def may_drift(self) -> bool:
@@ -375,7 +377,7 @@ class SpecEditConfig(EditConfig):
         """
         if self.threshold is not None:
             return float(self.threshold)
-        key = self.metric, self.reference, self.draft
+        key = self.metric, self.reference, "coarse" if self.draft == "half" else self.draft  # the same steps
         return own[key][guided] if key in own else THRESHOLDS[key]
 
     def resolved_relative(self) -> float:

@@ -357,7 +357,9 @@ class SpecEditMixin(Stock):
             given = "sigmas" if call.sigmas is not None else "num_inference_steps"
             self._say_once(f"{given}: the config's {sum(usual)} steps are scaled to {steps}, which was given")
         if call.needs_draft and config.needs_coarse_steps and counts[0] == 0:
-            raise ValueError(f"draft: 'coarse' needs at least one coarse step, or a mask_image; got stages {counts}")
+            raise ValueError(
+                f"draft: {config.draft!r} needs at least one coarse step, or a mask_image; got stages {counts}"
+            )
         return config, counts
 
     def _take_pictures(self, call: Call) -> None:
@@ -611,7 +613,7 @@ class SpecEditMixin(Stock):
         sigmas = self._plain_sigmas(sum(counts), math.prod(grid), sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
-        bar = self.progress_bar(total=nfe + (config.separate_steps if call.needs_draft else 0))
+        bar = self.progress_bar(total=nfe + (config.separate_steps(counts) if call.needs_draft else 0))
 
         def on_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor:
             self._current_timestep = timestep
