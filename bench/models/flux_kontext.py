@@ -304,9 +304,8 @@ class Bench:
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
         kinds |= TIERS | STEPS | DRAFTED | FEW_STEPS
-        for ending in ("fp8", "fp8-products"):
-            kinds |= {f"{kind} {ending}": options | dict(precision="fp8")
-                      for kind, options in (TIERS | STEPS | DRAFTED).items()}  # fmt: skip
+        for ending, of in (("fp8", TIERS | STEPS | DRAFTED), ("fp8-products", TIERS)):
+            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in of.items()}
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
@@ -442,9 +441,8 @@ STEPS = {
         draft="half" if " half" in name else "coarse", coarse_refresh=coarse if " ck" in name else 1,
         lock_text="all" if " lta" in name else " lt" in name, lock_condition=" lc" in name,
     )
-    for coarse, mixed in ((2, 3), (4, 3), (4, 7), (6, 7), (6, 3), (8, 4))
-    for half in ("", " half") for ending in ("", " lt", " lc", " ck", " ck lt", " ck lc", " lt lc", " ck lt lc", " ck lta lc")
-    for name in (half + ending,)
+    for coarse, mixed in ((2, 3), (4, 3), (6, 7))
+    for name in ("", " lt", " lt lc", " ck lt", " ck lt lc", " half lt", " half lt lc", " half ck lt", " half ck lt lc")
 }  # fmt: skip
 # The mask is given, so it is the region; "drafted": beside a draft that runs all the same.
 DRAFTED = {f"{name} drafted": options for name, options in (TIERS | STEPS).items()}

@@ -174,9 +174,9 @@ class EditConfig:
         return None
 
     @property
-    def needs_coarse_steps(self) -> bool:
-        """Whether a run without a mask has to begin with coarse steps."""
-        return False
+    def draft_of_coarse_steps(self) -> str | None:
+        """The draft of a run without a mask, where that has to begin with coarse steps."""
+        return None
 
     def separate_steps(self, counts: tuple[int, int, int]) -> int:
         """Steps of a draft that is no part of the main trajectory. counts: those of `step_counts`."""
@@ -286,8 +286,8 @@ class SpecEditConfig(EditConfig):
         super().__post_init__()
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
-        defaults = {"draft": "coarse"} | QUALITIES[self.quality]
-        del defaults["preset" if "preset" in defaults else "stages"]
+        chosen = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
+        defaults = {"draft": "coarse"} | chosen
         if self.preset is not None or self.stages is not None:
             defaults |= dict(mixed_from=None, solver="euler", draft="coarse")
         for name, value in defaults.items():
@@ -358,11 +358,11 @@ class SpecEditConfig(EditConfig):
         return ahead + [self.mixed_from * (1 - i / rest) for i in range(rest)]
 
     @property
-    def needs_coarse_steps(self) -> bool:
-        return self.draft in ("coarse", "half")
+    def draft_of_coarse_steps(self) -> str | None:
+        return self.draft if self.draft in ("coarse", "half") else None
 
     def separate_steps(self, counts: tuple[int, int, int]) -> int:
-        return {"half": counts[0], "quarter": self.draft_steps}.get(self.draft, 0)
+        return {"half": counts[0], "quarter": self.draft_steps}.get(str(self.draft), 0)
 
     @property
     def may_drift(self) -> bool:
@@ -377,11 +377,11 @@ class SpecEditConfig(EditConfig):
         """
         if self.threshold is not None:
             return float(self.threshold)
-        key = self.metric, self.reference, "coarse" if self.draft == "half" else self.draft  # the same steps
+        key = self.metric, self.reference, "coarse" if self.draft == "half" else str(self.draft)  # the same steps
         return own[key][guided] if key in own else THRESHOLDS[key]
 
     def resolved_relative(self) -> float:
         """How far the threshold follows the picture: the given share, or the one for this kind of threshold."""
         if self.relative is not None:
             return float(self.relative)
-        return RELATIVE[self.draft] if self.threshold is None else 0.0
+        return RELATIVE[str(self.draft)] if self.threshold is None else 0.0

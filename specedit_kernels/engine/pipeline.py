@@ -356,10 +356,9 @@ class SpecEditMixin(Stock):
         if sum(counts) != sum(usual):
             given = "sigmas" if call.sigmas is not None else "num_inference_steps"
             self._say_once(f"{given}: the config's {sum(usual)} steps are scaled to {steps}, which was given")
-        if call.needs_draft and config.needs_coarse_steps and counts[0] == 0:
-            raise ValueError(
-                f"draft: {config.draft!r} needs at least one coarse step, or a mask_image; got stages {counts}"
-            )
+        draft = config.draft_of_coarse_steps
+        if call.needs_draft and draft and counts[0] == 0:
+            raise ValueError(f"draft: {draft!r} needs at least one coarse step, or a mask_image; got stages {counts}")
         return config, counts
 
     def _take_pictures(self, call: Call) -> None:
