@@ -165,3 +165,14 @@ def test_zero_and_one_in_bytes_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING, "specedit_kernels"):
         assert not token_mask(HARD.astype(np.uint8), GRID).any()
     assert "its largest value is 1 of 255" in caplog.text
+
+
+@pytest.mark.parametrize("size", [(24, 32), (48, 32), (25, 32), (24, 33), (2, 6), (3, 8)])
+def test_any_selected_pixel_selects_its_token(size):
+    """Sides that are multiples of the grid's go another way."""
+    values = np.random.default_rng(0).integers(0, 256, (5, *size), np.uint8)
+    values[np.random.default_rng(1).random(values.shape) < 0.99] = 0
+    values[0, 0, :2] = 127, 128
+    pixels = torch.from_numpy(values > 127.5).float()[:, None]
+    expected = torch.nn.functional.adaptive_max_pool2d(pixels, GRID).bool().flatten(1)
+    assert torch.equal(token_mask(values, GRID), expected) and 0 < expected.float().mean() < 1

@@ -54,7 +54,9 @@ def box(side=128, low=32, high=64):
 CACHED = dict(finish="locked", kv_refresh=9)
 KINDS = {
     "full": {}, "cached": CACHED, "locked text": CACHED | dict(lock_text=True),
-    "bracket": dict(finish="locked", kv_refresh="bracket"), "fp8 cache": CACHED | dict(kv_cache_dtype="fp8"),
+    "bracket": dict(finish="locked", kv_refresh="bracket"),
+    "kept coarse": dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket", coarse_refresh=3, lock_condition=True),
+    "fp8 cache": CACHED | dict(kv_cache_dtype="fp8"),
 }  # fmt: skip
 
 

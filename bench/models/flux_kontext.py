@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -192,11 +192,13 @@ class Bench:
         pipe(mask_image=mask, strength=1.0, num_inference_steps=steps, max_area=self.args.side**2,
              _auto_resize=False, **options)  # fmt: skip
 
-    def specedit(self, config, mask, text=None, attends=fp8.attends):
-        """attends: stands for `fp8.attends`."""
-        embeds = self.options["prompt_embeds"][:, :text]
+    def specedit(self, config, mask, text=None, attends=fp8.attends, drafted=False):
+        """attends: stands for `fp8.attends`. drafted: the draft runs and is compared too, and adds nothing."""
+        options = self.options | {"prompt_embeds": self.options["prompt_embeds"][:, :text]}
+        if drafted:
+            config, options = replace(config, threshold=4.0), options | {"mask_mode": "add"}
         with mock.patch.object(fp8, "attends", attends):
-            return self.pipe(specedit=config, mask_image=mask, **self.options | {"prompt_embeds": embeds}).stats
+            return self.pipe(specedit=config, mask_image=mask, **options).stats
 
     def active_step(self, runner, apart=False, precision="auto", seen=None, attention="auto"):
         """A Row of steps with text and a tenth of the fine target tokens as queries, all tokens as keys.
@@ -301,20 +303,21 @@ class Bench:
                  "locked-cached-fp8-precision": dict(finish="locked", kv_refresh=9, precision="fp8"),
                  "locked-cached-fp8-products": dict(finish="locked", kv_refresh=9, precision="fp8")}  # fmt: skip
         kinds = {f"specedit-9-{kind}": options for kind, options in kinds.items()}
-        kinds |= TIERS | FEW_STEPS
-        for ending in ("fp8", "fp8-products"):
-            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in TIERS.items()}
+        kinds |= TIERS | STEPS | DRAFTED | FEW_STEPS
+        for ending, of in (("fp8", TIERS | STEPS | DRAFTED), ("fp8-products", TIERS)):
+            kinds |= {f"{kind} {ending}": options | dict(precision="fp8") for kind, options in of.items()}
         for runner in self.args.runners:
             for kind, options in kinds.items():
                 config = SpecEditConfig(**{"quality": "paper", "max_active": 0.95, "runner": runner} | options)
                 # products: without attention in fp8
                 attends = (lambda *_: False) if kind.endswith("-products") else fp8.attends
+                drafted = " drafted" in kind
                 for scattered in (False, True):
                     for share in self.args.areas:
                         kind_of = f"{kind} {runner}" + (" scattered" if scattered else "")
                         mask, facts = (share, scattered), {"kind": kind_of, "area": share}
-                        rows[f"{kind_of}, {100 * share:g}%"] = lambda c=config, m=mask, f=facts, a=attends: Row(
-                            lambda: self.specedit(c, region(self.args.side, *m), attends=a), facts=f
+                        rows[f"{kind_of}, {100 * share:g}%"] = lambda c=config, m=mask, f=facts, a=attends, d=drafted: (
+                            Row(lambda: self.specedit(c, region(self.args.side, *m), attends=a, drafted=d), facts=f)
                         )
             # without the padding of short prompts, as max_sequence_length leaves it out
             for text in (128, 256):
@@ -429,6 +432,20 @@ def setting(args):
 
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
+# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; ck: those
+# behind the first over its keys and values; lt: the first mixed step alone computes the text; lta: of the coarse steps
+# too; lc: the second whole pass leaves the condition out.
+STEPS = {
+    f"steps {coarse}+{mixed}{name}": dict(
+        stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
+        draft="half" if " half" in name else "coarse", coarse_refresh=coarse if " ck" in name else 1,
+        lock_text="all" if " lta" in name else " lt" in name, lock_condition=" lc" in name,
+    )
+    for coarse, mixed in ((2, 3), (4, 3), (6, 7))
+    for name in ("", " lt", " lt lc", " ck lt", " ck lt lc", " half lt", " half lt lc", " half ck lt", " half ck lt lc")
+}  # fmt: skip
+# The mask is given, so it is the region; "drafted": beside a draft that runs all the same.
+DRAFTED = {f"{name} drafted": options for name, options in (TIERS | STEPS).items()}
 # Of step-distilled weights, whose steps take as long as any others'.
 FEW_STEPS = {f"preset {n}{name}": dict(quality="balanced", preset=n) | change
              for n in (8, 4) for name, change in (("", {}), (" cached", dict(kv_refresh=9)))}  # fmt: skip

@@ -16,6 +16,7 @@ from ..images.files import ImageFileError, reason, shown
 from .text import UserError, one_line, say
 
 PRESETS = (30, 18, 11, 9, 8, 6, 4)
+DRAFTS = ("coarse", "half", "quarter", "full_step")
 QUALITIES = ("fast", "balanced", "best", "paper")
 DEVICE = "a torch device (default: cuda where there is one, else cpu)"
 
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         help="even steps of the scheduler, so many in all, in place of the quality's own",
     )
     p.add_argument("--steps", type=int, default=None, help="scale the stages to another number of steps")
-    p.add_argument("--draft", choices=("coarse", "quarter", "full_step"), default="coarse", help="what finds the edit")
+    p.add_argument("--draft", choices=DRAFTS, default=None, help="what finds the edit (default: the quality's)")
     p.add_argument(
         "--finish", choices=("full", "locked"), default=None, help="tokens of the last steps (default: the quality's)"
     )

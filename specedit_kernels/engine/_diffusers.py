@@ -54,14 +54,16 @@ __all__ = [
 
 def each_module(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """`root.modules()`, several times faster: a run begins with several walks, and a LoRA has thousands of modules."""
-    seen, left = set(), [root]
+    seen: set[torch.nn.Module] = set()
+    left: list[torch.nn.Module | None] = [root]
     while left:
         module = left.pop()
-        if module not in seen:
+        if module is not None and module not in seen:
             seen.add(module)
             yield module
-            children = vars(module)["_modules"]
-            left += [child for child in reversed(children.values()) if child is not None]
+            children = module.__dict__["_modules"]
+            if children:
+                left += reversed(children.values())
 
 
 def unwrapped(module: torch.nn.Module) -> Any:
@@ -196,13 +198,13 @@ def _by_library(own: dict[str, Any]) -> list[str]:
 def is_cast(module: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> bool:
     """Whether a linear layer keeps its weights in a smaller dtype between its calls (`enable_layerwise_casting`), and
     nothing else is about its forward but hooks of torch that are `known`."""
+    if type(module) is not torch.nn.Linear:
+        return False
     own = vars(module)
+    if _by_library(own) != ["LayerwiseCastingHook"]:
+        return False
     of_torch = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
-    return (
-        type(module) is torch.nn.Linear
-        and _by_library(own) == ["LayerwiseCastingHook"]
-        and all(hook in known for hook in of_torch)
-    )
+    return all(hook in known for hook in of_torch)
 
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

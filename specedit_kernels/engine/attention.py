@@ -101,9 +101,21 @@ _LOCKS_LOCK = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 
 
+# Whether modules of a class have a processor: asked of thousands before a run's first launch, and slow to answer where
+# it is not so.
+_HAS_PROCESSOR: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
 def attention_modules(transformer: torch.nn.Module) -> list[Any]:
     """The modules that have an attention processor, in the order of the blocks."""
-    return [module for module in each_module(unwrapped(transformer)) if hasattr(type(module), "get_processor")]
+    found = []
+    for module in each_module(unwrapped(transformer)):
+        has = _HAS_PROCESSOR.get(type(module))
+        if has is None:
+            has = _HAS_PROCESSOR[type(module)] = hasattr(type(module), "get_processor")
+        if has:
+            found.append(module)
+    return found
 
 
 @contextlib.contextmanager

@@ -36,13 +36,14 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "best": dict(stages=(6, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
     "paper": dict(preset=9, mixed_from=None, solver="euler", finish="full", kv_refresh=1),
 }
-DRAFTS = ("coarse", "quarter", "full_step")
+DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
 UNSELECTED = ("source", "coarse")
 METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
+ALL = "all"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
 SOLVERS = ("euler", "ab2")
@@ -50,7 +51,7 @@ RUNNERS = ("auto", "eager", "fused", "graph", "compile")
 
 # draft -> how far its calibrated thresholds follow a picture's largest score; compared by bench/quality/selection.py,
 # the "coarse" one alone so far.
-RELATIVE = {"coarse": 0.5, "quarter": 0.0, "full_step": 0.0}
+RELATIVE = {"coarse": 0.5, "half": 0.5, "quarter": 0.0, "full_step": 0.0}
 
 # (metric, reference, draft) -> threshold on the [0, 4] scale of token_discrepancy, for use with dilation 1.
 # Found by bench/quality/calibrate.py on an H100 with the shipped editor, on 188 local and small calibration edits at
@@ -173,13 +174,12 @@ class EditConfig:
         return None
 
     @property
-    def needs_coarse_steps(self) -> bool:
-        """Whether a run without a mask has to begin with coarse steps."""
-        return False
+    def draft_of_coarse_steps(self) -> str | None:
+        """The draft of a run without a mask, where that has to begin with coarse steps."""
+        return None
 
-    @property
-    def separate_steps(self) -> int:
-        """Steps of a draft that is no part of the main trajectory."""
+    def separate_steps(self, counts: tuple[int, int, int]) -> int:
+        """Steps of a draft that is no part of the main trajectory. counts: those of `step_counts`."""
         return 0
 
     @property
@@ -210,7 +210,10 @@ class SpecEditConfig(EditConfig):
             kv_refresh="bracket" the first mixed step has the second whole pass for its other velocity. A "quarter"
             draft is Euler's.
         draft: what is verified. "coarse": the clean estimates of the main trajectory's own coarse steps, the first's
-            and the last's, no extra step. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
+            and the last's, no extra step. "half": the same, but these steps are a separate run: the main trajectory
+            begins at noise, and mixed steps at the sigmas of the coarse ones draw the region at full resolution from
+            the start; a mask in the draft's place saves the coarse steps. Where all tokens are computed it goes on from
+            the coarse ones. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
             (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
             coarse steps.
         draft_steps: steps of the "quarter" draft (the paper's N_draft).
@@ -238,8 +241,20 @@ class SpecEditConfig(EditConfig):
             sigma, which it reaches in one step; the tokens that are not recomputed then have keys and values between
             those two, by the sigma of each step. All but 1 needs tokens outside the edit that follow the source: not
             with finish="full" and unselected="coarse", where the default is 1.
-        lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step.
-            The text (with Qwen's vision tokens some 1,500) is most of a step over the edited tokens.
+        lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step,
+            or between those of the two whole passes with kv_refresh="bracket". The text (with Qwen's vision tokens some
+            1,500) is most of a step over the edited tokens. "all": coarse steps over kept keys and values (see
+            coarse_refresh) leave it out too, which costs the region of an open edit some of its recall.
+        coarse_refresh: every k-th coarse step, the first one and one after a callback that changes latents or text
+            compute their whole sequence, [text | target | references] at the coarse grid, and keep each layer's keys
+            and values, [B, tokens, heads, channels]; the steps between compute text and target, with lock_text="all"
+            the target alone, over those. 1: every step computes all. At Kontext's size that is 1536 or 1024 tokens of
+            2560, and 1.8 GB, which the mixed steps take over. The last coarse step, whose estimate is verified, may be
+            one of those between: its target is computed whole in any case. Steps of a "quarter" draft compute all; so
+            do those of models that keep their references' keys and values.
+        lock_condition: the second whole pass of kv_refresh="bracket" leaves the condition tokens and those of further
+            references out, two in five of its sequence: they have the keys and values of the first pass. With lock_text
+            the text too.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
             "full_step"): half their cost.
 
@@ -251,7 +266,7 @@ class SpecEditConfig(EditConfig):
     stages: tuple[int, int, int] | None = None
     mixed_from: float | None = None
     solver: str | None = None
-    draft: str = "coarse"
+    draft: str | None = None
     draft_steps: int = 8
     finish: str | None = None
     unselected: str = "source"
@@ -262,16 +277,19 @@ class SpecEditConfig(EditConfig):
     key_bias: bool = True
     coarse_condition: bool = True
     kv_refresh: int | str | None = None
-    lock_text: bool = False
+    lock_text: bool | str = False
+    lock_condition: bool = False
+    coarse_refresh: int = 1
     draft_guidance: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
-        defaults = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
+        chosen = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
+        defaults = {"draft": "coarse"} | chosen
         if self.preset is not None or self.stages is not None:
-            defaults |= dict(mixed_from=None, solver="euler")
+            defaults |= dict(mixed_from=None, solver="euler", draft="coarse")
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 follows = name != "kv_refresh" or self.finish == "locked" or self.unselected == "source"
@@ -300,7 +318,10 @@ class SpecEditConfig(EditConfig):
             _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
-        _flag("lock_text", self.lock_text)
+        if self.lock_text != ALL:
+            _flag("lock_text", self.lock_text)
+        _flag("lock_condition", self.lock_condition)
+        _integer("coarse_refresh", self.coarse_refresh, 1)
         _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
@@ -337,12 +358,11 @@ class SpecEditConfig(EditConfig):
         return ahead + [self.mixed_from * (1 - i / rest) for i in range(rest)]
 
     @property
-    def needs_coarse_steps(self) -> bool:
-        return self.draft == "coarse"
+    def draft_of_coarse_steps(self) -> str | None:
+        return self.draft if self.draft in ("coarse", "half") else None
 
-    @property
-    def separate_steps(self) -> int:
-        return self.draft_steps if self.draft == "quarter" else 0
+    def separate_steps(self, counts: tuple[int, int, int]) -> int:
+        return {"half": counts[0], "quarter": self.draft_steps}.get(str(self.draft), 0)
 
     @property
     def may_drift(self) -> bool:
@@ -357,11 +377,11 @@ class SpecEditConfig(EditConfig):
         """
         if self.threshold is not None:
             return float(self.threshold)
-        key = self.metric, self.reference, self.draft
+        key = self.metric, self.reference, "coarse" if self.draft == "half" else str(self.draft)  # the same steps
         return own[key][guided] if key in own else THRESHOLDS[key]
 
     def resolved_relative(self) -> float:
         """How far the threshold follows the picture: the given share, or the one for this kind of threshold."""
         if self.relative is not None:
             return float(self.relative)
-        return RELATIVE[self.draft] if self.threshold is None else 0.0
+        return RELATIVE[str(self.draft)] if self.threshold is None else 0.0

@@ -372,5 +372,8 @@ class FusedModel(_Eager):
         names = BESIDE.join(x.buffers for x in (of, *ends))
         self.runner(("blend", of.sequence.cos.shape[1]), run, {"weight": weight}, names)
 
+    def release(self, layouts: Sequence[Any]) -> None:
+        self._caches -= len(layouts)  # buffers have names by this count
+
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         return self.runner.buffer_bytes

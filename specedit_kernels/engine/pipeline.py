@@ -356,8 +356,9 @@ class SpecEditMixin(Stock):
         if sum(counts) != sum(usual):
             given = "sigmas" if call.sigmas is not None else "num_inference_steps"
             self._say_once(f"{given}: the config's {sum(usual)} steps are scaled to {steps}, which was given")
-        if call.needs_draft and config.needs_coarse_steps and counts[0] == 0:
-            raise ValueError(f"draft: 'coarse' needs at least one coarse step, or a mask_image; got stages {counts}")
+        draft = config.draft_of_coarse_steps
+        if call.needs_draft and draft and counts[0] == 0:
+            raise ValueError(f"draft: {draft!r} needs at least one coarse step, or a mask_image; got stages {counts}")
         return config, counts
 
     def _take_pictures(self, call: Call) -> None:
@@ -611,7 +612,7 @@ class SpecEditMixin(Stock):
         sigmas = self._plain_sigmas(sum(counts), math.prod(grid), sigmas)
         nfe = sum(counts)
         self._num_timesteps = nfe
-        bar = self.progress_bar(total=nfe + (config.separate_steps if call.needs_draft else 0))
+        bar = self.progress_bar(total=nfe + (config.separate_steps(counts) if call.needs_draft else 0))
 
         def on_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor:
             self._current_timestep = timestep
@@ -643,8 +644,6 @@ class SpecEditMixin(Stock):
             interrupted=lambda: self._interrupt,
             clock=clock,
         )
-        run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
-        run.stats.plain_tokens = run.plain_tokens
         user_mask, run.preview = self._user_mask(call, grid, batch), call.preview
         if call.needs_draft and user_mask is not None:
             run.joined, user_mask = (call.mask_mode, user_mask.to(device)), None
@@ -657,6 +656,9 @@ class SpecEditMixin(Stock):
             run.stats.precision, run.stats.fp8_bytes = config.precision, linears.bytes
             for reason, layers in linears.refused.items():
                 self._say_once(f"precision='fp8': {len(layers)} layers compute as they are: {reason}")
+        # counted here, where the device has work: it would wait for them before its steps
+        run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
+        run.stats.plain_tokens = run.plain_tokens
         run.stats.nfe = run.step
         self._current_timestep = None
 

@@ -12,6 +12,7 @@ from ..sampling import noise as algebra
 from ..sampling.grid import coarse_grid
 from ..sampling.schedule import stage_sigmas
 from . import stages
+from .config import ALL
 from .stages import Draft, Run, Selection
 
 
@@ -55,22 +56,31 @@ def run_stages(
         scores, selection = verify(run, stages.draft(run, draft_sigmas), "draft")
     if selection is not None and run.ends(selection):
         return run.source, selection, scores
+    # coarse steps that are a draft alone: the main trajectory begins at noise, and needs none of them under a mask
+    half = config.draft == "half" and not (selection is not None and all(selection.dense))
+    if half:
+        whole = stage_sigmas(sigmas, 0, coarse_steps + mixed_steps, full_steps)
+        run.timesteps = [1000 * s for part in (whole.mixed, whole.full) for s in part[:-1]]
 
     # the first stage leaves `fine` at `sigma`, or `coarse` at its pooled sigma
     if first_full:
         guided = config.draft_guidance
         fine, (estimate, _) = stages.dense_steps(run, start, sigmas[:2], full, "draft_step", guided=guided)
         scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
-    elif coarse_steps:
+    elif coarse_steps and not (half and selection is not None):
         small = stages.source_at(run, coarse_grid(run.grid))
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
-            run, coarse, plan.coarse, behind, "coarse", guided=config.draft_guidance, solver=config.solver
-        )
+            run, coarse, plan.coarse, behind, "draft" if half else "coarse", main=not half,
+            guided=config.draft_guidance, solver=config.solver, refresh=config.coarse_refresh,
+            lock_text=config.lock_text == ALL,
+        )  # fmt: skip
+        if half:
+            run.stats.draft_nfe = coarse_steps
         if selection is None:
             found = Draft(last, small, first if coarse_steps > 1 else None)
-            scores, selection = verify(run, found, "coarse")
+            scores, selection = verify(run, found, "draft" if half else "coarse")
         else:
             clock.mark("coarse")
     if selection is None:
@@ -78,6 +88,8 @@ def run_stages(
     if run.ends(selection):
         return run.source, selection, scores
 
+    if half and not all(selection.dense):
+        coarse_steps, mixed_steps, plan = 0, coarse_steps + mixed_steps, whole
     sigma = sigmas[coarse_steps]
     if first_full:
         pooled = algebra.pool_state(fine.float(), sigma)
@@ -87,7 +99,7 @@ def run_stages(
     else:
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
-        run.timesteps[coarse_steps:] = [1000 * s for s in sigmas[coarse_steps:-1]]
+        run.timesteps[run.step :] = [1000 * s for s in sigmas[coarse_steps:-1]]
         clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver)
         clock.mark("full")
     else:

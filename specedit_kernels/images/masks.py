@@ -39,8 +39,14 @@ def token_mask(mask: Any, grid: tuple[int, int], name: str = "mask_image") -> Te
     rows, columns = grid
     found = []
     for selected in _selections(mask, name):
-        pixels = torch.from_numpy(selected).float()[:, None]
-        found.append(F.adaptive_max_pool2d(pixels, (rows, columns)).bool().reshape(-1, rows * columns))
+        n, height, width = selected.shape
+        if height % rows or width % columns:
+            pixels = torch.from_numpy(selected).float()[:, None]
+            tokens = F.adaptive_max_pool2d(pixels, (rows, columns)).bool()
+        else:  # the same, many times faster
+            lines = selected.reshape(n, rows, height // rows, width).any(axis=2)
+            tokens = torch.from_numpy(lines.reshape(n, rows, columns, width // columns).any(axis=3))
+        found.append(tokens.reshape(-1, rows * columns))
     return torch.cat(found)
 
 
@@ -116,6 +122,9 @@ def _selected(values: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f"{name}: expected {LAYOUTS}, got {list(shape)}")
     if 0 in shape:
         raise ValueError(f"{name}: expected a pixel or more, got {list(shape)}")
+    if values.ndim == 3 and values.dtype == np.uint8:
+        _warn_of_ones(values, name)
+        return np.ascontiguousarray(values > 127)
     values = _scaled(values, name)
     if values.ndim == 4:
         channels = values.shape[-1]
@@ -125,15 +134,21 @@ def _selected(values: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(values > 0.5)
 
 
+def _warn_of_ones(values: np.ndarray, name: str) -> int:
+    """The largest value of the type of unsigned ones, after a warning where theirs is 1."""
+    top = int(np.iinfo(values.dtype).max)
+    if values.max() == 1:
+        logger.warning("%s: its largest value is 1 of %d, so it selects nothing; 0 and 1 go as bool", name, top)
+    return top
+
+
 def _scaled(values: np.ndarray, name: str) -> np.ndarray:
     """Values in [0, 1], fp32 or fp64."""
     kind = values.dtype.newbyteorder("=")
     if kind.kind == "b":
         return values.astype(np.float32)
     if kind in (np.uint8, np.uint16):
-        top = int(np.iinfo(kind).max)
-        if values.max() == 1:
-            logger.warning("%s: its largest value is 1 of %d, so it selects nothing; 0 and 1 go as bool", name, top)
+        top = _warn_of_ones(values, name)
         return values.astype(np.float64 if values.ndim == 4 else np.float32) / top
     low, high = (values.min(), values.max()) if kind.kind in "iuf" else (0, 0)
     if kind.kind in "iu":
