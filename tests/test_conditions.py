@@ -56,13 +56,20 @@ def small():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def dynamic_fp8_on_any_device():
+    """torchao makes dynamic fp8 for GPUs alone, but computes with it on a CPU too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("torchao") is not None:
+            patch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+        yield
+
+
 def needs(name):
-    """Skip where the condition's package is missing, or cannot work on this device."""
+    """Skip where the condition's package is missing."""
     package = PACKAGES.get(name.split()[0])
     if package:
         pytest.importorskip(package)
-    if name == "torchao fp8 dynamic" and not torch.cuda.is_available():
-        pytest.skip("torchao's dynamic fp8 asks for a CUDA device of compute capability 8.9")
 
 
 def make(family="flux", dtype=torch.float32):
@@ -134,6 +141,8 @@ def test_a_condition_is_right_applied_and_restored(bench, without, name, family)
     plain = without[family]
     # what is quantised step by step by the largest number of a row takes another step where that number rounds
     bound, factor = (1e-3, 2) if "dynamic" in name else (1e-4, 100)
+    if name == "torchao fp8 dynamic":  # fused steps quantise activations by row, the layers' own calls by tensor
+        bound, factor = BOUNDS["8"], 0.1
     for got, bare in zip((eager, quick), plain):
         assert away(got.images, bare) > factor * away(quick.images, eager.images)
     assert away(quick.images, eager.images) < bound

@@ -64,7 +64,8 @@ def samples(device):
     yield specedit.mixed_res_attn_fp8, factors, {}
     yield specedit.mixed_res_attn_fp8, factors, options
     kept = [x for _ in range(3) for x in (normal(2, 9, 4, 32).to(torch.float8_e4m3fn), normal(2, 1, 4).abs() + 0.1)]
-    yield specedit.cast_fp8, (normal(2, 9, 4).to(torch.float8_e4m3fn), torch.bfloat16), {}
+    yield specedit.dequantize, (normal(2, 9, 4).to(torch.float8_e4m3fn), torch.bfloat16), {}
+    yield specedit.dequantize, (normal(9, 4).to(torch.int8), torch.float32), dict(scale=normal(9, 1))
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):

@@ -172,17 +172,19 @@ def _lerp_fp8(capability):
     return {f"lerp_fp8 {capability}": lambda: _compile(fn, capability, types, constants, {"num_warps": 4}, ASTSource)}
 
 
-def _cast_fp8(capability):
-    """{kernel: job} of one architecture."""
+def _dequantize(capability):
+    """{kernel: job} of one architecture: rows of 12288 numbers."""
     from triton.compiler import ASTSource
 
-    from specedit_kernels.triton_kernels import cast_fp8
+    from specedit_kernels.triton_kernels import dequantize
 
-    jobs, sizes = {}, dict(TILE=cast_fp8.TILE, CHUNKS=cast_fp8.CHUNKS)
-    for name, e5m2, bf16 in (("e4m3", False, True), ("e4m3 to fp16", False, False), ("e5m2", True, True)):
-        types = {"x_ptr": "*u8", "y_ptr": "*bf16" if bf16 else "*fp16"}
-        jobs[f"cast_fp8 {name} {capability}"] = lambda t=types, c=sizes | dict(E5M2=e5m2): _compile(
-            cast_fp8._cast_fp8_kernel, capability, t, c, {"num_warps": cast_fp8.WARPS}, ASTSource
+    jobs, sizes = {}, dict(TILE=dequantize.TILE, CHUNKS=dequantize.tile(12288)[1])
+    for name, kind, to, scaled in (("e4m3", "e4m3", "*bf16", True), ("e4m3 alone", "e4m3", "*bf16", False),
+                                   ("int8", "int8", "*bf16", True), ("e5m2", "e5m2", "*fp16", False)):  # fmt: skip
+        types = {"x_ptr": "*u8", "y_ptr": to, "scale_ptr": "*fp32"}
+        constants = sizes | dict(KIND=kind) | ({} if scaled else {"scale_ptr": None})
+        jobs[f"dequantize {name} {capability}"] = lambda t=types, c=constants: _compile(
+            dequantize._dequantize_kernel, capability, t, c, {"num_warps": dequantize.WARPS}, ASTSource
         )
     return jobs
 
@@ -258,7 +260,7 @@ def compile_all():
         jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, False, (*plain, "bias_ptr"), False)
         jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, False, (), True)
     jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
-    jobs.update(_cast_fp8(80) | _cast_fp8(90))
+    jobs.update(_dequantize(80) | _dequantize(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90
@@ -321,9 +323,9 @@ def test_every_config_compiles_and_fits(tmp_path):
     # bytes: of all three, 16 at once
     assert results["lerp_fp8 90"]["vectors"] == [4, 2]
     # each read 8 bytes of a thread, each write 16, and nothing goes from one to another
-    for name in ("e4m3", "e4m3 to fp16", "e5m2"):
-        for found in (results[f"cast_fp8 {name} {capability}"] for capability in (80, 90)):
-            assert found["vectors"] == [0, 8] and found["shared"] == 0
+    for name in ("e4m3", "e4m3 alone", "int8", "e5m2"):
+        for found in (results[f"dequantize {name} {capability}"] for capability in (80, 90)):
+            assert found["vectors"] == [0, 6] and found["shared"] == 0, (name, found)
     for name, vectors in expected.items():
         for capability in (80, 90):
             assert results[f"{name} {capability}"]["vectors"] == vectors

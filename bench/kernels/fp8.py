@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp8 beside bf16 on one GPU: quantisation, casts, linear layers, attention, an active step of FLUX.1-Kontext.
+"""fp8 beside bf16 on one GPU: quantisation, weights kept in 8 bits, linear layers, attention, an active step of
+FLUX.1-Kontext.
 
     python bench/kernels/fp8.py --out runs/fp8                     # all parts; compute capability 8.9 or later
     python bench/kernels/fp8.py --out runs/fp8 --parts linears attention
@@ -285,12 +286,18 @@ def configs(num_q, num_k, dim):
     return timed(fns, dict.fromkeys(fns, check))
 
 
-def cast(dtype, outputs, inputs):
-    """A weight kept in fp8, brought to bf16 for a product; "GB/s" of what is read and written."""
-    x = normal(outputs, inputs).to(dtype)
-    fns = {"torch": lambda: x.to(torch.bfloat16), "op": lambda: ops.cast_fp8(x, torch.bfloat16)}
-    exact = x.to(torch.bfloat16)
-    found = timed(fns, {"op": lambda y: {"equal": torch.equal(y, exact)}})
+def kept(dtype, outputs, inputs):
+    """A weight kept in 8 bits, brought to bf16 for a product; "GB/s" of what is read and written."""
+    x, scale = (normal(outputs, inputs) * 20).to(dtype), normal(outputs, 1).float().abs()
+    fns = {
+        "torch": lambda: x.to(torch.bfloat16),
+        "op": lambda: ops.dequantize(x, torch.bfloat16),
+        "op, a scale a row": lambda: ops.dequantize(x, torch.bfloat16, scale=scale),
+        "torch, a scale a row": lambda: (x.float() * scale).to(torch.bfloat16),
+    }
+    exact, scaled = fns["torch"](), fns["torch, a scale a row"]()
+    found = timed(fns, {"op": lambda y: {"equal": torch.equal(y, exact)},
+                        "op, a scale a row": lambda y: {"equal": torch.equal(y, scaled)}})  # fmt: skip
     for row in found["rows"].values():
         if "us" in row:
             row["GB/s"] = round(3 * x.numel() / row["us"] / 1e3)
@@ -340,9 +347,15 @@ def cases():
         "quantise": {f"{kind}, {rows}": partial(quantise, kind, rows) for kind in kinds for rows in ROWS},
         "linears": {f"{m} x {k} x {n}": partial(linear, m, k, n) for k, n in LAYERS for m in ROWS},
         "attention": {f"{q} x {k}, D {d}": partial(attention, q, k, d) for q, k, d in ATTENTION},
-        "cast": {
-            f"{n} x {k}, {d}": partial(cast, getattr(torch, f"float8_{d}"), n, k)
-            for n, k, d in ((3072, 3072, "e4m3fn"), (12288, 3072, "e4m3fn"), (12288, 3072, "e5m2"))
+        "dequantise": {
+            f"{n} x {k}, {d}": partial(kept, getattr(torch, d), n, k)
+            for n, k, d in (
+                (3072, 3072, "float8_e4m3fn"),
+                (12288, 3072, "float8_e4m3fn"),
+                (12288, 3072, "int8"),
+                (3072, 15360, "int8"),
+                (12288, 3072, "float8_e5m2"),
+            )
         },
         "keep": {f"{rows} rows": partial(keep, rows) for rows in (922, 8704)},
         "steps": steps(),

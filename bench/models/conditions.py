@@ -458,8 +458,8 @@ class Conditions:
         change = partial(bnb_int8, threshold=6.0)
         rows["bitsandbytes int8, outliers"] = partial(self.condition, change=change, runner="auto")
         # torch.compile makes one kernel of what a library does to a layer's input
-        for name in ("torchao int8 dynamic", "torchao fp8 dynamic", "torchao fp8 dynamic, by row"):
-            rows[f"{name}, compiled"] = partial(self.condition, change=CONDITIONS[name], runner="compile")
+        name = "torchao int8 dynamic"
+        rows[f"{name}, compiled"] = partial(self.condition, change=CONDITIONS[name], runner="compile")
         rows["model offload"] = partial(self.offload, kind="model")
         rows["sequential offload"] = partial(self.offload, kind="sequential")
         blocks = dict(kind="block_level", num_blocks_per_group=1)

@@ -208,9 +208,9 @@ def is_cast(module: torch.nn.Module, known: frozenset[Callable[..., Any]]) -> bo
 
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x.to(dtype), of fp8 on CUDA by an op: torch's own cast of it is slower (bench/kernels/fp8.py, "cast")."""
+    """x.to(dtype), of fp8 on CUDA by an op: torch's own cast of it is slower (bench/kernels/fp8.py, "dequantise")."""
     fp8 = x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and dtype in (torch.bfloat16, torch.float16)
-    return ops.cast_fp8(x, dtype) if fp8 and x.is_cuda and x.is_contiguous() else x.to(dtype)
+    return ops.dequantize(x, dtype) if fp8 and x.is_cuda and x.is_contiguous() else x.to(dtype)
 
 
 def _cast_linear(layer: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,10 @@ class EditConfig:
             each token; on sm_90 with heads of 128 channels steps that keep keys and values attend in e4m3 too, whatever
             kv_cache_dtype is. With every runner but "eager", on CUDA devices of compute capability 8.9 and up with bf16
             weights, and in emulation on a CPU; elsewhere, and in layers with an adapter or a quantised weight, as
-            "auto", with a warning that says why. With runner="compile" blocks are then not compiled.
+            "auto", with a warning that says why. torchao's e4m3 weights (0.18) serve as they lie, without a copy. Where
+            such a checkpoint quantises activations too (dynamic fp8), "auto" computes its layers, and no others, in
+            the same way: by row, the rows once for all layers with the same input. With runner="compile" blocks are
+            then not compiled.
     """
 
     preserve: str | None = None

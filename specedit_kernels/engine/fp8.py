@@ -7,6 +7,10 @@ attention is in fp8 too.
 low-rank change the changed weight; the model keeps its own, so that LoRA files, disable_specedit() and runs in the
 model's own dtype work as before. On a CPU the same numbers are multiplied in fp32: slow, for tests and for measuring
 quality.
+
+A weight that torchao keeps in e4m3 is a factor as it lies, without a copy. Where its own call quantises activations too
+(fp8 dynamic) it is one under `precision="auto"` as well, since that is what the checkpoint asks for: by row here, by
+row or tensor there.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._diffusers import foreign_forward, hooked, is_wrapper
+from ._diffusers import each_module, foreign_forward, hooked, is_wrapper
 from .low_rank import OWN_HOOKS, LowRankChange, active_change
+from .quantised import Quantised, quantised
 
 # torch._scaled_mm adds products up in the tensor core's own registers, of some 14 bits on sm_90, without bringing them
 # to fp32 now and then. Beside what rounding to e4m3 takes (2^-4 of each factor) that is little; bench/kernels/fp8.py
@@ -41,17 +46,32 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Weights of layers that take the same rows, concatenated. weight: e4m3 [N, K]. scale: fp32 [1, N]. bias: [N]
-    or None. places: addresses of the layers' own weights. sample: some of their elements. dtype: of the result."""
+class Factor(NamedTuple):
+    """What rows are multiplied with. weight: e4m3 [N, K]. scale: fp32 [1, N]. bias: [N] or None. dtype: of the
+    result."""
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A copy. factor: weights of layers that take the same rows, concatenated. places: addresses of the layers' own
+    weights. sample: some of their elements."""
+
+    factor: Factor
     places: list[int]
     sample: Tensor
-    dtype: torch.dtype
+
+
+class _OfRows(NamedTuple):
+    """One scale of a whole weight, `source`, and the same for each output, [1, N]: what the product takes."""
+
+    source: Tensor
+    place: int
+    scale: Tensor
 
 
 def _parts(layers: Sequence[Any]) -> list[Tensor]:
@@ -87,18 +107,35 @@ def _refuses(layers: Sequence[Any]) -> str:
     return ""
 
 
+def _in_place(layer: Any, every: bool) -> Quantised | None:
+    """The weight of a layer that is a factor as it lies. every: also where its own call has activations as they are."""
+    found = quantised(layer)
+    if found is None or found.data.dtype != torch.float8_e4m3fn or not (every or found.dynamic):
+        return None
+    if found.data.shape[0] % MULTIPLE or found.data.shape[1] % MULTIPLE:
+        return None
+    return None if found.data.is_cuda and layer.weight.dtype != torch.bfloat16 else found
+
+
+def asked_by(transformer: torch.nn.Module) -> bool:
+    """Whether a layer's own call quantises its activations, so that it computes in fp8 without being asked to."""
+    return any(type(x) is torch.nn.Linear and _in_place(x, every=False) for x in each_module(transformer))
+
+
 _Copies = dict[tuple[torch.nn.Module, ...], _Packed]
 
 
 class Fp8Linears:
     """Converted weights of a transformer's layers. refused: {why layers compute as they are: these layers}.
 
-    A low-rank change that is active is within the copies, of which each change has its own, as long as it lives.
+    A low-rank change that is active is within the copies, of which each change has its own, as long as it lives. It is
+    not in weights that are factors as they lie: their layers are called under it.
     """
 
     def __init__(self) -> None:
         self._own: _Copies = {}
         self._changed: WeakKeyDictionary[LowRankChange, _Copies] = WeakKeyDictionary()
+        self._scales: WeakKeyDictionary[torch.nn.Module, _OfRows] = WeakKeyDictionary()
         self.refused: dict[str, set[torch.nn.Module]] = {}
 
     def _all(self) -> list[tuple[tuple[torch.nn.Module, ...], _Packed]]:
@@ -106,25 +143,54 @@ class Fp8Linears:
 
     @property
     def bytes(self) -> int:
-        """Memory of the copies."""
-        copies = (x for _, p in self._all() for x in (p.weight, p.scale, p.bias) if x is not None)
+        """Memory of the copies, and of scales for each output where a weight has one for all."""
+        copies = [x for _, p in self._all() for x in p.factor[:3] if x is not None]
+        copies += [x.scale for x in self._scales.values()]
         return sum(x.numel() * x.element_size() for x in copies)
 
-    def of(self, layers: tuple[torch.nn.Module, ...]) -> _Packed | None:
-        """The copy of layers that take the same rows, made where there is none; None where one of them is refused."""
+    def of(self, layers: tuple[torch.nn.Module, ...], every: bool = True) -> list[Factor] | None:
+        """The factors of layers that take the same rows: one for all, or one each where a weight is one as it lies.
+
+        None where one of them is refused. every: not only layers that ask for it themselves.
+        """
+        own = [_in_place(layer, every) for layer in layers]
+        if active_change() is not None or not any(own):
+            return self._copies(layers) if every else None
+        factors: list[Factor] = []
+        for layer, weight in zip(layers, own):
+            found = [self._factor(layer, weight)] if weight else self._copies((layer,)) if every else None
+            if found is None:
+                return None
+            factors += found
+        return factors
+
+    def _factor(self, layer: Any, weight: Quantised) -> Factor:
+        """A weight as it lies. Nothing of it is kept, or offloading could not free it."""
+        scale = weight.scale.view(1, -1)
+        if scale.shape[1] != len(weight.data):
+            kept = self._scales.get(layer)
+            if kept is None or kept.place != weight.scale.data_ptr():
+                of_rows = scale.expand(1, len(weight.data)).contiguous()
+                kept = self._scales[layer] = _OfRows(weight.scale, weight.scale.data_ptr(), of_rows)
+            scale = kept.scale
+        bias = None if layer.bias is None else layer.bias.detach()
+        return Factor(weight.data, scale, bias, layer.weight.dtype)
+
+    def _copies(self, layers: tuple[torch.nn.Module, ...]) -> list[Factor] | None:
+        """The copy of layers, made where there is none."""
         change = active_change()
         copies = self._own if change is None else self._changed.setdefault(change, {})
         found, reason = copies.get(layers), ""
         if any(hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer) for layer in layers):
             reason = "a layer has hooks or a forward of its own"
         elif found is not None and found.places == _places(layers):
-            return found
+            return [found.factor]
         reason = reason or _refuses(layers)
         if reason:
             self.refused.setdefault(reason, set()).update(layers)
             return None
         found = copies[layers] = self._pack(layers, change)
-        return found
+        return [found.factor]
 
     @staticmethod
     def _pack(layers: tuple[Any, ...], change: LowRankChange | None) -> _Packed:
@@ -136,44 +202,52 @@ class Fp8Linears:
             scale = torch.cat([x.scale for x in rows]).t().contiguous()
             bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
             dtype = layers[0].weight.dtype
-            return _Packed(weight, scale, bias, _places(layers), _sample(layers), dtype)
+            return _Packed(Factor(weight, scale, bias, dtype), _places(layers), _sample(layers))
 
     def stale(self) -> bool:
         """Whether a weight was written in place since it was converted (fuse_lora does that). Waits for the device."""
-        there = [(layers, packed) for layers, packed in self._all() if packed.places == _places(layers)]
-        if not there:
-            return False
-        now = torch.cat([_sample(layers) for layers, _ in there])
-        return not torch.equal(now, torch.cat([packed.sample for _, packed in there]))
+        there = [(_sample(layers), packed.sample) for layers, packed in self._all() if packed.places == _places(layers)]
+        there += [(x.source.view(1), x.scale[0, :1]) for x in self._scales.values() if x.place == x.source.data_ptr()]
+        return bool(there) and not torch.equal(*(torch.cat(of) for of in zip(*there)))
 
     def clear(self) -> None:
         """Free the copies."""
         self._own.clear()
         self._changed.clear()
+        self._scales.clear()
         self.refused.clear()
 
 
-_ACTIVE: ContextVar[Fp8Linears | None] = ContextVar("specedit_fp8", default=None)
+_ACTIVE: ContextVar[tuple[Fp8Linears, bool] | None] = ContextVar("specedit_fp8", default=None)
 
 
 @contextlib.contextmanager
-def active(linears: Fp8Linears | None) -> Iterator[None]:
-    """Within it, in this thread, layers compute in fp8 where `linears` has them; None: as they are."""
-    token = _ACTIVE.set(linears)
+def active(linears: Fp8Linears | None, every: bool = True) -> Iterator[None]:
+    """Within it, in this thread, layers compute in fp8 where `linears` has them; None: as they are.
+
+    every: all of the blocks, and attention; False: those that ask for it themselves (`asked_by`).
+    """
+    token = _ACTIVE.set(None if linears is None else (linears, every))
     try:
         yield
     finally:
         _ACTIVE.reset(token)
 
 
-def _now() -> Fp8Linears | None:
-    """What is active. torch.compile cannot trace the question; what is compiled runs without."""
+def _now() -> tuple[Fp8Linears, bool] | None:
+    """What is active, and for which layers. torch.compile cannot trace the question; what is compiled runs without."""
     return None if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
 def is_active() -> bool:
-    """Whether layers compute in fp8 in this thread. What was captured then serves no other calls."""
+    """Whether layers compute in fp8 in this thread."""
     return _now() is not None
+
+
+def active_for() -> str:
+    """Which layers do: "all", "those that ask" or "". What was captured for some serves no others."""
+    now = _now()
+    return "" if now is None else "all" if now[1] else "those that ask"
 
 
 def attends(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
@@ -181,7 +255,7 @@ def attends(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
 
     The Triton kernel is slower than attention in bf16 (bench/log/fp8.md). dtype: of the model; dim: of a head.
     """
-    if not is_active() or device.type != "cuda" or dtype != torch.bfloat16 or dim != ATTENTION_DIM:
+    if active_for() != "all" or device.type != "cuda" or dtype != torch.bfloat16 or dim != ATTENTION_DIM:
         return False
     return ops.backend_of("mixed_res_attn_fp8", device)[0] == "cuda"
 
@@ -200,31 +274,35 @@ def reason_against(device: torch.device) -> str:
 
 def serves(*groups: Sequence[torch.nn.Module]) -> bool:
     """Whether all these layers compute in fp8; a group's layers take the same rows in one product."""
-    linears = _now()
-    if linears is None:
+    now = _now()
+    if now is None:
         return False
-    found = [linears.of(tuple(group)) for group in groups]  # all are asked, to say of each why it is refused
+    found = [now[0].of(tuple(group), now[1]) for group in groups]  # all are asked, to say of each why it is refused
     return all(x is not None for x in found)
 
 
-def product(layers: Sequence[torch.nn.Module], x: Tensor | Rows) -> Tensor | None:
-    """The layers' results on x [..., K] side by side, [..., N], with the active low-rank change; None where they do not
-    compute in fp8."""
-    linears = _now()
-    packed = None if linears is None else linears.of(tuple(layers))
-    if packed is None:
+def products(layers: Sequence[Any], x: Tensor | Rows) -> list[Tensor] | None:
+    """[layer(x) for layer in layers] of x [..., K], with the active low-rank change; None where they do not compute in
+    fp8. Rows are quantised once."""
+    now = _now()
+    factors = None if now is None else now[0].of(tuple(layers), now[1])
+    if factors is None:
         return None
     rows = x if isinstance(x, Rows) else Rows(*ops.quantize_fp8(x))
     lead = rows.values.shape[:-1]
-    return _multiply(rows.values.flatten(0, -2), rows.scale.flatten(0, -2), packed).unflatten(0, lead)
+    flat = Rows(rows.values.flatten(0, -2), rows.scale.flatten(0, -2))
+    found = [_multiply(*flat, factor).unflatten(0, lead) for factor in factors]
+    if len(found) == len(layers):
+        return found
+    return list(found[0].split([layer.out_features for layer in layers], dim=-1))
 
 
-def _multiply(values: Tensor, scale: Tensor, packed: _Packed) -> Tensor:
-    """[M, K] and [M, 1] with packed weights: [M, N]."""
+def _multiply(values: Tensor, scale: Tensor, factor: Factor) -> Tensor:
+    """[M, K] and [M, 1] with a factor: [M, N]."""
     if values.is_cuda:
         return torch._scaled_mm(
-            values, packed.weight.t(), scale, packed.scale, bias=packed.bias, out_dtype=packed.dtype,
+            values, factor.weight.t(), scale, factor.scale, bias=factor.bias, out_dtype=factor.dtype,
             use_fast_accum=FAST_ACCUMULATION,
         )  # fmt: skip
-    y = (values.float() @ packed.weight.float().t()) * scale * packed.scale
-    return (y if packed.bias is None else y + packed.bias.float()).to(packed.dtype)
+    y = (values.float() @ factor.weight.float().t()) * scale * factor.scale
+    return (y if factor.bias is None else y + factor.bias.float()).to(factor.dtype)

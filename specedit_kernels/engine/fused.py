@@ -32,6 +32,7 @@ from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
 from .model import EditModel
+from .quantised import quantised
 from .runner import BESIDE, StepRunner
 from .sequence import renew
 
@@ -50,6 +51,25 @@ def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
     if x is None:
         return True
     return x.dtype == layer.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def weight_of(layer: Any, x: Tensor) -> Tensor | None:
+    """The weight of a layer whose call on x is one product with it; None: its call is another, or more.
+
+    What torchao keeps in 8 bits, for products in the dtype of x, is made anew, for this call alone.
+    """
+    if is_plain(layer, x):
+        return layer.weight
+    found = None if torch.compiler.is_compiling() else quantised(layer)
+    if found is None or found.dynamic or x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    return ops.dequantize(found.data, x.dtype, scale=found.scale)
+
+
+def _called(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), by `weight_of` where it has one."""
+    weight = weight_of(layer, x)
+    return layer(x) if weight is None else changed(layer, x, F.linear(x, weight, layer.bias))
 
 
 def replaced_of_feed_forward(ff: FeedForward) -> list[tuple[torch.nn.Module, type]]:
@@ -109,15 +129,15 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     """[layer(x) for layer in layers]: views of one product where `join_` has joined them, or where they compute in fp8,
     with what adapters of low rank add to each, themselves in few products."""
     layers = list(layers)
-    y = fp8.product(layers, x)
-    if y is not None:
-        return list(y.split([layer.out_features for layer in layers], dim=-1))
+    found = fp8.products(layers, x)
+    if found is not None:
+        return found
     assert isinstance(x, Tensor)
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     bases, added = zip(*(low_rank_parts(layer) for layer in layers))
     if not all(is_plain(base, x) for base in bases):
-        return [layer(x) for layer in layers]
+        return [_called(layer, x) for layer in layers]
     weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
     if weight is not None and bias is not None:
         parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
@@ -195,7 +215,7 @@ def hidden(
     return gelu(layer, x)
 
 
-def gelu(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
+def gelu(layer: Any, x: Tensor | Rows) -> Tensor:
     """GELU, by tanh, of a linear layer on x [B, N, C]: within the product where that is a plain one on CUDA.
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
@@ -203,9 +223,11 @@ def gelu(layer: torch.nn.Module, x: Tensor | Rows) -> Tensor:
     if fp8.serves([layer]) or active_serial():
         return F.gelu(linear(layer, x), approximate="tanh")
     assert isinstance(x, Tensor)
-    if is_plain(layer, x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        y = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
-        return y.unflatten(0, x.shape[:-1])
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and getattr(layer, "bias", None) is not None:
+        weight = weight_of(layer, x)
+        if weight is not None:
+            y = torch._addmm_activation(layer.bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+            return y.unflatten(0, x.shape[:-1])
     return F.gelu(linear(layer, x), approximate="tanh")
 
 

@@ -96,7 +96,8 @@ class SpecEditStats:
         graph_bytes: device memory of all graphs that the pipeline keeps.
         kv_cache_bytes: of the keys and values that mixed or coarse steps kept, the larger of the two.
         precision: of the linear layers of the transformer's blocks, "auto" or "fp8".
-        fp8_bytes: memory of the weights' copies in fp8.
+        fp8_bytes: memory of the weights' copies in fp8, and of scales for each output where a weight of a checkpoint,
+            which serves as it lies, has one for all.
     """
 
     steps: list[StepRecord] = field(default_factory=list)

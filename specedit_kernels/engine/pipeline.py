@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import json
@@ -456,9 +457,11 @@ class SpecEditMixin(Stock):
         return name, reason, found
 
     def _fp8(self, config: EditConfig, runner: StepRunner | None) -> fp8.Fp8Linears | None:
-        """The runner's weights in fp8, or None: where they are not asked for, or not possible."""
+        """The runner's weights in fp8, or None: where no one asks for them, or they are not possible."""
         if config.precision == "auto":
-            return None
+            asked = runner is not None and fp8.asked_by(unwrapped(self.transformer))
+            possible = asked and not fp8.reason_against(self._device_of(runner))
+            return runner.linears if runner is not None and possible else None
         reason = "the transformer's own forward is called (runner='eager')"
         if runner is not None:
             reason = fp8.reason_against(self._device_of(runner))
@@ -650,11 +653,12 @@ class SpecEditMixin(Stock):
 
         wrap_processors(self.transformer)
         linears = self._fp8(config, runner)
-        with bar, fp8.active(linears):
+        in_fp8 = functools.partial(fp8.active, linears, every=config.precision == "fp8")
+        with bar, in_fp8():
             clean, selection, scores = self._run(run, counts, sigmas, user_mask)
         if linears is not None:
             run.stats.precision, run.stats.fp8_bytes = config.precision, linears.bytes
-            for reason, layers in linears.refused.items():
+            for reason, layers in linears.refused.items() if config.precision == "fp8" else ():
                 self._say_once(f"precision='fp8': {len(layers)} layers compute as they are: {reason}")
         # counted here, where the device has work: it would wait for them before its steps
         run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
@@ -666,7 +670,7 @@ class SpecEditMixin(Stock):
         if call.output_type == "latent":
             images: Any = self._latents(model, clean)
         elif call.photos is not None:
-            with fp8.active(linears):
+            with in_fp8():
                 images = self._at_source_size(run, clean, shown, call, sum(counts))
         else:
             images = self._decode(run, clean, shown, call.output_type)

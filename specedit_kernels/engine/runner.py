@@ -406,7 +406,7 @@ class StepRunner:
         if not self._capturing:
             return function(**inputs)
         shapes = tuple((name, x.shape, x.dtype, _layout(x)) for name, x in inputs.items() if x is not None)
-        key = (tag, buffers, shapes, low_rank.active_serial(), fp8.is_active())
+        key = (tag, buffers, shapes, low_rank.active_serial(), fp8.active_for())
         step = self._graphs.get(key)
         if step is None:
             try:

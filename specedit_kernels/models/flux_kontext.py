@@ -7,9 +7,9 @@ calls the transformer's own forward, `FusedFluxModel` the fused one), the pipeli
 Fused forward: text and image are one tensor [B, text | image, C] from the first block to the last. A block's
 modulation depends on the timestep alone, so that of all blocks and of all steps of a stage is computed at once
 (`modulation`), and a step (`fused_forward`) is left with what depends on its tokens. A linear layer with an adapter or
-a quantised weight is called as a module. The numbers are those of FluxTransformer2DModel.forward but for rounding:
-norms, rotation, residuals and GELU round once, where that one rounds after each operation, and the sum over attention
-and MLP in a single block's last layer rounds between the two.
+a quantised weight is called as a module, but where it is known to be one product (`weight_of`). The numbers are those
+of FluxTransformer2DModel.forward but for rounding: norms, rotation, residuals and GELU round once, where that one
+rounds after each operation, and the sum over attention and MLP in a single block's last layer rounds between the two.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from ..engine.fused import (
     feed_forward,
     first_of,
     hidden,
-    is_plain,
     join_,
     linear,
     linear_of_each,
     modulated,
     replaced_of_feed_forward,
     separate_,
+    weight_of,
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
@@ -166,13 +166,14 @@ def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
-def _of_both(layer: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a plain one without the copy of both."""
-    if not is_plain(layer, a) or active_serial():
+def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: one product without the copy of both."""
+    weight = None if active_serial() else weight_of(layer, a)
+    if weight is None:
         return linear(layer, torch.cat([a, b], dim=-1))
     at = a.shape[-1]
-    y = F.linear(a, layer.weight[:, :at], layer.bias)
-    y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
+    y = F.linear(a, weight[:, :at], layer.bias)
+    y.flatten(0, -2).addmm_(b.flatten(0, -2), weight[:, at:].t())
     return y
 
 

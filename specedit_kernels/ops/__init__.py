@@ -5,7 +5,7 @@ from .. import _ops
 from ._backends import BACKENDS, backend_of, names
 from ._library import NAMESPACE
 from .adaln_modulate import adaln_modulate
-from .cast_fp8 import cast_fp8
+from .dequantize import dequantize
 from .gated_residual_add import gated_residual_add_
 from .gather_tokens import gather_tokens
 from .group_norm import group_norm, group_norm_statistics
@@ -25,7 +25,7 @@ __all__ = [
     "NAMESPACE",
     "adaln_modulate",
     "backend_of",
-    "cast_fp8",
+    "dequantize",
     "gated_residual_add_",
     "gather_tokens",
     "group_norm",
