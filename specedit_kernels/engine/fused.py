@@ -380,7 +380,8 @@ class FusedModel(_Eager):
             return weight
 
         names = BESIDE.join(x.buffers for x in (of, *ends))
-        self.runner(("blend", of.cache[0][0].shape[1]), run, {"weight": weight}, names)
+        kept = of.cache[0][0]
+        self.runner(("blend", kept.shape[1], kept.storage_offset()), run, {"weight": weight}, names)
 
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         return self.runner.buffer_bytes

@@ -248,7 +248,9 @@ class FusedFiboModel(FusedQwenCodecModel, FusedFluxModel, FiboModel):
 class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     """BriaFiboEditPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
-    Made by `from_pretrained` or `from_pipe` like any pipeline; weights are never touched. Differences in the call:
+    Made by `from_pretrained` or `from_pipe` like any pipeline. Weights keep their values and stay the layers' own
+    parameters; on CUDA a runner other than "eager" makes those of q, k and v contiguous in memory at its first call,
+    until `disable_specedit`. Differences in the call:
 
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs the stock pipeline's own call, untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with

@@ -253,8 +253,8 @@ def fused_forward(
 
     embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: of each block, where its
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
-    and where what its attention gives to the text is added. before: called before each
-    block, with its index and tokens.
+    and where what its attention gives to the text is added. before: called before each block,
+    with its index and its tokens.
     """
     x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
@@ -409,7 +409,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
     A model of its shape has its own `forward`, `_blocks`, `of_text` and `timestep_conditioning`.
     """
 
-    forward = staticmethod(fused_forward)
+    forward: Callable[..., Tensor] = staticmethod(fused_forward)
 
     @property
     def _blocks(self) -> Blocks:

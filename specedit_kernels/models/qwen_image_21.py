@@ -402,6 +402,17 @@ class FusedQwen21Model(FusedQwenCodecModel, Qwen21Model):
     def another_cache(self, layout: Qwen21Layout) -> Qwen21Layout:
         return self._in_another_place(layout, self.fp8_cache)
 
+    def blend(self, layout: Qwen21Layout, near: Qwen21Layout, far: Qwen21Layout, weight: Tensor) -> None:
+        # of the target's alone: the others are the same in all of them
+        super().blend(self._without_prefix(layout), self._without_prefix(near), self._without_prefix(far), weight)
+
+    def _without_prefix(self, layout: Qwen21Layout) -> Qwen21Layout:
+        text, made = layout.text, layout.attention
+        assert text is not None and made is not None
+        start = self._prefix(text)
+        own = [kept.own if isinstance(kept, PrefixedKV) else tuple(x[:, start:] for x in kept) for kept in made.cache]
+        return replace(layout, attention=replace(made, cache=own))
+
     def active_layout(
         self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
     ) -> Qwen21Layout:
