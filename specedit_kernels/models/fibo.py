@@ -223,11 +223,11 @@ class FusedFiboModel(FusedQwenCodecModel, FusedFluxModel, FiboModel):
 
     forward = staticmethod(fused_forward)
     # of `of_text`, which every step asks
-    _of_text: tuple[FiboText | None, Tensor] = (None, torch.empty(0))
+    _of_text: tuple[FiboText, Tensor] | None = None
 
     def of_text(self, text: FiboText) -> Tensor:
         """The embeddings and, side by side with them, the channels that each block takes of it."""
-        if self._of_text[0] is not text:
+        if self._of_text is None or self._of_text[0] is not text:
             self.runner.bring(self._own)
             with self._scaled():
                 captions = (layer(x) for layer, x in zip(self.transformer.caption_projection, text.layers))
