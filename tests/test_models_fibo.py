@@ -2,6 +2,7 @@
 """FIBO-Edit on a tiny model of the published structure with random weights."""
 
 import functools
+import itertools
 import json
 
 import model_proofs as proofs
@@ -23,6 +24,8 @@ from tiny_models import paper, tiny_image, tiny_tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from specedit_kernels import enable_specedit
+from specedit_kernels.engine.model import Pictures
+from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.models.fibo import FiboText, WanCodec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +99,88 @@ def test_sizes_and_a_seed():
     assert torch.equal(out.images, expected) and out.mask.shape[1:] == (8, 12)
 
 
+@functools.cache
+def moved_pair():
+    """`pair` with norms and layers away from what they start with, which would hide which belongs to which."""
+    plain = tiny_fibo()
+    random = seeded(4)
+    with torch.no_grad():
+        for weight in plain.transformer.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=random))
+    return plain, proofs.enabled(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.proves("fused", model="FIBO-Edit")
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_fused_forward_is_the_eager_one(guided, pictures):
+    """Prompts of two lengths: one is padded."""
+    plain, ours = moved_pair()
+    call = options(guided, pictures) | ({"negative_prompt": "a red hat"} if guided else {})
+    proofs.fused_is_eager(ours, atol=2e-5, **call)
+    expected = plain(num_inference_steps=4, generator=seeded(), **call).images
+    got = ours(generator=seeded(), specedit=paper(**proofs.EVERYTHING, runner="fused"), **call).images
+    assert torch.allclose(got, expected, atol=2e-5) and not torch.equal(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_refresh", [9, "bracket"])
+def test_kept_keys_in_fp8_in_fused_steps(kv_refresh):
+    _, ours = moved_pair()
+    found = {}
+    for runner, dtype in itertools.product(("eager", "fused"), ("auto", "fp8")):
+        config = paper(stages=(1, 4, 0), finish="locked", kv_refresh=kv_refresh, kv_cache_dtype=dtype, runner=runner)
+        out = ours(generator=seeded(), mask_image=proofs.mask(3), specedit=config, **options())
+        found[runner, dtype] = out.images
+    rounding = (found["eager", "fp8"] - found["eager", "auto"]).norm()
+    assert (found["fused", "fp8"] - found["eager", "fp8"]).norm() < 0.2 * rounding and rounding > 0
+
+
+@torch.no_grad()
+def test_the_text_of_all_blocks_is_projected_once():
+    _, ours = pair()
+    counts, forward = [], torch.nn.Linear.forward
+
+    def counted(layer, x):
+        counts.append(layer)
+        return forward(layer, x)
+
+    embeds = torch.randn(1, 12, 2 * WIDTH, generator=seeded(3))
+    text = FiboText(
+        embeds, [torch.randn(1, 12, WIDTH, generator=seeded(i)) for i in range(3)], None, torch.zeros(12, 3)
+    )
+    model = ours._model(StepRunner("fused"), None, {})
+    layout = model.dense_layout(text, Pictures((8, 8), ((8, 8),)), ((8, 8), (8, 8)))
+    conditionings = model.timestep_conditioning(text, torch.tensor([600.0, 300.0]))
+    projections = {layer.linear for layer in ours.transformer.caption_projection}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", counted)
+        for conditioning in conditionings:
+            model.velocity(text, torch.randn(1, 128, 16), conditioning, layout)
+    assert sum(layer in projections for layer in counts) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guided", [False, True])
+def test_replayed_steps_are_the_steps_to_the_last_bit(guided):
+    plain = tiny_fibo()
+    plain.to("cuda", torch.bfloat16)
+    ours = proofs.enabled(plain)
+    for kind in (*proofs.KINDS, dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8")):
+
+        def call(runner, columns, kind=kind):
+            config = paper(stages=(1, 2, 1), runner=runner, **kind)
+            return ours(generator=seeded(), mask_image=proofs.mask(columns), specedit=config, **options(guided))
+
+        for columns in (3, 5, 3):
+            expected, out = (call(runner, columns) for runner in ("fused", "graph"))
+            eager = call("eager", columns).images
+            assert out.stats.runner == "graph" and (expected.images - eager).norm() < 0.02 * eager.norm()
+            found = call("graph", columns)
+            assert torch.equal(found.images, expected.images) and found.stats.captures == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_nothing_selected_returns_the_source(guided):
@@ -122,7 +207,7 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others, padded):
     embeds = torch.randn(1, 12, 2 * WIDTH, generator=seeded(3))
     layers = [torch.randn(1, 12, WIDTH, generator=seeded(i)) for i in range(3)]
     mask = torch.arange(12)[None] < 12 - padded if padded else None
-    proofs.mixed_is_dense(pair()[1], FiboText(embeds, layers, mask, torch.zeros(12, 3)), (8, 8), others, fused=False)
+    proofs.mixed_is_dense(pair()[1], FiboText(embeds, layers, mask, torch.zeros(12, 3)), (8, 8), others)
 
 
 @pytest.mark.parametrize("lock_text", [False, True])
@@ -141,7 +226,7 @@ def test_lora_of_the_pipelines_own_loader():
     state = proofs.lora(plain.transformer, ("attn.to_q", "proj_mlp"))
     proofs.lora_is_applied(
         plain, ours, lambda pipe: pipe.load_lora_weights(dict(state)), lambda pipe: pipe.unload_lora_weights(),
-        fused=False, **options(),
+        **options(),
     )  # fmt: skip
 
 

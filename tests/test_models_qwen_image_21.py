@@ -3,7 +3,9 @@
 
 import functools
 import importlib
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -25,7 +27,9 @@ from tiny_models import paper, tiny_image
 from specedit_kernels import enable_specedit
 from specedit_kernels.engine.attention import wrap_processors
 from specedit_kernels.engine.model import Pictures
+from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.engine.stages import Reference
+from specedit_kernels.models import qwen_image_21 as fused
 from specedit_kernels.models.qwen_image_21 import Qwen21Codec, Qwen21Text
 from specedit_kernels.sampling.layout import build_layout
 
@@ -60,7 +64,7 @@ def without_encoder(patch):
             embeds[i, :length] = torch.randn(length, TEXT, generator=seeded(sum(map(ord, words))))
             mask[i, :length] = 1
         pad = torch.tensor(slots + [False] * (max(lengths) - len(slots)))
-        return embeds, mask, pad.expand(len(prompt), -1)
+        return embeds.to(device, self.transformer.dtype), mask.to(device), pad.expand(len(prompt), -1).to(device)
 
     patch.setattr(QwenImage21Pipeline, "_get_qwen_prompt_embeds", encode)
 
@@ -96,6 +100,39 @@ def pair():
     return plain, proofs.enabled(plain)
 
 
+@functools.cache
+def moved_pair():
+    """`pair` with norms and layers away from what they start with, which would hide which belongs to which."""
+    plain = tiny_qwen21()
+    random = seeded(4)
+    with torch.no_grad():
+        for weight in plain.transformer.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=random))
+    return plain, proofs.enabled(plain)
+
+
+def stock_forward(model, text, target):
+    """The velocity of the stock forward for a whole target at timestep 600."""
+    wider = torch.cat([text.slots, text.slots.new_ones(1, target.shape[1] // 4)], dim=1)
+    return model.transformer(
+        hidden_states=torch.cat([model.seen, target], dim=1), timestep=torch.tensor([0.6]),
+        encoder_hidden_states=text.embeds, encoder_hidden_states_mask=text.mask,
+        img_shapes=[[(1, *grid) for grid in (*model.grids, model.grid)]], img_mask=wider, return_dict=False,
+    )[0][:, -target.shape[1] :]  # fmt: skip
+
+
+def mixed_of(ours, runner):
+    """(a model, a text about one reference, the layout of all of an 8 x 8 target whose keys are kept)."""
+    slots = torch.tensor([False] * 3 + [True] * 16 + [False] * 5)[None]
+    text = Qwen21Text(torch.randn(1, slots.shape[1], TEXT, generator=seeded(3)), None, slots)
+    model = ours._model(runner and StepRunner(runner), None, {})
+    source = torch.randn(1, 16, 8, 8, generator=seeded(0))
+    model.begin(Namespace(grid=(8, 8), patch=1, references=[Reference(None, source, 1)]))
+    order = torch.randperm(16, generator=seeded(6))[None].int()
+    layout = build_layout(order, torch.tensor([16]), (8, 8), 64, condition=False)
+    return model, text, model.mixed_layout(text, Pictures((8, 8), ((8, 8),)), layout, key_bias=True, cached=True)
+
+
 def options(guided=False, pictures=1, **changes):
     image = [tiny_image().convert("RGBA"), tiny_image(96, 192, seed=1).convert("RGBA")][:pictures]
     found = dict(image=image, prompt="make the cat blue", output_resolution=128, height=128, width=128,
@@ -118,6 +155,129 @@ def test_the_plain_pixels_and_a_padded_batch():
     expected = plain(num_inference_steps=4, generator=seeded(), **call).images
     got = ours(generator=seeded(), specedit=paper(**proofs.EVERYTHING), **call).images
     assert got.shape == expected.shape and got.shape[-1] == 4 and (got == expected).all()
+
+
+@pytest.mark.slow
+@pytest.mark.proves("fused", model="Qwen-Image-2.1")
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_fused_forward_is_the_eager_one(guided, pictures):
+    plain, ours = moved_pair()
+    proofs.fused_is_eager(ours, atol=1e-5, **options(guided, pictures))
+    expected = plain(num_inference_steps=4, generator=seeded(), **options(guided, pictures)).images
+    everything = paper(**proofs.EVERYTHING, runner="fused")
+    got = ours(generator=seeded(), specedit=everything, **options(guided, pictures)).images
+    assert torch.allclose(got, expected, atol=1e-5) and not torch.equal(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_refresh", [9, "bracket"])
+def test_kept_keys_in_fp8_leave_those_of_text_and_references_as_they_are(kv_refresh):
+    _, ours = moved_pair()
+    found = {}
+    for runner, dtype in itertools.product(("eager", "fused"), ("auto", "fp8")):
+        config = paper(stages=(1, 4, 0), finish="locked", kv_refresh=kv_refresh, kv_cache_dtype=dtype, runner=runner)
+        out = ours(generator=seeded(), mask_image=proofs.mask(3), specedit=config, **options(pictures=2))
+        found[runner, dtype] = out.images
+    # fp8 of the target's alone, for both: what is rounded may round to the neighbour
+    rounding = (found["eager", "fp8"] - found["eager", "auto"]).norm()
+    assert (found["fused", "fp8"] - found["eager", "fp8"]).norm() < 0.2 * rounding and rounding > 0
+
+
+@pytest.mark.slow
+def test_padded_texts_in_fused_steps():
+    _, ours = moved_pair()
+    call = options(pictures=2) | dict(prompt=["make the cat blue", "a red hat"], height=None, width=None)
+    config = dict(stages=(1, 2, 1), finish="locked", kv_refresh=9)
+    eager, got = (ours(generator=seeded(), mask_image=proofs.mask(3), specedit=paper(runner=r, **config), **call).images
+                  for r in ("eager", "fused"))  # fmt: skip
+    assert torch.allclose(got, eager, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_sums_end_at_the_ends_of_their_range():
+    transformer = tiny_qwen21().transformer.half()
+    x = torch.randn(1, 4, 16, generator=seeded(1)).half()
+    mod = fused.modulation(transformer, torch.tensor([700.0]), x)
+    sequence = fused.MixedSequence(0, torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+    largest = []
+
+    def block(layer, x, *rest):
+        largest.append(x.abs().max().item())
+        x.fill_(torch.inf)
+
+    got = fused.fused_forward(transformer, x, mod, sequence, [None, None], block)
+    assert largest[1] == 65504 and got.dtype == torch.float16 and got.isfinite().all()
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many operations are dispatched within it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_fused_step_dispatches_fewer_operations():
+    _, ours = pair()
+    wrap_processors(ours.transformer)
+    counts = {}
+    for runner in (None, "fused"):
+        model, text, layout = mixed_of(ours, runner)
+        [conditioning] = model.timestep_conditioning(text, torch.tensor([600.0]))
+        tokens = torch.randn(1, 64, 16, generator=seeded(5))
+        model.velocity(text, tokens, conditioning, layout)
+        active = model.active_layout(text, layout, 32)
+        with Counted() as counted:
+            model.velocity(text, tokens[:, :32], conditioning, active)
+        counts[runner] = counted.count
+    assert counts["fused"] < 0.6 * counts[None], counts
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_block_traces_whole_and_writes_to_kept_keys():
+    transformer = moved_pair()[0].transformer
+    block = torch.compile(fused.fused_block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 6, 32, generator=seeded(1))
+    mod = fused.modulation(transformer, torch.tensor([700.0]), x).expand(2, -1)
+    angle, rows = torch.randn(1, 6, 8, generator=seeded(2)), torch.arange(5, 11, dtype=torch.int32).repeat(2, 1)
+    keys = torch.full([2], 11, dtype=torch.int32)
+    whole = fused.MixedSequence(0, angle.cos(), angle.sin(), rows=rows)
+    for sequence in (whole, replace(whole, key_bias=torch.randn(2, 11), queries=keys - 5, keys=keys)):
+        kept = tuple(torch.randn(2, 11, 2, 16, generator=seeded(i)) for i in range(2))
+        results = []
+        for function in (fused.fused_block, block):
+            own, places = x.clone(), tuple(y.clone() for y in kept)
+            function(transformer.transformer_blocks[0], own, sequence, places, mod)
+            results.append((own, *places))
+        assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(*results))
+        assert not torch.allclose(results[0][0], x)
+        assert torch.equal(results[0][1][:, :5], kept[0][:, :5]) and not torch.equal(results[0][1], kept[0])
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guided", [False, True])
+def test_replayed_steps_are_the_steps_to_the_last_bit(guided):
+    plain = tiny_qwen21()
+    plain.to("cuda", torch.bfloat16)
+    ours = proofs.enabled(plain)
+    for kind in (*proofs.KINDS, dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8")):
+
+        def call(runner, columns, kind=kind):
+            config = paper(stages=(1, 2, 1), runner=runner, **kind)
+            return ours(generator=seeded(), mask_image=proofs.mask(columns), specedit=config, **options(guided))
+
+        for columns in (3, 5, 3):
+            expected, out = (call(runner, columns) for runner in ("fused", "graph"))
+            eager = call("eager", columns).images
+            assert out.stats.runner == "graph" and (expected.images - eager).norm() < 0.02 * eager.norm()
+            found = call("graph", columns)
+            assert torch.equal(found.images, expected.images) and found.stats.captures == 0
 
 
 @pytest.mark.slow
@@ -156,13 +316,14 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_picture(padded):
     order = torch.randperm(16, generator=seeded(6))[None].int()
     layout = build_layout(order, torch.tensor([16]), grid, 64, condition=False)
     found = []
-    for whole_first in (True, False):
-        model = ours._model(None, None, {})
+    for runner, whole_first in itertools.product((None, "fused"), (True, False)):
+        model = ours._model(runner and StepRunner(runner), None, {})
         model.begin(Namespace(grid=grid, patch=1, references=[Reference(None, x, 1) for x in latents]))
         [conditioning] = model.timestep_conditioning(text, torch.tensor([600.0]))
         pictures = Pictures(grid, others)
         whole = lambda: model.velocity(text, target, conditioning, model.dense_layout(text, pictures, (grid,)))  # noqa: E731
         expected = whole() if whole_first else None
+        assert runner is None or torch.allclose(stock_forward(model, text, target), whole(), atol=1e-5)
         for cached in (False, True):
             made = model.mixed_layout(text, pictures, layout, key_bias=True, cached=cached)
             found.append(model.velocity(text, target[:, layout.index[0].long()], conditioning, made))
@@ -201,7 +362,7 @@ def test_lora_of_the_pipelines_own_loader():
     state = proofs.lora(plain.transformer, ("attn.to_q", "img_mlp.proj"))
     proofs.lora_is_applied(
         plain, ours, lambda pipe: pipe.load_lora_weights(dict(state)), lambda pipe: pipe.unload_lora_weights(),
-        fused=False, **options(),
+        **options(),
     )  # fmt: skip
 
 

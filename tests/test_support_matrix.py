@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 # what SpecEdit itself serves
 NAMES = [kind.__name__ for kind, ours in registry.pipelines().items() if ours.SEES_SOURCE]
-EAGER_ALONE = ("BriaFiboEditPipeline", "QwenImage21Pipeline")
+# files of their own prove their guidance and references; FlashEdit refuses them
+APART = ("BriaFiboEditPipeline", "QwenImage21Pipeline")
 SEVERAL = [name for name in NAMES if name in registry.model_of(name).several_pictures]
 LOCKED = dict(stages=(1, 3, 0), finish="locked", kv_refresh=3)
 
@@ -69,25 +70,6 @@ def away(a, b):
 # what is refused
 
 
-@pytest.mark.parametrize("name", EAGER_ALONE)
-@pytest.mark.parametrize("runner", [
-    pytest.param(x, marks=pytest.mark.proves(x, refused="no fused forward")) for x in ("fused", "graph", "compile")
-])  # fmt: skip
-def test_models_without_a_fused_forward_run_eagerly_and_say_so(name, runner, monkeypatch, caplog):
-    pipe, call = tiny(name, monkeypatch)
-    out = edit(pipe, call, runner=runner, **LOCKED)
-    assert out.stats.runner == "eager" and f"{type(pipe).__name__} has no other" in out.stats.runner_reason
-    assert f"runner={runner!r}: steps run eagerly" in caplog.text
-
-
-@pytest.mark.proves("fp8", refused="no fused forward")
-@pytest.mark.parametrize("name", EAGER_ALONE)
-def test_models_without_a_fused_forward_have_no_fp8(name, monkeypatch, caplog):
-    pipe, call = tiny(name, monkeypatch)
-    out = edit(pipe, call, runner="fused", precision="fp8", **LOCKED)
-    assert out.stats.precision == "auto" and "precision='fp8': layers compute as they are" in caplog.text
-
-
 @pytest.mark.proves("several references", refused="the stock call has one")
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SEVERAL])
 def test_models_of_one_picture(name, monkeypatch):
@@ -118,7 +100,7 @@ def guided(name):
 
 
 @pytest.mark.proves("true guidance")
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("Flux2Pipeline", *EAGER_ALONE)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("Flux2Pipeline", *APART)])
 def test_true_guidance_is_the_stock_pipelines(name, monkeypatch):
     pipe, call = tiny(name, monkeypatch)
     everything = dict(columns=8, stages=(0, 0, 2), finish="full", kv_refresh=1)
@@ -131,7 +113,7 @@ def test_true_guidance_is_the_stock_pipelines(name, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.proves("several references")
-@pytest.mark.parametrize("name", [name for name in SEVERAL if name not in EAGER_ALONE])
+@pytest.mark.parametrize("name", [name for name in SEVERAL if name not in APART])
 def test_several_references_are_the_stock_pipelines(name, monkeypatch):
     found = []
     for pictures in (1, 2):
@@ -146,7 +128,7 @@ def test_several_references_are_the_stock_pipelines(name, monkeypatch):
 
 
 @pytest.mark.proves("fp8")
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in EAGER_ALONE])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_edit_in_fp8_is_near_the_edit(name, monkeypatch):
     """In emulation on a CPU."""
     pipe, call = tiny(name, monkeypatch)
@@ -170,7 +152,7 @@ def test_quantised_weights_act(name, monkeypatch):
     expected = pipe(specedit=False, num_inference_steps=2, generator=proofs.seeded(), **call).images
     whole = edit(pipe, call, 8, stages=(0, 0, 2), finish="full", kv_refresh=1).images
     assert torch.equal(whole, expected)
-    for runner in ("eager", "fused")[: 1 if name in EAGER_ALONE else 2]:
+    for runner in ("eager", "fused"):
         out = edit(pipe, call, runner=runner, **LOCKED)
         assert out.stats.runner == runner, out.stats.runner_reason
         assert 1e-5 < away(out.images, before) < 0.05
@@ -207,7 +189,7 @@ def flash(name, patch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    pytest.param(n, marks=pytest.mark.proves("FlashEdit")) for n in NAMES if n not in (*EAGER_ALONE, "Flux2Pipeline")
+    pytest.param(n, marks=pytest.mark.proves("FlashEdit")) for n in NAMES if n not in (*APART, "Flux2Pipeline")
 ])  # fmt: skip
 def test_flash_edits_of_everything_are_a_plain_step(name, monkeypatch):
     """With all selected the edit is one step of the model; of a part it computes that part over the source branch."""
@@ -243,7 +225,7 @@ def test_models_without_flash_edit_say_so(name, said, monkeypatch):
         ours(generator=proofs.seeded(), mask_image=proofs.mask(4), specedit=FlashEditConfig(), **call)
 
 
-@pytest.mark.parametrize("name", ["LongCatImageEditPipeline", *EAGER_ALONE])
+@pytest.mark.parametrize("name", ["LongCatImageEditPipeline", *APART])
 @pytest.mark.proves("several GPUs", refused="its sequence is not shared; guidance branches and folders are")
 def test_models_whose_sequence_is_not_shared_say_so(name, monkeypatch):
     pipe, call = tiny(name, monkeypatch)
@@ -256,7 +238,7 @@ def test_models_whose_sequence_is_not_shared_say_so(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in EAGER_ALONE])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "runner", [pytest.param("graph", marks=pytest.mark.proves("graph")),
                pytest.param("compile", marks=[pytest.mark.proves("compile"), pytest.mark.slow])],

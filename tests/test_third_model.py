@@ -417,6 +417,16 @@ def test_all_stages(pipe, draft, end):
         assert torch.equal(found.images[~inside], source[~inside])
 
 
+@pytest.mark.parametrize("runner", ["fused", "graph", "compile"])
+def test_without_a_fused_forward_edits_run_eagerly_and_say_so(pipe, runner, caplog):
+    config = paper(stages=(0, 2, 0), finish="locked", kv_refresh=2, runner=runner, precision="fp8")
+    vars(pipe).pop("_specedit_said", None)
+    out = pipe(**options(config, mask_image=half()))
+    assert out.stats.runner == "eager" and f"{type(pipe).__name__} has no other" in out.stats.runner_reason
+    assert f"runner={runner!r}: steps run eagerly" in caplog.text
+    assert out.stats.precision == "auto" and "precision='fp8': layers compute as they are" in caplog.text
+
+
 @pytest.mark.parametrize("strength", GUIDED)
 def test_a_mixed_step_of_all_blocks_is_a_dense_step(pipe, strength):
     mixed_step_is_dense(run_of(pipe, **options(paper(), strength_of_text=strength, mask_image=half())))

@@ -11,6 +11,7 @@ done is on disk after each. Writes OUT/qwen_image_21.json, .md and, with matplot
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from flux_kontext import (
 from PIL import Image
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImage21Pipeline
+from specedit_kernels.engine.config import RUNNERS
 
 # The classes' defaults are the published transformer's and autoencoder's.
 TINY = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=24, axes_dims_rope=(4, 6, 6),
@@ -115,12 +117,11 @@ class Qwen21Bench(Bench):
     def rows(self):
         """{name: function that makes its Row}. The compiled one changes the transformer for good."""
         rows = {f"plain-{STEPS}": lambda: self.plain_row(lambda: self.plain(STEPS))}
-        for kind, options in KINDS.items():
-            config = SpecEditConfig(
-                **{"quality": "paper", "preset": 30, "max_active": 0.95, "runner": "eager"} | options
-            )
+        for runner, (kind, options) in itertools.product(self.args.runners, KINDS.items()):
             for share in self.args.areas:
-                facts = {"kind": f"specedit-{STEPS}-{kind} eager", "area": share}
+                base = {"quality": "paper", "preset": 30, "max_active": 0.95, "runner": runner}
+                facts = {"kind": f"specedit-{STEPS}-{kind} {runner}", "area": share}
+                config = SpecEditConfig(**base | options)
                 rows[f"{facts['kind']}, {share:.0%}"] = lambda c=config, s=share, f=facts: Row(
                     lambda: self.specedit(c, region(self.args.side, s)), facts=f
                 )
@@ -145,6 +146,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/models"))
     parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
     parser.add_argument("--areas", type=float, nargs="+", default=[0.1], help="edited shares")
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["eager", "graph"])
     parser.add_argument("--side", type=int, help="of the picture in pixels, a multiple of 64 (1024; tiny: 128)")
     parser.add_argument("--text-length", type=int, default=64, help="words, beside the picture's vision tokens")
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")

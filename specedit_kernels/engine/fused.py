@@ -324,23 +324,33 @@ class FusedModel(_Eager):
         heads, dim = self.heads
         return heads if self.ranks is None else heads // self.ranks.size, dim
 
-    def _kept(self, name: str, batch: int, rows: int, like: Any) -> list[Any]:
-        """Of each block, where `rows` keys and values are kept; the dtype and device of `like`."""
+    def _kept(
+        self, name: str, batch: int, rows: int, like: Any, prefix: int = 0, packed: bool | None = None
+    ) -> list[Any]:
+        """Of each block, where `rows` keys and values are kept; the dtype and device of `like`.
+
+        prefix: rows in front of them that are never packed. packed: whether the others are, None: as `fp8_cache` says.
+        """
         heads, dim = self._own_heads
 
-        def pairs(name: str, count: int, dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        def pairs(name: str, count: int, dim: int, dtype: torch.dtype, rows: int) -> list[tuple[Tensor, Tensor]]:
             found = iter(self.runner.buffers(name, 2 * count, (batch, rows, heads, dim), dtype, like.device))
             return list(zip(found, found))
 
         # layers give that under autocast
         autocast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
-        if not self.fp8_cache:
-            return pairs(name, self.blocks, dim, dtype)
-        packed = pairs(name, self.blocks, dim, kv_cache.DTYPE)
-        scales = pairs(f"{name}, scales", self.blocks, 1, kv_cache.SCALES)
-        [scratch] = pairs(f"{name}, of the block at work", 1, dim, dtype)
-        return [kv_cache.PackedKV((*pair, *of), scratch) for pair, of in zip(packed, scales)]
+        if not (self.fp8_cache if packed is None else packed):
+            return pairs(name, self.blocks, dim, dtype, prefix + rows)
+        kept = pairs(name, self.blocks, dim, kv_cache.DTYPE, rows)
+        scales = pairs(f"{name}, scales", self.blocks, 1, kv_cache.SCALES, rows)
+        [scratch] = pairs(f"{name}, of the block at work", 1, dim, dtype, prefix + rows)
+        own = [x[:, prefix:] for x in scratch]
+        found = [kv_cache.PackedKV((*pair, *of), own) for pair, of in zip(kept, scales)]
+        if not prefix:
+            return found
+        before = pairs(f"{name}, prefix", self.blocks, dim, dtype, prefix)
+        return [kv_cache.PrefixedKV(x, pair, scratch) for x, pair in zip(found, before)]
 
     @property
     def least_text(self) -> int:
@@ -392,7 +402,8 @@ class FusedModel(_Eager):
             return weight
 
         names = BESIDE.join(x.buffers for x in (of, *ends))
-        self.runner(("blend", of.sequence.cos.shape[1]), run, {"weight": weight}, names)
+        kept = of.cache[0][0]
+        self.runner(("blend", kept.shape[1], kept.storage_offset()), run, {"weight": weight}, names)
 
     def release(self, layouts: Sequence[Any]) -> None:
         self._caches -= len(layouts)  # buffers have names by this count

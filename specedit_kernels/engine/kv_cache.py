@@ -60,6 +60,25 @@ class PackedKV:
             pack_(packed, scale, x)
 
 
+class PrefixedKV(PackedKV):
+    """Packed keys and values of some rows behind others that no step changes and that are kept as they are.
+
+    own: the packed ones; prefix: keys and values of the rows in front. scratch: of both, which ends with that of `own`.
+    """
+
+    def __init__(self, own: PackedKV, prefix: Sequence[Tensor], scratch: Sequence[Tensor]):
+        super().__init__(own.kept, scratch)
+        self.own, self.prefix = own, tuple(prefix)
+
+    def load(self) -> None:
+        for x, prefix in zip(self.scratch, self.prefix):
+            x[:, : prefix.shape[1]].copy_(prefix)
+        self.own.load()
+
+    def store(self) -> None:
+        self.own.store()
+
+
 # How far above the largest value of a whole sequence the e4m3 range of its scale ends. Later steps renew rows under the
 # same scale; numbers from a 2^11th of that largest value on stay normal ones.
 HEADROOM = 8

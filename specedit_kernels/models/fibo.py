@@ -3,7 +3,8 @@
 
 FLUX.1's blocks with a text of their own: before each block half of the text's channels are replaced by a projection of
 one of the text encoder's layers. A token is one latent pixel of a 16x autoencoder (Wan 2.2's). Padded words are masked.
-True guidance, whose two branches the stock pipeline runs as one batch; so does this. Eager runner alone.
+True guidance, whose two branches the stock pipeline runs as one batch; so does this. The fused forward is
+flux_kontext's; what replaces the text's channels depends on the text alone, and is computed once.
 
 Thresholds are not calibrated for it: drafts are judged by the decoder's features with those of the tiny FLUX editor.
 """
@@ -11,16 +12,23 @@ Thresholds are not calibrated for it: drafts are judged by the decoder's feature
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, BriaFiboEditPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_bria import BriaAttnProcessor
-from diffusers.models.transformers.transformer_bria_fibo import BriaFiboAttnProcessor
+from diffusers.models.transformers.transformer_bria_fibo import (
+    BriaFiboAttention,
+    BriaFiboAttnProcessor,
+    BriaFiboSingleTransformerBlock,
+    BriaFiboTransformer2DModel,
+    BriaFiboTransformerBlock,
+)
 from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
 from torch import Tensor
 
@@ -31,13 +39,61 @@ from ..engine.model import Pictures, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
-from ..engine.sequence import StepLayout
-from ..sampling.grid import BLOCK
+from ..engine.sequence import Kept, MixedSequence, StepLayout
+from ..sampling.grid import BLOCK, Grid
 from ..sampling.layout import SequenceLayout
-from .flux_kontext import FluxKontextModel, FluxLayout, SpecEditFluxAttnProcessor
-from .qwen_image_edit import QwenCodec
+from .flux_kontext import (
+    BLOCKS,
+    Blocks,
+    FluxKontextModel,
+    FluxLayout,
+    FusedFluxModel,
+    SpecEditFluxAttnProcessor,
+    SpecEditFluxKontextPipeline,
+    _modulated,
+)
+from .flux_kontext import fused_forward as forward_of_flux
+from .flux_kontext import replaced as replaced_of_flux
+from .qwen_image_edit import FusedQwenCodecModel, QwenCodec
 
 TOKEN = 16  # pixels a side
+
+
+def replaced(
+    transformer: BriaFiboTransformer2DModel,
+) -> Iterable[tuple[torch.nn.Module, type | tuple[type, ...]]]:
+    """Every module whose forward `fused_forward` stands for, with the class that it must have."""
+    kinds = (BriaFiboTransformer2DModel, BriaFiboTransformerBlock, BriaFiboSingleTransformerBlock,
+             (BriaFiboAttention, Attention))  # fmt: skip
+    return replaced_of_flux(transformer, kinds)
+
+
+def modulation(transformer: BriaFiboTransformer2DModel, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales, shifts and gates of all blocks, [R, sum of their widths], for timesteps [R] in [0, 1000]."""
+    emb = F.silu(transformer.time_embed(timestep.to(dtype), dtype))
+    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+
+
+def fused_forward(
+    transformer: BriaFiboTransformer2DModel,
+    tokens: Tensor,
+    embeds: Tensor,
+    modulation: Tensor,
+    sequence: MixedSequence,
+    cache: list[Kept] | None = None,
+    blocks: Blocks = BLOCKS,
+    watch: tuple[int, list[Tensor]] | None = None,
+) -> Tensor:
+    """flux_kontext's, with the text's channels of each block. embeds: `FusedFiboModel.of_text`."""
+    text, width = sequence.own[0], transformer.inner_dim // 2
+    embeds, *captions = embeds.split([embeds.shape[-1] - width * len(transformer.caption_projection),
+                                      *[width] * len(transformer.caption_projection)], dim=-1)  # fmt: skip
+
+    def before(i: int, x: Tensor) -> None:
+        if text:
+            x[:, :text, width:] = captions[i]
+
+    return forward_of_flux(transformer, tokens, embeds, modulation, sequence, cache, blocks, watch, before)
 
 
 class SpecEditFiboSingleAttnProcessor(SpecEditAttnProcessor):
@@ -129,13 +185,16 @@ class FiboModel(FluxKontextModel):
     def mixed_layout(
         self, text: FiboText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
     ) -> FluxLayout:
-        made = super().mixed_layout(text, pictures, layout, key_bias, cached)
+        return self._masked(text, super().mixed_layout(text, pictures, layout, key_bias, cached))
+
+    def _masked(self, text: FiboText, made: FluxLayout) -> FluxLayout:
+        """A layout in whose attention nothing sees the text's padding."""
         if text.mask is None:
             return made
         assert made.attention is not None
-        sequence, length = made.attention.sequence, text.embeds.shape[1]
+        sequence, (batch, length) = made.attention.sequence, text.embeds.shape[:2]
         bias = sequence.key_bias
-        bias = sequence.cos.new_zeros(sequence.cos.shape[:2]) if bias is None else bias.clone()
+        bias = sequence.cos.new_zeros(batch, sequence.cos.shape[1]) if bias is None else bias.clone()
         bias[:, :length].masked_fill_(~text.mask.to(bias.device), float("-inf"))
         return self._with_sequence(made, key_bias=bias)
 
@@ -159,10 +218,39 @@ class FiboModel(FluxKontextModel):
             )[0]
 
 
+class FusedFiboModel(FusedQwenCodecModel, FusedFluxModel, FiboModel):
+    """The same model through `fused_forward`, its steps and its autoencoder launched by a runner."""
+
+    forward = staticmethod(fused_forward)
+    # of `of_text`, which every step asks
+    _of_text: tuple[FiboText, Tensor] | None = None
+
+    def of_text(self, text: FiboText) -> Tensor:
+        """The embeddings and, side by side with them, the channels that each block takes of it."""
+        if self._of_text is None or self._of_text[0] is not text:
+            self.runner.bring(self._own)
+            with self._scaled():
+                captions = (layer(x) for layer, x in zip(self.transformer.caption_projection, text.layers))
+                self._of_text = text, torch.cat([text.embeds, *captions], dim=-1)
+        return self._of_text[1]
+
+    def dense_layout(self, text: FiboText, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
+        return self._masked(text, super().dense_layout(text, pictures, grids))
+
+    def timestep_conditioning(self, text: FiboText, timesteps: Tensor) -> Iterable[Tensor]:
+        """The modulation of all blocks, [B, ...] for each timestep: it depends on nothing but the step."""
+        self.runner.bring(self._own)
+        with self._scaled():
+            found = modulation(self.transformer, timesteps, text.embeds.dtype)
+        return [row.expand(len(text.embeds), -1) for row in found.split(1)]
+
+
 class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     """BriaFiboEditPipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
-    Made by `from_pretrained` or `from_pipe` like any pipeline; weights are never touched. Differences in the call:
+    Made by `from_pretrained` or `from_pipe` like any pipeline. Weights keep their values and stay the layers' own
+    parameters; on CUDA a runner other than "eager" makes those of q, k and v contiguous in memory at its first call,
+    until `disable_specedit`. Differences in the call:
 
     specedit: a SpecEditConfig; None takes the pipeline's default; False runs the stock pipeline's own call, untouched.
     mask_image: white where the edit is (PIL, array [H, W] or [B, H, W], or tensor); it replaces the draft. A token with
@@ -180,7 +268,6 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
     timesteps, do_patching: refused.
     """
 
-    RUNNERS = ("eager",)
     FLASH_RUNNERS = ()
     TEXT = ("prompt",)
     TRUE_CFG = "guidance_scale"
@@ -248,7 +335,10 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
         return {"positive": text(positive, layers, mask), "negative": second}
 
     def _model(self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]) -> FiboModel:
-        return FiboModel(self.transformer, self.vae, None, attention_kwargs)
+        parts = (self.transformer, self.vae, None, attention_kwargs)
+        return FiboModel(*parts) if runner is None else FusedFiboModel(*parts, runner)
+
+    _arrange = SpecEditFluxKontextPipeline._arrange
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
@@ -266,6 +356,7 @@ register(
             BriaAttnProcessor: SpecEditFiboSingleAttnProcessor,
         },
         codecs={AutoencoderKLWan: WanCodec},
+        replaced={BriaFiboTransformer2DModel: replaced},
         command=_command,
         several_pictures=("BriaFiboEditPipeline",),
     )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxKontextPipeline
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -97,14 +97,15 @@ def modulation(
 
 
 # Of a transformer that `fused_forward` stands for: itself, its double-stream and single-stream blocks, their attention.
-Kinds = tuple[type, type, type, type]
+Kinds = tuple[type, type, type, type | tuple[type, ...]]
 KINDS: Kinds = (FluxTransformer2DModel, FluxTransformerBlock, FluxSingleTransformerBlock, FluxAttention)
 
 
-def replaced(transformer: Any, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type]]:
+def replaced(transformer: Any, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.Module, type | tuple[type, ...]]]:
     """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
     linear layers too, where they are more than a weight and a bias. kinds: those of a model of FLUX.1's shape."""
     whole, double, single, attention = kinds
+    norms = (torch.nn.RMSNorm, RMSNorm)
     yield transformer, whole
     for block in transformer.transformer_blocks:
         yield block, double
@@ -114,7 +115,7 @@ def replaced(transformer: Any, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.
         for norm in (block.norm2, block.norm2_context):
             yield norm, torch.nn.LayerNorm
         for norm in (block.attn.norm_q, block.attn.norm_k, block.attn.norm_added_q, block.attn.norm_added_k):
-            yield norm, torch.nn.RMSNorm
+            yield norm, norms
         for ff in (block.ff, block.ff_context):
             yield from replaced_of_feed_forward(ff)
     for block in transformer.single_transformer_blocks:
@@ -122,7 +123,7 @@ def replaced(transformer: Any, kinds: Kinds = KINDS) -> Iterable[tuple[torch.nn.
         yield block.attn, attention
         yield block.norm, AdaLayerNormZeroSingle
         yield from ((block.norm.silu, torch.nn.SiLU), (block.norm.norm, torch.nn.LayerNorm))
-        yield from ((block.attn.norm_q, torch.nn.RMSNorm), (block.attn.norm_k, torch.nn.RMSNorm))
+        yield from ((block.attn.norm_q, norms), (block.attn.norm_k, norms))
         yield block.act_mlp, torch.nn.GELU
     norm = transformer.norm_out
     yield from ((norm, AdaLayerNormContinuous), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
@@ -163,7 +164,7 @@ def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[
     parts = linear_of_each(_inputs(attn, text), x)
     if attn.fused_projections:
         parts = list(parts[0].chunk(3, dim=-1))
-    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+    return [part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts]
 
 
 def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -247,12 +248,14 @@ def fused_forward(
     cache: list[Kept] | None = None,
     blocks: Blocks = BLOCKS,
     watch: tuple[int, list[Tensor]] | None = None,
+    before: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: FluxTransformer2DModel.forward.
 
     embeds: [B, T, E], T = sequence.text. modulation: [B, ...], rows of `modulation`. cache: of each block, where its
     keys and values outlive the step: it writes those of its tokens, and attends to all. watch: index of a block,
-    and where what its attention gives to the text is added.
+    and where what its attention gives to the text is added. before: called before each block,
+    with its index and its tokens.
     """
     x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
@@ -261,6 +264,8 @@ def fused_forward(
     for i, layer in enumerate(layers):
         kept = None if cache is None else cache[i]
         known = replace(sequence, watched=True) if watch and i == watch[0] else sequence
+        if before is not None:
+            before(i, x)
         if i < len(transformer.transformer_blocks):
             seen = double(layer, x, known, kept, next(mods), next(mods))
         else:
@@ -402,16 +407,20 @@ class FluxKontextModel(EditModel):
 class FusedFluxModel(FusedModel, FluxKontextModel):
     """The same model through `fused_forward`, its steps and its autoencoder launched by a runner.
 
-    A model of its shape has its own `forward`, `_blocks` and `timestep_conditioning`.
+    A model of its shape has its own `forward`, `_blocks`, `of_text` and `timestep_conditioning`.
     """
 
-    forward = staticmethod(fused_forward)
+    forward: Callable[..., Tensor] = staticmethod(fused_forward)
 
     @property
     def _blocks(self) -> Blocks:
         # a compiled block does not know of changed weights, nor of those in fp8
         apart = self.runner.name != "compile" or active_serial() or fp8.is_active()
         return BLOCKS if apart else compiled_blocks()
+
+    def of_text(self, text: Any) -> Tensor:
+        """What `forward` takes of the text: [B, T, ...]."""
+        return text.embeds
 
     def dense_layout(self, text: Any, pictures: Pictures, grids: Sequence[Grid]) -> FluxLayout:
         layout = super().dense_layout(text, pictures, grids)
@@ -490,7 +499,7 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
         if watch is not None:
             blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
             watched = next(i for i, block in enumerate(blocks) if block.attn is watch.module)
-        inputs = dict(tokens=tokens, embeds=text.embeds[:, : sequence.text], modulation=conditioning)
+        inputs = dict(tokens=tokens, embeds=self.of_text(text)[:, : sequence.text], modulation=conditioning)
         inputs |= {name: getattr(sequence, name) for name in names}
 
         def step(tokens: Tensor, embeds: Tensor, modulation: Tensor, **given: Any) -> tuple[Tensor, ...]:

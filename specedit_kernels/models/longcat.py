@@ -54,7 +54,9 @@ def modulation(transformer: LongCatImageTransformer2DModel, timestep: Tensor, dt
     return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
 
 
-def replaced(transformer: LongCatImageTransformer2DModel) -> Iterable[tuple[torch.nn.Module, type]]:
+def replaced(
+    transformer: LongCatImageTransformer2DModel,
+) -> Iterable[tuple[torch.nn.Module, type | tuple[type, ...]]]:
     """Every module whose forward flux_kontext's `fused_forward` stands for, with the class that it must have."""
     kinds = (LongCatImageTransformer2DModel, LongCatImageTransformerBlock, LongCatImageSingleTransformerBlock,
              LongCatImageAttention)  # fmt: skip

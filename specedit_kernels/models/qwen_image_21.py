@@ -3,16 +3,22 @@
 
 One stream with block-causal attention: text and reference pictures never see the target, and are modulated by timestep
 0, so their keys and values are the same in every step. The stock pipeline keeps them; so does this, for every stage,
-and a sequence here holds the target's tokens alone. A coarse target sees the references fine. Whole pictures at full
-resolution run through the stock forward; all else through the transformer's own modules, block by block. A token is one
-latent pixel of a 16x autoencoder with four channels (RGBA). Eager runner alone.
+and a sequence here holds the target's tokens alone. A coarse target sees the references fine. A token is one latent
+pixel of a 16x autoencoder with four channels (RGBA).
+
+Eager (`Qwen21Model`): whole pictures at full resolution run through the stock forward; all else through the
+transformer's own modules, block by block. Fused (`FusedQwen21Model`): one modulation serves all blocks, and is that of
+all steps of a stage at once; a block's keys and values of text and references, from the stock forward, lie in front of
+the target's in one place, so that no step copies them.
 
 Thresholds are not calibrated for it: drafts are judged by the decoder's features with those of the tiny FLUX editor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,31 +26,120 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21AdaLayerNormContinuous,
     QwenImage21Attention,
     QwenImage21AttnProcessor,
     QwenImage21KVCache,
     QwenImage21KVLayerCache,
+    QwenImage21SwiGLUFeedForward,
+    QwenImage21Transformer2DModel,
+    QwenImage21TransformerBlock,
 )
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as stock
 from torch import Tensor
 
+from .. import ops
+from ..engine import fp8
 from ..engine._diffusers import scaled_adapters, through
 from ..engine.attention import SpecEditAttnProcessor, apply_rotary, kept_keys, with_layout
 from ..engine.config import EditConfig, SpecEditConfig
+from ..engine.fused import compiled, linear, linear_of_each, modulated
+from ..engine.kv_cache import PrefixedKV
+from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
-from ..engine.sequence import StepLayout, TextWatch, attend, mixed_step_layout, whole_step_layout
+from ..engine.sequence import (
+    Kept,
+    MixedSequence,
+    StepLayout,
+    Stream,
+    TextWatch,
+    attend,
+    attention,
+    mixed_step_layout,
+    whole_step_layout,
+)
 from ..engine.stages import Run
 from ..sampling.flops import transformer_flops
 from ..sampling.grid import Grid, pack, token_positions
 from ..sampling.layout import SequenceLayout, table_positions
 from .fibo import WanCodec
-from .qwen_image_edit import centred, rotary_table
+from .qwen_image_edit import FusedQwenCodecModel, centred, rotary_table
 
 SLOT = 4  # latent tokens of a reference for each of its vision tokens
+
+
+def replaced(transformer: QwenImage21Transformer2DModel) -> Iterable[tuple[torch.nn.Module, type]]:
+    """Every module whose forward `fused_forward` stands for, with the class that it must have. All others are called;
+    linear layers too, where they are more than a weight."""
+    yield transformer, QwenImage21Transformer2DModel
+    for block in transformer.transformer_blocks:
+        yield from ((block, QwenImage21TransformerBlock), (block.attn, QwenImage21Attention))
+        yield from ((norm, torch.nn.LayerNorm) for norm in (block.img_norm1, block.img_norm2))
+        yield from ((norm, RMSNorm) for norm in (block.attn.norm_q, block.attn.norm_k))
+        yield from ((block.img_mlp, QwenImage21SwiGLUFeedForward), (block.img_mlp.activation_fn, torch.nn.SiLU))
+    norm = transformer.norm_out
+    yield from ((norm, QwenImage21AdaLayerNormContinuous), (norm.silu, torch.nn.SiLU), (norm.norm, torch.nn.LayerNorm))
+
+
+def modulation(transformer: QwenImage21Transformer2DModel, timestep: Tensor, like: Tensor) -> Tensor:
+    """What modulates a target's tokens, [R, 6 C], for R timesteps in [0, 1000]: the scale and gate of attention and of
+    the MLP of any block, the output norm's scale, and zeros, since nothing is shifted. like: of the tokens' dtype."""
+    emb = transformer.time_text_embed(timestep.to(like.dtype) / 1000, like)
+    scale, gate, scale2, gate2 = transformer.modulation(emb).chunk(4, dim=-1)
+    last = transformer.norm_out.linear(F.silu(emb))
+    return torch.cat([scale, gate.tanh(), scale2, gate2.tanh(), last, torch.zeros_like(last)], dim=-1)
+
+
+def fused_block(
+    block: QwenImage21TransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, mod: Tensor
+) -> None:
+    """QwenImage21TransformerBlock on a target's tokens x [B, N, C], in place.
+
+    kept: the block's keys and values of text and references, and where the target's go. mod: rows of `modulation`.
+    """
+    attn, mlp = block.attn, block.img_mlp
+    scale, gate, scale2, gate2, _, shift = mod.chunk(6, dim=1)
+    inputs = (attn.to_q, attn.to_k, attn.to_v)
+    y = modulated(x, scale, shift, block.img_norm1.eps, inputs)
+    dim = attn.inner_dim // attn.heads
+    parts = [part.unflatten(-1, (-1, dim)) for part in linear_of_each(inputs, y)]
+    out, _ = attention([Stream(slice(None), parts, attn.norm_q, attn.norm_k)], kept, sequence)
+    del parts, y  # the MLP needs their memory
+    ops.gated_residual_add_(x, attn.to_out[1](linear(attn.to_out[0], out)), gate)
+    first = (mlp.gate_layer, mlp.proj)
+    gated, value = linear_of_each(first, modulated(x, scale2, shift, block.img_norm2.eps, first))
+    ops.gated_residual_add_(x, linear(mlp.out, F.silu(gated).mul_(value)), gate2)
+
+
+Block = Callable[..., None]
+
+
+@functools.cache
+def compiled_block() -> Block:
+    return compiled(fused_block)
+
+
+def fused_forward(
+    transformer: QwenImage21Transformer2DModel, tokens: Tensor, modulation: Tensor, sequence: MixedSequence,
+    cache: Sequence[Kept | None], block: Block = fused_block,
+) -> Tensor:  # fmt: skip
+    """Velocity of a target's tokens [B, S, C]: QwenImage21Transformer2DModel.forward over kept text and references.
+
+    modulation: [B, 6 C], rows of `modulation`. cache: of each block, `fused_block`'s `kept`.
+    """
+    x = transformer.img_in(tokens)
+    for layer, kept in zip(transformer.transformer_blocks, cache):
+        block(layer, x, sequence, kept, modulation)
+        if x.dtype == torch.float16:
+            # sums beyond its range end at its ends, as in the blocks of diffusers
+            x.clip_(-65504, 65504)
+    scale, shift = modulation.chunk(6, dim=1)[4:]
+    return transformer.proj_out(ops.adaln_modulate(x, scale, shift, eps=transformer.norm_out.norm.eps))
 
 
 class SpecEditQwen21AttnProcessor(SpecEditAttnProcessor):
@@ -94,13 +189,20 @@ class Qwen21Text(Text):
     mask: Tensor | None
     slots: Tensor
 
+    @functools.cached_property
+    def vision(self) -> int:
+        """How many of its places are vision tokens'. Read once: it waits for the device."""
+        return int(self.slots.sum())
+
 
 @dataclass(frozen=True)
 class Qwen21Layout:
-    """grid: of a whole target; attention: the mixed sequence's, None for whole pictures."""
+    """grid: of a whole target; attention: the mixed sequence's, None for whole pictures. text: the branch's, where a
+    fused step has its keys and values."""
 
     grid: Grid | None
     attention: StepLayout | None
+    text: Qwen21Text | None = None
 
 
 class Qwen21Model(EditModel):
@@ -113,7 +215,7 @@ class Qwen21Model(EditModel):
         self.grid = run.grid
         self.grids = tuple(reference.grid for reference in run.references)
         self.seen = torch.cat([pack(reference.latents, run.patch) for reference in run.references], dim=1)
-        self._kept: dict[int, tuple[Qwen21Text, QwenImage21KVCache]] = {}
+        self._prefixes: dict[int, tuple[Qwen21Text, QwenImage21KVCache]] = {}
 
     def embedder(self) -> torch.nn.Module:
         return self.transformer.img_in
@@ -121,11 +223,11 @@ class Qwen21Model(EditModel):
     def _whole(self, text: Qwen21Text, tokens: Tensor, timestep: Tensor, grid: Grid) -> Tensor:
         """The stock forward on references and a target of that grid, the keys and values of text and references kept
         from the first call on."""
-        _, cache = self._kept.get(id(text), (None, None))
+        _, cache = self._prefixes.get(id(text), (None, None))
         mode = "extract" if cache is None else "cached"
         if cache is None:
             # the text is kept too, so that no other one gets its id
-            _, cache = self._kept[id(text)] = text, QwenImage21KVCache(len(self.transformer.transformer_blocks))
+            _, cache = self._prefixes[id(text)] = text, QwenImage21KVCache(len(self.transformer.transformer_blocks))
         slots = text.slots.new_ones(1, tokens.shape[1] // SLOT)
         return self.transformer(
             hidden_states=torch.cat([self.seen.to(tokens.dtype), tokens], dim=1),
@@ -140,12 +242,15 @@ class Qwen21Model(EditModel):
             return_dict=False,
         )[0][:, -tokens.shape[1] :]
 
-    def _cache(self, text: Qwen21Text, tokens: Tensor) -> QwenImage21KVCache:
-        """Keys and values of text and references. They see no target, so any one serves to compute them."""
-        if id(text) not in self._kept:
-            blank = tokens.new_zeros(tokens.shape[0], SLOT, tokens.shape[2])
-            self._whole(text, blank, tokens.new_zeros(tokens.shape[0]), (2, 2))
-        return self._kept[id(text)][1]
+    def _cache(self, text: Qwen21Text, like: Tensor) -> QwenImage21KVCache:
+        """Keys and values of text and references. They see no target, so any one serves to compute them.
+
+        like: of the tokens' dtype.
+        """
+        if id(text) not in self._prefixes:
+            batch, channels = len(text.embeds), self.seen.shape[2]
+            self._whole(text, like.new_zeros(batch, SLOT, channels), like.new_zeros(batch), (2, 2))
+        return self._prefixes[id(text)][1]
 
     def _valid(self, text: Qwen21Text) -> Tensor | None:
         """Which keys of text and references are no padding, bool [B, keys], or None where all are."""
@@ -156,7 +261,7 @@ class Qwen21Model(EditModel):
     def _table(self, text: Qwen21Text, positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Rotary table (cos, sin) fp32 [n, D] of a target's tokens at fp32 [n, 3], (0, row, column) in grid units."""
         embedding = self.transformer.pos_embed
-        start = int((~text.slots).sum()) + sum(max(g) for g in self.grids)
+        start = text.slots.shape[1] - text.vision + sum(max(g) for g in self.grids)
         placed = centred(positions, (grid,))
         placed = torch.cat([placed[:, :1] + start, placed[:, 1:]], dim=1)
         return rotary_table(placed, embedding.axes_dim, embedding.theta)
@@ -164,10 +269,12 @@ class Qwen21Model(EditModel):
     def dense_layout(self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid]) -> Qwen21Layout:
         if grids[0] == self.grid:
             return Qwen21Layout(self.grid, None)
-        place = token_positions(grids[0], text.embeds.device)
-        cos, sin = self._table(text, F.pad(place, (1, 0)), grids[0])
-        made = whole_step_layout(0, (cos[None], sin[None]), len(text.embeds))
-        return Qwen21Layout(None, self._behind_prefix(text, made))
+        return Qwen21Layout(None, self._whole_target(text, grids[0]))
+
+    def _whole_target(self, text: Qwen21Text, grid: Grid) -> StepLayout:
+        place = token_positions(grid, text.embeds.device)
+        cos, sin = self._table(text, F.pad(place, (1, 0)), grid)
+        return self._behind_prefix(text, whole_step_layout(0, (cos[None], sin[None]), len(text.embeds)))
 
     def _behind_prefix(self, text: Qwen21Text, made: StepLayout) -> StepLayout:
         """The layout of a target whose tokens attend to text and references too, whose keys come first."""
@@ -184,7 +291,7 @@ class Qwen21Model(EditModel):
 
     def _prefix(self, text: Qwen21Text) -> int:
         """Keys of text and references."""
-        return text.slots.shape[1] + (SLOT - 1) * int(text.slots.sum())
+        return text.slots.shape[1] + (SLOT - 1) * text.vision
 
     def watched_layout(
         self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid], watch: TextWatch
@@ -243,6 +350,108 @@ class Qwen21Model(EditModel):
         return transformer_flops(tokens, keys, heads * dim, self.blocks) + more
 
 
+class FusedQwen21Model(FusedQwenCodecModel, Qwen21Model):
+    """The same model through `fused_forward`, its steps and its autoencoder launched by a runner."""
+
+    @property
+    def _block(self) -> Block:
+        # a compiled block does not know of changed weights, nor of those in fp8
+        apart = self.runner.name != "compile" or active_serial() or fp8.is_active()
+        return fused_block if apart else compiled_block()
+
+    def _with_prefix(self, layout: Qwen21Layout, name: str, packed: bool, at_least: int = 0) -> Qwen21Layout:
+        """A layout whose keys and values are kept in places of that name, behind those of text and references.
+
+        packed: the target's in fp8. at_least: rows of the target's that the places are made for.
+        """
+        text, made = layout.text, layout.attention
+        assert text is not None and made is not None
+        prefix, rows = self._prefix(text), made.sequence.cos.shape[1]
+        self.runner.bring(self._own)
+        known = self._cache(text, text.embeds)
+        places = self._kept(name, len(text.embeds), max(rows, at_least), text.embeds, prefix, packed)
+        for i, kept in enumerate(places):
+            for place, x in zip(kept.prefix if isinstance(kept, PrefixedKV) else kept, known.get_layer(i).get()):
+                place[:, :prefix].copy_(x)
+        if not packed:
+            places = [tuple(x[:, : prefix + rows] for x in pair) for pair in places]
+        own = torch.arange(prefix, prefix + rows, dtype=torch.int32, device=text.embeds.device)
+        sequence = replace(made.sequence, rows=own.expand(len(text.embeds), -1).contiguous())
+        return replace(layout, attention=replace(made, sequence=sequence, cache=places, buffers=name))
+
+    def dense_layout(self, text: Qwen21Text, pictures: Pictures, grids: Sequence[Grid]) -> Qwen21Layout:
+        made = self._whole_target(text, grids[0])
+        # no slot is empty
+        sequence = replace(made.sequence, queries=None, keys=None, backend=self._backend, passing=True)
+        layout = Qwen21Layout(grids[0], replace(made, sequence=sequence), text)
+        self._cache(text, text.embeds)
+        branch = list(self._prefixes).index(id(text))
+        # of all grids of a run in one place, as long as the longest from the first: graphs are of a place
+        return self._with_prefix(layout, f"keys and values of branch {branch}", False, math.prod(self.grid))
+
+    def mixed_layout(
+        self, text: Qwen21Text, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
+    ) -> Qwen21Layout:
+        made = super().mixed_layout(text, pictures, layout, key_bias, cached=False)
+        return self._in_another_place(replace(made, text=text), cached and self.fp8_cache)
+
+    def _in_another_place(self, layout: Qwen21Layout, packed: bool) -> Qwen21Layout:
+        name, self._caches = f"keys and values {self._caches}", self._caches + 1
+        return self._with_prefix(layout, name, packed)
+
+    def another_cache(self, layout: Qwen21Layout) -> Qwen21Layout:
+        return self._in_another_place(layout, self.fp8_cache)
+
+    def blend(self, layout: Qwen21Layout, near: Qwen21Layout, far: Qwen21Layout, weight: Tensor) -> None:
+        # of the target's alone: the others are the same in all of them
+        super().blend(self._without_prefix(layout), self._without_prefix(near), self._without_prefix(far), weight)
+
+    def _without_prefix(self, layout: Qwen21Layout) -> Qwen21Layout:
+        text, made = layout.text, layout.attention
+        assert text is not None and made is not None
+        start = self._prefix(text)
+        own = [kept.own if isinstance(kept, PrefixedKV) else tuple(x[:, start:] for x in kept) for kept in made.cache]
+        return replace(layout, attention=replace(made, cache=own))
+
+    def active_layout(
+        self, text: Qwen21Text, layout: Qwen21Layout, first: int | None, lock_text: bool = False
+    ) -> Qwen21Layout:
+        made = super().active_layout(text, layout, first, lock_text)
+        assert made.attention is not None
+        rows = made.attention.sequence.rows
+        assert rows is not None
+        return self._with_sequence(made, rows=torch.where(rows < 0, rows, rows + self._prefix(text)))
+
+    def timestep_conditioning(self, text: Qwen21Text, timesteps: Tensor) -> Iterable[Tensor]:
+        """The modulation, a row for each timestep."""
+        self.runner.bring(self._own)
+        with self._scaled():
+            return modulation(self.transformer, timesteps, text.embeds).split(1)
+
+    def velocity(self, text: Qwen21Text, tokens: Tensor, conditioning: Tensor, layout: Qwen21Layout) -> Tensor:
+        made = layout.attention
+        assert made is not None
+        sequence, cache = made.sequence, made.cache
+        inputs = dict(tokens=tokens, modulation=conditioning)
+        inputs |= {name: getattr(sequence, name) for name in ("cos", "sin", "key_bias", "queries", "keys", "rows")}
+
+        def step(tokens: Tensor, modulation: Tensor, **given: Any) -> Tensor:
+            with self._scaled():
+                return fused_forward(
+                    self.transformer,
+                    tokens,
+                    modulation.expand(len(tokens), -1),
+                    replace(sequence, **given),
+                    cache,
+                    self._block,
+                )
+
+        self.runner.bring(self._own)
+        tag = ("step", id(self._own), self._prefix(text), sequence.passing, self.attention_kwargs.get("scale"),
+               cache[0][0].shape[1], sequence.backend)  # fmt: skip
+        return self.runner(tag, step, inputs, made.buffers)
+
+
 class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     """QwenImage21Pipeline with SpecEdit: an edit computes at full resolution only where the picture changes.
 
@@ -265,7 +474,6 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     With no image given, or `specedit=False`, the stock call runs.
     """
 
-    RUNNERS = ("eager",)
     FLASH_RUNNERS = ()
     TEXT = ("prompt", "prompt_embeds", "prompt_embeds_mask")
     KWARGS = "attention_kwargs"
@@ -319,7 +527,8 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
     def _model(
         self, runner: StepRunner | None, guidance: Tensor | None, attention_kwargs: dict[str, Any]
     ) -> Qwen21Model:
-        return Qwen21Model(self.transformer, self.vae, None, attention_kwargs)
+        parts = (self.transformer, self.vae, None, attention_kwargs)
+        return Qwen21Model(*parts) if runner is None else FusedQwen21Model(*parts, runner)
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
@@ -338,6 +547,7 @@ register(
         pipelines={QwenImage21Pipeline: SpecEditQwenImage21Pipeline},
         processors={QwenImage21AttnProcessor: SpecEditQwen21AttnProcessor},
         codecs={AutoencoderKLQwenImage21: Qwen21Codec},
+        replaced={QwenImage21Transformer2DModel: replaced},
         command=_command,
         several_pictures=("QwenImage21Pipeline",),
     )

@@ -537,7 +537,31 @@ class QwenImageEditModel(EditModel):
         return guided * (length / torch.norm(guided, dim=-1, keepdim=True))
 
 
-class FusedQwenModel(FusedModel, QwenImageEditModel):
+class FusedQwenCodecModel(FusedModel):
+    """The part of a fused adapter whose codec is a `QwenCodec`: its autoencoder launched by a runner."""
+
+    def _with_vae(self, name: str, x: Tensor) -> Tensor:
+        vae = self.codec.vae
+
+        def run(x: Tensor) -> Tensor:
+            return getattr(self.fused_codec, name)(x)
+
+        # scaling stays outside: its numbers come from the host on every call
+        return self.runner((name, vae.use_slicing, vae.use_tiling, self.codec_ranks), run, {"x": x})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
+        if self.runner.moving:
+            return super().encode(pixels)
+        return self.codec.scaled(self._with_vae("mode", pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.runner.moving:
+            return super().decode(latents)
+        return self._with_vae("pixels", self.codec.unscaled(latents))
+
+
+class FusedQwenModel(FusedQwenCodecModel, QwenImageEditModel):
     """The same model through `qwen_fused`, its steps and its autoencoder launched by a runner."""
 
     # Two branches run as one batch where their texts differ by no more tokens than this: the shorter one is padded.
@@ -631,26 +655,6 @@ class FusedQwenModel(FusedModel, QwenImageEditModel):
         tag = ("step", id(self._own), sequence.text, sequence.passing,
                self.attention_kwargs.get("scale"), rows, sequence.backend, self.ranks)  # fmt: skip
         return self.runner(tag, step, inputs, attention.buffers)
-
-    def _with_vae(self, name: str, x: Tensor) -> Tensor:
-        vae = self.codec.vae
-
-        def run(x: Tensor) -> Tensor:
-            return getattr(self.fused_codec, name)(x)
-
-        # scaling stays outside: its numbers come from the host on every call
-        return self.runner((name, vae.use_slicing, vae.use_tiling, self.codec_ranks), run, {"x": x})
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels in [-1, 1], [B, 3, H, W] -> clean latents [B, C, h, w]."""
-        if self.runner.moving:
-            return super().encode(pixels)
-        return self.codec.scaled(self._with_vae("mode", pixels))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        if self.runner.moving:
-            return super().decode(latents)
-        return self._with_vae("pixels", self.codec.unscaled(latents))
 
 
 def _command(settings: Mapping[str, Any], true_cfg_scale: float | None) -> dict[str, Any]:
