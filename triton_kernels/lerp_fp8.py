@@ -46,12 +46,10 @@ def tile(rows, columns):
 
 
 def lerp_fp8_(out, out_scale, a, a_scale, b, b_scale, weight):
-    """e4m3 [B, S, H, D], the last dimension or the rows of all contiguous; scales fp32 [B, 1, H], weight fp32 []."""
+    """e4m3 [B, S, H, ...], what follows H contiguous; scales fp32 [B, 1, H], weight fp32 []."""
     if out.numel() == 0:
         return
-    last = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (out, a, b))
-    # [B, H, rows, columns], the last dimension contiguous
-    out, a, b = (x.permute(0, 2, 1, 3) if last else x.permute(0, 2, 3, 1) for x in (out, a, b))
+    out, a, b = (x.flatten(3).transpose(1, 2) for x in (out, a, b))
     batch, heads, rows, columns = out.shape
     block_m, block_n = tile(rows, columns)
     with torch.cuda.device_of(out):
