@@ -67,8 +67,8 @@ def samples(device):
     yield specedit.mixed_res_attn_fp8, (*factors[:2], in_panels(factors[2]), *factors[3:]), options
     kept = [x for _ in range(3) for x in (normal(2, 9, 4, 32).to(torch.float8_e4m3fn), normal(2, 1, 4).abs() + 0.1)]
     yield specedit.cast_fp8, (normal(2, 9, 4).to(torch.float8_e4m3fn), torch.bfloat16), {}
-    yield specedit.lerp_fp8_, (*(in_panels(x) if x.dim() == 4 else x for x in kept), normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
+    yield specedit.lerp_fp8_, (*(in_panels(x) if x.dim() == 4 else x for x in kept), normal(1)[0].sigmoid()), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))
