@@ -30,10 +30,8 @@ def _lerp_fp8_kernel(
     y_scale = tl.load(b_scale_ptr + b * stride_bsb + h * stride_bsh)
     weight = tl.load(weight_ptr)
     top = tl.maximum(x_scale, y_scale)
-    z = (x.to(tl.float32) * (x_scale * (1 - weight)) + y.to(tl.float32) * (y_scale * weight)) / top
-    # NaN stays
-    z = tl.where(z > 448.0, 448.0, z)
-    z = to_e4m3(tl.where(z < -448.0, -448.0, z), HARDWARE)
+    z = x.to(tl.float32) * (x_scale / top * (1 - weight)) + y.to(tl.float32) * (y_scale / top * weight)
+    z = to_e4m3(z, HARDWARE)
     tl.store(out_ptr + b * stride_ob + h * stride_oh + (m * stride_om)[:, None] + n[None, :], z, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(out_scale_ptr + b * stride_osb + h * stride_osh, top)
