@@ -41,7 +41,8 @@ def streams_of(random, device, dtype, text, image, scale=1.0):
 
 def kept_in_fp8(device, rows=ROWS):
     nan = torch.full((2, B, rows, H, D), 0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    return Fp8KV(nan[0], nan[1].view(B, rows // PANEL, H, D, PANEL), *(torch.full((B, 1, H), float("nan"), device=device) for _ in range(3)))
+    panels = nan[1].view(B, rows // PANEL, H, D, PANEL)
+    return Fp8KV(nan[0], panels, *(torch.full((B, 1, H), float("nan"), device=device) for _ in range(3)))
 
 
 def rows_of(kept):

@@ -302,7 +302,7 @@ def good():
         (dict(q=good()["q"][0]), ValueError, r"q: expected \[B, S, H, D\]"),
         (dict(q=good()["q"][..., :24]), ValueError, "q: expected a head dimension"),
         (dict(k=good()["k"][..., :16]), ValueError, r"k: expected shape \[B=1, S, Hk, D=32\]"),
-        (dict(v=good()["v"][:, :2]), ValueError, r"v: expected k's shape \[1, 3, 2, 32\], or panels \[1, 1, 2, 32, 64\]"),
+        (dict(v=good()["v"][:, :2]), ValueError, r"k's shape \[1, 3, 2, 32\], or panels \[1, 1, 2, 32, 64\]"),
         (dict(v=torch.zeros(1, 2, 2, 32, 64).to(torch.float8_e4m3fn)), ValueError, "v: expected k's shape"),
         (dict(v=in_panels(good()["v"]).mT.contiguous().mT), ValueError, "v: expected a contiguous last dim"),
         (dict(v=good()["v"][0]), ValueError, r"v: expected \[B, S, H, D\]"),

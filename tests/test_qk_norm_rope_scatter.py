@@ -475,8 +475,12 @@ def test_bad_input_in_e4m3():
         (TypeError, "q_out: expected .*float8_e4m3fn, got torch.float32", (x, out, panels), (scale,) * 3),
         (ValueError, "v_out: expected a contiguous last dim", (out, out, apart), (scale,) * 3),
         (ValueError, r"v_out: expected shape \[1, 1, 2, 8, 64\], panels for k_out's 3 rows", (out,) * 3, (scale,) * 3),
-        (ValueError, r"k_scale: expected shape \[1, 1, 2\], one a head", (out, out, panels),
-         (scale, scale[..., :1], scale)),
+        (
+            ValueError,
+            r"k_scale: expected shape \[1, 1, 2\], one a head",
+            (out, out, panels),
+            (scale, scale[..., :1], scale),
+        ),
         (TypeError, "v_scale: expected dtype float32", (out, out, panels), (scale, scale, scale.double())),
     ):
         with pytest.raises(error, match="qk_norm_rope_scatter_fp8_: " + words):

@@ -45,8 +45,8 @@ def _attend(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PANEL: tl.constexpr, NEGATE: tl.constexpr, K_ROWS: tl.constexpr,
     V_ROWS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. PANEL: keys of a panel of v, 0 where v is as k. unit [BLOCK_M]: >= 0, what makes q k^T a power of two. valid: None or [BLOCK_N], which rows
-    exist. top: the largest score so far. largest: of the scales of v so far."""
+    """One tile of keys. PANEL: keys of a panel of v, 0 where v lies as k. unit [BLOCK_M]: >= 0, what makes q k^T a
+    power of two. valid: None or [BLOCK_N], which rows exist. top: the largest score so far. largest: of v's scales."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     SHIFT: tl.constexpr = 8.0  # 2^8 is the largest weight, and 448 e4m3's largest number
     rows = rows.to(tl.int64)
@@ -272,7 +272,8 @@ def launch(
             *out.stride()[:3], part_stride, *lse.stride()[:2], lse_stride,
             heads, heads // k.shape[2], num_tiles, num_q, num_k, q.shape[1], k.shape[1],
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            PANEL=v.shape[4] if v.dim() == 5 else 0, SPLITS=splits, NEGATE=scale < 0, K_ROWS=k_rows, V_ROWS=v_rows, HARDWARE=has_e4m3(q.device),
+            PANEL=v.shape[4] if v.dim() == 5 else 0, SPLITS=splits, NEGATE=scale < 0, K_ROWS=k_rows, V_ROWS=v_rows,
+            HARDWARE=has_e4m3(q.device),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:
