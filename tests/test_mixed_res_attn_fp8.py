@@ -202,6 +202,15 @@ def test_other_strides(backend, dim, poison, random, device):
         torch.testing.assert_close(d, c, rtol=1e-2, atol=1e-3)
 
 
+def test_panels_far_apart(backend, dim, random, device):
+    """Their stride does not fit into 32 bits. Memory that is not touched takes none on a CPU."""
+    q, k, v, *scales = factors(random, device, 1, 20, 100, 2, dim)
+    panels = with_nan_beyond(v)
+    room = torch.empty(2**31 + panels.numel(), dtype=torch.uint8, device=device)
+    far = room.as_strided(panels.shape, (2**31, 2**31, dim * PANEL, PANEL, 1)).copy_(panels.view(torch.uint8))
+    check(q, k, far.view(v.dtype), *scales)
+
+
 def test_scale(backend, dim, poison, random, device):
     call = factors(random, device, 1, 30, 40, 2, dim)
     for scale in (1.0,) if backend == "cuda" else (1.0, 0.0, -0.2):

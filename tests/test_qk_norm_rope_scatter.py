@@ -447,6 +447,20 @@ def test_in_e4m3(backend, poison, random, device, rows, heads, kv_heads, dim, dt
     check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, apart, rows + 3, **given)
 
 
+def test_in_e4m3_panels_far_apart(backend, random, device):
+    """Their stride does not fit into 32 bits. Memory that is not touched takes none on a CPU."""
+    q, k, v = (random(1, 5, 2, 16, device=device) for _ in range(3))
+    scale, (cos, sin) = torch.full((1, 1, 2), 0.01, device=device), tables(random, 1, 5, 16, device)
+    index = torch.tensor([[70, 0, -1, 99, 64]], dtype=torch.int32, device=device)
+    near = torch.zeros(1, 2, 2, 16, PANEL, dtype=torch.uint8, device=device)
+    room = torch.empty(2**31 + near.numel(), dtype=torch.uint8, device=device)
+    far = room.as_strided(near.shape, (2**31, 2**31, 16 * PANEL, PANEL, 1)).zero_()
+    for v_out in (near, far):
+        outs = [torch.zeros(1, n, 2, 16, device=device).to(E4M3) for n in (5, 100)]
+        op_fp8(*outs, v_out.view(E4M3), q, k, v, scale, scale, scale, cos, sin, kv_out_index=index)
+    assert near.any(-1).any(-1).all() and torch.equal(near, far)
+
+
 def test_in_e4m3_what_is_beyond_its_range(backend, random, device):
     """448 times the scale at most, and a scale of a 448th of sqrt(D) max |weight| cuts nothing off."""
     weight, inf = random(32, device=device) + 2, float("inf")

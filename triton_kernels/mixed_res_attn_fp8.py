@@ -52,7 +52,7 @@ def _attend(
     rows = rows.to(tl.int64)
     k_at = k_base + rows[:, None] * stride_kn + d[None, :]
     if PANEL:
-        v_at = v_base + (rows // PANEL * stride_vn + rows % PANEL)[:, None] + d[None, :] * stride_vd
+        v_at = v_base + (rows // PANEL * stride_vn + rows % PANEL)[:, None] + d.to(tl.int64)[None, :] * stride_vd
     else:
         v_at = v_base + rows[:, None] * stride_vn + d[None, :]
     # 0 where there is no row, so that there is no 0 * NaN
