@@ -217,7 +217,7 @@ def qk_norm_rope_scatter_fp8_(
     Args:
         q_out, k_out: as there, e4m3 (torch.float8_e4m3fn). v_out: e4m3 [B, ceil(rows / 64), Hk, D, 64], rows those of
             k_out: row i goes to v_out[b, i // 64, :, :, i % 64]. Last dimensions contiguous. Written.
-        q_scale: fp32 [B, 1, H], > 0. k_scale, v_scale: fp32 [B, 1, Hk], > 0. No component of a normed and rotated row
+        q_scale: fp32 [B, 1, H], k_scale, v_scale: [B, 1, Hk], from 2^-126 on. No component of a normed and rotated row
             is above sqrt(D) max |weight|: a scale of a 448th of that cuts nothing off q and k.
         q, k, v, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index, eps: as there.
 
