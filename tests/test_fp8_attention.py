@@ -8,6 +8,7 @@ from test_runner import stubbed, warnings  # noqa: F401  (fixtures)
 from tiny_models import call_options, tiny_image, tiny_pipeline
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
+from specedit_kernels._panels import PANEL, of_panels
 from specedit_kernels.engine import fp8
 from specedit_kernels.engine.kv_cache import HEADROOM, Fp8KV
 from specedit_kernels.engine.runner import StepRunner
@@ -15,7 +16,7 @@ from specedit_kernels.engine.sequence import MixedSequence, Stream, attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, N, TEXT, H, D = 2, 40, 9, 3, 128
-ROWS = 48
+ROWS = PANEL
 
 
 @pytest.fixture
@@ -39,11 +40,14 @@ def streams_of(random, device, dtype, text, image, scale=1.0):
 
 
 def kept_in_fp8(device, rows=ROWS):
-    values = StepRunner("fused").buffers("v", 1, (B, rows, H, D), torch.float8_e4m3fn, device, rows_last=True)[0]
-    assert values.stride(1) == 1 and values.shape == (B, rows, H, D)
-    keys = torch.full((B, rows, H, D), 0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    values.view(torch.uint8).fill_(0x7F)  # NaN
-    return Fp8KV(keys, values, *(torch.full((B, 1, H), float("nan"), device=device) for _ in range(3)))
+    nan = torch.full((2, B, rows, H, D), 0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    panels = nan[1].view(B, rows // PANEL, H, D, PANEL)
+    return Fp8KV(nan[0], panels, *(torch.full((B, 1, H), float("nan"), device=device) for _ in range(3)))
+
+
+def rows_of(kept):
+    """Keys and values [B, rows, H, D], copies."""
+    return kept.k.clone(), of_panels(kept.v, kept.k.shape[1]).clone()
 
 
 def sequence_of(random, device, tokens, rows=None, queries=None, bias=True):
@@ -76,7 +80,7 @@ def test_steps_over_kept_keys_are_near_those_in_the_models_dtype(random, device,
     exact, _ = attention(whole, pair, plain(sequence))
     got = run(whole, kept, sequence)
     assert 0 < (got - exact).float().norm() < 0.1 * exact.float().norm()
-    for x, scale, of in zip(kept[:2], kept.scales[1:], pair):
+    for x, scale, of in zip(rows_of(kept), kept.scales[1:], pair):
         error = x[:, :N].float() * scale[..., None] - of.float()
         assert (error.abs() <= of.abs() / 15 + scale[..., None] * 2.0**-9).all()
     # of keys nothing can be cut off; of values there is room above the largest
@@ -91,11 +95,11 @@ def test_steps_over_kept_keys_are_near_those_in_the_models_dtype(random, device,
     active = sequence_of(random, device, fresh, rows, queries, bias)
     active = MixedSequence(**(vars(active) | {"key_bias": sequence.key_bias}))
     parts = streams_of(random, device, dtype, TEXT, fresh - TEXT, scale=3.0)
-    before = [x.clone() for x in kept]
+    before = [*rows_of(kept), *(x.clone() for x in kept.scales)]
     exact, got = attention(parts, pair, plain(active))[0], run(parts, kept, active)
     assert 0 < (got - exact).float().norm() < 0.1 * exact.float().norm()
     assert not got[1, -1].any()
-    for x, old in zip(kept[:2], before):
+    for x, old in zip(rows_of(kept), before):
         same = (x.view(torch.uint8) == old.view(torch.uint8)).flatten(2).all(-1)
         assert same[:, fresh:].all() and same[1, fresh - 1] and not same[:, : fresh - 1].any()
     assert all(torch.equal(x, old) for x, old in zip(kept.scales, before[2:]))
@@ -108,7 +112,7 @@ def test_values_beyond_the_headroom_are_cut_off(random, device):
     rows = torch.arange(N, dtype=torch.int32, device=device).repeat(B, 1)
     again = MixedSequence(**(vars(sequence) | {"rows": rows}))
     got = run(streams_of(random, device, torch.float32, TEXT, N - TEXT, scale=1e4), kept, again)
-    assert got.isfinite().all() and (kept.v[:, :N].float().abs() == 448).float().mean() > 0.9
+    assert got.isfinite().all() and (kept.v[..., :N].float().abs() == 448).float().mean() > 0.9
 
 
 @torch.no_grad()
@@ -120,7 +124,7 @@ def test_a_blend_of_two(random, device):
     (near, far), between = made, kept_in_fp8(device)
     between.blend_(near, far, torch.tensor(0.25, device=device))
     for at, scale in ((0, 3), (1, 4)):
-        x, y, z = (kept[at][:, :N].float() * kept[scale][..., None] for kept in (near, far, between))
+        x, y, z = (rows_of(kept)[at][:, :N].float() * kept[scale][..., None] for kept in (near, far, between))
         error = (z - (0.75 * x + 0.25 * y)).norm()
         assert error < 0.04 * z.norm()
     assert torch.equal(between.q_scale, near.q_scale)
@@ -182,22 +186,12 @@ def test_where_attention_is_in_fp8(monkeypatch):
         assert not fp8.attends(cuda, torch.bfloat16, 128)
 
 
-def test_buffers_whose_rows_are_last(stubbed):  # noqa: F811
-    steps, shape = StepRunner("graph"), (2, 700, 3, 16)
-    given = (torch.float8_e4m3fn, torch.device("cpu"))
-    [first, _] = steps.buffers("a", 2, shape, *given, rows_last=True)
-    assert first.shape == shape and first.stride() == (1024 * 48, 1, 16 * 1024, 1024)
-    [short, _] = steps.buffers("a", 2, (2, 30, 3, 16), *given, rows_last=True)
-    assert short.data_ptr() == first.data_ptr() and short.shape[1] == 30
-    assert steps.buffer_bytes == 2 * 2 * 1024 * 48
-
-
 def test_buffers_beside_others_go_with_them(stubbed):  # noqa: F811
     """Values in e4m3 do not stay where the next edit keeps its own in the model's dtype."""
     steps, cpu = StepRunner("graph"), torch.device("cpu")
     for _ in range(2):
         steps.buffers("a", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu)
-        steps.buffers("a, values", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu, rows_last=True)
+        steps.buffers("a, values", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu)
         steps.buffers("ab, values", 1, (1, 30, 3, 16), torch.float8_e4m3fn, cpu)
         assert steps.buffer_bytes == 3 * 512 * 48
     steps.buffers("a", 2, (1, 30, 3, 16), torch.bfloat16, cpu)

@@ -2,35 +2,33 @@
 import pytest
 import torch
 
+from specedit_kernels._panels import in_panels, panels_of
+
 op = torch.ops.specedit.lerp_fp8_
 E4M3 = torch.float8_e4m3fn
 
 
-def turned(x):
-    """The same numbers with contiguous rows."""
-    return x.view(torch.uint8).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).view(E4M3)
-
-
-def made(random, device, batch, rows, heads, dim, by_rows=False):
+def made(random, device, batch, rows, heads, dim, panels=False):
     """out, out_scale, a, a_scale, b, b_scale, as slices of longer ones."""
     found = []
     for size in (1.0, 30.0, 3.0):
         x = (random(batch, rows + 16, heads, dim, device=device) * size * 10).clamp(-448, 448).to(E4M3)
-        found += [(turned(x) if by_rows else x)[:, :rows], random(batch, 1, heads, device=device).abs() + 0.01]
+        x = in_panels(x)[:, : panels_of(rows)] if panels else x[:, :rows]
+        found += [x, random(batch, 1, heads, device=device).abs() + 0.01]
     return found
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("panels", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 37, 3, 16), (1, 300, 2, 128), (2, 5, 2, 48)], ids=str)
-def test_against_float64(backend, poison, random, device, shape, weight, by_rows):
-    out, out_scale, a, a_scale, b, b_scale = made(random, device, *shape, by_rows)
+def test_against_float64(backend, poison, random, device, shape, weight, panels):
+    out, out_scale, a, a_scale, b, b_scale = made(random, device, *shape, panels)
     whole = out._base if out._base is not None else out
     op(out, out_scale, a, a_scale, b, b_scale, torch.tensor(weight, device=device))
     assert torch.equal(out_scale, torch.maximum(a_scale, b_scale))
     w = float(torch.tensor(weight))
-    x, y = (x.double() * scale.double()[..., None] for x, scale in ((a, a_scale), (b, b_scale)))
-    want = ((1 - w) * x + w * y) / out_scale.double()[..., None]
+    scales = [s.double().reshape(*s.shape, *[1] * (out.dim() - 3)) for s in (a_scale, b_scale, out_scale)]
+    want = ((1 - w) * a.double() * scales[0] + w * b.double() * scales[1]) / scales[2]
     assert ((out.double() - want).abs() <= 1.001 * (want.abs() / 17).clamp_min(2.0**-10) + 1e-4).all()
     if weight in (0.0, 1.0):
         chosen, scale = (a, a_scale) if weight == 0.0 else (b, b_scale)
@@ -47,6 +45,15 @@ def test_rows_beyond_stay(backend, random, device):
     assert (longer.view(torch.uint8)[:, 37:] == 7).all()
 
 
+def test_nan_in_a_panel_stays_where_it_is(backend, random, device):
+    """What a panel has beyond the last key."""
+    args = made(random, device, 2, 37, 3, 16, panels=True)
+    for x in args[2:5:2]:
+        x.view(torch.uint8)[..., 37:] = 0x7F
+    op(*args, torch.tensor(0.5, device=device))
+    assert args[0][..., :37].float().isfinite().all()
+
+
 def test_no_rows(backend, random, device):
     args = made(random, device, 1, 0, 2, 16)
     op(*args, torch.tensor(0.5, device=device))
@@ -57,7 +64,8 @@ def test_no_rows(backend, random, device):
     [
         (dict(a=torch.ones(1, 3, 2, 16)), TypeError, "a: expected dtype float8_e4m3fn, got float32"),
         (dict(b=torch.ones(1, 4, 2, 16).to(E4M3)), ValueError, r"b: expected shape \[1, 3, 2, 16\]"),
-        (dict(a=turned(torch.ones(1, 3, 2, 16).to(E4M3))), ValueError, "out: expected as a and b, the last dim"),
+        (dict(out=torch.ones(3, 2, 16).to(E4M3)), ValueError, r"out: expected \[B, S, H, D\], or panels"),
+        (dict(a=torch.ones(1, 3, 2, 32).to(E4M3)[..., ::2]), ValueError, "a: expected each head's part contiguous"),
         (dict(b_scale=torch.ones(1, 3, 2)), ValueError, r"b_scale: expected shape \[1, 1, 2\], one a head"),
         (dict(weight=torch.ones(1)), ValueError, "weight: expected shape"),
         (dict(weight=torch.ones((), dtype=torch.float64)), TypeError, "weight: expected dtype float32"),

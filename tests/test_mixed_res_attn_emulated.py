@@ -27,7 +27,7 @@ CASES = (
 )  # fmt: skip
 FP8_CASES = (
     "all_indices", "far", "far_by_row", "growing", "kv_index", "kv_index_by_row", "late", "later", "later_random",
-    "lengths", "lengths_by_row", "masks", "masks_by_row", "odd_columns", "odd_rows", "one_tile", "one_tile_by_row",
+    "lengths", "lengths_by_row", "masks", "masks_by_row", "odd_panels", "odd_rows", "one_tile", "one_tile_by_row",
     "q_index", "q_index_by_row", "random", "random_by_row", "scores", "scores_negative", "sorted", "sorted_by_row",
     "splits", "splits_by_row", "splits_far", "splits_of_lengths",
 )  # fmt: skip

@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 
+from specedit_kernels._panels import PANEL, in_panels
 from specedit_kernels.reference.mixed_res_attn import mixed_res_attn as exact_attention
 from specedit_kernels.reference.mixed_res_attn_fp8 import dequantised
 from specedit_kernels.reference.quantize_fp8 import quantize_fp8
@@ -58,7 +59,7 @@ def check(q, k, v, q_scale, k_scale, v_scale, rms=0.04, **options):
     want, want_lse = exactly(doubles[2])
     # |v| of rows that hold no number must not count
     magnitude = exactly(doubles[2].abs())[0]
-    valid = k.float().isfinite().all(-1) & v.float().isfinite().all(-1)
+    valid = k.float().isfinite().all(-1) & doubles[2].isfinite().all(-1)
     largest_v = 448 * torch.where(v_scale.isfinite(), v_scale, 0).amax()
     keys = k.shape[1] if given[2] is None else given[2].shape[1]
     size = torch.where(valid, doubles[0].nan_to_num().norm(dim=-1).amax() * doubles[1].nan_to_num().norm(dim=-1), 0)
@@ -167,14 +168,47 @@ def test_empty_slots_read_nothing(backend, dim, poison, random, device):
     torch.testing.assert_close(indexed, short, rtol=1e-2, atol=1e-3)
 
 
-def test_transposed_values_and_other_strides(backend, dim, poison, random, device):
-    q, k, v, q_scale, k_scale, v_scale = factors(random, device, 2, 50, 64, 3, dim)
-    turned = v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    a, b = op(q, k, v, q_scale, k_scale, v_scale), check(q, k, turned, q_scale, k_scale, v_scale)
+def with_nan_beyond(v):
+    """v in panels, with NaN beyond its last key."""
+    panels = in_panels(v)
+    if v.shape[1] % PANEL:
+        panels.view(torch.uint8)[:, -1, ..., v.shape[1] % PANEL :] = 0x7F
+    return panels
+
+
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 128, 190, 256, 300])
+def test_values_in_panels(backend, dim, poison, random, integers, device, keys):
+    q, k, v, *scales = factors(random, device, 2, 50, keys, 4, dim, 2)
+    panels, bias = with_nan_beyond(v), random(2, keys).to(device)
+    a, b = op(q, k, v, *scales), check(q, k, panels, *scales)
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
-    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, q_scale, k_scale, v_scale)]
-    c = check(*heads_first, key_bias=random(2, 120).to(device)[:, 7:71])
+    check(q, k, panels, *scales, key_bias=bias, kv_index=integers(-1, keys, (2, 77), device))
+    lens = torch.tensor([keys, keys // 2], dtype=torch.int32, device=device)
+    check(q, k, panels, *scales, key_bias=bias, kv_lens=lens)
+
+
+def test_other_strides(backend, dim, poison, random, device):
+    q, k, v, *scales = factors(random, device, 2, 50, 100, 3, dim)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, *scales)]
+    bias = random(2, 160).to(device)[:, 7:107]
+    c = check(*heads_first, key_bias=bias)
     assert c[0].isfinite().all()
+    panels = with_nan_beyond(v).view(torch.uint8)
+    roomy = torch.full((2, 3, 4, dim + 1, 80), 0x7F, dtype=torch.uint8, device=device)
+    roomy[:, :3, :2, :dim, 16:].transpose(1, 2).copy_(panels)
+    for moved in (panels.permute(3, 2, 1, 0, 4).contiguous().permute(3, 2, 1, 0, 4),
+                  roomy[:, :3, :2, :dim, 16:].transpose(1, 2)):  # fmt: skip
+        d = check(q, k, moved.view(v.dtype), *scales, key_bias=bias)
+        torch.testing.assert_close(d, c, rtol=1e-2, atol=1e-3)
+
+
+def test_panels_far_apart(backend, dim, random, device):
+    """Their stride does not fit into 32 bits. Memory that is not touched takes none on a CPU."""
+    q, k, v, *scales = factors(random, device, 1, 20, 100, 2, dim)
+    panels = with_nan_beyond(v)
+    room = torch.empty(2**31 + panels.numel(), dtype=torch.uint8, device=device)
+    far = room.as_strided(panels.shape, (2**31, 2**31, dim * PANEL, PANEL, 1)).copy_(panels.view(torch.uint8))
+    check(q, k, far.view(v.dtype), *scales)
 
 
 def test_scale(backend, dim, poison, random, device):
@@ -217,25 +251,25 @@ def test_zero_sizes(backend, dim, poison, random, device, zero):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queries, keys", [(64, 192), (200, 400), (130, 3216), (1000, 1600)])
+@pytest.mark.parametrize("queries, keys", [(64, 192), (200, 412), (130, 3216), (1000, 1600)])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_values_as_sm_90_reads_them(backend, poison, random, integers, device, queries, keys, by_row):
-    """V transposed, a multiple of 16 keys: whole and cut K tiles, splits, lengths that end inside them, rows of NaN."""
+    """V in panels, a multiple of 4 keys: whole and cut K tiles, splits, lengths that end inside them, rows of NaN."""
     if device.type == "cpu" and queries * keys > 20_000:
         pytest.skip("large, for a GPU")
     q, k, v, *scales = factors(random, device, 2, queries, keys, 4, 128, 2, True, by_row, by_row)
-    v = v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    bias = random(2, keys).to(device)
-    check(q, k, v, *scales)
-    check(q, k, v, *scales, key_bias=multiplicities(2, keys, device))
-    check(q, k, v, *scales, key_bias=bias, q_index=integers(-1, queries, (2, 150), device))
+    bias, panels = random(2, keys).to(device), with_nan_beyond(v)
+    check(q, k, panels, *scales)
+    check(q, k, panels, *scales, key_bias=multiplicities(2, keys, device))
+    check(q, k, panels, *scales, key_bias=bias, q_index=integers(-1, queries, (2, 150), device))
     kv_lens = torch.tensor([keys - 37, keys // 2 + 3], dtype=torch.int32, device=device)
     for b, length in enumerate(kv_lens.tolist()):
         for x in (k, v):
             x.view(torch.uint8)[b, length:] = 0x7F
         bias[b, length:] = float("nan")
-    check(q, k, v, *scales, key_bias=bias, kv_lens=kv_lens)
-    check(q, k, v, *scales, kv_lens=kv_lens, q_lens=torch.tensor([queries, 5], dtype=torch.int32, device=device))
+    panels = with_nan_beyond(v)
+    check(q, k, panels, *scales, key_bias=bias, kv_lens=kv_lens)
+    check(q, k, panels, *scales, kv_lens=kv_lens, q_lens=torch.tensor([queries, 5], dtype=torch.int32, device=device))
 
 
 @pytest.mark.slow
@@ -277,8 +311,10 @@ def good():
         (dict(q=good()["q"][0]), ValueError, r"q: expected \[B, S, H, D\]"),
         (dict(q=good()["q"][..., :24]), ValueError, "q: expected a head dimension"),
         (dict(k=good()["k"][..., :16]), ValueError, r"k: expected shape \[B=1, S, Hk, D=32\]"),
-        (dict(v=good()["v"][:, :2]), ValueError, r"v: expected k's shape \[1, 3, 2, 32\]"),
-        (dict(v=good()["v"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)[..., ::2]), ValueError, "v: expected"),
+        (dict(v=good()["v"][:, :2]), ValueError, r"k's shape \[1, 3, 2, 32\], or panels \[1, 1, 2, 32, 64\]"),
+        (dict(v=torch.zeros(1, 2, 2, 32, 64).to(torch.float8_e4m3fn)), ValueError, "v: expected k's shape"),
+        (dict(v=in_panels(good()["v"]).mT.contiguous().mT), ValueError, "v: expected a contiguous last dim"),
+        (dict(v=good()["v"][0]), ValueError, r"v: expected \[B, S, H, D\]"),
         (dict(q_scale=torch.ones(1, 2, 2)), ValueError, r"q_scale: expected shape \[1, 3, 2\], a sca.* \[1, 1, 2\]"),
         (dict(k_scale=torch.ones(1, 3, 2, 1)), ValueError, "k_scale: expected shape"),
         (dict(v_scale=torch.ones(1, 3, 2).double()), TypeError, "v_scale: expected dtype float32"),

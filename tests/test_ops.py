@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specedit_kernels import ops
+from specedit_kernels._panels import in_panels
 
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -63,10 +64,12 @@ def samples(device):
     options = dict(key_bias=normal(2, 9), q_index=index, kv_index=index, q_lens=i32(2, 3, device=device), scale=0.2)
     yield specedit.mixed_res_attn_fp8, factors, {}
     yield specedit.mixed_res_attn_fp8, factors, options
+    yield specedit.mixed_res_attn_fp8, (*factors[:2], in_panels(factors[2]), *factors[3:]), options
     kept = [x for _ in range(3) for x in (normal(2, 9, 4, 32).to(torch.float8_e4m3fn), normal(2, 1, 4).abs() + 0.1)]
     yield specedit.dequantize, (normal(2, 9, 4).to(torch.float8_e4m3fn), torch.bfloat16), {}
     yield specedit.dequantize, (normal(9, 4).to(torch.int8), torch.float32), dict(scale=normal(9, 1))
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
+    yield specedit.lerp_fp8_, (*(in_panels(x) if x.dim() == 4 else x for x in kept), normal(1)[0].sigmoid()), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))
@@ -75,7 +78,8 @@ def samples(device):
         options = dict(q_weight=weight, k_weight=weight[0], split=2, q_out_index=targets, kv_out_index=targets)
         yield specedit.qk_norm_rope_scatter_, (*outs, q, k, v, angle.cos(), angle.sin()), options if chosen else {}
         scales = [normal(2, 1, heads).abs() + 0.01 for heads in (4, 2, 2)]
-        args = (*(x.to(torch.float8_e4m3fn) for x in outs), q, k, v, *scales, angle.cos(), angle.sin())
+        outs = [x.to(torch.float8_e4m3fn) for x in outs]
+        args = (*outs[:2], in_panels(outs[2]), q, k, v, *scales, angle.cos(), angle.sin())
         yield specedit.qk_norm_rope_scatter_fp8_, args, options if chosen else {}
         x, rows = normal(2, 5, 48, dtype=dtype), normal(2, 3, 48, dtype=dtype)
         options = dict(modulation_index=targets.clamp_max(2), index=index) if chosen else {}

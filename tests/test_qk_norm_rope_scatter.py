@@ -4,6 +4,7 @@ import torch
 from budget import assert_within_budget
 from calls import distinct_rows, launches
 
+from specedit_kernels._panels import PANEL, in_panels, of_panels
 from specedit_kernels.reference.qk_norm_rope_scatter import qk_norm_rope_scatter_ as reference
 
 op = torch.ops.specedit.qk_norm_rope_scatter_
@@ -392,16 +393,20 @@ op_fp8 = torch.ops.specedit.qk_norm_rope_scatter_fp8_
 E4M3 = torch.float8_e4m3fn
 
 
-def check_fp8(random, device, batch, rows, heads, kv_heads, dim, dtype, v_rows, out_rows, **options):
+def check_fp8(random, device, batch, rows, heads, kv_heads, dim, dtype, apart, out_rows, **options):
     """Written numbers within half a place of float64's, others bit for bit."""
     q = random(batch, rows, heads, dim, dtype=dtype, device=device)
     k, v = (random(batch, rows, kv_heads, dim, dtype=dtype, device=device) for _ in range(2))
     scales = [0.01 + 0.02 * random(batch, 1, n, device=device).abs() for n in (heads, kv_heads, kv_heads)]
     outs = [torch.randint(0, 120, (batch, out_rows, n, dim), dtype=torch.uint8).to(device).view(E4M3)
             for n in (heads, kv_heads, kv_heads)]  # fmt: skip
-    if v_rows:
-        outs[2] = outs[2].view(torch.uint8).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).view(E4M3)
+    v_out = in_panels(outs[2])
+    v_out.view(torch.uint8)[:, -1, ..., out_rows - PANEL * (v_out.shape[1] - 1) :] = 0x7F
+    if apart:  # [B, Hk, panels, D, PANEL] in memory, with room between channels
+        room = torch.zeros(batch, kv_heads, v_out.shape[1], dim, PANEL + 16, dtype=torch.uint8, device=device)
+        v_out = room[..., :PANEL].transpose(1, 2).copy_(v_out.view(torch.uint8)).view(E4M3)
     before = [x.clone() for x in outs]
+    beyond = v_out.view(torch.uint8)[:, -1, ..., out_rows % PANEL or PANEL :].clone()
     cos, sin = tables(random, 1, rows, dim, device)
     exact = [x.double() for x in before]
     doubles = {n: x.double() if "weight" in n else x for n, x in options.items()}
@@ -409,7 +414,9 @@ def check_fp8(random, device, batch, rows, heads, kv_heads, dim, dtype, v_rows, 
         *exact, *(x.double() for x in (q, k, v, cos, sin)), doubles.get("q_weight"), doubles.get("k_weight"),
         options.get("split") or 0, options.get("q_out_index"), options.get("kv_out_index"), 1e-6,
     )  # fmt: skip
-    op_fp8(*outs, q, k, v, *scales, cos, sin, **options)
+    op_fp8(*outs[:2], v_out, q, k, v, *scales, cos, sin, **options)
+    outs[2] = of_panels(v_out, out_rows)
+    assert torch.equal(v_out.view(torch.uint8)[:, -1, ..., out_rows % PANEL or PANEL :], beyond)
     names = ("q_out_index", "kv_out_index", "kv_out_index")
     for out, old, oracle, scale, name in zip(outs, before, exact, scales, names):
         index = options.get(name)
@@ -426,18 +433,32 @@ def check_fp8(random, device, batch, rows, heads, kv_heads, dim, dtype, v_rows, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("v_rows", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, heads, kv_heads, dim", [(1, 2, 2, 8), (37, 3, 3, 128), (70, 4, 2, 16), (5, 6, 2, 48)])
-def test_in_e4m3(backend, poison, random, device, rows, heads, kv_heads, dim, dtype, v_rows):
+def test_in_e4m3(backend, poison, random, device, rows, heads, kv_heads, dim, dtype, apart):
     weights = [random(dim, dtype=dtype, device=device) for _ in range(2)]
     given = dict(q_weight=weights[0], k_weight=weights[1])
-    check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, v_rows, rows + 3, **given)
+    check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, apart, rows + 3, **given)
     index = distinct_rows(2, rows, rows + 3, device)
-    check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, v_rows, rows + 3, **given, kv_out_index=index)
+    check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, apart, rows + 3, **given, kv_out_index=index)
     two = random(2, dim, dtype=dtype, device=device)
     given = dict(q_weight=two, split=rows // 2, q_out_index=index, kv_out_index=index)
-    check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, v_rows, rows + 3, **given)
+    check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, apart, rows + 3, **given)
+
+
+def test_in_e4m3_panels_far_apart(backend, random, device):
+    """Their stride does not fit into 32 bits. Memory that is not touched takes none on a CPU."""
+    q, k, v = (random(1, 5, 2, 16, device=device) for _ in range(3))
+    scale, (cos, sin) = torch.full((1, 1, 2), 0.01, device=device), tables(random, 1, 5, 16, device)
+    index = torch.tensor([[70, 0, -1, 99, 64]], dtype=torch.int32, device=device)
+    near = torch.zeros(1, 2, 2, 16, PANEL, dtype=torch.uint8, device=device)
+    room = torch.empty(2**31 + near.numel(), dtype=torch.uint8, device=device)
+    far = room.as_strided(near.shape, (2**31, 2**31, 16 * PANEL, PANEL, 1)).zero_()
+    for v_out in (near, far):
+        outs = [torch.zeros(1, n, 2, 16, device=device).to(E4M3) for n in (5, 100)]
+        op_fp8(*outs, v_out.view(E4M3), q, k, v, scale, scale, scale, cos, sin, kv_out_index=index)
+    assert near.any(-1).any(-1).all() and torch.equal(near, far)
 
 
 def test_in_e4m3_what_is_beyond_its_range(backend, random, device):
@@ -448,9 +469,11 @@ def test_in_e4m3_what_is_beyond_its_range(backend, random, device):
     v = torch.full_like(q, -1e6)
     v[0, 1], v[0, 2] = inf, float("nan")
     outs = [torch.zeros(1, 3, 1, 32, device=device).to(E4M3) for _ in range(3)]
+    outs[2] = in_panels(outs[2])
     bound = (32**0.5 * weight.abs().max() / 448).reshape(1, 1, 1)
     one, zero = torch.ones(1, 3, 16, device=device), torch.zeros(1, 3, 16, device=device)
     op_fp8(*outs, q, q, v, bound, bound / 4, bound, one, zero, q_weight=weight, k_weight=weight)
+    outs[2] = of_panels(outs[2], 3)
     want = 32**0.5 * weight[5] / bound.item()
     assert (outs[0][0, :, 0, 5].float() - want).abs().max() <= want / 16 and want < 448
     assert (outs[1][0, :, 0, 5].float() == (4 * want).clamp(max=448).to(E4M3).float()).all()
@@ -461,12 +484,18 @@ def test_in_e4m3_what_is_beyond_its_range(backend, random, device):
 def test_bad_input_in_e4m3():
     x, out = torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8).to(E4M3)
     table, scale = torch.ones(1, 3, 4), torch.ones(1, 1, 2)
-    apart = torch.zeros(1, 3, 2, 16).to(E4M3)[..., ::2]
+    panels, apart = in_panels(out), torch.zeros(1, 1, 2, 8, 128).to(E4M3)[..., ::2]
     for error, words, outs, scales in (
-        (TypeError, "q_out: expected .*float8_e4m3fn, got torch.float32", (x, out, out), (scale,) * 3),
-        (ValueError, "v_out: expected its rows or its last dimension contiguous", (out, out, apart), (scale,) * 3),
-        (ValueError, r"k_scale: expected shape \[1, 1, 2\], one a head", (out,) * 3, (scale, scale[..., :1], scale)),
-        (TypeError, "v_scale: expected dtype float32", (out,) * 3, (scale, scale, scale.double())),
+        (TypeError, "q_out: expected .*float8_e4m3fn, got torch.float32", (x, out, panels), (scale,) * 3),
+        (ValueError, "v_out: expected a contiguous last dim", (out, out, apart), (scale,) * 3),
+        (ValueError, r"v_out: expected shape \[1, 1, 2, 8, 64\], panels for k_out's 3 rows", (out,) * 3, (scale,) * 3),
+        (
+            ValueError,
+            r"k_scale: expected shape \[1, 1, 2\], one a head",
+            (out, out, panels),
+            (scale, scale[..., :1], scale),
+        ),
+        (TypeError, "v_scale: expected dtype float32", (out, out, panels), (scale, scale, scale.double())),
     ):
         with pytest.raises(error, match="qk_norm_rope_scatter_fp8_: " + words):
             op_fp8(*outs, x, x, x, *scales, table, table)

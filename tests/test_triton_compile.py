@@ -110,7 +110,7 @@ def _beside_attention(capability):
     block_d, tokens, heads, kv_heads, slices, _ = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
     slots, block, chunks, _ = _modulation.tile(8704, 3072, 2)
     by_head = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
-                   stride_cd=1, stride_sd=1, FP8=False, V_ROWS=False, HARDWARE=False,
+                   stride_cd=1, stride_sd=1, FP8=False, PANEL=0, HARDWARE=False,
                    **dict.fromkeys(scales))  # fmt: skip
     by_token = dict(CHANNELS=3072, BLOCK=block, CHUNKS=chunks, SLOTS=slots)
     jobs = {}
@@ -128,7 +128,7 @@ def _beside_attention(capability):
     types = {name: "*bf16" for name in fn.arg_names if name.endswith("_ptr") and name not in POINTERS}
     types |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*u8")
     in_fp8 = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
-                  stride_cd=1, stride_sd=1, stride_von=1, FP8=True, V_ROWS=True, HARDWARE=capability >= 89)  # fmt: skip
+                  stride_cd=1, stride_sd=1, FP8=True, PANEL=64, HARDWARE=capability >= 89)  # fmt: skip
     jobs[f"{fn.__name__} fp8 {capability}"] = lambda: _compile(
         fn, capability, types, in_fp8, {"num_warps": num_warps}, ASTSource
     )
@@ -189,8 +189,8 @@ def _dequantize(capability):
     return jobs
 
 
-def _attention_fp8(name, dim, transposed, left_out, by_row):
-    """transposed: v's rows are contiguous, not its last dimension."""
+def _attention_fp8(name, dim, panel, left_out, by_row):
+    """panel: keys of a panel of v, 0 where it is as k."""
     import triton
     from triton.compiler import ASTSource
 
@@ -199,7 +199,7 @@ def _attention_fp8(name, dim, transposed, left_out, by_row):
     config, capability = mixed_res_attn_fp8.CONFIGS[name, dim], {"large": 90, "small": 89}[name]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp8e4nv") | {"out_ptr": "*bf16", "scale": "fp32"}
     types |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
-    constants = dict.fromkeys(left_out) | {"stride_vn" if transposed else "stride_vd": 1}
+    constants = dict.fromkeys(left_out) | {"stride_vd": panel or 1, "PANEL": panel}
     constants |= dict(HEAD_DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                       SPLITS=1, NEGATE=False, K_ROWS=by_row, V_ROWS=by_row, HARDWARE=True)  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -256,9 +256,9 @@ def compile_all():
     plain = ("q_index_ptr", "kv_index_ptr", "q_lens_ptr", "kv_lens_ptr")
     for name in ("large", "small"):
         for dim in (64, 128, 256):
-            jobs[f"fp8 {name} D{dim}"] = lambda n=name, d=dim: _attention_fp8(n, d, True, plain, True)
-        jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, False, (*plain, "bias_ptr"), False)
-        jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, False, (), True)
+            jobs[f"fp8 {name} D{dim}"] = lambda n=name, d=dim: _attention_fp8(n, d, 64, plain, True)
+        jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, 0, (*plain, "bias_ptr"), False)
+        jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, 64, (), True)
     jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
     jobs.update(_dequantize(80) | _dequantize(90))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")

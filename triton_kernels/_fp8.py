@@ -16,10 +16,12 @@ def has_e4m3(device):
 
 @triton.jit
 def to_e4m3(x, HARDWARE: tl.constexpr):
-    """The codes (uint8) of the e4m3 numbers nearest to x, fp32, of which none is beyond 448; ties to even."""
+    """The codes (uint8) of the e4m3 numbers nearest to x, fp32; ties to even; beyond 448 it becomes 448, NaN stays."""
     if HARDWARE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
+        x = tl.where(x > 448.0, 448.0, x)
+        x = tl.where(x < -448.0, -448.0, x)
         bits = x.to(tl.int32, bitcast=True)
         sign = (bits >> 24) & 0x80
         bits = bits & 0x7FFFFFFF

@@ -30,10 +30,8 @@ def _lerp_fp8_kernel(
     y_scale = tl.load(b_scale_ptr + b * stride_bsb + h * stride_bsh)
     weight = tl.load(weight_ptr)
     top = tl.maximum(x_scale, y_scale)
-    z = (x.to(tl.float32) * (x_scale * (1 - weight)) + y.to(tl.float32) * (y_scale * weight)) / top
-    # NaN stays
-    z = tl.where(z > 448.0, 448.0, z)
-    z = to_e4m3(tl.where(z < -448.0, -448.0, z), HARDWARE)
+    z = x.to(tl.float32) * (x_scale / top * (1 - weight)) + y.to(tl.float32) * (y_scale / top * weight)
+    z = to_e4m3(z, HARDWARE)
     tl.store(out_ptr + b * stride_ob + h * stride_oh + (m * stride_om)[:, None] + n[None, :], z, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(out_scale_ptr + b * stride_osb + h * stride_osh, top)
@@ -46,12 +44,10 @@ def tile(rows, columns):
 
 
 def lerp_fp8_(out, out_scale, a, a_scale, b, b_scale, weight):
-    """e4m3 [B, S, H, D], the last dimension or the rows of all contiguous; scales fp32 [B, 1, H], weight fp32 []."""
+    """e4m3 [B, S, H, ...], what follows H contiguous; scales fp32 [B, 1, H], weight fp32 []."""
     if out.numel() == 0:
         return
-    last = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (out, a, b))
-    # [B, H, rows, columns], the last dimension contiguous
-    out, a, b = (x.permute(0, 2, 1, 3) if last else x.permute(0, 2, 3, 1) for x in (out, a, b))
+    out, a, b = (x.flatten(3).transpose(1, 2) for x in (out, a, b))
     batch, heads, rows, columns = out.shape
     block_m, block_n = tile(rows, columns)
     with torch.cuda.device_of(out):

@@ -42,16 +42,19 @@ def _load_of(pointers, valid):
 def _attend(
     q, unit, k_base, v_base, k_scale, v_scale, bias, rows, valid, stride_kn, stride_vn, stride_vd, stride_ksn,
     stride_vsn, d, acc, total, top, largest,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, K_ROWS: tl.constexpr, V_ROWS: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PANEL: tl.constexpr, NEGATE: tl.constexpr, K_ROWS: tl.constexpr,
+    V_ROWS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. unit [BLOCK_M]: >= 0, what makes q k^T a power of two. valid: None or [BLOCK_N], which rows
-    exist. top: the largest score so far. largest: of the scales of v so far."""
+    """One tile of keys. PANEL: keys of a panel of v, 0 where v lies as k. unit [BLOCK_M]: >= 0, what makes q k^T a
+    power of two. valid: None or [BLOCK_N], which rows exist. top: the largest score so far. largest: of v's scales."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     SHIFT: tl.constexpr = 8.0  # 2^8 is the largest weight, and 448 e4m3's largest number
     rows = rows.to(tl.int64)
     k_at = k_base + rows[:, None] * stride_kn + d[None, :]
-    v_at = v_base + rows[:, None] * stride_vn + d[None, :] * stride_vd
+    if PANEL:
+        v_at = v_base + (rows // PANEL * stride_vn + rows % PANEL)[:, None] + d.to(tl.int64)[None, :] * stride_vd
+    else:
+        v_at = v_base + rows[:, None] * stride_vn + d[None, :]
     # 0 where there is no row, so that there is no 0 * NaN
     if valid is not None:
         k = tl.load(k_at, mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
@@ -103,7 +106,7 @@ def _attn_fp8_kernel(
     stride_qsb, stride_qsn, stride_qsh, stride_ksb, stride_ksn, stride_ksh, stride_vsb, stride_vsn, stride_vsh,
     stride_bias, stride_qib, stride_kib, stride_ob, stride_on, stride_oh, stride_os, stride_lb, stride_lh, stride_ls,
     heads, group, num_tiles, num_q, num_k, rows_q, rows_k,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PANEL: tl.constexpr,
     SPLITS: tl.constexpr, NEGATE: tl.constexpr, K_ROWS: tl.constexpr, V_ROWS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -162,7 +165,7 @@ def _attn_fp8_kernel(
             acc, total, top, largest = _attend(
                 q, unit, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, rows, valid,
                 stride_kn, stride_vn, stride_vd, stride_ksn, stride_vsn, d, acc, total, top, largest,
-                HEAD_DIM, BLOCK_D, NEGATE, K_ROWS, V_ROWS, HARDWARE,
+                HEAD_DIM, BLOCK_D, PANEL, NEGATE, K_ROWS, V_ROWS, HARDWARE,
             )  # fmt: skip
     else:
         full = lo + (hi - lo) // BLOCK_N * BLOCK_N
@@ -170,13 +173,13 @@ def _attn_fp8_kernel(
             acc, total, top, largest = _attend(
                 q, unit, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, start + n, None,
                 stride_kn, stride_vn, stride_vd, stride_ksn, stride_vsn, d, acc, total, top, largest,
-                HEAD_DIM, BLOCK_D, NEGATE, K_ROWS, V_ROWS, HARDWARE,
+                HEAD_DIM, BLOCK_D, PANEL, NEGATE, K_ROWS, V_ROWS, HARDWARE,
             )  # fmt: skip
         if full < hi:
             acc, total, top, largest = _attend(
                 q, unit, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, full + n, full + n < hi,
                 stride_kn, stride_vn, stride_vd, stride_ksn, stride_vsn, d, acc, total, top, largest,
-                HEAD_DIM, BLOCK_D, NEGATE, K_ROWS, V_ROWS, HARDWARE,
+                HEAD_DIM, BLOCK_D, PANEL, NEGATE, K_ROWS, V_ROWS, HARDWARE,
             )  # fmt: skip
 
     # A query in an empty slot met keys with q = 0; its result is that of no key.
@@ -263,13 +266,14 @@ def launch(
         _attn_fp8_kernel[(num_tiles * splits * heads * batch,)](
             q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_index, q_lens, kv_lens, part, part_lse,
             abs(scale),
-            *q.stride()[:3], *k.stride()[:3], *v.stride(), *_by_row(q_scale), *_by_row(k_scale), *_by_row(v_scale),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:4], *_by_row(q_scale), *_by_row(k_scale), *_by_row(v_scale),
             0 if key_bias is None else key_bias.stride(0), 0 if q_index is None else q_index.stride(0),
             0 if kv_index is None else kv_index.stride(0),
             *out.stride()[:3], part_stride, *lse.stride()[:2], lse_stride,
             heads, heads // k.shape[2], num_tiles, num_q, num_k, q.shape[1], k.shape[1],
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits,
-            NEGATE=scale < 0, K_ROWS=k_rows, V_ROWS=v_rows, HARDWARE=has_e4m3(q.device),
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            PANEL=v.shape[4] if v.dim() == 5 else 0, SPLITS=splits, NEGATE=scale < 0, K_ROWS=k_rows, V_ROWS=v_rows,
+            HARDWARE=has_e4m3(q.device),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:

@@ -11,7 +11,7 @@ from ._rows import row_of_slot
 # Elements of q, of k and of v that one program takes: in 16-bit types, a 16-byte vector of each for 128 threads. The
 # three are loaded together; a few such programs on each SM keep enough in flight, and 24 heads of 128 fit without rest.
 _TILE = 1024
-# Tokens of a program that writes e4m3: of one head, so that numbers of a v with contiguous rows lie side by side.
+# Tokens of a program that writes e4m3: of one head, so that numbers of a panel of v lie side by side.
 _FP8_TOKENS = 32
 
 
@@ -51,10 +51,8 @@ def _rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def _divided(x, scale_ptr, b, stride_b, stride_h, head, exists, HARDWARE: tl.constexpr):
     """x [rows, D], fp32, over the scale of each row's head, as codes of e4m3."""
     scale = tl.load(scale_ptr + b * stride_b + head * stride_h, mask=exists, other=1.0)
-    x = x / scale[:, None]
-    # NaN stays
-    x = tl.where(x > 448.0, 448.0, x)
-    return to_e4m3(tl.where(x < -448.0, -448.0, x), HARDWARE)
+    # a division of each number costs more than all else that is done with it
+    return to_e4m3(x * (1.0 / scale)[:, None], HARDWARE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows_q", "rows_kv", "heads", "kv_heads", "split"])
@@ -68,7 +66,7 @@ def _qk_norm_rope_scatter_kernel(
     stride_vod, stride_qsb, stride_qsh, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
     num_tokens, rows_q, rows_kv, heads, kv_heads, split, eps,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    SLICES: tl.constexpr, FP8: tl.constexpr, V_ROWS: tl.constexpr, HARDWARE: tl.constexpr,
+    SLICES: tl.constexpr, FP8: tl.constexpr, PANEL: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs take neighbouring heads of the same tokens.
     first = tl.program_id(0) % SLICES
@@ -132,14 +130,16 @@ def _qk_norm_rope_scatter_kernel(
 
     q_at = b * stride_qob + q_row * stride_qon + q_head * stride_qoh
     k_at = b * stride_kob + kv_row * stride_kon + kv_head * stride_koh
-    v_at = b * stride_vob + kv_row * stride_von + kv_head * stride_voh
     tl.store(q_out_ptr + q_at[:, None] + d[None, :], q, mask=q_written[:, None] & in_head)
     tl.store(k_out_ptr + k_at[:, None] + d[None, :], k, mask=kv_written[:, None] & in_head)
-    if V_ROWS:
-        # Neighbouring threads write neighbouring rows.
+    v_at = b * stride_vob + kv_head * stride_voh
+    if PANEL:
+        # Neighbouring threads write neighbouring keys.
+        v_at += kv_row // PANEL * stride_von + kv_row % PANEL
         v_mask = (d < HEAD_DIM)[:, None] & kv_written[None, :]
         tl.store(v_out_ptr + (d.to(tl.int64) * stride_vod)[:, None] + v_at[None, :], tl.trans(v), mask=v_mask)
     else:
+        v_at += kv_row * stride_von
         tl.store(v_out_ptr + v_at[:, None] + d[None, :], v, mask=kv_written[:, None] & in_head)
 
 
@@ -175,7 +175,7 @@ def qk_norm_rope_scatter_(
 
 
 def qk_norm_rope_scatter_fp8_(q_out, k_out, v_out, *args):
-    """The same into e4m3; scales fp32 [B, 1, H] and [B, 1, Hk]. v_out's rows may be contiguous."""
+    """The same into e4m3; scales fp32 [B, 1, H] and [B, 1, Hk]; v_out [B, panels, Hk, D, keys]."""
     _launch(*(x.view(torch.uint8) for x in (q_out, k_out, v_out)), *args)
 
 
@@ -188,7 +188,6 @@ def _launch(
     batch, tokens, heads, head_dim = q.shape
     fp8 = q_scale is not None
     block_d, block_n, q_heads, kv_heads, slices, num_warps = tile(tokens, heads, k.shape[2], head_dim, fp8)
-    v_stride, v_rows = v_out.stride(3), fp8 and v_out.stride(3) != 1 and head_dim > 1
     with torch.cuda.device_of(q):
         _qk_norm_rope_scatter_kernel[(batch * triton.cdiv(tokens, block_n) * slices,)](
             q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, q_out_index, kv_out_index, q_scale, k_scale,
@@ -197,8 +196,9 @@ def _launch(
             *_broadcast(cos), *_broadcast(sin),
             *(x.stride(0) if x is not None and x.ndim == 2 else 0 for x in (q_weight, k_weight)),
             *(stride for x in (q_out_index, kv_out_index) for stride in (x.stride() if x is not None else (0, 0))),
-            v_stride, *(x for s in (q_scale, k_scale, v_scale) for x in ((0, 0) if s is None else s.stride()[::2])),
+            v_out.stride(3),
+            *(x for s in (q_scale, k_scale, v_scale) for x in ((0, 0) if s is None else s.stride()[::2])),
             tokens, q_out.shape[1], k_out.shape[1], heads, k.shape[2], split, eps,
             HEAD_DIM=head_dim, BLOCK_D=block_d, TOKENS=block_n, HEADS=q_heads, KV_HEADS=kv_heads, SLICES=slices,
-            FP8=fp8, V_ROWS=v_rows, HARDWARE=has_e4m3(q.device), num_warps=num_warps,
+            FP8=fp8, PANEL=v_out.shape[4] if fp8 else 0, HARDWARE=has_e4m3(q.device), num_warps=num_warps,
         )  # fmt: skip

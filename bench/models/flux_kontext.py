@@ -265,7 +265,7 @@ class Bench:
         """The numbers that keys and values in the model's dtype get, rounded; scales that hold them, and q."""
         for x, scale in ((kept.k, kept.k_scale), (kept.v, kept.v_scale)):
             scale.fill_(16 / 448)
-            x.copy_(torch.empty(x.shape, dtype=self.dtype, device=self.device).normal_() / scale[..., None])
+            x.copy_(torch.empty(x.shape, dtype=self.dtype, device=self.device).normal_() * (448 / 16))
         kept.q_scale.fill_(16 / 448)
 
     def autoencoder(self, decode, fused):

@@ -15,16 +15,13 @@ struct TmaProducer {
   Storage& s;
   uint32_t last_block_phase = 0;
 
-  // V^T in panels of kValuePanel keys; K in two halves of its rows (see key_of_row). Both by one thread.
+  // Panels of V, one after another; K in two halves of its rows (see key_of_row). Both by one thread.
   template <bool VALUES>
   __device__ static void load_e4m3(
       const CUtensorMap* map, T* target, uint64_t* loaded, int row, int head, int batch) {
     constexpr int kBlockN = Traits::kBlockN;
     if constexpr (VALUES) {
-#pragma unroll
-      for (int key = 0; key < kBlockN; key += kValuePanel) {
-        sm90::tma_load(target + key * D, map, loaded, row + key, 0, head, batch, 0);
-      }
+      sm90::tma_load(target, map, loaded, 0, 0, row / kValuePanel, head, batch);
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -67,8 +64,9 @@ struct TmaProducer {
     const int lane = threadIdx.x % 32;
     sm90::mbarrier_wait(empty, phase ^ 1);
     __syncwarp();
-    // Behind the last row of the tensor TMA writes zeros itself.
-    const bool other_rows = valid < Traits::kBlockN && row + valid < p.rows_k;
+    // Behind the last row of the tensor TMA writes zeros itself; the last panel of V may have what is no row.
+    const int rows = kIsFp8<T> && VALUES ? ceil_div(p.rows_k, kValuePanel) * kValuePanel : p.rows_k;
+    const bool other_rows = valid < Traits::kBlockN && row + valid < rows;
     uint64_t* loaded = other_rows ? &s.last_block_loaded : full;
     if (lane == 0) {
       sm90::mbarrier_arrive_and_expect_tx(loaded, Traits::kBlockN * D * sizeof(T));

@@ -16,6 +16,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from .. import ops
+from .._panels import PANEL, panels_of
 from . import fp8, kv_cache, strips
 from ._diffusers import (
     Addition,
@@ -366,7 +367,7 @@ class FusedModel(_Eager):
         attention, sequence = layout.attention, layout.attention.sequence
         like, rows = attention.like, sequence.cos.shape[1]
         if fp8.attends(like.device, like.dtype, self.heads[1]):
-            rows = -(-rows // kv_cache.ROWS) * kv_cache.ROWS
+            rows = panels_of(rows) * PANEL
             cache = self._kept_in_fp8(name, like.shape[0], rows, like.device)
             if sequence.key_bias is not None:  # a value a row; no key is beyond `sequence.keys`
                 bias = F.pad(sequence.key_bias, (0, rows - sequence.key_bias.shape[1]))
@@ -378,13 +379,12 @@ class FusedModel(_Eager):
     def _kept_in_fp8(self, name: str, batch: int, rows: int, device: torch.device) -> list[Any]:
         """The same for attention in e4m3."""
         heads, dim = self._own_heads
-        shape, dtype = (batch, rows, heads, dim), kv_cache.DTYPE
-        keys = self.runner.buffers(name, self.blocks, shape, dtype, device)
-        values = self.runner.buffers(f"{name}, values", self.blocks, shape, dtype, device, rows_last=True)
+        found = iter(self.runner.buffers(name, 2 * self.blocks, (batch, rows, heads, dim), kv_cache.DTYPE, device))
+        pairs = [(k, v.view(batch, rows // PANEL, heads, dim, PANEL)) for k, v in zip(found, found)]
         of_all = (batch, 3 * self.blocks, heads)
         [scales] = self.runner.buffers(f"{name}, scales of heads", 1, of_all, kv_cache.SCALES, device)
         of_block = (scales[:, 3 * i : 3 * i + 3].split(1, dim=1) for i in range(self.blocks))
-        return [kv_cache.Fp8KV(k, v, *found) for k, v, found in zip(keys, values, of_block)]
+        return [kv_cache.Fp8KV(*pair, *of) for pair, of in zip(pairs, of_block)]
 
     def blend(self, layout: Any, near: Any, far: Any, weight: Tensor) -> None:
         of, *ends = (x.attention for x in (layout, near, far))

@@ -82,14 +82,13 @@ class PrefixedKV(PackedKV):
 # How far above the largest value of a whole sequence the e4m3 range of its scale ends. Later steps renew rows under the
 # same scale; numbers from a 2^11th of that largest value on stay normal ones.
 HEADROOM = 8
-ROWS = 16  # rows of an Fp8KV are a multiple of this: then `mixed_res_attn_fp8` reads its values as they are
 
 
 class Fp8KV(NamedTuple):
     """Keys and values of one block in e4m3, of which attention in e4m3 reads them.
 
-    k, v: [B, rows, H, D], the rows of v contiguous in memory. scales: fp32 [B, 1, H]; those of q and k bound what their
-    norm and rotation give, so they hold for all steps; that of v is of the last whole sequence.
+    k: [B, rows, H, D], whole panels. v: [B, rows / PANEL, H, D, PANEL]. scales: fp32 [B, 1, H]; those of q and k bound
+    what their norm and rotation give, so they hold for all steps; that of v is of the last whole sequence.
     """
 
     k: Tensor

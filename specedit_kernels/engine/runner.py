@@ -368,12 +368,11 @@ class StepRunner:
             self._pool, self._pool_bytes = None, 0
 
     def buffers(
-        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-        rows_last: bool = False,
-    ) -> list[Tensor]:  # fmt: skip
+        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor]:
         """`count` tensors [B, rows, ...], the same memory at each call: longer ones serve where fewer rows are needed.
 
-        Any other difference ends the old ones. rows_last: in memory, [B, ..., rows].
+        Any other difference ends the old ones.
         """
         batch, rows, *rest = shape
         kept = self._buffers.get(name, [])
@@ -390,11 +389,7 @@ class StepRunner:
             kept = self._buffers[name] = []
             whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
             with torch.inference_mode(False):
-                if rows_last:
-                    turned = (batch, *rest, whole[1])
-                    kept += [torch.empty(turned, dtype=dtype, device=device).movedim(-1, 1) for _ in range(count)]
-                else:
-                    kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
+                kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
         return [x[:, :rows] for x in kept]
 
     def __call__(self, tag: Hashable, function: Callable[..., Any], inputs: Inputs, buffers: str = "") -> Any:

@@ -245,16 +245,19 @@ def attention(streams: Sequence[Stream], kept: Kept | None, sequence: MixedSeque
     tokens = sum(x.qkv[0].shape[1] for x in streams)
     shape = (like.shape[0], tokens, *like.shape[2:])
     scales: tuple[Tensor, ...] = ()
+    every = sequence.rows
     if isinstance(kept, Fp8KV):
         q, (k, v), scales = torch.empty(shape, dtype=kept.k.dtype, device=like.device), kept[:2], kept.scales
-        if sequence.rows is None:
+        if every is None:
             kept.set_scales_(streams)
+            # of panels a part of the sequence has no view
+            every = torch.arange(tokens, dtype=torch.int32, device=like.device).expand(like.shape[0], -1)
     else:
         q = like.new_empty(shape)
         k, v = places(q, kept, sequence)
     write: Any = ops.qk_norm_rope_scatter_fp8_ if scales else ops.qk_norm_rope_scatter_
     for at, qkv, norm_q, norm_k in streams:
-        rows = None if sequence.rows is None else sequence.rows[:, at]
+        rows = None if every is None else every[:, at]
         k_out, v_out = (y[:, at] if rows is None else y for y in (k, v))
         write(
             q[:, at], k_out, v_out, *qkv, *scales, sequence.cos[:, at], sequence.sin[:, at],

@@ -12,15 +12,14 @@ _E4M3 = (torch.float8_e4m3fn,)
 
 def _check(out, out_scale, a, a_scale, b, b_scale, weight):
     _checks.check_dtype(_OP, "out", out, _E4M3)
-    _checks.check_shape(_OP, "out", out, (None,) * 4, "[B, S, H, D]")
+    if out.dim() not in (4, 5):
+        _checks.value_error(_OP, "out", "[B, S, H, D], or panels [B, P, H, D, keys]", _checks.shape_of(out))
     for name, x in (("a", a), ("b", b)):
         _checks.check_dtype(_OP, name, x, _E4M3)
         _checks.check_shape(_OP, name, x, out.shape, f"{_checks.shape_of(out)} (out's)")
-    last = [x.stride(-1) == 1 or out.shape[-1] == 1 for x in (out, a, b)]
-    rows = [x.stride(1) == 1 or out.shape[1] == 1 for x in (out, a, b)]
-    if not all(last) and not all(rows):
-        strides = [list(x.stride()) for x in (out, a, b)]
-        _checks.value_error(_OP, "out", "as a and b, the last dimension or the rows contiguous", f"strides {strides}")
+    for name, x in (("out", out), ("a", a), ("b", b)):
+        if not x[:1, :1, :1].is_contiguous():
+            _checks.value_error(_OP, name, "each head's part contiguous", f"strides {list(x.stride())}")
     shape = (out.shape[0], 1, out.shape[2])
     for name, scale in (("out_scale", out_scale), ("a_scale", a_scale), ("b_scale", b_scale)):
         _checks.check_dtype(_OP, name, scale, _checks.FP32)
@@ -55,8 +54,9 @@ def lerp_fp8_(out, out_scale, a, a_scale, b, b_scale, weight):
     in fp32, rounded to the nearest e4m3 number.
 
     Args:
-        out: e4m3 (torch.float8_e4m3fn) [B, S, H, D]. out_scale: fp32 [B, 1, H]. Both are written.
-        a, b: e4m3, out's shape. Of all three either the last dimension is contiguous or the rows are.
+        out: e4m3 (torch.float8_e4m3fn): keys [B, S, H, D], or values in panels [B, P, H, D, keys], as
+            `mixed_res_attn_fp8` takes them. out_scale: fp32 [B, 1, H]. Both are written.
+        a, b: e4m3, out's shape. Of all three what follows H is contiguous.
         a_scale, b_scale: fp32 > 0, [B, 1, H].
         weight: fp32 [], from 0 to 1, on the device.
 

@@ -3,6 +3,7 @@
 
 import torch
 
+from .._panels import PANEL, panels_of
 from . import _backends, _checks
 from ._library import define_csrc, register
 from .mixed_res_attn import unaligned
@@ -17,21 +18,20 @@ def _check(
 ):  # fmt: skip
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.check_dtype(_OP, name, x, _E4M3)
-        if x.dim() != 4:
+        if x.dim() != 4 and (name != "v" or x.dim() != 5):
             _checks.value_error(_OP, name, "[B, S, H, D]", _checks.shape_of(x))
         _checks.check_device(_OP, name, x, q.device)
-    for name, x in (("q", q), ("k", k)):
         _checks.check_last_contiguous(_OP, name, x)
-    if v.stride(-1) != 1 and v.stride(1) != 1 and v.shape[-1] > 1 and v.shape[1] > 1:
-        _checks.value_error(_OP, "v", "its rows or its last dimension contiguous", f"strides {list(v.stride())}")
     batch, rows, heads, dim = q.shape
     _checks.check_head_dim(_OP, "q", dim)
     _checks.check_shape(_OP, "k", k, (batch, None, None, dim), f"[B={batch}, S, Hk, D={dim}] as q has it")
     if k.shape[2] < 1 or heads % k.shape[2]:
         _checks.value_error(_OP, "k", f"heads that divide q's {heads}", k.shape[2])
-    if v.shape != k.shape:
-        _checks.value_error(_OP, "v", f"k's shape {_checks.shape_of(k)}", _checks.shape_of(v))
-    for name, x, of in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, v)):
+    panels = (batch, panels_of(k.shape[1]), k.shape[2], dim, PANEL)
+    if v.shape != k.shape and v.shape != panels:
+        expected = f"k's shape {_checks.shape_of(k)}, or panels {list(panels)}"
+        _checks.value_error(_OP, "v", expected, _checks.shape_of(v))
+    for name, x, of in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, k)):
         _checks.check_dtype(_OP, name, x, _checks.FP32)
         rows, heads = of.shape[1:3]
         if x.dim() != 3 or x.shape[0] != batch or x.shape[1] not in (1, rows) or x.shape[2] != heads:
@@ -122,7 +122,7 @@ def _csrc_refuses(q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_inde
         return f"the kernel takes a scale from 1e-6 to 1e6, not {scale}"
     if q.shape[0] > 512:
         return "the kernel takes at most 512 batch entries"
-    for name, x in (("q", q), ("k", k)):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if unaligned(x):
             return f"{name}: the kernel needs rows on a 16-byte grid, got strides {list(x.stride())}"
     lasts = (("q_index", q_index), ("kv_index", kv_index), ("q_lens", q_lens), ("kv_lens", kv_lens))
@@ -132,7 +132,7 @@ def _csrc_refuses(q, k, v, q_scale, k_scale, v_scale, key_bias, q_index, kv_inde
     return ""
 
 
-_SCOPE = "D 128, q and k with rows on a 16-byte grid, scale > 0, B up to 512; other calls: triton"
+_SCOPE = "D 128, q, k and v with rows on a 16-byte grid, scale > 0, B up to 512; other calls: triton"
 # e4m3 operands of matrix products
 _backends.add(_OP, "mixed_res_attn_fp8", _csrc, _csrc_refuses, "90a", _SCOPE, capability=(8, 9))
 
@@ -148,9 +148,11 @@ def mixed_res_attn_fp8(
 
     Args:
         q: e4m3 (torch.float8_e4m3fn) [B, Sq, H, D], last dimension contiguous; D a multiple of 16, 16 to 256.
-        k, v: e4m3 [B, Sk, Hk, D]; Hk divides H. Of v either the last dimension is contiguous or the rows are: a
-            view of memory in the order [B, Hk, D, Sk], which sm_90's products read without a transposition (with D 128
-            where Sk is a multiple of 16 and there is no ``kv_index``; else the call makes a copy in that order).
+        k: e4m3 [B, Sk, Hk, D]; Hk divides H.
+        v: e4m3, k's shape; or in panels of 64 keys, [B, ceil(Sk / 64), Hk, D, 64], as `qk_norm_rope_scatter_fp8_`
+            writes it: v[b, i // 64, h, d, i % 64] is channel d of key i. Last dimension contiguous. sm_90's products
+            read panels without a transposition (with D 128 where Sk is a multiple of 4 and there is no ``kv_index``;
+            else the call makes a copy of k and v). What a panel has beyond Sk may be anything, NaN too.
         q_scale, k_scale, v_scale: fp32, >= 0: a scale a row and head, [B, Sq, H] or [B, Sk, Hk] (as `quantize_fp8`
             gives of rows of D, without its last dimension), or one a head, [B, 1, H] or [B, 1, Hk], which is faster for
             k and v.

@@ -4,6 +4,7 @@ attention on e4m3 numbers."""
 
 import torch
 
+from .._panels import PANEL, panels_of
 from . import _backends, _checks
 from ._library import register
 
@@ -27,12 +28,16 @@ def _check_call(
     _checks.check_shape(op, "v", v, k.shape, f"{_checks.shape_of(k)} (k's)")
     _checks.check_shape(op, "q_out", q_out, (batch, None, heads, dim), f"[{batch}, rows, {heads}, {dim}]")
     _checks.check_shape(op, "k_out", k_out, (batch, None, kv_heads, dim), f"[{batch}, rows, {kv_heads}, {dim}]")
-    _checks.check_shape(op, "v_out", v_out, k_out.shape, f"{_checks.shape_of(k_out)} (k_out's)")
+    if of_outs is None:
+        _checks.check_shape(op, "v_out", v_out, k_out.shape, f"{_checks.shape_of(k_out)} (k_out's)")
+    else:
+        panels = (batch, panels_of(k_out.shape[1]), kv_heads, dim, PANEL)
+        _checks.check_shape(op, "v_out", v_out, panels, f"{list(panels)}, panels for k_out's {k_out.shape[1]} rows")
     for name, tensor in (("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
         if tensor.dtype != (of_outs if "out" in name and of_outs else q.dtype):
             expected = of_outs if "out" in name and of_outs else f"q's dtype {q.dtype}"
             _checks.type_error(op, name, expected, tensor.dtype)
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out)):
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
         _checks.check_last_contiguous(op, name, tensor)
 
     for name, table in (("cos", cos), ("sin", sin)):
@@ -82,14 +87,10 @@ def _check_call(
 
 def _check(q_out, k_out, v_out, *inputs, **options):
     _check_call(_OP, None, q_out, k_out, v_out, *inputs, **options)
-    _checks.check_last_contiguous(_OP, "v_out", v_out)
 
 
 def _check_fp8(q_out, k_out, v_out, q, k, v, q_scale, k_scale, v_scale, cos, sin, **options):
     _check_call(_FP8_OP, torch.float8_e4m3fn, q_out, k_out, v_out, q, k, v, cos, sin, **options)
-    if v_out.stride(-1) != 1 and v_out.stride(1) != 1 and v_out.shape[-1] > 1 and v_out.shape[1] > 1:
-        expected = "its rows or its last dimension contiguous"
-        _checks.value_error(_FP8_OP, "v_out", expected, f"strides {list(v_out.stride())}")
     for name, scale, of in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, v)):
         _checks.check_dtype(_FP8_OP, name, scale, _checks.FP32)
         shape = (q.shape[0], 1, of.shape[2])
@@ -214,9 +215,9 @@ def qk_norm_rope_scatter_fp8_(
     nearest e4m3 number; beyond 448 it becomes 448, and NaN stays NaN.
 
     Args:
-        q_out, k_out, v_out: shapes as there, e4m3 (torch.float8_e4m3fn). v_out may have contiguous rows (memory in the
-            order [B, Hk, D, rows]) in place of a contiguous last dimension. Written.
-        q_scale: fp32 [B, 1, H], > 0. k_scale, v_scale: fp32 [B, 1, Hk], > 0. No component of a normed and rotated row
+        q_out, k_out: as there, e4m3 (torch.float8_e4m3fn). v_out: e4m3 [B, ceil(rows / 64), Hk, D, 64], rows those of
+            k_out: row i goes to v_out[b, i // 64, :, :, i % 64]. Last dimensions contiguous. Written.
+        q_scale: fp32 [B, 1, H], k_scale, v_scale: [B, 1, Hk], from 2^-126 on. No component of a normed and rotated row
             is above sqrt(D) max |weight|: a scale of a 448th of that cuts nothing off q and k.
         q, k, v, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index, eps: as there.
 

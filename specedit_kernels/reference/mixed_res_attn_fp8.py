@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from .._panels import of_panels
 from .mixed_res_attn import mixed_res_attn
 
 
 def dequantised(q, k, v, q_scale, k_scale, v_scale, dtype):
-    """q, k and v as numbers of `dtype`."""
+    """q, k and v [B, S, H, D] as numbers of `dtype`; v may be in panels."""
+    v = of_panels(v, k.shape[1]) if v.dim() == 5 else v
     return (x.to(dtype) * scale.to(dtype)[..., None] for x, scale in ((q, q_scale), (k, k_scale), (v, v_scale)))
 
 

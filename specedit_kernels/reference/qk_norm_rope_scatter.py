@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from .._panels import PANEL
+from .._words import as_words
 from ._precision import as_written
 from .scatter_tokens import scatter_tokens_
 
@@ -30,6 +32,15 @@ def _rounded(y, dtype, scale):
     return y.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def _scatter_to_panels_(out, fresh, index):
+    batch, rows = fresh.shape[:2]
+    if index is None:
+        index = torch.arange(rows, device=fresh.device).expand(batch, rows)
+    b, i = torch.nonzero(index[:, :rows] >= 0, as_tuple=True)
+    row = index[b, i].long()
+    as_words(out)[b, row // PANEL, :, :, row % PANEL] = as_words(fresh)[b, i]
+
+
 @as_written
 def qk_norm_rope_scatter_(
     q_out, k_out, v_out, q, k, v, cos, sin, q_weight, k_weight, split, q_out_index, kv_out_index, eps
@@ -46,7 +57,7 @@ def qk_norm_rope_scatter_fp8_(
     q_out, k_out, v_out, q, k, v, q_scale, k_scale, v_scale, cos, sin, q_weight, k_weight, split, q_out_index,
     kv_out_index, eps,
 ):  # fmt: skip
-    """The same in e4m3, over scales [B, 1, heads]."""
+    """The same in e4m3, over scales [B, 1, heads]; v_out [B, panels, Hk, D, PANEL]."""
     rows = q.shape[1]
     for out, index, fresh, scale in (
         (q_out, q_out_index, _norm_rope(q, q_weight, cos, sin, split, eps), q_scale),
@@ -54,7 +65,9 @@ def qk_norm_rope_scatter_fp8_(
         (v_out, kv_out_index, v, v_scale),
     ):
         fresh = _rounded(fresh, q.dtype, scale)
-        if index is None:
+        if out.dim() == 5:
+            _scatter_to_panels_(out, fresh, index)
+        elif index is None:
             out[:, :rows] = fresh
         else:
             scatter_tokens_(out, fresh, index[:, :rows])

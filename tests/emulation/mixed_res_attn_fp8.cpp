@@ -39,8 +39,8 @@ struct Case {
   Bias bias = Bias::kNone;
   Ints q_lens = {}, kv_lens = {};
   int q_slots = 0, k_slots = 0;  // > 0: by index, so many slots
-  bool pack = false;             // v has its rows in memory one after another, so that pack_kv_kernel turns them
-  bool columns = false;          // pack_kv_kernel has v transposed
+  bool pack = false;             // through pack_kv_kernel, which has v as k
+  bool panels = false;           // which has v in panels
   float later = 1;               // factor of the second half of the rows of k
   float score = 0;               // != 0: of each query and key, about
   bool growing = false;          // the scale of v from 1e-6 to 1e3
@@ -73,7 +73,7 @@ const std::map<std::string, Case> kCases = {
     {"scores_negative", {false, 1, 40, 704, 1, 1, 1, Bias::kSorted, {}, {}, 0, 0, false, false, 1, -3e8f}},
     {"growing", {true, 1, 70, 1104, 1, 1, 1, Bias::kNone, {}, {}, 0, 0, false, false, 1, 0, true}},
     {"odd_rows", {false, 1, 33, 701, 2, 2, 1, Bias::kRandom, {}, {}, 0, 0, true}},
-    {"odd_columns", {true, 2, 33, 301, 2, 2, 1, Bias::kSorted, {}, {299, 77}, 0, 0, true, true}},
+    {"odd_panels", {true, 2, 33, 301, 2, 2, 1, Bias::kSorted, {}, {299, 77}, 0, 0, true, true}},
     {"kv_index", {false, 2, 140, 300, 2, 1, 2, Bias::kRandom, {}, {500, 333}, 0, 510, true}},
     {"kv_index_by_row", {true, 1, 140, 300, 2, 1, 2, Bias::kNone, {}, {}, 0, 201, true, true}},
     {"q_index", {false, 2, 300, 512, 2, 1, 2, Bias::kSorted, {}, {}, 130, 0}},
@@ -88,8 +88,8 @@ struct Problem {
   const Case& c;
   Params p{};
   PackParams r{};
-  int q_slots, k_slots, padded = 0;
-  Bytes q, k, v, v_turned, k_packed, v_packed;  // v_turned: [B, Hk, D, rows]
+  int q_slots, k_slots, pack_blocks = 0;
+  Bytes q, k, v, v_panels, k_packed, v_packed;  // v_panels: [B, panels, Hk, D, kValuePanel], NaN beyond the last key
   Floats q_scale, k_scale, v_scale, bias, lse, k_scale_packed, v_scale_packed, bias_packed;
   Ints q_index, kv_index;
   std::vector<__nv_bfloat16> out;
@@ -166,12 +166,14 @@ struct Problem {
     const auto map = [&](CUtensorMap& target, const specedit::sm90::TensorMap& m) { std::memcpy(&target, &m, sizeof(m)); };
     map(p.tma_q, {q.data(), {D, c.rows_q, 1, c.heads, c.batch},
                   {1, int64_t{c.heads} * D, D, D, int64_t{c.rows_q} * c.heads * D}, {D, kWarpgroupRows, 1, 1, 1}, 1, 128});
-    v_turned.resize(v.size());
+    int panels = ceil_div(c.rows_k, kValuePanel);
+    v_panels.assign(static_cast<size_t>(c.batch) * panels * kValuePanel * c.heads_k * D, 0x7f);
     for (int b = 0; b < c.batch; ++b) {
       for (int i = 0; i < c.rows_k; ++i) {
         for (int h = 0; h < c.heads_k; ++h) {
           for (int d = 0; d < D; ++d) {
-            v_turned[((static_cast<size_t>(b) * c.heads_k + h) * D + d) * c.rows_k + i] =
+            const size_t panel = (static_cast<size_t>(b) * panels + i / kValuePanel) * c.heads_k + h;
+            v_panels[(panel * D + d) * kValuePanel + i % kValuePanel] =
                 v[((static_cast<size_t>(b) * c.rows_k + i) * c.heads_k + h) * D + d];
           }
         }
@@ -194,19 +196,21 @@ struct Problem {
     p.q_index_batch_stride = q_slots;
     p.rows_k = c.rows_k;
     const uint8_t* keys = k.data();
-    const uint8_t* values = v_turned.data();
+    const uint8_t* values = v_panels.data();
+    const int64_t panel = int64_t{kValuePanel} * D;
     if (c.pack) {
-      padded = (k_slots + 15) / 16 * 16;
+      pack_blocks = ceil_div(k_slots, kPackKeys);
+      const int padded = pack_blocks * kPackKeys;
       k_packed.assign(static_cast<size_t>(c.batch) * padded * c.heads_k * D, 0x7f);
       v_packed = k_packed;
       bias_packed.assign(static_cast<size_t>(c.batch) * k_slots, NAN);
       k_scale_packed.assign(static_cast<size_t>(c.batch) * k_slots * c.heads_k, NAN);
       v_scale_packed = k_scale_packed;
       r.k = k.data();
-      r.v = c.columns ? v_turned.data() : v.data();
+      r.v = c.panels ? v_panels.data() : v.data();
       r.k_strides = {int64_t{c.rows_k} * c.heads_k * D, int64_t{c.heads_k} * D, D};
-      r.v_strides = c.columns ? Strides{int64_t{c.rows_k} * c.heads_k * D, 1, int64_t{c.rows_k} * D} : r.k_strides;
-      r.v_column_stride = c.columns ? c.rows_k : 1;
+      r.v_strides = c.panels ? Strides{panels * c.heads_k * panel, c.heads_k * panel, panel} : r.k_strides;
+      r.v_column_stride = c.panels ? kValuePanel : 1;
       r.bias = p.bias;
       r.k_scale = p.k_scale;
       r.v_scale = p.v_scale;
@@ -227,19 +231,20 @@ struct Problem {
         p.k_scale_strides = p.v_scale_strides = {int64_t{k_slots} * c.heads_k, 1, k_slots};
       }
       r.slots = k_slots;
-      r.padded = padded;
       r.rows = c.rows_k;
       p.bias = r.bias_out;
       p.bias_batch_stride = k_slots;
       p.rows_k = padded;
+      panels = pack_blocks;
       keys = k_packed.data();
       values = v_packed.data();
     }
     const int64_t row = int64_t{c.heads_k} * D;
     map(p.tma_k, {keys, {D, 4, p.rows_k / 4, c.heads_k, c.batch}, {1, row, 4 * row, D, p.rows_k * row},
                   {D, 2, kBlockNFp8 / 4, 1, 1}, 1, 128});
-    map(p.tma_v, {values, {p.rows_k, D, c.heads_k, c.batch, 1}, {1, p.rows_k, int64_t{p.rows_k} * D, p.rows_k * row, 0},
-                  {kValuePanel, D, 1, 1, 1}, 1, 64});
+    map(p.tma_v, {values, {kValuePanel, D, panels, c.heads_k, c.batch},
+                  {1, kValuePanel, c.heads_k * panel, panel, panels * c.heads_k * panel},
+                  {kValuePanel, D, kBlockNFp8 / kValuePanel, 1, 1}, 1, 64});
     p.lse_batch_stride = int64_t{c.heads} * q_slots;
     p.lse_head_stride = q_slots;
     p.out = out.data();
@@ -269,14 +274,14 @@ struct Problem {
 
   void run(int slow_warp) {
     if (c.pack) {
-      for (int x = 0; x < ceil_div(padded, kPackKeys); ++x) {
+      for (int x = 0; x < pack_blocks; ++x) {
         for (int y = 0; y < c.heads_k; ++y) {
           for (int z = 0; z < c.batch; ++z) {
-            emulated_grid = {static_cast<uint32_t>(ceil_div(padded, kPackKeys)), static_cast<uint32_t>(c.heads_k),
+            emulated_grid = {static_cast<uint32_t>(pack_blocks), static_cast<uint32_t>(c.heads_k),
                              static_cast<uint32_t>(c.batch)};
             emulated_block = {static_cast<uint32_t>(x), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
             specedit::sm90::reset_block();
-            emulator::run_block(kPackThreads, [&] { (c.columns ? pack_kv_kernel<true> : pack_kv_kernel<false>)(r); }, -1, 1);
+            emulator::run_block(kPackThreads, [&] { (c.panels ? pack_kv_kernel<true> : pack_kv_kernel<false>)(r); }, -1, 1);
           }
         }
       }
