@@ -482,7 +482,7 @@ def test_the_qualities_are_the_configs():
 
 def test_wrong_options(capsys, source):
     assert "--preset: invalid choice" in fails(capsys, "edit", source, "add a hat", "--preset", "10")
-    assert "--draft: invalid choice" in fails(capsys, "edit", source, "add a hat", "--draft", "half")
+    assert "--draft: invalid choice" in fails(capsys, "edit", source, "add a hat", "--draft", "third")
     assert "instruction: expected a text" in fails(capsys, "edit", source, "  ")
     assert "required" in fails(capsys, "edit")
     assert "required" in fails(capsys)

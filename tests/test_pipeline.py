@@ -812,7 +812,7 @@ def test_no_host_synchronisation_between_steps():
     ("change", "error", "message"),
     [
         (dict(preset=10), ValueError, r"preset: expected one of \[30, 18, 11, 9, 8, 6, 4\], got 10"),
-        (dict(draft="half"), ValueError, "draft: expected one of"),
+        (dict(draft="third"), ValueError, "draft: expected one of"),
         (dict(finish="none"), ValueError, "finish: expected one of"),
         (dict(unselected="fine"), ValueError, r"unselected: expected one of \['source', 'coarse'\], got 'fine'"),
         (dict(preserve="latents"), ValueError, "preserve: expected one of"),
