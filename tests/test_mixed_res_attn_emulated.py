@@ -133,10 +133,11 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
          "far_alike_-1e9_fp16_64_splits", -1),
         # Weights made before the maximum rose are not rescaled.
         ("softmax", "\n      acc_s[i] *= factor;\n", "\n", "stairs", -1),
-        # Nor those of the chunks before.
-        ("softmax", "\n        acc_s[i] *= factor;\n", "\n", "stairs_of_one_tile", -1),
+        # The maximum of a K tile is that of its first keys.
+        ("softmax", "fmaf(fmaxf(even[r], odd[r]), scale, bias)",
+         "fmaf(fmaxf(acc_s[2 * r], acc_s[2 * r + 1]), scale, bias)", "stairs_of_one_tile", -1),
         # The output so far is not rescaled.
-        ("softmax", "if (needs_rescale) rescale_o();", "", "jumps", -1),
+        ("softmax", "if (!FIRST && raise) rescale_o();", "", "jumps", -1),
         # Scores that are to be computed again are not.
         ("softmax", "sums[r] = fmaf(static_cast<float>(a[j]), static_cast<float>(b[j]), sums[r]);",
          "sums[r] = 0.0f;", "far_scores", -1),
@@ -152,7 +153,7 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
         ("tile_scheduler", "2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
     ],
     ids=["biases_too_early", "bias_of_another_key", "a_column_too_few", "bias_out_of_range", "bias_twice",
-         "bias_overflows", "far_as_near", "unit_first", "lse_of_a_split", "old_weights", "old_weights_of_chunks",
+         "bias_overflows", "far_as_near", "unit_first", "lse_of_a_split", "old_weights", "max_of_first_keys",
          "old_output", "old_scores", "released_without_a_wait", "nan_past_the_end", "rows_too_early", "empty_as_query",
          "a_split_too_few"],
 )  # fmt: skip

@@ -75,9 +75,9 @@ struct Consumer {
   template <int c>
   __device__ void exponentiate(float (&even)[2], float (&odd)[2]);
   template <int c>
+  __device__ void exponentiate_from(float (&even)[2], float (&odd)[2]);
   __device__ void exponentiate_far(float scale, float bias);
-  template <int c>
-  __device__ void chunk_with_max(float scale, float bias, bool far);
+  template <bool FIRST>
   __device__ void softmax_with_max(float bias, bool scaled);
   template <int c>
   __device__ void chunk_without_max(uint32_t kv_idx, float (&even)[2], float (&odd)[2]);

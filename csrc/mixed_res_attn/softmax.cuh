@@ -5,7 +5,7 @@
 // row maximum may be too low: it is raised only where the sum of a thread's weights shows that it is far too low. So
 // scores need not be compared with it, and the accumulators are seldom rescaled (softmax_without_max).
 //
-// Other cases take softmax_with_max, which takes the maximum of a chunk of keys before its exponents: a row that has no
+// Other cases take softmax_with_max, which takes the maximum of the K tile before its exponents: a row that has no
 // maximum yet; a row whose maximum is far (kNear); and a K tile whose biases are far above those before, for its
 // weights could be infinite. If scores themselves make weights that large (69 above the row maximum), the products of
 // the K tile are computed again.
@@ -140,13 +140,20 @@ __device__ inline void Consumer<T, D, GATHER>::exponentiate(float (&even)[2], fl
   }
 }
 
-// The same for a far bias or row maximum. A difference of two fp32 numbers that are close is exact. So no weight is
-// above 2^8, as row_max is at most kRescaleThreshold below a score.
+// The same for chunk c and all chunks after it.
 template <typename T, int D, bool GATHER>
 template <int c>
+__device__ inline void Consumer<T, D, GATHER>::exponentiate_from(float (&even)[2], float (&odd)[2]) {
+  exponentiate<c>(even, odd);
+  if constexpr (c + 1 < kSoftmaxChunks) exponentiate_from<c + 1>(even, odd);
+}
+
+// The whole K tile, for a far bias or row maximum. A difference of two fp32 numbers that are close is exact. So no weight
+// is above 2^8, as row_max is at most kRescaleThreshold below a score.
+template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::exponentiate_far(float scale, float bias) {
 #pragma unroll
-  for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) {
+  for (int i = 0; i < N / 2; ++i) {
     const int r = i / 2 % 2;
     // No key yet: the difference of two -inf would be NaN.
     const float max = row_max[r] == -INFINITY ? 0.0f : row_max[r];
@@ -155,44 +162,42 @@ __device__ inline void Consumer<T, D, GATHER>::exponentiate_far(float scale, flo
   }
 }
 
-// scale: from acc_s to scores without `bias`. far: whether that is not softmax_scale, or the bias is far.
-template <typename T, int D, bool GATHER>
-template <int c>
-__device__ inline void Consumer<T, D, GATHER>::chunk_with_max(float scale, float bias, bool far) {
-  float high[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-  for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], acc_s[i]);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) high[r] = fmaf(high[r], scale, bias);
-  // A difference, for a far maximum plus the threshold is rounded.
-  const bool above = high[0] - row_max[0] > kRescaleThreshold || high[1] - row_max[1] > kRescaleThreshold;
-  if (__any_sync(0xffffffffu, above)) {
-    needs_rescale = true;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float factor = raise_row_max(r, quad_max(high[r]));
-#pragma unroll
-      for (int i = 2 * r; i < chunk_begin(c); i += 4) {
-        acc_s[i] *= factor;
-        acc_s[i + 1] *= factor;
-      }
-    }
-    set_exponent_offset(bias);
-  }
-  if (__builtin_expect(__any_sync(0xffffffffu, far || is_far()), 0)) exponentiate_far<c>(scale, bias);
-  else exponentiate<c>(row_sum, row_sum);
-  if constexpr (c + 1 < kSoftmaxChunks) chunk_with_max<c + 1>(scale, bias, far);
-}
-
 // For the first K tile, or when the last P V product has ended. scaled: acc_s are scores.
 template <typename T, int D, bool GATHER>
+template <bool FIRST>
 __device__ inline void Consumer<T, D, GATHER>::softmax_with_max(float bias, bool scaled) {
-  needs_rescale = false;
+  const float scale = scaled ? 1.0f : p.softmax_scale;
+  float even[2] = {-INFINITY, -INFINITY};
+  float odd[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 2) {
+    const int r = i / 2 % 2;
+    even[r] = fmaxf(even[r], acc_s[i]);
+    odd[r] = fmaxf(odd[r], acc_s[i + 1]);
+  }
+  float high[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) high[r] = fmaf(fmaxf(even[r], odd[r]), scale, bias);
+  // A difference, for a far maximum plus the threshold is rounded.
+  const bool above = high[0] - row_max[0] > kRescaleThreshold || high[1] - row_max[1] > kRescaleThreshold;
+  const bool raise = __any_sync(0xffffffffu, above);
   o_scale[0] = o_scale[1] = 1.0f;
-  set_exponent_offset(bias);
-  chunk_with_max<0>(scaled ? 1.0f : p.softmax_scale, bias, scaled || fabsf(bias) > kNear);
+  if (raise) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) raise_row_max(r, quad_max(high[r]));
+  }
+  if (__builtin_expect(__any_sync(0xffffffffu, scaled || fabsf(bias) > kNear || is_far()), 0)) {
+    exponentiate_far(scale, bias);
+  } else {
+    set_exponent_offset(bias);
+    float odd_sum[2] = {0.0f, 0.0f};
+    exponentiate_from<0>(row_sum, odd_sum);
+    row_sum[0] += odd_sum[0];
+    row_sum[1] += odd_sum[1];
+  }
   pack_p<0, N / 2>();
-  if (needs_rescale) rescale_o();
+  // Before the first K tile acc_o is 0.
+  if (!FIRST && raise) rescale_o();
 }
 
 template <typename T, int D, bool GATHER>
@@ -268,7 +273,7 @@ __device__ inline void Consumer<T, D, GATHER>::softmax(
   const bool out_of_range = bias_flags & kBiasOutOfRange;
   if (__builtin_expect(out_of_range, 0)) add_biases(work, n_block, FIRST || with_max);
   if constexpr (FIRST) {
-    softmax_with_max(bias, out_of_range);
+    softmax_with_max<true>(bias, out_of_range);
   } else {
     bool done = false;
     if (__builtin_expect(with_max, 0)) {
@@ -281,7 +286,7 @@ __device__ inline void Consumer<T, D, GATHER>::softmax(
       }
     }
     if (__builtin_expect(!done, 0)) {
-      softmax_with_max(bias, bias_flags & (with_max ? kBiasOutOfRange : kBiasInColumns | kBiasOutOfRange));
+      softmax_with_max<false>(bias, bias_flags & (with_max ? kBiasOutOfRange : kBiasInColumns | kBiasOutOfRange));
     }
   }
 }
