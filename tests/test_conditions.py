@@ -140,7 +140,7 @@ def test_a_condition_is_right_applied_and_restored(bench, without, name, family)
     assert (eager.stats.runner, quick.stats.runner) == ("eager", "fused"), quick.stats.runner_reason
     plain = without[family]
     # what is quantised step by step by the largest number of a row takes another step where that number rounds
-    bound, factor = (1e-3, 2) if "dynamic" in name else (1e-4, 100)
+    bound, factor = (1e-3, 2) if "dynamic" in name or name == "bitsandbytes int8" else (1e-4, 100)
     if name == "torchao fp8 dynamic":  # fused steps quantise activations by row, the layers' own calls by tensor
         bound, factor = BOUNDS["8"], 0.1
     for got, bare in zip((eager, quick), plain):

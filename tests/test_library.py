@@ -304,8 +304,8 @@ def copies(tmp_path):
             # a clone has the last one beside the package
             source = PACKAGE.parent if room == "triton_kernels" else PACKAGE
             shutil.copytree(source / room, folder / name / room, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in ("_extension.py", "_ops.py", "_words.py"):
-            shutil.copy(PACKAGE / file, folder / name)
+        for file in PACKAGE.glob("_[a-z]*.py"):
+            shutil.copy(file, folder / name)
         (folder / name / "__init__.py").write_text("from . import ops\n")
         return folder
 

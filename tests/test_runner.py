@@ -322,7 +322,8 @@ def test_a_failed_capture_leaves_torch_as_it_was():
     del steps, other, big
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + (4 << 20)
+    # one of the allocator's blocks of 20 MiB stays; the pool would be 560
+    assert torch.cuda.memory_reserved() <= before + (32 << 20)
 
 
 @needs_gpu
