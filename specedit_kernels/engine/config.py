@@ -43,7 +43,6 @@ METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
-ALL = "all"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
 SOLVERS = ("euler", "ab2")
@@ -246,18 +245,7 @@ class SpecEditConfig(EditConfig):
             with finish="full" and unselected="coarse", where the default is 1.
         lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step,
             or between those of the two whole passes with kv_refresh="bracket". The text (with Qwen's vision tokens some
-            1,500) is most of a step over the edited tokens. "all": coarse steps over kept keys and values (see
-            coarse_refresh) leave it out too, which costs the region of an open edit some of its recall.
-        coarse_refresh: every k-th coarse step, the first one and one after a callback that changes latents or text
-            compute their whole sequence, [text | target | references] at the coarse grid, and keep each layer's keys
-            and values, [B, tokens, heads, channels]; the steps between compute text and target, with lock_text="all"
-            the target alone, over those. 1: every step computes all. At Kontext's size that is 1536 or 1024 tokens of
-            2560, and 1.8 GB, which the mixed steps take over. The last coarse step, whose estimate is verified, may be
-            one of those between: its target is computed whole in any case. Steps of a "quarter" draft compute all; so
-            do those of models that keep their references' keys and values.
-        lock_condition: the second whole pass of kv_refresh="bracket" leaves the condition tokens and those of further
-            references out, two in five of its sequence: they have the keys and values of the first pass. With lock_text
-            the text too.
+            1,500) is most of a step over the edited tokens.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
             "full_step"): half their cost.
 
@@ -280,9 +268,7 @@ class SpecEditConfig(EditConfig):
     key_bias: bool = True
     coarse_condition: bool = True
     kv_refresh: int | str | None = None
-    lock_text: bool | str = False
-    lock_condition: bool = False
-    coarse_refresh: int = 1
+    lock_text: bool = False
     draft_guidance: bool = True
 
     def __post_init__(self):
@@ -321,10 +307,7 @@ class SpecEditConfig(EditConfig):
             _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
-        if self.lock_text != ALL:
-            _flag("lock_text", self.lock_text)
-        _flag("lock_condition", self.lock_condition)
-        _integer("coarse_refresh", self.coarse_refresh, 1)
+        _flag("lock_text", self.lock_text)
         _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
