@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from model_proofs import run_of
 from tiny_models import call_options, edit_left_half, left_half, tiny_image, tiny_pipeline, tiny_qwen
 
 from specedit_kernels import (
@@ -17,6 +18,7 @@ from specedit_kernels import (
     SpecEditQwenImageEditPipeline,
 )
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.models.flux_kontext import FluxKontextModel, FusedFluxModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +70,47 @@ def test_fused_steps_do_what_eager_ones_do(request, model, kv_cache_dtype, lock_
     assert error < (2e-4 if kv_cache_dtype == "auto" else 3e-2) * size
 
 
+@pytest.mark.parametrize("runner", ["eager", "fused"])
+def test_bracketed_text_lies_between_the_two_passes(flux, monkeypatch, runner):
+    """Of active steps with lock_text: the text's keys and values are the blend, those of edited tokens are renewed."""
+    seen = []
+    kind = FluxKontextModel if runner == "eager" else FusedFluxModel
+    own, velocity = kind.blend, kind.velocity
+
+    def pairs(layout):
+        cache = layout.attention.cache
+        return [[x.clone() for x in pair] for pair in (cache if isinstance(cache, list) else cache.pairs)]
+
+    def blend(model, layout, near, far, weight):
+        own(model, layout, near, far, weight)
+        seen.append([weight.item(), layout, pairs(near), pairs(far)])
+
+    def step(model, text, tokens, conditioning, layout):
+        found = velocity(model, text, tokens, conditioning, layout)
+        if seen and len(seen[-1]) == 4:
+            seen[-1].append(pairs(seen[-1][1]))
+            assert layout.attention.sequence.text == 0 and layout.attention.start == text.embeds.shape[1]
+        return found
+
+    monkeypatch.setattr(kind, "blend", blend)
+    monkeypatch.setattr(kind, "velocity", step)
+    out = edit(flux, stages=(1, 5, 0), kv_refresh="bracket", lock_text=True, runner=runner)
+    active = [s for s in out.stats.steps if s.stage == "active"]
+    assert len(active) == len(seen) == 4 and all(s.lock_text for s in active)
+    run = run_of(flux, **call_options(image=tiny_image(), mask_image=left_half(), specedit=SpecEditConfig()))
+    text = run.positive.embeds.shape[1]
+    for weight, _, near, far, after in seen:
+        assert 0 < weight <= 1
+        for a, b, c in zip(near, far, after):
+            for x, y, z in zip(a, b, c):
+                between = torch.lerp(x, y, weight)
+                torch.testing.assert_close(z[:, :text], between[:, :text], atol=1e-6, rtol=1e-6)
+                # the first slots are edited tokens
+                assert not torch.allclose(z[:, text : text + 4], between[:, text : text + 4], atol=1e-5)
+    moved = [(y - x)[:, :text].abs().max() for x, y in zip(seen[0][2][-1], seen[0][3][-1])]
+    assert min(moved) > 1e-4  # the text does move
+
+
 @pytest.mark.slow
 def test_a_batch_is_its_singles(flux):
     given = dict(output_type="latent", specedit=SpecEditConfig(stages=(1, 4, 0), finish="locked", runner="eager"))
@@ -99,21 +142,30 @@ def test_qualities_set_what_is_not_given():
     tiers = {"fast": (2, 2, 1), "balanced": (4, 4, 3), "best": (6, 4, 3)}
     for quality, counts in tiers.items():
         config = SpecEditConfig(quality=quality)
-        assert config == SpecEditConfig(quality=quality, mixed_from=7 / 9, solver="ab2", **bracket)
+        further = dict(draft="half" if quality == "fast" else "coarse", lock_text=True)
+        assert config == SpecEditConfig(quality=quality, mixed_from=7 / 9, solver="ab2", **further, **bracket)
         assert config.step_counts() == counts and config.preset is None
     assert SpecEditConfig() == SpecEditConfig(quality="balanced")
-    paper = dict(quality="paper", preset=9, finish="full", kv_refresh=1, solver="euler")
+    paper = dict(quality="paper", preset=9, finish="full", kv_refresh=1, solver="euler", lock_text=False)
     assert SpecEditConfig(quality="paper") == SpecEditConfig(**paper)
     # a preset and stages are the scheduler's own even steps, under every quality
     for given in (dict(preset=9), dict(stages=(0, 0, 9))):
         config = SpecEditConfig(**given)
-        assert (config.solver, config.mixed_from) == ("euler", None)
-        assert config == SpecEditConfig(quality="balanced", solver="euler", **bracket, **given)
+        assert (config.solver, config.mixed_from, config.lock_text) == ("euler", None, False)
+        assert config == SpecEditConfig(quality="balanced", solver="euler", lock_text=False, **bracket, **given)
     assert SpecEditConfig(preset=9, solver="ab2", mixed_from=0.5).mixed_from == 0.5
     assert replace(SpecEditConfig(), preset=9).step_counts() == (2, 4, 3)
     config = SpecEditConfig(quality="best", preset=11, kv_refresh=2)
     assert (config.preset, config.finish, config.kv_refresh) == (11, "locked", 2)
-    assert SpecEditConfig(finish="full", unselected="coarse").kv_refresh == 1
+    config = SpecEditConfig(finish="full", unselected="coarse")
+    assert (config.kv_refresh, config.lock_text) == (1, False)
+    for given in (True, False):
+        for quality in ("fast", "balanced", "paper"):
+            assert SpecEditConfig(quality=quality, lock_text=given).lock_text is given
+        assert SpecEditConfig(preset=9, lock_text=given).lock_text is given
+    for wrong in ("all", 1):
+        with pytest.raises(TypeError, match="lock_text: expected True or False"):
+            SpecEditConfig(lock_text=wrong)
     for wrong in (dict(quality="good"), dict(kv_refresh="brackets"), dict(kv_refresh=0)):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
             SpecEditConfig(**wrong)

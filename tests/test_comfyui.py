@@ -113,10 +113,7 @@ CASES = {
     "mask, locked": dict(mask=half_mask(), finish="locked"),
     "cached keys and values": dict(mask=half_mask(), finish="locked", kv_refresh=2),
     "bracketed keys and values": dict(mask=half_mask(), finish="locked", kv_refresh="bracket"),
-    "second whole pass without the condition": dict(
-        mask=half_mask(), finish="locked", kv_refresh="bracket", lock_condition=True
-    ),
-    "coarse steps over kept keys and values": dict(FOUND, coarse_refresh=3),
+    "half draft": dict(FOUND, draft="half"),
     "no key bias": dict(mask=half_mask(), key_bias=False),
 }
 
@@ -180,11 +177,9 @@ def test_interrupted(comfy):
     assert torch.equal(edit.found(), first)
 
 
-@pytest.mark.parametrize("coarse_refresh", [1, 2])
-def test_progress_and_preview(comfy, coarse_refresh):
+def test_progress_and_preview(comfy):
     edit, seen_by_callback = Edit(comfy), []
-    callback = lambda *args: seen_by_callback.append(args)  # noqa: E731
-    out = edit.found(callback=callback, mask=half_mask(), coarse_refresh=coarse_refresh)
+    out = edit.found(callback=lambda *args: seen_by_callback.append(args), mask=half_mask())
     assert [index for index, *_ in seen_by_callback] == list(range(len(SIGMAS) - 1))
     assert all(x.shape == edit.noise.shape and total == len(SIGMAS) - 1 for _, x, _, total in seen_by_callback)
     torch.testing.assert_close(seen_by_callback[-1][1], out, rtol=0, atol=1e-5)
@@ -424,6 +419,9 @@ def test_sample_gives_the_mask(comfy):
         .args
     )
     assert sampler.config == SpecEditConfig(quality="paper", finish="locked", kv_refresh=2)
+    for quality in ("fast", "balanced"):  # a model that computes the text in each call
+        [made] = nodes["SpecEditSampler"].execute(edit.vae, edit.image, quality, False).args
+        assert made.config == SpecEditConfig(quality=quality, lock_text=False)
     sigmas = torch.tensor(SIGMAS)
     latent, mask, stats = nodes["SpecEditSample"].execute(edit.noise, edit.guider(), sampler, sigmas,
                                                           {"samples": edit.noise}).args  # fmt: skip

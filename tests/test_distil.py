@@ -123,10 +123,11 @@ def test_rows_by_name():
     assert solver.row_of("preset-8 paper").config.finish == "full" and not solver.row_of("plain-8").lora
     even = solver.row_of("2+6 euler even").config
     assert even.mixed_from is None and even.step_counts() == (2, 6, 0)
-    kept = [solver.row_of(f"6+7{ending}").config for ending in ("", " ck", " ck2", " lt", " from 8/9 ck lta lc at .1")]
-    assert [(c.coarse_refresh, c.lock_text, c.lock_condition) for c in kept] == [
-        (1, False, False), (6, False, False), (2, False, False), (1, True, False), (6, "all", True)
+    endings = ("", " lt", " half", " from 8/9 half lt at .1")
+    found = [solver.row_of(f"6+7{ending}").config for ending in endings]
+    assert [(c.draft, c.lock_text) for c in found] == [
+        ("coarse", False), ("coarse", True), ("half", False), ("half", True)
     ]  # fmt: skip
-    for wrong in ("4+7 lt ck", "4+7 ck 2", "4+7 forecast2", "4+6 far", "plain-", "lora", "preset-8 cachedat .1"):
+    for wrong in ("4+7 lt half", "4+7 forecast2", "4+6 far", "plain-", "lora", "preset-8 cachedat .1"):
         with pytest.raises(ValueError, match="--rows"):
             solver.row_of(wrong)

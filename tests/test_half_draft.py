@@ -85,6 +85,15 @@ def test_a_joined_mask_needs_the_draft(pipe):
     assert preview.stats.nfe == 0 and torch.equal(preview.mask, given.mask)
 
 
+def test_fast_with_the_full_finish(pipe):
+    given = dict(mixed_from=None, solver=None, draft=None, stages=None, kv_refresh=None, quality="fast", finish="full")
+    found = edit(pipe, threshold=4.0, call=dict(mask_image=left_half(), mask_mode="add"), **given)
+    assert (found.stats.nfe, found.stats.draft_nfe, found.stats.steps[-1].stage) == (5, 2, "full")
+    # tokens that follow the model have no kept keys and values
+    found = edit(pipe, call=dict(mask_image=left_half()), unselected="coarse", **given)
+    assert [(s.stage, s.lock_text) for s in found.stats.steps] == [("mixed", False)] * 4 + [("full", False)]
+
+
 def test_it_needs_coarse_steps(pipe):
     with pytest.raises(ValueError, match=r"draft: 'half' needs at least one coarse step.*\(0, 3, 0\)"):
         edit(pipe, stages=(0, 3, 0))
@@ -107,5 +116,6 @@ def test_its_threshold_is_that_of_the_coarse_draft():
 
 def test_a_quality_chooses_the_draft_where_it_chooses_the_steps():
     assert SpecEditConfig(preset=9).draft == SpecEditConfig(stages=(1, 2, 3)).draft == "coarse"
-    assert SpecEditConfig(quality="paper").draft == "coarse"
+    assert SpecEditConfig(quality="fast").draft == "half" and SpecEditConfig(quality="fast", preset=9).draft == "coarse"
+    assert {SpecEditConfig(quality=quality).draft for quality in ("balanced", "best", "paper")} == {"coarse"}
     assert SpecEditConfig(quality="fast", draft="quarter").draft == "quarter"

@@ -46,13 +46,6 @@ def test_few_steps_are_held_against_as_many_compiled_ones(bench):
 
 @pytest.mark.slow
 def test_rows_of_every_kind(bench, tmp_path, one_thread):
-    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", "*, 10%*")
-    options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
-    options += ("--profile", "decode")
-    assert bench.main([*TINY, *options]) == 0
-    report = json.loads((tmp_path / "flux_kontext.json").read_text())
-    assert "random weights" in report["model"] and report["versions"]["torch"]
-    rows = report["rows"]
     kinds = ("full", "full-cached", "locked", "locked-kv2", "locked-kv3", "locked-cached", "locked-bracket",
              "locked-cached-fp8", "locked-cached-fp8-precision", "locked-cached-fp8-products")  # fmt: skip
     kinds = [f"specedit-9-{kind}" for kind in kinds]
@@ -62,6 +55,14 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     for runner in ("eager", "fused"):
         edits += [f"{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
         edits += [f"specedit-9-locked-cached {runner}, 10%, {text} text tokens" for text in (128, 256)]
+    edits += ["steps 2+3 half lt drafted fp8 fused, 10%"]  # of the many kinds of steps one
+    rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", *edits)
+    options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
+    options += ("--profile", "decode")
+    assert bench.main([*TINY, *options]) == 0
+    report = json.loads((tmp_path / "flux_kontext.json").read_text())
+    assert "random weights" in report["model"] and report["versions"]["torch"]
+    rows = report["rows"]
     # in the order asked for
     assert list(rows)[:3] == ["plain-28", "plain-4", "first block cache-28"] and list(rows)[-len(edits) :] == edits
     assert set(rows) - set(edits) == {
@@ -70,6 +71,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
         "decode", "decode, fused norms",
     }  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["quality fast fused, 10%"]["nfe"] == rows[edits[-1]]["nfe"] == 5
     edit = rows["specedit-9-locked eager, 10%"]
     assert edit["nfe"] == 9 and edit["fallback"] is None and edit["stages"]["mixed"] > 0
     assert 0.1 <= edit["active"] < rows["specedit-9-locked eager scattered, 10%"]["active"]

@@ -373,13 +373,6 @@ def test_only_the_targets_tokens_are_computed():
     for stats in counts:
         assert stats.plain_tokens == 64 and [s.tokens[0] for s in stats.steps] == [16, 22, 22, 64]
     assert counts[1].flops > counts[0].flops  # more keys
-    # its references are kept in any case
-    config = dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket")
-    plain, kept = (
-        ours(generator=seeded(), **options(pictures=2) | given | dict(specedit=paper(**config | more)))
-        for more in ({}, dict(coarse_refresh=3, lock_condition=True))
-    )
-    assert torch.equal(kept.images, plain.images) and kept.stats.steps == plain.stats.steps
 
 
 def test_enable_and_disable():

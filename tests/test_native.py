@@ -245,6 +245,19 @@ def test_the_first_result_is_what_the_pass_begins_from(pipe, monkeypatch):
         assert all(share < 0.95 for share in equal) and max(equal) > 0.05
 
 
+def test_the_text_is_locked_where_that_is_asked_for(pipe):
+    """Not where the whole edit has it between two passes: here there is one."""
+
+    def locked(**config):
+        options = dict(region="0,0,5%,5%", specedit=SpecEditConfig(finish="locked", **config))
+        steps = run(pipe, np.asarray(tiny_image(300, 420)), detail="native", **options).stats.steps
+        native = [step.stage == "native" for step in steps]
+        return tuple(any(s.lock_text for s, x in zip(steps, native) if x == of) for of in (False, True))
+
+    assert locked() == (True, False)
+    assert locked(lock_text=True, kv_refresh=3) == (True, True)
+
+
 def test_an_interrupted_pass_leaves_the_first_result(pipe):
     source = noise((300, 420, 3), np.uint8)
     base = run(pipe, source, region="0,0,40%,40%")

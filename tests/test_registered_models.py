@@ -11,16 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from model_proofs import (
-    EVERYTHING,
-    cached_step_is_whole,
-    kept_coarse_step_is_whole,
-    lora,
-    mask,
-    mixed_step_is_dense,
-    run_of,
-    seeded,
-)
+from model_proofs import EVERYTHING, cached_step_is_whole, lora, mask, mixed_step_is_dense, run_of, seeded
 from tiny_models import TINY, paper
 
 from specedit_kernels import disable_specedit, enable_specedit, supported_models
@@ -120,15 +111,20 @@ STEPS = {
     "bracket": dict(stages=(1, 4, 0), finish="locked", kv_refresh="bracket"),
     "fp8": dict(stages=(1, 4, 0), finish="locked", kv_refresh=3, kv_cache_dtype="fp8"),
     "dense": dict(stages=(0, 0, 2)),
-    "kept coarse": dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket", coarse_refresh=3, lock_text="all",
-                        lock_condition=True),
+    "bracket, locked text": dict(stages=(1, 4, 0), finish="locked", kv_refresh="bracket", lock_text=True),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("full, cached", marks=pytest.mark.proves("batch")), "expanded", "locked text", "fp8", "kept coarse"],
+    [
+        pytest.param("full, cached", marks=pytest.mark.proves("batch")),
+        "expanded",
+        "locked text",
+        "fp8",
+        "bracket, locked text",
+    ],
 )
 def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
     config = paper(**STEPS[name])
@@ -143,7 +139,7 @@ def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
 @pytest.mark.parametrize(
     "name",
     [pytest.param("bracket", marks=pytest.mark.proves("fused")), "full", "locked", "locked text", "fp8", "dense",
-     "kept coarse"],
+     "bracket, locked text"],
 )  # fmt: skip
 def test_fused_edits_are_the_eager_ones(edit, name, guided=True):
     if "fused" not in edit.pipe.RUNNERS:
@@ -182,16 +178,6 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(edit, gui
     config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
     call = arguments(edit.call, guided, specedit=config, mask_image=mask())
     cached_step_is_whole(run_of(edit.pipe, **call))
-
-
-@pytest.mark.parametrize("lock_text", [False, True], ids=["", "locked text"])
-@pytest.mark.parametrize("guided", [False, True], ids=["one branch", "guided"])
-@pytest.mark.parametrize("runner", ["eager", "fused"])
-def test_a_coarse_step_over_kept_keys_is_the_whole_step_while_nothing_moves(edit, runner, guided, lock_text):
-    if runner not in edit.pipe.RUNNERS:
-        pytest.skip(f"the model has no runner {runner!r}")
-    call = arguments(edit.call, guided, specedit=paper(runner=runner), mask_image=mask())
-    kept_coarse_step_is_whole(run_of(edit.pipe, **call), lock_text)
 
 
 def test_guidance_reaches_the_mixed_steps(edit):

@@ -55,7 +55,7 @@ CACHED = dict(finish="locked", kv_refresh=9)
 KINDS = {
     "full": {}, "cached": CACHED, "locked text": CACHED | dict(lock_text=True),
     "bracket": dict(finish="locked", kv_refresh="bracket"),
-    "kept coarse": dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket", coarse_refresh=3, lock_condition=True),
+    "bracket, locked text": dict(finish="locked", kv_refresh="bracket", lock_text=True),
     "fp8 cache": CACHED | dict(kv_cache_dtype="fp8"),
 }  # fmt: skip
 

@@ -129,8 +129,12 @@ def test_the_qualities_are_steps_that_can_be_given_one_by_one(flux, quality):
 
     out = run(quality=quality)
     one_by_one = dict(stages=counts, mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket")
+    one_by_one |= dict(lock_text=True, draft="half" if quality == "fast" else "coarse")
     assert torch.equal(out.images, run(**one_by_one).images)
-    assert out.stats.nfe == sum(counts) and [step.stage for step in out.stats.steps].count("coarse") == counts[0]
+    # the mask that is given saves the draft of "fast"
+    coarse = 0 if quality == "fast" else counts[0]
+    assert out.stats.nfe == sum(counts) and [step.stage for step in out.stats.steps].count("coarse") == coarse
+    assert all(step.lock_text for step in out.stats.steps if step.stage == "active")
     assert not torch.equal(out.images, run(**one_by_one | dict(solver="euler")).images)
 
 

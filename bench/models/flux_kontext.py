@@ -432,17 +432,15 @@ def setting(args):
 
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
-# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; ck: those
-# behind the first over its keys and values; lt: the first mixed step alone computes the text; lta: of the coarse steps
-# too; lc: the second whole pass leaves the condition out.
+# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; lt:
+# the first mixed step alone computes the text.
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
-        draft="half" if " half" in name else "coarse", coarse_refresh=coarse if " ck" in name else 1,
-        lock_text="all" if " lta" in name else " lt" in name, lock_condition=" lc" in name,
+        draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
     )
     for coarse, mixed in ((2, 3), (4, 3), (6, 7))
-    for name in ("", " lt", " lt lc", " ck lt", " ck lt lc", " half lt", " half lt lc", " half ck lt", " half ck lt lc")
+    for name in ("", " lt", " half", " half lt")
 }  # fmt: skip
 # The mask is given, so it is the region; "drafted": beside a draft that runs all the same.
 DRAFTED = {f"{name} drafted": options for name, options in (TIERS | STEPS).items()}

@@ -30,11 +30,14 @@ LIGHTNING_SCHEDULE = {
 
 # What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
+_LOCKED: dict[str, Any] = dict(mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket", lock_text=True)
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": dict(stages=(2, 2, 1), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
-    "balanced": dict(stages=(4, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
-    "best": dict(stages=(6, 4, 3), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket"),
-    "paper": dict(preset=9, mixed_from=None, solver="euler", finish="full", kv_refresh=1),
+    "fast": dict(stages=(2, 2, 1), draft="half", **_LOCKED),
+    "balanced": dict(stages=(4, 4, 3), draft="coarse", **_LOCKED),
+    "best": dict(stages=(6, 4, 3), draft="coarse", **_LOCKED),
+    "paper": dict(
+        preset=9, draft="coarse", mixed_from=None, solver="euler", finish="full", kv_refresh=1, lock_text=False
+    ),
 }
 DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
@@ -43,7 +46,6 @@ METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
-ALL = "all"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
 SOLVERS = ("euler", "ab2")
@@ -197,8 +199,8 @@ class SpecEditConfig(EditConfig):
 
     Attributes:
         quality: sets finish and kv_refresh where they are None, and where preset and stages are, the steps: their
-            counts, mixed_from and solver. "fast", "balanced", "best", or "paper", SpecEdit as its paper has it.
-            QUALITIES has the values, docs/choose.md what each costs.
+            counts, mixed_from, solver, draft and lock_text. "fast", "balanced", "best", or "paper", SpecEdit as its
+            paper has it. QUALITIES has the values, docs/choose.md what each costs.
         preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
             8 or 4 for step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of those.
@@ -218,7 +220,7 @@ class SpecEditConfig(EditConfig):
             the start; a mask in the draft's place saves the coarse steps. Where all tokens are computed it goes on from
             the coarse ones. "quarter": a separate run at 4x lower resolution a side, `draft_steps` steps
             (the paper's). "full_step": the clean estimate after one full-resolution step, which takes the place of the
-            coarse steps.
+            coarse steps. None: the quality's, "half" of "fast", else "coarse"; "coarse" with preset or stages.
         draft_steps: steps of the "quarter" draft (the paper's N_draft).
         finish: "full": the last steps run on all tokens at full resolution (the paper's). "locked": they stay mixed,
             coarse tokens follow the source, and latents that were not selected are the source's.
@@ -235,7 +237,8 @@ class SpecEditConfig(EditConfig):
         relative: how far the threshold follows the picture: it is multiplied by (its largest score / 2) ** relative, 2
             being the score of unrelated features, so that a weak draft's edit is found and a strong one's fringe is not
             taken. A largest score under 0.1 counts as 0.1, and a threshold does not fall under 0.03, or noise would be
-            an edit. 0: the threshold as it is; None: 0.5 with the calibrated threshold of the "coarse" draft, else 0.
+            an edit. 0: the threshold as it is; None: 0.5 with the calibrated threshold of the "coarse" or the "half"
+            draft, else 0.
         key_bias: weigh a coarse key by the four fine ones it stands for.
         coarse_condition: condition tokens outside the edit are coarse too.
         kv_refresh: every k-th mixed step computes its whole sequence and keeps each layer's keys and values; the steps
@@ -246,20 +249,9 @@ class SpecEditConfig(EditConfig):
             with finish="full" and unselected="coarse", where the default is 1.
         lock_text: the first mixed step alone computes the text; those after it keep its keys and values of that step,
             or between those of the two whole passes with kv_refresh="bracket". The text (with Qwen's vision tokens some
-            1,500) is most of a step over the edited tokens. "all": coarse steps over kept keys and values (see
-            coarse_refresh) leave it out too, which costs the region of an open edit some of its recall.
-        coarse_refresh: every k-th coarse step, the first one and one after a callback that changes latents or text
-            compute their whole sequence, [text | target | references] at the coarse grid, and keep each layer's keys
-            and values, [B, tokens, heads, channels]; the steps between compute text and target, with lock_text="all"
-            the target alone, over those. 1: every step computes all. At Kontext's size that is 1536 or 1024 tokens of
-            2560, and 1.8 GB, which the mixed steps take over. The last coarse step, whose estimate is verified, may be
-            one of those between: its target is computed whole in any case. Steps of a "quarter" draft compute all; so
-            do those of models that keep their references' keys and values.
-        lock_condition: the second whole pass of kv_refresh="bracket" leaves the condition tokens and those of further
-            references out, two in five of its sequence: they have the keys and values of the first pass. With lock_text
-            the text too.
-        draft_guidance: False leaves true guidance out of the steps that a draft is made of ("coarse", "quarter",
-            "full_step"): half their cost.
+            1,500) is most of a step over the edited tokens. None: the quality's, which is True but for "paper"; False
+            with preset or stages, and with finish="full" and unselected="coarse".
+        draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost.
 
     All else: EditConfig.
     """
@@ -280,9 +272,7 @@ class SpecEditConfig(EditConfig):
     key_bias: bool = True
     coarse_condition: bool = True
     kv_refresh: int | str | None = None
-    lock_text: bool | str = False
-    lock_condition: bool = False
-    coarse_refresh: int = 1
+    lock_text: bool | None = None
     draft_guidance: bool = True
 
     def __post_init__(self):
@@ -290,13 +280,14 @@ class SpecEditConfig(EditConfig):
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
         chosen = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
-        defaults = {"draft": "coarse"} | chosen
+        defaults = dict(chosen)
         if self.preset is not None or self.stages is not None:
-            defaults |= dict(mixed_from=None, solver="euler", draft="coarse")
+            defaults |= dict(mixed_from=None, solver="euler", draft="coarse", lock_text=False)
+        if (self.finish or defaults["finish"]) == "full" and self.unselected == "coarse":
+            defaults |= dict(kv_refresh=1, lock_text=False)
         for name, value in defaults.items():
             if getattr(self, name) is None:
-                follows = name != "kv_refresh" or self.finish == "locked" or self.unselected == "source"
-                object.__setattr__(self, name, value if follows else 1)
+                object.__setattr__(self, name, value)
         if self.preset is not None:
             _one_of("preset", self.preset, tuple(PRESETS))
         _one_of("solver", self.solver, SOLVERS)
@@ -321,10 +312,7 @@ class SpecEditConfig(EditConfig):
             _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
-        if self.lock_text != ALL:
-            _flag("lock_text", self.lock_text)
-        _flag("lock_condition", self.lock_condition)
-        _integer("coarse_refresh", self.coarse_refresh, 1)
+        _flag("lock_text", self.lock_text)
         _flag("draft_guidance", self.draft_guidance)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:

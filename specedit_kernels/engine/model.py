@@ -170,13 +170,6 @@ class EditModel(ABC):
         made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
         return replace(layout, attention=made)
 
-    def target_layout(self, text: Any, layout: Any, shared: SequenceLayout, first: int, lock_text: bool = False) -> Any:
-        """Layout of a call that brings the first so many slots of a cached mixed sequence and renews the keys and
-        values of all its target tokens for good. shared: what `layout` was made of. lock_text: as above."""
-        whole = replace(layout.attention, fresh=shared.target_lengths + text.embeds.shape[1])
-        made = self.active_layout(text, replace(layout, attention=whole), first, lock_text)
-        return self._with_sequence(made, passing=False)
-
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:
@@ -272,11 +265,6 @@ class EditModel(ABC):
         """Make what `layout` keeps near + weight (far - near) of what the two others do. weight: fp32, 0-dim."""
         of, a, b = (x.attention.cache for x in (layout, near, far))
         of.blend_(a, b, weight)
-
-    def release(self, layouts: Sequence[Any]) -> None:
-        """What these cached layouts, the last ones made, keep is needed no more: later ones may take its memory."""
-        for layout in layouts:
-            layout.attention.cache.pairs = []
 
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         """Bytes of the keys and values that these cached mixed layouts keep."""

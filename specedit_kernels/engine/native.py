@@ -116,10 +116,9 @@ def _denoise(run: Run, index: int, first: Tensor, source: Tensor, fine: np.ndarr
         replace(r, pixels=r.pixels[index // (run.batch // len(r.pixels)) :][:1], latents=r.latents[index : index + 1])
         for r in run.references[1:]
     )
-    refresh = KV_REFRESH if run.config.kv_refresh == BRACKET else run.config.kv_refresh
-    config = replace(
-        run.config, finish="locked", selection="score", uniform_stride=0, max_active=1.0, kv_refresh=refresh
-    )
+    config = replace(run.config, finish="locked", selection="score", uniform_stride=0, max_active=1.0)
+    if config.kv_refresh == BRACKET:  # without its second pass the text would stay that of the first step
+        config = replace(config, kv_refresh=KV_REFRESH, lock_text=False)
     one = replace(
         run, model=model, config=config, grid=fine.shape, source=clean, start=start, pixels=source,
         references=(Reference(source, clean, run.patch), *others), positive=text(run.positive),

@@ -12,7 +12,6 @@ from ..sampling import noise as algebra
 from ..sampling.grid import coarse_grid
 from ..sampling.schedule import stage_sigmas
 from . import stages
-from .config import ALL
 from .stages import Draft, Run, Selection
 
 
@@ -73,8 +72,7 @@ def run_stages(
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
             run, coarse, plan.coarse, behind, "draft" if half else "coarse", main=not half,
-            guided=config.draft_guidance, solver=config.solver, refresh=config.coarse_refresh,
-            lock_text=config.lock_text == ALL,
+            guided=config.draft_guidance, solver=config.solver,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps

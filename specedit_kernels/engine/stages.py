@@ -34,14 +34,7 @@ from ..sampling.grid import (
     token_positions,
     unpack,
 )
-from ..sampling.layout import (
-    CHILDREN,
-    SequenceLayout,
-    build_layout,
-    picture_rows,
-    sequence_length,
-    whole_layout,
-)
+from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length
 from ..sampling.solver import Solver, euler
 from .config import BRACKET
 from .model import EditModel, Pictures, Text
@@ -238,16 +231,15 @@ def _version(x: Tensor) -> tuple[int, int]:
     return id(x), -1 if x.is_inference() else x._version
 
 
-def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, bool]:
-    """(the tokens after the callback of a step of the main trajectory, whether that changed them or the text); the
-    solver restarts where it did."""
+def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens after the callback of a step of the main trajectory; the solver restarts where that changed them, or
+    the text."""
     before, text = _version(tokens), _version(run.positive.embeds)
     found = run.on_step(run.step, timestep, tokens)
     run.step += 1
-    changed = (_version(found), _version(run.positive.embeds)) != (before, text)
-    if changed:
+    if (_version(found), _version(run.positive.embeds)) != (before, text):
         solver.restart()
-    return found, changed
+    return found
 
 
 def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
@@ -255,40 +247,13 @@ def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(sigmas, dtype=torch.float32).to(device, non_blocking=True)
 
 
-@dataclass
-class _Kept:
-    """Layouts of whole pictures that keep keys and values, and of the target alone over these, one for each text.
-
-    capacity: slots of the pictures; first: of the target, the first ones.
-    """
-
-    layouts: list[Any]
-    targets: list[Any]
-    capacity: int
-    first: int
-
-
-def _kept_layouts(run: Run, texts: Sequence[Any], grids: Sequence[Grid], lock_text: bool, branches: int) -> _Kept:
-    """grids: the target's and those of the references. branches: how many each of the texts holds."""
-    total, target = sum(math.prod(grid) for grid in grids), math.prod(grids[0])
-    capacity, first = run.model.slots(total), run.model.slots(target)
-    shared = whole_layout(run.batch * branches, grids, capacity, run.device)
-    # a mixed sequence whose blocks are all active: positions are those of whole pictures
-    pictures = Pictures(grids[0], tuple(grids[1:]))
-    layouts = [run.model.mixed_layout(text, pictures, shared, key_bias=False, cached=True) for text in texts]
-    targets = [run.model.active_layout(text, x, first, lock_text) for text, x in zip(texts, layouts)]
-    return _Kept(layouts, targets, capacity, first)
-
-
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True, solver: str = "euler", refresh: int = 1, lock_text: bool = False,
+    guided: bool = True, solver: str = "euler",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
-    guided: False leaves true guidance out. main: whether they are the main trajectory's. refresh: every so many-th step
-    computes all and keeps keys and values, those between compute text and target alone, over the kept ones; with
-    lock_text the target alone. After a callback that changes tokens or text a step computes all.
+    guided: False leaves true guidance out. main: whether they are the main trajectory's.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -297,44 +262,27 @@ def dense_steps(
     grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.called_with(guided)
-    count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
-    kept: _Kept | None = None
-    if refresh > 1 and condition and len(sigmas) > 2:
-        kept = _kept_layouts(run, texts, grids, lock_text, run.joined_branches if guided else 1)
-        behind.append(tokens.new_zeros(run.batch, kept.capacity - total, tokens.shape[2]))
-        layouts = kept.layouts
-    else:
-        layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
+    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_sigmas(sigmas, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
+    count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
-    solve, age = Solver(solver), 0
+    solve = Solver(solver)
     for i in range(len(sigmas) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
         if main:
             run.on_start(timestep)
-        sequence, passes = torch.cat([tokens, *behind], dim=1), 2 if guided else 1
-        if kept is not None and age % refresh:
-            velocity = run.velocity(sequence[:, : kept.first], conditionings[i], kept.targets, count, guided)
-            keys = [total] * run.batch
-            run.record(stage, sigmas[i], [count] * run.batch, keys, passes=passes, lock_text=lock_text)
-        else:
-            velocity = run.velocity(sequence, conditionings[i], layouts, count, guided)
-            run.record(stage, sigmas[i], [total] * run.batch, passes=passes)
-        age += 1
+        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), conditionings[i], layouts, count, guided)
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
+        run.record(stage, sigmas[i], [total] * run.batch, passes=2 if guided else 1)
         if main:
-            tokens, changed = _called_back(run, solve, timestep, tokens)
-            age = 0 if changed else age
+            tokens = _called_back(run, solve, timestep, tokens)
         else:
             run.on_draft_step()
-    if kept is not None:
-        run.stats.kv_cache_bytes = run.model.kv_bytes(layouts)
-        run.model.release(layouts)
     state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
     return state, (first, estimate)
 
@@ -562,8 +510,6 @@ class MixedState:
     the sequence's first ones, that hold them all. Over cached keys and values, where there are any: active_layouts, the
     model's for these alone; locked_layouts, for all slots without the text. brackets: for each of `layouts`, with
     kv_refresh="bracket", (the layout that keeps those of the last sigma, the one that keeps the interpolated).
-    far_layouts: of the pass at the last sigma, which brings the first `far` slots; None: all. targets: target tokens of
-    each sample.
     """
 
     tokens: Tensor
@@ -578,9 +524,6 @@ class MixedState:
     active_layouts: list[Any]
     locked_layouts: list[Any]
     brackets: list[tuple[Any, Any]]
-    far_layouts: list[Any]
-    far: int | None
-    targets: tuple[int, ...]
 
 
 def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Selection) -> MixedState:
@@ -608,7 +551,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
         condition=pictures.aligned and shown,
         others=sum(picture_rows(grid, pictures.coarse_others) for _, grid in pictures.others) if shown else 0,
     )
-    targets, lengths = zip(*(sequence_length(c, run.grid, **parts) for c in selection.counts))
+    lengths = tuple(sequence_length(c, run.grid, **parts)[1] for c in selection.counts)
     layout = build_layout(selection.order, selection.count, run.grid, run.model.slots(max(lengths)), **parts)
     capacity = layout.capacity
     tokens = ops.gather_tokens(table, layout.index, capacity)
@@ -620,20 +563,14 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
         rows[:, n : n + n // 4] = pack(drift.to(table.dtype), run.patch)
         free, moves = layout.fine_target_slots(), ops.gather_tokens(rows, layout.index, capacity)
     fine_counts = tuple(CHILDREN * count for count in selection.counts)
-    lock, first = bool(config.lock_text), run.model.slots(max(fine_counts))
+    lock, first = config.lock_text, run.model.slots(max(fine_counts))
     cached = lock or config.kv_refresh != 1
     texts = run.texts
     shared = layout.repeat(run.joined_branches)
     layouts = [run.model.mixed_layout(text, pictures, shared, config.key_bias, cached) for text in texts]
     pairs, active_layouts, locked_layouts, brackets = list(zip(texts, layouts)), [], [], []
-    far_layouts, far = [], None
     if config.kv_refresh == BRACKET:
-        ends = [run.model.another_cache(x) for x in layouts]
-        far_layouts = ends
-        if config.lock_condition and targets != lengths:
-            far = run.model.slots(max(targets))
-            far_layouts = [run.model.target_layout(text, x, shared, far, lock) for text, x in zip(texts, ends)]
-        brackets = [(end, run.model.another_cache(x)) for end, x in zip(ends, layouts)]
+        brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]
         active_layouts = [run.model.active_layout(text, x, first, lock) for text, (_, x) in zip(texts, brackets)]
     elif config.kv_refresh > 1:
         active_layouts = [run.model.active_layout(text, x, first, lock) for text, x in pairs]
@@ -641,23 +578,8 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
         locked_layouts = [run.model.active_layout(text, x, None, lock) for text, x in pairs]
     return MixedState(
         tokens, table, free[..., None], moves, layout, layouts, lengths, fine_counts, first, active_layouts,
-        locked_layouts, brackets, far_layouts, far, targets,
+        locked_layouts, brackets,
     )  # fmt: skip
-
-
-def _far_velocity(run: Run, state: MixedState, tokens: Tensor, conditioning: tuple[Any, ...]) -> Tensor:
-    """The velocity of the second whole pass of kv_refresh="bracket", which keeps its keys and values.
-
-    With lock_condition that of the target alone, over keys and values that the condition has in the first pass; zero
-    elsewhere.
-    """
-    if state.far is None:
-        return run.velocity(tokens, conditioning, state.far_layouts)
-    start = torch.zeros((), dtype=torch.float32, device=run.device)
-    for near, (end, _) in zip(state.layouts, state.brackets):
-        run.model.blend(end, near, near, start)  # a copy
-    found = run.velocity(tokens[:, : state.far], conditioning, state.far_layouts)
-    return F.pad(found, (0, 0, 0, tokens.shape[1] - state.far))
 
 
 def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
@@ -671,7 +593,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     step's sigma. The other tokens' keys and values of an active step are interpolated between those two by its sigma.
     With solver="ab2" that pass's velocity is the first step's second one.
     """
-    lock, every = bool(run.config.lock_text), run.config.kv_refresh
+    lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(sigmas) - 1
     bracket = every == BRACKET and steps > 2
     if every == BRACKET:
@@ -691,11 +613,8 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
             if bracket:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
-                behind = _far_velocity(run, state, ahead, conditionings[-1])
-                run.record(
-                    "bracket", sigmas[-2], state.lengths if state.far is None else state.targets,
-                    keys=state.lengths, lock_text=lock and state.far is not None,
-                )  # fmt: skip
+                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
+                run.record("bracket", sigmas[-2], state.lengths)
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
                     slope = (behind.float() - velocity.float()) / (at[-2] - at[0])
@@ -710,10 +629,9 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
-        state.tokens, _ = _called_back(run, solve, timestep, state.tokens)
+        state.tokens = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
-        kept = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
-        run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, kept)
+        run.stats.kv_cache_bytes = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
 
 
 def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from specedit_kernels import ops
 from specedit_kernels.engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from specedit_kernels.sampling.flops import transformer_flops
-from specedit_kernels.sampling.grid import PATCH, Grid, pack, unpack
+from specedit_kernels.sampling.grid import Grid, pack, unpack
 from specedit_kernels.sampling.layout import SequenceLayout, table_positions
 
 METHODS = ("index", "offset")
@@ -223,12 +223,6 @@ class HostModel(EditModel):
             raise ValueError("lock_text: expected False, since ComfyUI's models compute the text in each call")
         return replace(layout, ids=layout.ids[:, :first], first=first)
 
-    def target_layout(
-        self, text: Text, layout: MixedLayout, shared: SequenceLayout, first: int, lock_text: bool = False
-    ) -> MixedLayout:
-        order = replace(layout.order, fine_lengths=layout.order.target_lengths)
-        return replace(self.active_layout(text, layout, first, lock_text), order=order)
-
     def another_cache(self, layout: MixedLayout) -> MixedLayout:
         return replace(layout, cache={})
 
@@ -237,11 +231,6 @@ class HostModel(EditModel):
         for name, pair in near.cache.items():
             k, v = (torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(pair, far.cache[name]))
             layout.cache[name] = k, v
-
-    def release(self, layouts: Sequence[MixedLayout]) -> None:
-        for layout in layouts:
-            assert layout.cache is not None
-            layout.cache.clear()
 
     def kv_bytes(self, layouts: Sequence[MixedLayout]) -> int:
         kept = (x for layout in layouts if layout.cache for pair in layout.cache.values() for x in pair)
@@ -266,16 +255,14 @@ class HostModel(EditModel):
     def _see(self, clean: Tensor, layout: WholeLayout | MixedLayout) -> None:
         if self.fine is None:
             return
-        if isinstance(layout, MixedLayout):
-            order, grid = layout.order, layout.order.grid
-            if grid[0] * PATCH == self.fine.shape[-2]:
-                index = torch.where(order.fine_target_slots(), order.index, -1)[:, : layout.slots].contiguous()
-                seen = pack(self.fine).contiguous()
-                ops.scatter_tokens_(seen, pack(clean).to(seen.dtype), index)
-                self.fine = unpack(seen, grid)
-                return
-            clean = unpack(pack(clean)[:, : math.prod(grid)], grid)  # a coarse step that keeps keys and values
-        self.fine = F.interpolate(clean, size=self.fine.shape[-2:])
+        if isinstance(layout, WholeLayout):
+            self.fine = F.interpolate(clean, size=self.fine.shape[-2:])
+            return
+        order, grid = layout.order, layout.order.grid
+        index = torch.where(order.fine_target_slots(), order.index, -1)[:, : layout.slots].contiguous()
+        seen = pack(self.fine).contiguous()
+        ops.scatter_tokens_(seen, pack(clean).to(seen.dtype), index)
+        self.fine = unpack(seen, grid)
 
     # within the host's call
 
