@@ -6,6 +6,7 @@ Coordinates are those of areas: pixel i covers i to i + 1, its centre is i + 0.5
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # Outputs of one matrix product. Its matrix is a band, so wider strips multiply by more zeros; a GPU wants few products.
 STRIP, DEVICE_STRIP = 64, 1024
+BITS = 22  # behind the point of Pillow's weights of pictures of 8 bits
 
 
 def _lanczos(x: np.ndarray) -> np.ndarray:
@@ -81,3 +83,39 @@ def resample(
             c += len(weights)
         r += len(down)
     return out
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first input of each output, weights as whole numbers, int32 [inputs, outputs]) as Pillow has them."""
+    scale = size / wanted
+    stretch = max(scale, 1.0)
+    at = (np.arange(wanted) + 0.5) * scale
+    low = np.maximum((at - 3 * stretch + 0.5).astype(np.int64), 0)
+    high = np.minimum((at + 3 * stretch + 0.5).astype(np.int64), size)
+    inputs = low + np.arange((high - low).max())[:, None]
+    weights = np.where(inputs < high, _lanczos((inputs - at + 0.5) * (1 / stretch)), 0.0)
+    weights = weights / weights.sum(axis=0) * (1 << BITS)
+    return low, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+
+
+def resized_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [h, w, C] at (width, height), to the last bit as Pillow's LANCZOS gives it; on the device of `levels`.
+
+    In whole numbers as Pillow computes, so no order of sums changes a bit. For a GPU: a CPU has Pillow, which needs
+    less memory.
+    """
+    for axis, wanted in ((1, size[0]), (0, size[1])):
+        have = levels.shape[axis]
+        if have == wanted:
+            continue
+        first, weights = (torch.from_numpy(x).to(levels.device) for x in _whole_weights(have, wanted))
+        shape = [1, 1, 1]
+        shape[axis] = wanted
+        total: Tensor | int = 1 << (BITS - 1)
+        for k, weight in enumerate(weights):
+            # past the last input the weight is 0
+            seen = levels.index_select(axis, (first + k).clamp_(max=have - 1))
+            total = total + seen.int().mul_(weight.view(shape))
+        levels = (total >> BITS).clamp_(0, 255).to(torch.uint8)
+    return levels
