@@ -60,8 +60,8 @@ class Bench(base.Bench):
             raise AssertionError("pixels outside the region have changed")
 
     def row(self, size, share, detail):
-        """(a Row of a box with that share of a picture of (width, height), in its aspect, off its middle; a list that has
-        the last call's result; what checks that)."""
+        """(a Row of a box with that share of a picture of (width, height), in its aspect, off its middle; a list that
+        has the last call's result; what checks that)."""
         picture, edge = self.picture(*size), share**0.5
         box = [round(side * (0.45 + way * edge / 2)) for way in (-1, 1) for side in size]
         seen = []

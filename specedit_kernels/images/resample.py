@@ -99,14 +99,13 @@ def _whole_weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
     return low, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
 
 
-def resized_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
+def resized_levels(levels: Tensor, size: tuple[int, int], axes: Sequence[int] = (1, 0)) -> Tensor:
     """uint8 [h, w, C] at (width, height), to the last bit as Pillow's LANCZOS gives it; on the device of `levels`.
 
-    In whole numbers as Pillow computes, so no order of sums changes a bit. For a GPU: a CPU has Pillow, which needs
-    less memory.
+    In whole numbers as Pillow computes, so no order of sums changes a bit. axes: which is resized first.
     """
-    for axis, wanted in ((1, size[0]), (0, size[1])):
-        have = levels.shape[axis]
+    for axis in axes:
+        have, wanted = levels.shape[axis], size[1 - axis]
         if have == wanted:
             continue
         first, weights = (torch.from_numpy(x).to(levels.device) for x in _whole_weights(have, wanted))
@@ -119,3 +118,38 @@ def resized_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
             total = total + seen.int().mul_(weight.view(shape))
         levels = (total >> BITS).clamp_(0, 255).to(torch.uint8)
     return levels
+
+
+# Which axis Pillow resizes first depends on its version and on (width, height) before and after: its result tells.
+_AXES: dict[tuple, tuple[int, int]] = {}
+
+
+def as_pillow(levels: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 [h, w, 3] at (width, height) on a device, to the last bit as Pillow's LANCZOS gives it.
+
+    On a GPU computed there, from the second picture of a size on; else by Pillow, which needs less of a CPU.
+    """
+    import PIL.Image
+
+    sizes = (levels.shape[1::-1], tuple(size))
+    if sizes[0] == sizes[1]:
+        return _copied(levels, device)
+    try:
+        if device.type != "cpu" and sizes in _AXES:
+            return resized_levels(_copied(levels, device), size, _AXES[sizes])
+        picture = PIL.Image.fromarray(levels).resize(size, PIL.Image.Resampling.LANCZOS)
+        found = _copied(np.asarray(picture), device)
+        if device.type != "cpu":
+            given = _copied(levels, device)
+            same = [axes for axes in ((1, 0), (0, 1)) if torch.equal(resized_levels(given, size, axes), found)]
+            if len(same) == 1:  # a picture of one colour says nothing
+                _AXES[sizes] = same[0]
+        return found
+    except torch.cuda.OutOfMemoryError:  # of a picture that is large for what is left beside the model
+        return as_pillow(levels, size, torch.device("cpu")).to(device)
+
+
+def _copied(levels: np.ndarray, device: torch.device) -> Tensor:
+    # Pillow's arrays cannot be written to, of which torch warns
+    levels = np.ascontiguousarray(levels)
+    return torch.from_numpy(levels if levels.flags.writeable else levels.copy()).to(device)
