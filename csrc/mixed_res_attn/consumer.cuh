@@ -9,8 +9,8 @@
 
 namespace specedit::attn {
 
-constexpr int kSoftmaxChunks = 4;  // the softmax of a K tile is computed in so many chunks of keys
-constexpr int kPvWaitChunk = 3;    // the chunk before which it waits for the last P V product
+constexpr int kSoftmaxChunks = W_CHUNKS;  // the softmax of a K tile is computed in so many chunks of keys
+constexpr int kPvWaitChunk = W_PVCHUNK;    // the chunk before which it waits for the last P V product
 // A thread's sum of the weights of a row and K tile above which the row maximum is raised. bf16 and fp16 hold weights
 // of this size without loss.
 constexpr float kRescaleSum = 4096;
@@ -61,7 +61,7 @@ struct Consumer {
   __device__ void attend(const WorkTile& work, uint32_t& kv_idx, int bias_flags, Meanwhile meanwhile);
   __device__ void skip(const WorkTile& work, uint32_t& kv_idx);
   __device__ void warp_scheduler_sync();
-  __device__ void warp_scheduler_arrive();
+  __device__ void warp_scheduler_arrive(const WorkTile& work);
   __device__ void run();
 
   // ---- Softmax ----
@@ -75,10 +75,19 @@ struct Consumer {
   template <int c>
   __device__ void exponentiate(float (&even)[2], float (&odd)[2]);
   template <int c>
-  __device__ void exponentiate_from(float (&even)[2], float (&odd)[2]);
+  __device__ void exponents();
+  template <int c>
+  __device__ void sums(float (&even)[2], float (&odd)[2]);
+  template <int c>
   __device__ void exponentiate_far(float scale, float bias);
+  template <int c>
+  __device__ void chunk_with_max(float scale, float bias, bool far);
   template <bool FIRST>
   __device__ void softmax_with_max(float bias, bool scaled);
+  template <int c>
+  __device__ void near_chunks(float (&even)[2], float (&odd)[2]);
+  template <int c>
+  __device__ void far_chunks(float scale, float bias);
   template <int c>
   __device__ void chunk_without_max(uint32_t kv_idx, float (&even)[2], float (&odd)[2]);
   __device__ bool softmax_without_max(uint32_t kv_idx, float bias);
@@ -266,8 +275,9 @@ __device__ inline void Consumer<T, D, GATHER>::warp_scheduler_sync() {
 }
 
 template <typename T, int D, bool GATHER>
-__device__ inline void Consumer<T, D, GATHER>::warp_scheduler_arrive() {
-  sm90::named_barrier_arrive(kWarpSchedulerWG2 - wg, 2 * kWarpgroupThreads);
+__device__ inline void Consumer<T, D, GATHER>::warp_scheduler_arrive(const WorkTile& work) {
+  const int next = wg + 1 < W_WGS && work.has_rows(wg + 1) ? wg + 1 : 0;
+  sm90::named_barrier_arrive(kWarpSchedulerWG1 + next, 2 * kWarpgroupThreads);
 }
 
 // All K tiles of a work tile, after issue_first_qk. `meanwhile` runs during the last P V product.
@@ -280,10 +290,10 @@ __device__ inline void Consumer<T, D, GATHER>::attend(
     // Q K of this K tile and P V of the one before are issued together; the softmax runs during P V.
     consumer_wait(&s.k_full[stage_of(kv_idx + 1)], phase_of(kv_idx + 1));
     bias_flags = bias_flags_of(kv_idx + 1);
-    if (work.has_rows(1)) warp_scheduler_sync();
+    if (W_PP && work.has_rows(1)) warp_scheduler_sync();
     issue_qk(kv_idx + 1, bias_flags);
     issue_pv(kv_idx);
-    if (work.has_rows(1)) warp_scheduler_arrive();
+    if (W_PP && work.has_rows(1)) warp_scheduler_arrive(work);
     ++kv_idx;
     softmax_of_tile<false>(work, n_block, kv_idx, bias_flags);
   }
@@ -309,7 +319,7 @@ __device__ inline void Consumer<T, D, GATHER>::skip(const WorkTile& work, uint32
 
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::run() {
-  if (wg == 1) warp_scheduler_arrive();  // warpgroup 0 issues first
+  if (W_PP && wg == 1) sm90::named_barrier_arrive(kWarpSchedulerWG1, 2 * kWarpgroupThreads);  // warpgroup 0 issues first
   uint32_t kv_idx = 0;
   uint32_t q_phase = 0;
   WorkTile work, last;

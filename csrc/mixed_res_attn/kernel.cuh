@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
   if (sm90::cast_smem_ptr_to_uint(&s) % 1024 != 0) __trap();
   if (threadIdx.x == 0) {
     // Each warp that reads a stage arrives on its `empty`.
-    for (int wg = 0; wg < 2; ++wg) {
+    for (int wg = 0; wg < W_WGS; ++wg) {
       // By index: an arrival of each lane that copies, and one of each warp for its bits of q_valid.
       sm90::mbarrier_init(&s.q_full[wg], GATHER ? 2 * 33 : p.q_index != nullptr ? 33 : 1);
       sm90::mbarrier_init(&s.q_empty[wg], 4);
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
     for (int i = 0; i < Traits::kStages; ++i) {
       sm90::mbarrier_init(&s.k_full[i], Traits::kLoadArrivals + Traits::kBiasWarps);
       sm90::mbarrier_init(&s.v_full[i], Traits::kLoadArrivals);
-      sm90::mbarrier_init(&s.k_empty[i], 8);
-      sm90::mbarrier_init(&s.v_empty[i], 8);
+      sm90::mbarrier_init(&s.k_empty[i], 4 * W_WGS);
+      sm90::mbarrier_init(&s.v_empty[i], 4 * W_WGS);
     }
     sm90::mbarrier_init(&s.last_block_loaded, 1);
     sm90::fence_barrier_init();
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
       if constexpr (kIsFp8<T>) produce_key_tables<T, D>(p, s);
       else produce_biases<T, D>(p, s);
     } else {
-      if (p.q_index != nullptr) produce_queries<T, D>(p, s, warp - 2);
-      if (warp == 3) write_split_tile(p, s);
+            if (warp == 3) write_split_tile(p, s);
       store_empty_slots<OutputOf<T>, D>(p, s, blockIdx.x * 2 + warp - 2, gridDim.x * 2);
     }
   } else {

@@ -20,12 +20,11 @@ torch::stable::Tensor mixed_res_attn(
     std::optional<torch::stable::Tensor> cu_seqlens_q, std::optional<torch::stable::Tensor> cu_seqlens_k,
     std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, double scale);
 
-// The same of e4m3 numbers with scales, padded layout, D 128, q, k and v on the 16-byte grid; out is bf16. For what the
+// The same of e4m3 numbers with scales, padded layout, D 128, q and k on the 16-byte grid; out is bf16. For what the
 // Python dispatch lets through. q_scale, k_scale, v_scale: fp32 [B, rows or 1, heads].
 //
-// v: k's shape, or in panels of 64 keys, [B, panels, Hk, D, 64], which are read as they are where k has a multiple of 4
-// rows and there is no kv_index. Else the workspace has k, v in panels, biases and scales of each slot: about 2 B Nk Hk D
-// bytes.
+// v is read as it is where its rows are contiguous and lie on the 16-byte grid, k has a multiple of 4 rows and there is
+// no kv_index. Else the workspace has k, v transposed, biases and scales of each slot: about 2 B Nk Hk D bytes.
 torch::stable::Tensor mixed_res_attn_fp8(
     torch::stable::Tensor out, const torch::stable::Tensor& q, const torch::stable::Tensor& k,
     const torch::stable::Tensor& v, const torch::stable::Tensor& q_scale, const torch::stable::Tensor& k_scale,

@@ -24,11 +24,7 @@ Strides scale_strides_of(const Tensor& x) {
   return {stride(0), stride(1), stride(2)};
 }
 
-// Of v [B, panels, Hk, D, kValuePanel]: its rows are the panels.
-View view_of_panels(const Tensor& v) {
-  const auto stride = [&](int64_t i) { return v.size(i) == 1 ? int64_t{0} : v.stride(i); };
-  return {v.data_ptr(), {stride(0), stride(1), stride(2)}, v.size(0), v.size(1), v.size(2), v.size(3)};
-}
+bool on_grid(int64_t stride) { return stride % 16 == 0; }
 
 // Boxes of K: rows 4 i and 4 i + 1, or 4 i + 2 and 4 i + 3, of kBlockNFp8 rows (see key_of_row).
 CUtensorMap k_descriptor(const View& k) {
@@ -41,23 +37,20 @@ CUtensorMap k_descriptor(const View& k) {
       {kDim, 2, attn::kBlockNFp8 / 4, 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-// Boxes of V: the panels of kBlockNFp8 keys.
+// Boxes of V^T: a panel of keys.
 CUtensorMap v_descriptor(const View& v, int64_t column_stride) {
   return attn::tma_descriptor(
       kByte, v.data,
-      {attn::kValuePanel, kDim, static_cast<cuuint64_t>(v.rows), static_cast<cuuint64_t>(v.heads),
-       static_cast<cuuint64_t>(v.batch)},
-      {tma_stride(column_stride), tma_stride(v.strides.row), tma_stride(v.strides.head), tma_stride(v.strides.batch)},
-      {attn::kValuePanel, kDim, attn::kBlockNFp8 / attn::kValuePanel, 1, 1}, CU_TENSOR_MAP_SWIZZLE_64B);
+      {static_cast<cuuint64_t>(v.rows), kDim, static_cast<cuuint64_t>(v.heads), static_cast<cuuint64_t>(v.batch), 1},
+      {tma_stride(column_stride), tma_stride(v.strides.head), tma_stride(v.strides.batch), 16},
+      {attn::kValuePanel, kDim, 1, 1, 1}, CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 // Brings the slots of k and v, their biases and scales to the returned workspace. Afterwards p and the views describe a
-// call that loads these. panels: whether v is in panels.
-Tensor pack_kv(
-    Params& p, View& k, View& v, bool panels, int64_t& v_column_stride, const Tensor& q, cudaStream_t stream) {
+// call that loads these.
+Tensor pack_kv(Params& p, View& k, View& v, int64_t& v_column_stride, const Tensor& q, cudaStream_t stream) {
   const int64_t slots = p.max_seqlen_k;
-  const int num_panels = attn::ceil_div(p.max_seqlen_k, attn::kPackKeys);
-  const int64_t padded = int64_t{num_panels} * attn::kPackKeys;
+  const int64_t padded = (slots + 15) / 16 * 16;
   const int64_t numbers = k.batch * padded * k.heads * kDim;
   const bool k_by_row = p.k_scale_strides.row != 0, v_by_row = p.v_scale_strides.row != 0;
   const bool has_bias = p.bias != nullptr || p.kv_index != nullptr;
@@ -90,19 +83,22 @@ Tensor pack_kv(
   r.k_scale_out = take(k_by_row, k.batch * slots * k.heads);
   r.v_scale_out = take(v_by_row, k.batch * slots * k.heads);
   r.slots = p.max_seqlen_k;
+  r.padded = attn::checked_int(padded, "slots of keys");
   r.rows = p.rows_k;
-  const dim3 grid(num_panels, static_cast<unsigned>(k.heads), static_cast<unsigned>(k.batch));
+  const dim3 grid(
+      attn::ceil_div(r.padded, attn::kPackKeys), static_cast<unsigned>(k.heads), static_cast<unsigned>(k.batch));
+  const bool rows_on_grid = v_column_stride == 1 && on_grid(reinterpret_cast<intptr_t>(v.data)) &&
+      on_grid(v.strides.row) && on_grid(v.strides.head) && on_grid(v.strides.batch);
   if (grid.x > 0) {
-    (panels ? attn::pack_kv_kernel<true> : attn::pack_kv_kernel<false>)<<<grid, attn::kPackThreads,
-                                                                         attn::kPackSmemBytes, stream>>>(r);
+    (rows_on_grid ? attn::pack_kv_kernel<false> : attn::pack_kv_kernel<true>)<<<grid, attn::kPackThreads,
+                                                                               attn::kPackSmemBytes, stream>>>(r);
     check_cuda(cudaGetLastError(), "mixed_res_attn_fp8");
   }
   const int64_t row = k.heads * kDim;
   k = View{r.k_out, {padded * row, row, kDim}, k.batch, padded, k.heads, kDim};
-  constexpr int64_t kPanelBytes = int64_t{attn::kPackKeys} * kDim;
-  v = View{r.v_out, {padded * row, k.heads * kPanelBytes, kPanelBytes}, k.batch, num_panels, k.heads, kDim};
-  v_column_stride = attn::kPackKeys;
-  p.rows_k = attn::checked_int(padded, "slots of keys");
+  v = View{r.v_out, {padded * row, 1, padded * kDim}, k.batch, padded, k.heads, kDim};
+  v_column_stride = padded;
+  p.rows_k = r.padded;
   if (has_bias) {
     p.bias = r.bias_out;
     p.bias_batch_stride = slots;
@@ -128,8 +124,7 @@ Tensor mixed_res_attn_fp8(
     double scale) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const View qv = view_of(q), ov = view_of(out);
-  const bool panels = v.dim() == 5;
-  View kv = view_of(k), vv = panels ? view_of_panels(v) : view_of(v);
+  View kv = view_of(k), vv = view_of(v);
   if (qv.dim != kDim) throw std::invalid_argument("mixed_res_attn_fp8: q: expected D 128");
   if (qv.batch > attn::kMaxBatch) {
     throw std::invalid_argument("mixed_res_attn_fp8: q: expected at most 512 batch entries");
@@ -151,10 +146,10 @@ Tensor mixed_res_attn_fp8(
   const bool by_row = p.k_scale_strides.row != 0 || p.v_scale_strides.row != 0;
   const cudaStream_t stream = current_stream(q);
   int64_t v_column_stride = v.stride(3);
+  const bool transposed = vv.strides.row == 1 && on_grid(reinterpret_cast<intptr_t>(vv.data)) &&
+      on_grid(v_column_stride) && on_grid(vv.strides.head) && on_grid(vv.strides.batch) && kv.rows % 4 == 0;
   std::optional<Tensor> packed;
-  if (p.kv_index != nullptr || !panels || kv.rows % 4 != 0) {
-    packed = pack_kv(p, kv, vv, panels, v_column_stride, q, stream);
-  }
+  if (p.kv_index != nullptr || !transposed) packed = pack_kv(p, kv, vv, v_column_stride, q, stream);
   // A TMA descriptor has no empty dimension. Without queries or keys there is no load.
   if (qv.rows > 0) p.tma_q = attn::tma_descriptor_of_rows(qv, kByte, 1, attn::kWarpgroupRows);
   if (kv.rows > 0) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Brings e4m3 keys and values to the layout that the attention loads: V in panels, the rows of kv_index gathered.
+// Brings e4m3 keys and values to the layout that the attention loads: V transposed, its rows by kv_index gathered.
 #pragma once
 
 #include <cmath>
@@ -10,13 +10,12 @@
 namespace specedit::attn {
 
 constexpr int kPackThreads = 128;
-constexpr int kPackKeys = kValuePanel;  // of a CTA
+constexpr int kPackKeys = 64;  // of a CTA
 constexpr int kPackDim = 128;
 constexpr int kPackSmemBytes = kPackKeys * kPackDim;
 
-// Strides of k and v are in bytes; where v is in panels, v_strides.row is that of a panel and v_column_stride that of a
-// channel. k_out: [B, panels * kPackKeys, Hk, D]; v_out: [B, panels, Hk, D, kPackKeys]. Null: bias_out without indices
-// where there is no bias; scales that come by head.
+// Strides of k and v are in bytes. k_out: [B, padded, Hk, D]; v_out: [B, Hk, D, padded], `padded` a multiple of 16 and
+// at least `slots`. Null: bias_out without indices where there is no bias; scales that come by head.
 struct PackParams {
   const uint8_t *k, *v;
   Strides k_strides, v_strides;
@@ -27,7 +26,7 @@ struct PackParams {
   int64_t bias_batch_stride, index_batch_stride;
   uint8_t *k_out, *v_out;
   float *bias_out, *k_scale_out, *v_scale_out;
-  int slots, rows;
+  int slots, padded, rows;
 };
 
 // Bytes of four words, as a matrix of 4 x 4, transposed.
@@ -43,8 +42,9 @@ __device__ inline void transpose_bytes(uint32_t (&x)[4]) {
 }
 
 // A CTA: kPackKeys slots of head blockIdx.y. Rows that do not exist become zeros, with bias -inf and scales 0. Slots
-// from kv_lens on are not all written: the attention does not use them. PANELS: whether v is in panels.
-template <bool PANELS>
+// from kv_lens on are not all written: the attention does not use them. COLUMNS: whether v's rows may be anywhere and
+// not on the 16-byte grid, as those of a transposed v are.
+template <bool COLUMNS>
 __global__ void __launch_bounds__(kPackThreads) pack_kv_kernel(const __grid_constant__ PackParams p) {
   sm90::launch_dependent_grids();
   // Row k: a key's values. Its 16-byte chunks are permuted so that threads which read columns of different keys
@@ -55,7 +55,6 @@ __global__ void __launch_bounds__(kPackThreads) pack_kv_kernel(const __grid_cons
   const int batch = blockIdx.z;
   const int start = blockIdx.x * kPackKeys;
   const int heads = gridDim.y;
-  const int64_t panel = static_cast<int64_t>(batch) * gridDim.x + blockIdx.x;
   if (p.lens != nullptr && start >= p.lens[batch]) return;
   const auto row_of = [&](int key) {
     if (start + key >= p.slots) return -1;
@@ -87,20 +86,21 @@ __global__ void __launch_bounds__(kPackThreads) pack_kv_kernel(const __grid_cons
     const int64_t row = row_of(key);
     uint4 x = make_uint4(0, 0, 0, 0);
     if (row >= 0) x = sm90::load_streaming(reinterpret_cast<const uint4*>(k + row * p.k_strides.row) + chunk);
-    const int64_t place = ((panel * kPackKeys + key) * heads + head) * kChunks + chunk;
-    reinterpret_cast<uint4*>(p.k_out)[place] = x;
-    if constexpr (!PANELS) {
+    if (start + key < p.padded) {
+      const int64_t place = ((static_cast<int64_t>(batch) * p.padded + start + key) * heads + head) * kChunks + chunk;
+      reinterpret_cast<uint4*>(p.k_out)[place] = x;
+    }
+    if constexpr (!COLUMNS) {
       uint4 y = make_uint4(0, 0, 0, 0);
       if (row >= 0) y = sm90::load_streaming(reinterpret_cast<const uint4*>(v + row * p.v_strides.row) + chunk);
       *reinterpret_cast<uint4*>(tile + key * 32 + (chunk * 4 ^ key / 16 * 8)) = y;
     }
   }
-  if constexpr (PANELS) {
+  if constexpr (COLUMNS) {
     const int key = thread % kPackKeys;
-    const int row = row_of(key);
-    const uint8_t* const of_key = v + row / kValuePanel * p.v_strides.row + row % kValuePanel;
+    const int64_t row = row_of(key);
     for (int d = thread / kPackKeys; d < kPackDim; d += kPackThreads / kPackKeys) {
-      const uint8_t x = row < 0 ? 0 : of_key[d * p.v_column_stride];
+      const uint8_t x = row < 0 ? 0 : v[row * p.v_strides.row + d * p.v_column_stride];
       reinterpret_cast<uint8_t*>(tile)[(key * 32 + (d / 4 ^ key / 16 * 8)) * 4 + d % 4] = x;
     }
   }
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kv_kernel(const __grid_cons
   // Four columns of 16 keys.
   const int group = thread % 32 / 8;
   const int columns = thread / 32 * 8 + thread % 8;
+  const int first = start + group * 16;
   uint32_t words[4][4];  // of four keys, of a column
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -118,10 +119,12 @@ __global__ void __launch_bounds__(kPackThreads) pack_kv_kernel(const __grid_cons
 #pragma unroll
     for (int j = 0; j < 4; ++j) words[i][j] = four[j];
   }
-  uint8_t* const out = p.v_out + ((panel * heads + head) * kPackDim + columns * 4) * kPackKeys + group * 16;
+  if (first >= p.padded) return;
+  uint8_t* const out = p.v_out + ((static_cast<int64_t>(batch) * heads + head) * kPackDim + columns * 4) * p.padded + first;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    *reinterpret_cast<uint4*>(out + j * kPackKeys) = make_uint4(words[0][j], words[1][j], words[2][j], words[3][j]);
+    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(j) * p.padded) =
+        make_uint4(words[0][j], words[1][j], words[2][j], words[3][j]);
   }
 }
 

@@ -19,8 +19,7 @@ constexpr int kPregatherMinTiles = 20;
 constexpr int kCombineThreads = 256;
 constexpr int kCombineRows = kCombineThreads / 32;  // of a CTA, one for each warp
 
-// e4m3 numbers: V lies in panels of so many keys, a channel's side by side; in shared memory with the 64-byte swizzle.
-constexpr int kValuePanel = 64;
+constexpr int kValuePanel = 64;  // e4m3 numbers: keys of a panel of V^T, with the 64-byte swizzle
 
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2E = 1.4426950408889634f;

@@ -19,10 +19,10 @@
 namespace specedit::attn {
 
 constexpr int kWarpgroupThreads = 128;
-constexpr int kThreads = 384;          // of a CTA: one producer warpgroup and two consumer warpgroups
+constexpr int kThreads = 128 * (1 + W_WGS);          // of a CTA: one producer warpgroup and two consumer warpgroups
 constexpr int kWarpgroupRows = 64;     // queries of a consumer warpgroup
-constexpr int kBlockM = 128;           // queries of a work tile
-constexpr int kBlockN = 176;           // keys of a K tile
+constexpr int kBlockM = 64 * W_WGS;           // queries of a work tile
+constexpr int kBlockN = W_BLOCKN;           // keys of a K tile
 constexpr int kBlockNFp8 = 192;        // the same of e4m3 numbers
 constexpr int kMaxBatch = 512;         // batch entries whose lengths fit in shared memory
 constexpr int kMaxHostPlanCtas = 192;  // CTAs for which the host makes a plan
@@ -43,7 +43,7 @@ SPECEDIT_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b;
 constexpr int kFullBlockCost = 4;      // of a K tile where both consumer warpgroups have queries
 constexpr int kHalfBlockCost = 3;      // of a K tile where only one has
 constexpr int kSplitOverheadCost = 6;  // prologue and epilogue of a tile or a split
-constexpr int kCombineCost = 12;       // of the combine kernel
+constexpr int kCombineCost = W_COMBINE;       // of the combine kernel
 constexpr int kMinSplitBlocks = 2;     // K tiles
 constexpr int kMaxSplitCtas = 512;     // with more CTAs no tile is split
 

@@ -15,13 +15,16 @@ struct TmaProducer {
   Storage& s;
   uint32_t last_block_phase = 0;
 
-  // Panels of V, one after another; K in two halves of its rows (see key_of_row). Both by one thread.
+  // V^T in panels of kValuePanel keys; K in two halves of its rows (see key_of_row). Both by one thread.
   template <bool VALUES>
   __device__ static void load_e4m3(
       const CUtensorMap* map, T* target, uint64_t* loaded, int row, int head, int batch) {
     constexpr int kBlockN = Traits::kBlockN;
     if constexpr (VALUES) {
-      sm90::tma_load(target, map, loaded, 0, 0, row / kValuePanel, head, batch);
+#pragma unroll
+      for (int key = 0; key < kBlockN; key += kValuePanel) {
+        sm90::tma_load(target + key * D, map, loaded, row + key, 0, head, batch, 0);
+      }
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -64,9 +67,8 @@ struct TmaProducer {
     const int lane = threadIdx.x % 32;
     sm90::mbarrier_wait(empty, phase ^ 1);
     __syncwarp();
-    // Behind the last row of the tensor TMA writes zeros itself; the last panel of V may have what is no row.
-    const int rows = kIsFp8<T> && VALUES ? ceil_div(p.rows_k, kValuePanel) * kValuePanel : p.rows_k;
-    const bool other_rows = valid < Traits::kBlockN && row + valid < rows;
+    // Behind the last row of the tensor TMA writes zeros itself.
+    const bool other_rows = valid < Traits::kBlockN && row + valid < p.rows_k;
     uint64_t* loaded = other_rows ? &s.last_block_loaded : full;
     if (lane == 0) {
       sm90::mbarrier_arrive_and_expect_tx(loaded, Traits::kBlockN * D * sizeof(T));
@@ -105,7 +107,7 @@ struct TmaProducer {
       const auto load_q = [&] {
         if (p.q_index != nullptr) return;
         const int q_batch = p.cu_seqlens_q == nullptr ? work.batch : 0;
-        for (int wg = 0; wg < 2; ++wg) {
+        for (int wg = 0; wg < W_WGS; ++wg) {
           sm90::mbarrier_wait(&s.q_empty[wg], q_phase ^ 1);
           __syncwarp();
           if (lane == 0) {

@@ -5,7 +5,7 @@
 // row maximum may be too low: it is raised only where the sum of a thread's weights shows that it is far too low. So
 // scores need not be compared with it, and the accumulators are seldom rescaled (softmax_without_max).
 //
-// Other cases take softmax_with_max, which takes the maximum of the K tile before its exponents: a row that has no
+// Other cases take softmax_with_max, which takes the maximum of a chunk of keys before its exponents: a row that has no
 // maximum yet; a row whose maximum is far (kNear); and a K tile whose biases are far above those before, for its
 // weights could be infinite. If scores themselves make weights that large (69 above the row maximum), the products of
 // the K tile are computed again.
@@ -130,30 +130,46 @@ __device__ inline float Consumer<T, D, GATHER>::raise_row_max(int r, float high)
 template <typename T, int D, bool GATHER>
 template <int c>
 __device__ inline void Consumer<T, D, GATHER>::exponentiate(float (&even)[2], float (&odd)[2]) {
+  exponents<c>();
+  sums<c>(even, odd);
+}
+
+template <typename T, int D, bool GATHER>
+template <int c>
+__device__ inline void Consumer<T, D, GATHER>::exponents() {
 #pragma unroll
-  for (int i = chunk_begin(c); i < chunk_begin(c + 1); i += 2) {
-    const int r = i / 2 % 2;
-    acc_s[i] = sm90::exp2_approx(fmaf(acc_s[i], p.softmax_scale_log2, exponent_offset[r]));
-    acc_s[i + 1] = sm90::exp2_approx(fmaf(acc_s[i + 1], p.softmax_scale_log2, exponent_offset[r]));
-    even[r] += acc_s[i];
-    odd[r] += acc_s[i + 1];
+  for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) {
+    const float x = fmaf(acc_s[i], p.softmax_scale_log2, exponent_offset[i / 2 % 2]);
+#ifdef W_NOEXP
+    acc_s[i] = x;
+#else
+    acc_s[i] = sm90::exp2_approx(x);
+#endif
   }
 }
 
-// The same for chunk c and all chunks after it.
 template <typename T, int D, bool GATHER>
 template <int c>
-__device__ inline void Consumer<T, D, GATHER>::exponentiate_from(float (&even)[2], float (&odd)[2]) {
-  exponentiate<c>(even, odd);
-  if constexpr (c + 1 < kSoftmaxChunks) exponentiate_from<c + 1>(even, odd);
+__device__ inline void Consumer<T, D, GATHER>::sums(float (&even)[2], float (&odd)[2]) {
+#pragma unroll
+  for (int i = chunk_begin(c); i < chunk_begin(c + 1); i += 2) {
+    const int r = i / 2 % 2;
+#ifdef W_PAIRSUM
+    even[r] += acc_s[i] + acc_s[i + 1];
+#else
+    even[r] += acc_s[i];
+    odd[r] += acc_s[i + 1];
+#endif
+  }
 }
 
-// The whole K tile, for a far bias or row maximum. A difference of two fp32 numbers that are close is exact. So no weight
-// is above 2^8, as row_max is at most kRescaleThreshold below a score.
+// The same for a far bias or row maximum. A difference of two fp32 numbers that are close is exact. So no weight is
+// above 2^8, as row_max is at most kRescaleThreshold below a score.
 template <typename T, int D, bool GATHER>
+template <int c>
 __device__ inline void Consumer<T, D, GATHER>::exponentiate_far(float scale, float bias) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
+  for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) {
     const int r = i / 2 % 2;
     // No key yet: the difference of two -inf would be NaN.
     const float max = row_max[r] == -INFINITY ? 0.0f : row_max[r];
@@ -162,42 +178,92 @@ __device__ inline void Consumer<T, D, GATHER>::exponentiate_far(float scale, flo
   }
 }
 
+// scale: from acc_s to scores without `bias`. far: whether that is not softmax_scale, or the bias is far.
+template <typename T, int D, bool GATHER>
+template <int c>
+__device__ inline void Consumer<T, D, GATHER>::chunk_with_max(float scale, float bias, bool far) {
+  float high[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = chunk_begin(c); i < chunk_begin(c + 1); ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], acc_s[i]);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) high[r] = fmaf(high[r], scale, bias);
+  // A difference, for a far maximum plus the threshold is rounded.
+  const bool above = high[0] - row_max[0] > kRescaleThreshold || high[1] - row_max[1] > kRescaleThreshold;
+  if (__any_sync(0xffffffffu, above)) {
+    needs_rescale = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float factor = raise_row_max(r, quad_max(high[r]));
+#pragma unroll
+      for (int i = 2 * r; i < chunk_begin(c); i += 4) {
+        acc_s[i] *= factor;
+        acc_s[i + 1] *= factor;
+      }
+    }
+    set_exponent_offset(bias);
+  }
+  if (__builtin_expect(__any_sync(0xffffffffu, far || is_far()), 0)) exponentiate_far<c>(scale, bias);
+  else exponentiate<c>(row_sum, row_sum);
+  if constexpr (c + 1 < kSoftmaxChunks) chunk_with_max<c + 1>(scale, bias, far);
+}
+
 // For the first K tile, or when the last P V product has ended. scaled: acc_s are scores.
 template <typename T, int D, bool GATHER>
 template <bool FIRST>
 __device__ inline void Consumer<T, D, GATHER>::softmax_with_max(float bias, bool scaled) {
+#if W_FIRST
   const float scale = scaled ? 1.0f : p.softmax_scale;
-  float even[2] = {-INFINITY, -INFINITY};
-  float odd[2] = {-INFINITY, -INFINITY};
+  o_scale[0] = o_scale[1] = 1.0f;
+  float high[2] = {acc_s[0], acc_s[2]};
+  float high_odd[2] = {acc_s[1], acc_s[3]};
 #pragma unroll
-  for (int i = 0; i < N / 2; i += 2) {
+  for (int i = 4; i < N / 2; i += 2) {
     const int r = i / 2 % 2;
-    even[r] = fmaxf(even[r], acc_s[i]);
-    odd[r] = fmaxf(odd[r], acc_s[i + 1]);
+    high[r] = fmaxf(high[r], acc_s[i]);
+    high_odd[r] = fmaxf(high_odd[r], acc_s[i + 1]);
   }
-  float high[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) high[r] = fmaf(fmaxf(even[r], odd[r]), scale, bias);
+  for (int r = 0; r < 2; ++r) high[r] = fmaf(fmaxf(high[r], high_odd[r]), scale, bias);
   // A difference, for a far maximum plus the threshold is rounded.
   const bool above = high[0] - row_max[0] > kRescaleThreshold || high[1] - row_max[1] > kRescaleThreshold;
   const bool raise = __any_sync(0xffffffffu, above);
-  o_scale[0] = o_scale[1] = 1.0f;
   if (raise) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) raise_row_max(r, quad_max(high[r]));
   }
+  set_exponent_offset(bias);
   if (__builtin_expect(__any_sync(0xffffffffu, scaled || fabsf(bias) > kNear || is_far()), 0)) {
-    exponentiate_far(scale, bias);
+    far_chunks<0>(scale, bias);
   } else {
-    set_exponent_offset(bias);
-    float odd_sum[2] = {0.0f, 0.0f};
-    exponentiate_from<0>(row_sum, odd_sum);
-    row_sum[0] += odd_sum[0];
-    row_sum[1] += odd_sum[1];
+    float odd[2] = {0.0f, 0.0f};
+    near_chunks<0>(row_sum, odd);
+    row_sum[0] += odd[0];
+    row_sum[1] += odd[1];
   }
   pack_p<0, N / 2>();
-  // Before the first K tile acc_o is 0.
   if (!FIRST && raise) rescale_o();
+#else
+  needs_rescale = false;
+  o_scale[0] = o_scale[1] = 1.0f;
+  set_exponent_offset(bias);
+  chunk_with_max<0>(scaled ? 1.0f : p.softmax_scale, bias, scaled || fabsf(bias) > kNear);
+  pack_p<0, N / 2>();
+  if (needs_rescale) rescale_o();
+#endif
+}
+
+template <typename T, int D, bool GATHER>
+template <int c>
+__device__ inline void Consumer<T, D, GATHER>::near_chunks(float (&even)[2], float (&odd)[2]) {
+  exponentiate<c>(even, odd);
+  if constexpr (c + 1 < kSoftmaxChunks) near_chunks<c + 1>(even, odd);
+}
+
+template <typename T, int D, bool GATHER>
+template <int c>
+__device__ inline void Consumer<T, D, GATHER>::far_chunks(float scale, float bias) {
+  exponentiate_far<c>(scale, bias);
+  if constexpr (c + 1 < kSoftmaxChunks) far_chunks<c + 1>(scale, bias);
 }
 
 template <typename T, int D, bool GATHER>
@@ -206,7 +272,7 @@ __device__ inline void Consumer<T, D, GATHER>::chunk_without_max(
     uint32_t kv_idx, float (&even)[2], float (&odd)[2]) {
   if constexpr (c == kPvWaitChunk) {
     // Never true. Without it ptxas moves the wait: exponentials that should precede it follow it, or the reverse.
-    if (even[0] + even[1] + odd[0] + odd[1] < 0.0f) {
+    if (c > 0 && even[0] + even[1] + odd[0] + odd[1] < 0.0f) {
       sm90::nanosleep();
       exponent_offset[0] = exponent_offset[1] = -INFINITY;
     }
