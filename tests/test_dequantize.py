@@ -55,7 +55,7 @@ def test_a_scaled_number_is_the_exact_product_rounded_once(backend, poison, rand
 
 
 @pytest.mark.parametrize("scaled", ["", "by row", "one"])
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0), (3, 5), (1, 8193), (2, 4096, 3), (3, 9000), (2, 3, 1024)],
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0), (3, 5), (1, 8193), (2, 260, 3), (3, 9000), (2, 3, 1024)],
                          ids=str)  # fmt: skip
 def test_all_shapes(backend, poison, random, integers, device, shape, scaled):
     if scaled == "by row" and not shape:
