@@ -248,3 +248,19 @@ def cached_step_is_whole(run):
     if state.locked_layouts:
         again = run.velocity(state.tokens, at, state.locked_layouts)[:, :20]
         assert torch.allclose(again, whole, atol=1e-5)
+
+
+def graphs_replay_fused_steps(ours, **options):
+    """On a CUDA device in bf16: "graph" has the bits of "fused", also after another size, and is near "eager"."""
+    for kind in (*KINDS, dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8")):
+
+        def call(runner, columns, kind=kind):
+            config = paper(stages=(1, 2, 1), runner=runner, **kind)
+            return ours(generator=seeded(), mask_image=mask(columns), specedit=config, **options)
+
+        for columns in (3, 5, 3):
+            expected, out = (call(runner, columns) for runner in ("fused", "graph"))
+            eager = call("eager", columns).images
+            assert out.stats.runner == "graph" and (expected.images - eager).norm() < 0.02 * eager.norm()
+            found = call("graph", columns)
+            assert torch.equal(found.images, expected.images) and found.stats.captures == 0

@@ -474,9 +474,10 @@ def test_wrong_outputs(capsys, tmp_path, model, source):
 
 
 def test_the_qualities_are_the_configs():
-    from specedit_kernels.cli.main import PRESETS, QUALITIES
+    from specedit_kernels.cli.main import DRAFTS, PRESETS, QUALITIES
     from specedit_kernels.engine import config
 
+    assert DRAFTS == config.DRAFTS
     assert QUALITIES == tuple(config.QUALITIES) and sorted(PRESETS) == sorted(config.PRESETS)
 
 

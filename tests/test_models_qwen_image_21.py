@@ -265,19 +265,7 @@ def test_a_compiled_block_traces_whole_and_writes_to_kept_keys():
 def test_replayed_steps_are_the_steps_to_the_last_bit(guided):
     plain = tiny_qwen21()
     plain.to("cuda", torch.bfloat16)
-    ours = proofs.enabled(plain)
-    for kind in (*proofs.KINDS, dict(finish="locked", kv_refresh=9, kv_cache_dtype="fp8")):
-
-        def call(runner, columns, kind=kind):
-            config = paper(stages=(1, 2, 1), runner=runner, **kind)
-            return ours(generator=seeded(), mask_image=proofs.mask(columns), specedit=config, **options(guided))
-
-        for columns in (3, 5, 3):
-            expected, out = (call(runner, columns) for runner in ("fused", "graph"))
-            eager = call("eager", columns).images
-            assert out.stats.runner == "graph" and (expected.images - eager).norm() < 0.02 * eager.norm()
-            found = call("graph", columns)
-            assert torch.equal(found.images, expected.images) and found.stats.captures == 0
+    proofs.graphs_replay_fused_steps(proofs.enabled(plain), **options(guided))
 
 
 @pytest.mark.slow

@@ -67,20 +67,21 @@ def run_stages(
         fine, (estimate, _) = stages.dense_steps(run, start, sigmas[:2], full, "draft_step", guided=guided)
         scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
     elif coarse_steps and not (half and selection is not None):
+        stage = "draft" if half else "coarse"
         small = stages.source_at(run, coarse_grid(run.grid))
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
-            run, coarse, plan.coarse, behind, "draft" if half else "coarse", main=not half,
+            run, coarse, plan.coarse, behind, stage, main=not half,
             guided=config.draft_guidance, solver=config.solver,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps
         if selection is None:
             found = Draft(last, small, first if coarse_steps > 1 else None)
-            scores, selection = verify(run, found, "draft" if half else "coarse")
+            scores, selection = verify(run, found, stage)
         else:
-            clock.mark("coarse")
+            clock.mark(stage)
     if selection is None:
         raise ValueError(f"counts: expected a coarse step for draft='coarse' without a mask, got {counts}")
     if run.ends(selection):
