@@ -189,7 +189,8 @@ def edit_left_half(pipe, call: dict | None = None, **config):
     given |= dict(output_type="latent", specedit=SpecEditConfig(**config)) | (call or {})
     if isinstance(pipe, SpecEditFluxKontextPipeline):
         return pipe(**call_options(**given))
-    return pipe(**qwen_text(), **qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128, **given)
+    texts = qwen_text() | qwen_text(negative=True, seed=4)
+    return pipe(**dict(texts, true_cfg_scale=2.0, max_area=128 * 128) | given)
 
 
 class TinyVisionProcessor:

@@ -266,6 +266,9 @@ class EditModel(ABC):
         of, a, b = (x.attention.cache for x in (layout, near, far))
         of.blend_(a, b, weight)
 
+    def release(self, layouts: Sequence[Any]) -> None:
+        """What these cached layouts, the last ones made, keep is needed no more: the next ones may take its memory."""
+
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         """Bytes of the keys and values that these cached mixed layouts keep."""
         return sum(layout.attention.cache.bytes for layout in layouts)
