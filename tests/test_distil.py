@@ -129,6 +129,15 @@ def test_rows_by_name():
         ("coarse", False, 1), ("coarse", True, 1), ("half", False, 1), ("coarse", True, 6), ("coarse", False, 3),
         ("half", True, 6),
     ]  # fmt: skip
-    for wrong in ("4+7 lt half", "4+7 lt ck", "4+7 ck 2", "4+7 forecast2", "4+6 far", "plain-", "lora", "preset-8 cachedat .1"):
+    for wrong in (
+        "4+7 lt half",
+        "4+7 lt ck",
+        "4+7 ck 2",
+        "4+7 forecast2",
+        "4+6 far",
+        "plain-",
+        "lora",
+        "preset-8 cachedat .1",
+    ):
         with pytest.raises(ValueError, match="--rows"):
             solver.row_of(wrong)
