@@ -439,7 +439,7 @@ STEPS = {
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
     )
-    for coarse, mixed in ((2, 3), (4, 3), (6, 7))
+    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (5, 6), (6, 7))
     for name in ("", " lt", " half", " half lt")
 }  # fmt: skip
 # The mask is given, so it is the region; "drafted": beside a draft that runs all the same.
