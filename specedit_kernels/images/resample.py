@@ -111,7 +111,7 @@ def resized_levels(levels: Tensor, size: tuple[int, int], axes: Sequence[int] = 
         first, weights = (torch.from_numpy(x).to(levels.device) for x in _whole_weights(have, wanted))
         shape = [1, 1, 1]
         shape[axis] = wanted
-        total: Tensor | int = 1 << (BITS - 1)
+        total = torch.full((), 1 << (BITS - 1), dtype=torch.int32, device=levels.device)
         for k, weight in enumerate(weights):
             # past the last input the weight is 0
             seen = levels.index_select(axis, (first + k).clamp_(max=have - 1))
