@@ -439,7 +439,7 @@ STEPS = {
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh=renewed or "bracket",
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
     )
-    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (4, 6), (5, 6), (6, 7))
+    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (4, 5), (5, 6), (6, 7))
     for renewed in (0, 2, 3)
     for kind in ("", " lt", " half", " half lt")
     for name in (f"{kind} kv {renewed}" if renewed else kind,)
