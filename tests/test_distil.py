@@ -120,6 +120,8 @@ def test_rows_by_name():
     row = solver.row_of("lora preset-4 cached at .07")
     assert row.lora and row.config.step_counts() == (1, 2, 1) and row.config.solver == "euler"
     assert (row.config.threshold, row.config.relative, row.config.kv_refresh) == (0.07, 0.5, 9)
+    whole = solver.row_of("6+7 from 8/9 lt kv 1 grow 0").config
+    assert (whole.kv_refresh, whole.dilation, whole.mixed_from, whole.lock_text) == (1, 0, 8 / 9, True)
     assert solver.row_of("preset-8 paper").config.finish == "full" and not solver.row_of("plain-8").lora
     even = solver.row_of("2+6 euler even").config
     assert even.mixed_from is None and even.step_counts() == (2, 6, 0)
@@ -129,15 +131,7 @@ def test_rows_by_name():
         ("coarse", False, 1), ("coarse", True, 1), ("half", False, 1), ("coarse", True, 6), ("coarse", False, 3),
         ("half", True, 6),
     ]  # fmt: skip
-    for wrong in (
-        "4+7 lt half",
-        "4+7 lt ck",
-        "4+7 ck 2",
-        "4+7 forecast2",
-        "4+6 far",
-        "plain-",
-        "lora",
-        "preset-8 cachedat .1",
-    ):
+    for wrong in ("4+7 lt half", "4+7 lt ck", "4+7 ck 2", "4+7 forecast2", "4+6 far", "plain-", "lora",
+                  "preset-8 cachedat .1"):  # fmt: skip
         with pytest.raises(ValueError, match="--rows"):
             solver.row_of(wrong)
