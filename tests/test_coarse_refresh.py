@@ -31,11 +31,6 @@ def flux():
     return made("flux")
 
 
-@pytest.fixture(scope="module")
-def qwen():
-    return made("qwen")
-
-
 def edit(pipe, call=None, **config):
     return edit_left_half(pipe, call, **dict(stages=(3, 2, 0), finish="locked", kv_refresh=1, runner="eager") | config)
 
@@ -69,13 +64,10 @@ def test_it_is_whole_steps_where_kept_keys_and_values_do_not_change(monkeypatch,
     assert error() < 2e-6
 
 
-@pytest.mark.parametrize("model", ["flux", "qwen"])
-def test_one_coarse_step_keeps_its_bits(request, model):
-    pipe = request.getfixturevalue(model)
-    for runner in ("eager", "fused"):
-        before, after = (edit(pipe, stages=(1, 2, 0), runner=runner, coarse_refresh=k).images for k in (1, 5))
-        assert torch.equal(after, before)
-    assert not torch.equal(edit(pipe, coarse_refresh=3).images, edit(pipe).images)
+def test_one_coarse_step_keeps_its_bits(flux):
+    before, after = (edit(flux, stages=(1, 2, 0), runner="fused", coarse_refresh=k).images for k in (1, 5))
+    assert torch.equal(after, before)
+    assert not torch.equal(edit(flux, coarse_refresh=3).images, edit(flux).images)
 
 
 # texts of two lengths: one batch of both has padding
@@ -86,8 +78,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("model", ["flux", "qwen"])
+CASES = [("flux", "plain"), *(("qwen", name) for name in OPTIONS)]
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
 def test_fused_steps_and_graphs_do_what_eager_ones_do(model, name, stubbed, monkeypatch, poison):  # noqa: F811
     """A graph is stood for by the function that was captured first, for all later calls of its tag and shapes."""
     monkeypatch.setattr(pipeline, "inspect_weights", lambda *arguments: ("", []))
@@ -109,8 +103,7 @@ def test_fused_steps_and_graphs_do_what_eager_ones_do(model, name, stubbed, monk
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("model", ["flux", "qwen"])
+@pytest.mark.parametrize(("model", "name"), CASES)
 def test_replayed_steps_are_the_steps(model, name):
     pipe = made(model).to("cuda", torch.bfloat16)
     options = dict(coarse_refresh=2, lock_text=True, kv_refresh="bracket", stages=(3, 4, 0)) | OPTIONS[name]
@@ -149,9 +142,8 @@ def test_a_step_after_a_callback_that_changes_the_run_is_whole(flux, change):
     assert [s.tokens[0] for s in coarse(edit(flux, call(9), **options))] == [32, 16, 16, 16, 16]
 
 
-@pytest.mark.parametrize("runner", ["eager", "fused"])
-def test_a_batch_is_its_singles(flux, runner):
-    config = SpecEditConfig(stages=(3, 2, 0), finish="locked", runner=runner, coarse_refresh=3)
+def test_a_batch_is_its_singles(flux):
+    config = SpecEditConfig(stages=(3, 2, 0), finish="locked", runner="fused", coarse_refresh=3)
     given = dict(output_type="latent", specedit=config)
     images, masks = [tiny_image(seed=1), tiny_image(seed=2)], [left_half(), left_half().rotate(90)]
     seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
@@ -177,6 +169,7 @@ def test_coarse_grids_of_odd_sides(flux, size):
     torch.testing.assert_close(found[0].images, found[1].images, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["coarse", "half", "quarter", "full_step"])
 def test_with_every_draft(flux, draft):
     given = dict(stages=(3, 2, 0), draft=draft, draft_steps=3, threshold=-1.0, max_active=1.0)
