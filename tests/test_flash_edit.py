@@ -171,7 +171,7 @@ def test_the_watched_mass_is_the_softmax_weight(pipe):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash_stages, "draft", spy)
-        run(pipe, white(4))
+        run(pipe, white(4), bg_shield=False)
     mass = seen["mass"]
     assert mass.shape == (1, 16, 16) and (mass > 0).all() and (mass.sum(dim=2) < 1).all()
 
@@ -199,7 +199,7 @@ def test_a_shield_over_nothing_is_the_plain_step(pipe, one_step, monkeypatch):
     edit = flash_stages.one_step_edit
     monkeypatch.setattr(flash_stages, "one_step_edit", lambda *a: edit(*a[:-1], True))
     out = run(pipe, white(), call=dict(negative_prompt_embeds=None))
-    assert [s.stage for s in out.stats.steps] == ["draft", "source", "edit"]
+    assert [s.stage for s in out.stats.steps] == ["source", "edit"]
     torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_the_shield_keeps_the_source_and_computes_the_region_alone(pipe, one_ste
     assert not torch.equal(whole.images[:, outside], out.images[:, outside])
     assert (out.images[:, ~outside] - one_step[:, ~outside]).abs().max() < (source.images - one_step).abs().max()
     # 32 of 64 target tokens, and the condition tokens at their places
-    assert {s.stage: s.tokens for s in out.stats.steps} == {"draft": (32,), "source": (128,), "edit": (64,)}
+    assert {s.stage: s.tokens for s in out.stats.steps} == {"source": (128,), "edit": (64,)}
     assert out.stats.source_error.shape == (1,) and out.stats.source_error > 0
     assert whole.stats.source_error is None
 
@@ -233,6 +233,17 @@ def test_ssca_changes_the_picture_where_the_text_does_not_reach(pipe, one_step):
     out = run(pipe, white(4), bg_shield=False, token_ratio=1e6)
     assert not out.stats.key_tokens.any()
     torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
+
+
+def test_under_a_mask_and_the_shield_ssca_is_nothing_and_no_draft_runs(pipe):
+    out = run(pipe, white(4), token_ratio=0.0)
+    assert out.stats.key_tokens is None
+    # the same region by a draft that adds none: its tokens, which are all that the edit computes, see all text
+    drafted = run(pipe, white(4), token_ratio=0.0, mask_ratio=1e6, call=dict(mask_mode="add"))
+    assert [s.stage for s in drafted.stats.steps] == ["draft", "source", "edit"]
+    assert torch.equal(drafted.mask, out.mask) and drafted.stats.key_tokens.any()
+    torch.testing.assert_close(out.images, drafted.images, atol=3e-6, rtol=1e-5)
+    assert torch.equal(run(pipe, white(4), ssca=False).images, out.images)
 
 
 def test_a_batch_is_its_samples(pipe):
@@ -391,7 +402,8 @@ def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
     config = SpecEditConfig(stages=(0, 0, 1))
     whole = dense(specedit=config, mask_image=white(), true_cfg_scale=1.0, generator=seeded(), **call).images
     torch.testing.assert_close(edit(white()).images, whole, atol=3e-6, rtol=1e-5)
-    part = edit(white(4))
+    call |= dict(mask_mode="add")
+    part = edit(white(4), mask_ratio=1e6)
     assert [s.stage for s in part.stats.steps] == ["draft", "source", "edit"]
     assert part.images.isfinite().all() and not torch.equal(part.images, whole)
     off = edit(white(4), bg_shield=False, ssca=False)
@@ -466,8 +478,9 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
 
     code, text, _ = command()
     assert code == 0 and out.exists()
-    for words in ("1 x source 128", "1 x edit 64", "no one-step weights", "key text tokens"):
+    for words in ("1 x source 128", "1 x edit 64", "no one-step weights"):
         assert words in text
+    assert "key text tokens" not in text  # the mask is all that is computed, and sees them all
     code, _, error = command("--steps", 4)
     assert code == 2 and "num_inference_steps" in error
     (model / "cosi").mkdir()
@@ -475,6 +488,9 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
         (model / "cosi" / name).write_bytes((weights / name).read_bytes())
     code, text, _ = command()
     assert code == 0 and "noise       of the source, white in the edit region" in text and "1 x invert 64" in text
+    code, text, _ = command("--mask-mode", "add")
+    assert code == 0 and "key text tokens" in text
+    command()
     pixels = PIL.Image.open(out).convert("RGB").tobytes()
     code, text, _ = command("--source-prompt", "a red cat")
     assert code == 0 and PIL.Image.open(out).convert("RGB").tobytes() != pixels  # the source branch reads it
@@ -485,16 +501,24 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
 # steps of few launches
 
 
+FOUND = dict(mask_ratio=1.0)  # the draft looks for the region within the mask
+
+
 @pytest.mark.parametrize("options", [
-    {}, dict(ssca=False), dict(bg_shield=False), dict(ssca=False, bg_shield=False), dict(token_ratio=0.0),
+    {}, FOUND, FOUND | dict(ssca=False), dict(bg_shield=False), dict(ssca=False, bg_shield=False),
+    FOUND | dict(token_ratio=0.0),
 ])  # fmt: skip
 def test_fused_steps_are_the_eager_ones(pipe, options):
     text = torch.randn(1, 5, 32, generator=seeded()), torch.randn(1, 16, generator=seeded())
     call = dict(negative_prompt_embeds=text[0], negative_pooled_prompt_embeds=text[1])
+    if "mask_ratio" in options:
+        call["mask_mode"] = "limit"
     eager, fused = (run(pipe, white(4), runner=r, call=call, **options) for r in ("eager", "fused"))
     assert fused.stats.runner == "fused" and eager.stats.runner == "eager"
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
-    if options.get("ssca", True):
+    ssca = options.get("ssca", True) and (call.get("mask_mode") or not options.get("bg_shield", True))
+    assert (fused.stats.key_tokens is not None) == bool(ssca)
+    if ssca:
         assert torch.equal(fused.stats.key_tokens, eager.stats.key_tokens)
 
 
@@ -526,7 +550,7 @@ def test_graphs_replay_the_fused_steps(weights):
     pipe.set_progress_bar_config(disable=True)
     pipe.load_cosi(weights)
     for columns in (4, 2, 4):  # a size that was there is there again
-        for options in ({}, dict(ssca=False)):
+        for options in ({}, dict(bg_shield=False)):
             fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
             assert graph.stats.runner == "graph"
             torch.testing.assert_close(graph.images, fused.images, atol=1e-4, rtol=1e-3)

@@ -43,7 +43,9 @@ class FlashEditConfig(EditConfig):
             editor the inverted noise takes half of the instructions' answers (bench/log/flash_edit.md).
         bg_shield: outside the edit region keys and values are the source branch's and the latents the source's own, and
             the edit computes its region alone; False: the whole picture.
-        ssca: text reaches the background without the key semantic tokens of the instruction.
+        ssca: text reaches the background without the key semantic tokens of the instruction. A mask of the user's and
+            bg_shield leave nothing to it: the edit computes the mask alone, which sees all of the text. No draft is
+            run then.
         mask_ratio: a token is edited where the draft's change is over this many times its mean over the picture. The
             change is from the source, or from the draft under the source's text where the model does not see it.
         layer: index of the transformer's block whose attention ranks the text tokens, double-stream blocks first; None:
@@ -232,8 +234,10 @@ class FlashEditMixin(SpecEditMixin):
         first = torch.full((1,), 1000.0, dtype=torch.float32, device=run.device)
         [conditioning] = run.model.timestep_conditioning(run.positive, first)
         scores = mass = None
-        if user_mask is None or config.ssca:
-            watched = flash_stages.watched_module(run.model, config.layer) if config.ssca else None
+        # a user's mask is where the text reaches; with the shield nothing else is computed
+        ssca = config.ssca and (user_mask is None or not config.bg_shield)
+        if user_mask is None or ssca:
+            watched = flash_stages.watched_module(run.model, config.layer) if ssca else None
             draft = flash_stages.draft(
                 run, conditioning, watched, None if self.SEES_SOURCE else invert, compare=user_mask is None
             )
@@ -259,7 +263,7 @@ class FlashEditMixin(SpecEditMixin):
                 noise = flash_stages.white_inside(run, noise, selection)
             run.stats.inverted = True
             clock.mark("invert")
-        if config.ssca and not whole:
+        if ssca and not whole:
             assert mass is not None  # the draft has watched
             key_text = flash_stages.key_tokens(mass, to_blocks(reach, run.grid), config.token_ratio)
             run.stats.key_tokens = key_text
