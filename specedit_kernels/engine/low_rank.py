@@ -50,10 +50,16 @@ class LowRankChange:
         save_file({key: x.contiguous() for key, x in tensors.items()}, path)
 
     def attach(self, transformer: torch.nn.Module) -> None:
-        """Have the layers of a transformer add their change while this is active. Cheap where they do already.
+        """Have the layers of a transformer add their change while this is active. One walk where they do already.
 
         ValueError where a layer is missing, has another shape, or is replaced by one of joined projections.
         """
+        known, joined = 0, False
+        for module in each_module(transformer):
+            known += module in _HOOKED and module in self._names
+            joined = joined or vars(module).get("fused_projections", False)
+        if known == len(self.layers) and not joined:
+            return
         for name, (down, up) in self.layers.items():
             layer = _layer(transformer, name)
             expected = (up.shape[0], down.shape[1])
@@ -67,6 +73,10 @@ class LowRankChange:
             raise ValueError(
                 "expected separate projections of q, k and v (call unfuse_qkv_projections()), got fused ones"
             )
+
+    def changes(self, layer: torch.nn.Module) -> bool:
+        """Whether a layer is one of those that are changed."""
+        return mirrors(layer) in self._names
 
     def of(self, layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """(down, up) of a layer, in the dtype and on the device of `like`; None where it is not changed."""
@@ -144,9 +154,10 @@ def active_serial() -> int:
 
 
 @contextlib.contextmanager
-def active(change: LowRankChange | None, transformer: torch.nn.Module) -> Iterator[None]:
-    """Within it calls of the transformer's layers, in this thread, are the changed ones'."""
-    if change is not None:
+def active(change: LowRankChange | None, transformer: torch.nn.Module | None) -> Iterator[None]:
+    """Within it calls of the transformer's layers, in this thread, are the changed ones'. None: of one that the change
+    is attached to."""
+    if change is not None and transformer is not None:
         change.attach(transformer)
     token = _ACTIVE.set(change)
     try:
