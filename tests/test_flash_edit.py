@@ -24,12 +24,15 @@ from specedit_kernels import (
     SpecEditQwenImageEditPlusPipeline,
 )
 from specedit_kernels.cli import main
+from specedit_kernels.engine._diffusers import dtype_of
 from specedit_kernels.engine.attention import joint_attention
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.engine.sequence import MixedSequence, StepLayout
 from specedit_kernels.flash_edit import stages as flash_stages
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
 from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER
+from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel
 from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -417,7 +420,7 @@ def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
     (dict(method="slow"), ValueError, "method"), (dict(steps=0), ValueError, "steps"),
     (dict(guidance=0.5), ValueError, "guidance"),
     (dict(cosi=1), TypeError, "cosi"), (dict(region_noise="source"), ValueError, "region_noise"),
-    (dict(bg_shield=None), TypeError, "bg_shield"),
+    (dict(bg_shield=None), TypeError, "bg_shield"), (dict(merged="yes"), TypeError, "merged"),
     (dict(mask_ratio="1"), TypeError, "mask_ratio"), (dict(layer=-1), ValueError, "layer"),
     (dict(token_ratio=-1.0), ValueError, "token_ratio"), (dict(max_active=1.5), ValueError, "max_active"),
     (dict(preserve="all"), ValueError, "preserve"),
@@ -535,6 +538,70 @@ def test_fused_batches_and_weights(plain, weights):
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
 
 
+def test_both_networks_in_merged_weights(plain, weights, caplog):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    added, merged, again = (run(pipe, white(4), runner="fused", merged=m) for m in (False, True, True))
+    torch.testing.assert_close(merged.images, added.images, atol=2e-5, rtol=1e-4)
+    assert torch.equal(again.images, merged.images)
+    named = [x for x in plain.transformer.named_modules() if "transformer_blocks." in x[0] and "norm" not in x[0]]
+    layers = [module for _, module in named if isinstance(module, torch.nn.Linear)]
+    assert added.stats.merged_bytes == 0
+    assert merged.stats.merged_bytes == 2 * 4 * sum(m.weight.numel() + m.bias.numel() for m in layers)
+    assert not pipe._specedit_runner.linears.bytes
+    eager = run(pipe, white(4), runner="eager", merged=True)
+    assert eager.stats.merged_bytes == 0 and "merged: the changes are added" in caplog.text
+    pipe.load_cosi(weights)
+    assert pipe._specedit_runner is None or not pipe._specedit_runner.merged.bytes
+
+
+def test_weights_in_fp8_without_the_networks_go_when_these_come(plain, weights):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(runner="fused", precision="fp8")
+    alone = run(pipe, white(4), **options).stats.fp8_bytes
+    pipe.load_cosi(weights)
+    assert alone and not pipe._specedit_runner.linears.bytes
+    assert run(pipe, white(4), **options).stats.fp8_bytes == 2 * alone
+    pipe.unload_cosi()
+    assert not pipe._specedit_runner.linears.bytes and run(pipe, white(4), **options).stats.fp8_bytes == alone
+
+
+def test_the_conditioning_of_two_texts_is_that_of_each(plain):
+    model = FusedFluxModel(plain.transformer, plain.vae, torch.tensor([2.5, 3.5]), {}, StepRunner("fused"))
+    generator = seeded()
+    texts = [FluxText(torch.randn(2, n, 32, generator=generator), torch.randn(2, 16, generator=generator),
+                      torch.zeros(n, 3)) for n in (5, 3)]  # fmt: skip
+    at = torch.tensor([700.0])
+    found = model.conditionings(texts, at)
+    for text, both in zip(texts, found):
+        [alone] = model.timestep_conditioning(text, at)
+        assert both.shape == alone.shape
+        torch.testing.assert_close(both, alone)
+
+
+def test_embeddings_that_are_given_are_the_text(plain):
+    parts = plain.components | dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    pipe = FlashEditFluxKontextPipeline(**parts)
+    pipe._joint_attention_kwargs = {}
+    call = SimpleNamespace(num_images_per_prompt=1, max_sequence_length=16)
+    fields = dict(
+        prompt=None, prompt_2=None, prompt_embeds=torch.randn(2, 5, 32), pooled_prompt_embeds=torch.randn(2, 16)
+    )
+    found = pipe._encode_text(call, torch.device("cpu"), **fields)
+    expected = pipe.encode_prompt(**fields, device=torch.device("cpu"))
+    for a, b in zip((found.embeds, found.pooled, found.text_ids), expected):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_the_dtype_of_a_model_is_its_own():
+    model = tiny_pipeline().transformer.to(torch.bfloat16)
+    assert dtype_of(model) == model.dtype == torch.bfloat16
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert dtype_of(model) == model.dtype == torch.float32
+
+
 def test_both_networks_compute_in_fp8(plain, weights):
     pipe = FlashEditFluxKontextPipeline(**plain.components)
     pipe.set_progress_bar_config(disable=True)
@@ -550,10 +617,31 @@ def test_graphs_replay_the_fused_steps(weights):
     pipe.set_progress_bar_config(disable=True)
     pipe.load_cosi(weights)
     for columns in (4, 2, 4):  # a size that was there is there again
-        for options in ({}, dict(bg_shield=False)):
+        for options in ({}, dict(bg_shield=False), dict(merged=True)):
             fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
             assert graph.stats.runner == "graph"
             torch.testing.assert_close(graph.images, fused.images, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu  # there is nothing to wait for on a CPU
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_masked_run_waits_for_nothing(weights, monkeypatch, merged):
+    pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    expected = run(pipe, white(4), runner="graph", merged=merged)  # captures wait
+    inner = pipe._run
+
+    def strict(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return inner(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(pipe, "_run", strict)
+    out = run(pipe, white(4), runner="graph", merged=merged)
+    assert out.stats.captures == 0 and torch.equal(out.images, expected.images)
 
 
 def test_a_picture_of_one_block(pipe):
