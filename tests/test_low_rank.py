@@ -16,7 +16,7 @@ from tiny_models import call_options, tiny_image, tiny_pipeline
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, disable_specedit
 from specedit_kernels.engine import merged
 from specedit_kernels.engine.fused import gelu, linear_of_each, product_of
-from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, detach
+from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, changed_of_each, detach
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +60,27 @@ def test_paths_that_pass_by_a_layers_forward_add_it_too():
         want = [changed(m, x, y) for m, y in zip(layers, want)]
     for a, b in zip(found, [*want, F.gelu(want[0], approximate="tanh")]):
         torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_layers_of_one_input_have_one_product_to_their_low_ranks(monkeypatch):
+    torch.manual_seed(2)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, n) for n in (8, 4, 6)).double()
+    change, x = change_of(layers, rank=3), torch.randn(1, 4, 8, dtype=torch.float64)
+    plain = [F.linear(x, m.weight, m.bias) for m in layers]
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: shapes.append(tuple(w.shape)) or linear(x, w, *b))
+    with active(change, layers):
+        found = changed_of_each(layers, x, [y.clone() for y in plain])
+    assert shapes == [(3 * 8, 8)]  # each rank of 3 has 5 zeros
+    for i, (y, before) in enumerate(zip(found, plain)):
+        down, up = (part.double() for part in change.layers[str(i)])
+        torch.testing.assert_close(y, before + x @ down.T @ up.T)
+    few = LowRankChange({"1": change.layers["1"]})
+    with active(few, layers):
+        kept = changed_of_each(layers, x, [y.clone() for y in plain])
+    assert torch.equal(kept[0], plain[0]) and torch.equal(kept[2], plain[2])
+    torch.testing.assert_close(kept[1], found[1])
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from ._diffusers import (
 )
 from .fp8 import Rows
 from .kv_cache import PackedKV
-from .low_rank import OWN_HOOKS, active_serial, changed
+from .low_rank import OWN_HOOKS, active_serial, changed, changed_of_each
 from .model import EditModel
 from .quantised import quantised
 from .runner import BESIDE, StepRunner
@@ -174,7 +174,7 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
         parts = [F.linear(x, base.weight, base.bias) for base in bases]
     else:
         return [layer(x) for layer in layers]
-    return _with_added(x, [changed(base, x, part) for base, part in zip(bases, parts)], added)
+    return _with_added(x, changed_of_each(bases, x, parts), added)
 
 
 def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]]) -> list[Tensor]:
