@@ -30,6 +30,7 @@ __all__ = [
     "cast_by_call",
     "context_parallel",
     "dispatch_attention",
+    "dtype_of",
     "each_module",
     "execution_device",
     "foreign_forward",
@@ -64,6 +65,16 @@ def each_module(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
             children = module.__dict__["_modules"]
             if children:
                 left += reversed(children.values())
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """model.dtype, which asks each module for a hook, in one quick walk where there is none."""
+    cast = any("_diffusers_hook" in vars(module) for module in each_module(model))
+    if not cast and not getattr(model, "_keep_in_fp32_modules", None):
+        for x in model.parameters():
+            if x.is_floating_point():
+                return x.dtype
+    return model.dtype
 
 
 def unwrapped(module: torch.nn.Module) -> Any:

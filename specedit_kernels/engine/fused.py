@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from .._panels import PANEL, panels_of
-from . import fp8, kv_cache, strips
+from . import fp8, kv_cache, merged, strips
 from ._diffusers import (
     Addition,
     attention_backend,
@@ -31,7 +31,7 @@ from ._diffusers import (
 )
 from .fp8 import Rows
 from .kv_cache import PackedKV
-from .low_rank import OWN_HOOKS, active_serial, changed
+from .low_rank import OWN_HOOKS, active_serial, changed, changed_of_each
 from .model import EditModel
 from .quantised import quantised
 from .runner import BESIDE, StepRunner
@@ -43,8 +43,12 @@ def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
     """
-    plain = type(layer) is torch.nn.Linear and layer.bias is not None
-    if not plain or type(layer.weight) not in (torch.nn.Parameter, Tensor):
+    return _is_weight(layer, x) and layer.bias is not None
+
+
+def _is_weight(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
+    """The same of a layer with a bias or without."""
+    if type(layer) is not torch.nn.Linear or type(layer.weight) not in (torch.nn.Parameter, Tensor):
         return False
     # a runner that compiles has looked for them
     if not torch.compiler.is_compiling() and (hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer)):
@@ -65,6 +69,27 @@ def weight_of(layer: Any, x: Tensor) -> Tensor | None:
     if found is None or found.dynamic or x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
     return ops.dequantize(found.data, x.dtype, scale=found.scale)
+
+
+def _merged(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of layers whose calls on x are one product with the active low-rank change within; None where that
+    is added to the product, or there is none."""
+    copies = merged.now()
+    if copies is None or not all(_is_weight(layer, x) for layer in layers):
+        return None
+    if len({(x.weight.dtype, x.weight.device, x.bias is None) for x in layers}) > 1:
+        return None
+    return copies.of(tuple(layers))
+
+
+def product_of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of the one product that a layer's call on x is, with the active low-rank change; None where it is
+    another call, or more."""
+    found = _merged([layer], x)
+    if found is not None or active_serial():
+        return found
+    weight = weight_of(layer, x)
+    return None if weight is None else (weight, layer.bias)
 
 
 def _called(layer: Any, x: Tensor) -> Tensor:
@@ -134,6 +159,9 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     if found is not None:
         return found
     assert isinstance(x, Tensor)
+    whole = _merged(layers, x)
+    if whole is not None:
+        return list(F.linear(x, *whole).split([layer.out_features for layer in layers], dim=-1))
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     bases, added = zip(*(low_rank_parts(layer) for layer in layers))
@@ -146,7 +174,7 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
         parts = [F.linear(x, base.weight, base.bias) for base in bases]
     else:
         return [layer(x) for layer in layers]
-    return _with_added(x, [changed(base, x, part) for base, part in zip(bases, parts)], added)
+    return _with_added(x, changed_of_each(bases, x, parts), added)
 
 
 def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]]) -> list[Tensor]:
@@ -221,13 +249,13 @@ def gelu(layer: Any, x: Tensor | Rows) -> Tensor:
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
     """
-    if fp8.serves([layer]) or active_serial():
+    if fp8.serves([layer]):
         return F.gelu(linear(layer, x), approximate="tanh")
     assert isinstance(x, Tensor)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and getattr(layer, "bias", None) is not None:
-        weight = weight_of(layer, x)
-        if weight is not None:
-            y = torch._addmm_activation(layer.bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        weight, bias = product_of(layer, x) or (None, None)
+        if weight is not None and bias is not None:
+            y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
             return y.unflatten(0, x.shape[:-1])
     return F.gelu(linear(layer, x), approximate="tanh")
 
