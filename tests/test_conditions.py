@@ -225,7 +225,8 @@ def quantised_parts(layer):
     "name, words",
     [
         ("bitsandbytes int8", "looks for outliers"),
-        ("gguf Q4_0", "is GGUF's Q4_0"),
+        ("gguf Q4_0", "one CUDA device"),
+        ("gguf IQ4_NL", "is GGUF's IQ4_NL"),
         ("quanto int8", "one CUDA device"),
         ("torchao int8 dynamic", "torchao's int8 with quantised activations"),
     ],
@@ -235,12 +236,19 @@ def test_layers_that_wait_for_the_host_are_no_graphs(bench, name, words):
     pipe = make()
     if name == "bitsandbytes int8":
         bench.bnb_int8(pipe, threshold=6.0)
+    elif name == "gguf IQ4_NL":
+        bench.gguf("Q4_0", pipe)  # blocks of the same size
+        for weight in pipe.transformer.parameters():
+            if hasattr(weight, "quant_type"):
+                weight.quant_type = type(weight.quant_type).IQ4_NL
     else:
         bench.CONDITIONS[name](pipe)
     assert words in inspect("graph", pipe.transformer, pipe.vae)[0]
     assert inspect("fused", pipe.transformer, pipe.vae)[0] == ""
     if name == "torchao int8 dynamic":  # what is compiled asks for nothing
         assert "one CUDA device" in inspect("compile", pipe.transformer, pipe.vae)[0]
+    if name == "gguf Q4_0":  # there it is called
+        assert "is GGUF's Q4_0" in inspect("compile", pipe.transformer, pipe.vae)[0]
 
 
 # hooks
@@ -701,7 +709,7 @@ def test_replayed_steps_under_a_condition_are_the_steps(bench, name):
     needs(name)
     bare, pipe = on_gpu(), on_gpu(bench.CONDITIONS[name])
     quick, first, second = edit(pipe, "fused"), edit(pipe, "graph"), edit(pipe, "graph")
-    on_host = {"gguf Q4_0": "GGUF", "torchao int8 dynamic": "torchao's int8"}
+    on_host = {"torchao int8 dynamic": "torchao's int8"}
     if name in on_host:
         assert first.stats.runner == "fused" and on_host[name] in first.stats.runner_reason  # what "auto" takes
         return

@@ -33,7 +33,7 @@ from .fp8 import Rows
 from .kv_cache import PackedKV
 from .low_rank import OWN_HOOKS, active_serial, changed
 from .model import EditModel
-from .quantised import quantised
+from .quantised import made
 from .runner import BESIDE, StepRunner
 from .sequence import renew
 
@@ -57,20 +57,26 @@ def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
 def weight_of(layer: Any, x: Tensor) -> Tensor | None:
     """The weight of a layer whose call on x is one product with it; None: its call is another, or more.
 
-    What torchao keeps in 8 bits, for products in the dtype of x, is made anew, for this call alone.
+    What a library keeps in few bits (`made`), for products in the dtype of x, is made anew, for this call alone.
     """
     if is_plain(layer, x):
         return layer.weight
-    found = None if torch.compiler.is_compiling() else quantised(layer)
-    if found is None or found.dynamic or x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    found = None if torch.compiler.is_compiling() else made(layer)
+    if found is None or x.dtype != found.dtype or torch.is_autocast_enabled(x.device.type):
         return None
-    return ops.dequantize(found.data, x.dtype, scale=found.scale)
+    return found.make()
 
 
-def _called(layer: Any, x: Tensor) -> Tensor:
-    """layer(x), by `weight_of` where it has one."""
+def _product(layer: Any, x: Tensor) -> Tensor | None:
+    """layer(x) by `weight_of`, None where it has none."""
     weight = weight_of(layer, x)
-    return layer(x) if weight is None else changed(layer, x, F.linear(x, weight, layer.bias))
+    return None if weight is None else changed(layer, x, F.linear(x, weight, layer.bias))
+
+
+def called(layer: Any, x: Tensor) -> Tensor:
+    """layer(x) in the model's own dtype, by `weight_of` where it has one: of layers beside the blocks."""
+    found = _product(layer, x)
+    return layer(x) if found is None else found
 
 
 def replaced_of_feed_forward(ff: FeedForward) -> list[tuple[torch.nn.Module, type]]:
@@ -137,16 +143,16 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     bases, added = zip(*(low_rank_parts(layer) for layer in layers))
-    if not all(is_plain(base, x) for base in bases):
-        return [_called(layer, x) for layer in layers]
-    weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
-    if weight is not None and bias is not None:
-        parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
-    elif any(added):
-        parts = [F.linear(x, base.weight, base.bias) for base in bases]
-    else:
-        return [layer(x) for layer in layers]
-    return _with_added(x, [changed(base, x, part) for base, part in zip(bases, parts)], added)
+    if all(is_plain(base, x) for base in bases):
+        weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+        if weight is not None and bias is not None:
+            parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
+            return _with_added(x, [changed(base, x, part) for base, part in zip(bases, parts)], added)
+        if not any(added):
+            return [layer(x) for layer in layers]
+    products = [_product(base, x) for base in bases]
+    parts = [layer(x) if y is None else y for layer, y in zip(layers, products)]
+    return _with_added(x, parts, [[] if y is None else of for y, of in zip(products, added)])
 
 
 def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]]) -> list[Tensor]:
