@@ -471,6 +471,90 @@ def test_adapters_are_added_in_few_products(bench, joined, monkeypatch):
     assert called.count(4) == 6  # each is called
 
 
+def with_dora(dtype, *names):
+    """A layer of 192 x 256 with DoRAs of PEFT's."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    holder = torch.nn.Sequential(torch.nn.Linear(256, 192)).to(dtype)
+    config = peft.LoraConfig(r=16, lora_alpha=24, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    for name in names:
+        holder = peft.inject_adapter_in_model(config, holder, name)
+    layer = holder.to(dtype).eval().requires_grad_(False)[0]
+    for name in names:
+        layer.lora_A[name].weight.mul_(0.5)
+        layer.lora_magnitude_vector[name].weight.mul_(torch.rand(192) + 0.5)
+    return layer
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """How often PEFT makes the whole change of a layer."""
+    made = []
+    peft = pytest.importorskip("peft")
+    whole = peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight
+    monkeypatch.setattr(peft.tuners.lora.dora.DoraLinearLayer, "get_lora_weight",
+                        lambda *args, **kwargs: made.append(1) or whole(*args, **kwargs))  # fmt: skip
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dora_makes_no_weight(changes, dtype, bias):
+    """As near to float64 as its own call, with what is there at the call."""
+    layer, x = with_dora(dtype, "one"), torch.randn(2, 33, 256).to(dtype)
+    down, up, length = layer.lora_A["one"].weight, layer.lora_B["one"].weight, layer.lora_magnitude_vector["one"].weight
+    base = layer.base_layer
+    if not bias:
+        base.bias = None
+    for change in (lambda: None, lambda: down.mul_(2), lambda: up.mul_(0.5), lambda: length.mul_(3),
+                   lambda: base.weight.mul_(-1), lambda: layer.scaling.update(one=0.3)):  # fmt: skip
+        change()
+        own = layer(x)
+        changes.clear()
+        got = fused.linear(layer, x)
+        # without a bias torch.nn.Linear is called as it is
+        assert bool(changes) != bias and got.dtype == dtype and got.shape == own.shape
+        weight = base.weight.double() + layer.scaling["one"] * up.double() @ down.double()
+        exact = x.double() @ (weight * (length.double() / weight.norm(dim=1))[:, None]).T
+        exact += base.bias.double() if bias else 0
+        assert away(got.double(), exact) <= 1.2 * away(own.double(), exact) < away(base(x).double(), exact) / 50
+
+
+@torch.no_grad()
+def test_other_doras_are_called(changes):
+    x = torch.randn(5, 256)
+
+    def is_called(layer):
+        own = layer(x)
+        changes.clear()
+        assert torch.equal(fused.linear(layer, x), own) and changes
+
+    layer = with_dora(torch.float32, "one", "two")
+    layer.set_adapter(["one", "two"])  # each has the sum of those before it
+    is_called(layer)
+    layer.set_adapter(["one"])
+    assert away(fused.linear(layer, x), layer(x)) < 1e-5
+    handle = layer.lora_magnitude_vector["one"].register_forward_hook(lambda module, args, output: 2 * output)
+    is_called(layer)
+    handle.remove()
+    handle = layer.lora_B["one"].register_forward_hook(lambda module, args, output: 2 * output)
+    is_called(layer)
+    handle.remove()
+    layer.scaling["one"] = torch.tensor(0.7)
+    is_called(layer)
+    layer.scaling["one"] = 0.7
+    layer.lora_dropout["one"] = torch.nn.Dropout(0.0)
+    layer.train()
+    is_called(layer)
+    layer.eval()
+    with torch.enable_grad():
+        is_called(layer)
+    layer.enable_adapters(False)
+    changes.clear()
+    assert torch.equal(fused.linear(layer, x), layer(x)) and not changes
+
+
 # model offloading
 
 

@@ -22,6 +22,7 @@ from ._diffusers import (
     Addition,
     attention_backend,
     cast_by_call,
+    dora_parts,
     foreign_forward,
     hooked,
     low_rank_parts,
@@ -151,7 +152,7 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
         if not any(added):
             return [layer(x) for layer in layers]
     products = [_product(base, x) for base in bases]
-    parts = [layer(x) if y is None else y for layer, y in zip(layers, products)]
+    parts = [_with_dora(layer, x) if y is None else y for layer, y in zip(layers, products)]
     return _with_added(x, parts, [[] if y is None else of for y, of in zip(products, added)])
 
 
@@ -176,6 +177,29 @@ def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]])
                 h, scale = h * scale, 1.0
             y.view(-1, y.shape[-1]).addmm_(h, up.weight.t(), alpha=scale)
     return parts
+
+
+def _with_dora(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), of a DoRA by products with the weight below alone: PEFT makes the whole change in each call, since its
+    length in each row is |W + s B A|.
+
+    |W + s B A|^2 = |W|^2 + B . (2 s W A^T + s^2 B A A^T), row by row.
+    """
+    parts = None if torch.is_grad_enabled() or active_serial() else dora_parts(layer)
+    if parts is None or isinstance(parts[3], Tensor) or not all(_is_product(each, x) for each in parts[1:3]):
+        return layer(x)
+    base, down, up, scale, magnitude = parts
+    weight = weight_of(base, x)
+    if weight is None:
+        return layer(x)
+    a, b = down.weight, up.weight
+    length = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    of_change = torch.addmm(F.linear(weight, a), b, F.linear(a, a), beta=2 * scale, alpha=scale * scale)
+    squares = torch.addcmul((b.float() * of_change).sum(1), length, length)
+    factor = (magnitude * squares.rsqrt()).to(x.dtype)
+    y = F.linear(x, weight)
+    y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).flatten(0, -2), b.t(), alpha=scale)
+    return y.mul_(factor) if base.bias is None else torch.addcmul(base.bias, y, factor)
 
 
 def _is_product(layer: Any, x: Tensor) -> bool:
