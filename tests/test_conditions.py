@@ -27,6 +27,7 @@ from tiny_models import call_options, paper, qwen_text, small_qwen, tiny_image, 
 
 from specedit_kernels import SpecEditFluxKontextPipeline, disable_specedit, enable_specedit
 from specedit_kernels.engine import _diffusers, fused
+from specedit_kernels.engine.quantised import made
 from specedit_kernels.engine.runner import StepRunner, inspect, weight_signature
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,6 +176,8 @@ def test_a_gguf_file_is_applied(bench, tmp_path):
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
     )  # fmt: skip
     assert type(loaded.transformer_blocks[0].attn.to_q).__name__ == "GGUFLinear"
+    layers = [x for x in loaded.modules() if type(x).__name__ == "GGUFLinear"]
+    assert len(layers) == len(packed) and all(made(x) is not None for x in layers)
     enable_specedit(pipe)
     before = edit(pipe).images
     pipe.transformer = loaded
@@ -489,12 +492,12 @@ def with_dora(dtype, *names):
 @pytest.fixture
 def changes(monkeypatch):
     """How often PEFT makes the whole change of a layer."""
-    made = []
+    whole_changes = []
     peft = pytest.importorskip("peft")
     whole = peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight
     monkeypatch.setattr(peft.tuners.lora.dora.DoraLinearLayer, "get_lora_weight",
-                        lambda *args, **kwargs: made.append(1) or whole(*args, **kwargs))  # fmt: skip
-    return made
+                        lambda *args, **kwargs: whole_changes.append(1) or whole(*args, **kwargs))  # fmt: skip
+    return whole_changes
 
 
 @torch.no_grad()

@@ -50,7 +50,6 @@ def _dequantize_gguf_kernel(
     half = half_ptr + block * (SIZE // 2)
     first = x_ptr + block * SIZE
     mask, row, part, at = there[:, None], first[:, None], s[:, None], tl.arange(0, WIDTH)[None, :]
-    added = 0.0
     if KIND == "Q8_0":
         q = tl.load(row + 2 + at, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.int32)
         scale = tl.load(half, mask=there, other=0).to(tl.float32)
@@ -71,7 +70,7 @@ def _dequantize_gguf_kernel(
             q |= _bits(row + 16 + at, part, 1, mask) << 4
         scale, low = _six_bits(first + 4, s, there)
         scale = _half(tl.load(half, mask=there, other=0).to(tl.float32) * scale)
-        added = -_half(tl.load(half + 1, mask=there, other=0).to(tl.float32) * low)
+        low = _half(tl.load(half + 1, mask=there, other=0).to(tl.float32) * low)
     elif KIND == "Q6_K":
         q = _bits(row + part // 8 * 64 + part % 4 * 16 + at, part % 8 // 4 * 4, 4, mask)
         q |= _bits(row + 128 + part // 8 * 32 + part % 2 * 16 + at, part % 8 // 2 * 2, 2, mask) << 4
@@ -84,15 +83,17 @@ def _dequantize_gguf_kernel(
         if KIND == "Q2_K":
             code = tl.load(first + s, mask=there, other=0).to(tl.int32)
             scale = _half(tl.load(half + 40, mask=there, other=0).to(tl.float32) * (code & 15).to(tl.float32))
-            added = -_half(tl.load(half + 41, mask=there, other=0).to(tl.float32) * (code >> 4).to(tl.float32))
+            low = _half(tl.load(half + 41, mask=there, other=0).to(tl.float32) * (code >> 4).to(tl.float32))
         else:
             q -= 4 - (_bits(row + part % 2 * 16 + at, part // 2, 1, mask) << 2)
             code = _bits(first + 96 + s % 8, 4 * (s // 8), 4, there)
             code |= _bits(first + 104 + s % 4, 2 * (s // 4), 2, there) << 4
             scale = _half(tl.load(half + 54, mask=there, other=0).to(tl.float32) * (code - 32).to(tl.float32))
     y = _half(scale[:, None] * q.to(tl.float32))
-    if KIND == "Q4_1" or KIND == "Q5_1" or KIND == "Q2_K" or KIND == "Q4_K" or KIND == "Q5_K":
+    if KIND == "Q4_1" or KIND == "Q5_1":
         y = _half(y + added[:, None])
+    elif KIND == "Q2_K" or KIND == "Q4_K" or KIND == "Q5_K":
+        y = _half(y - low[:, None])
     y_at = y_ptr + group.to(tl.int64)[:, None] * WIDTH + at
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
