@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxKontextPipeline
@@ -576,6 +577,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     TEXT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
     KWARGS = "joint_attention_kwargs"
     TEXT_TO_IMAGE = True
+    PHOTOS = True
     SEVERAL_GPUS = True
 
     def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> FluxText:
@@ -590,7 +592,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         image, size = call.image, (call.height, call.width)
-        image = self.image_processor.resize(image, *size) if not isinstance(image, list) else image
+        image = self.image_processor.resize(image, *size) if isinstance(image, (np.ndarray, Tensor)) else image
         pixels = preprocess(self.image_processor, image, *size, device)
         if pixels.shape[1] != 3:
             raise ValueError(f"image: expected pixels with 3 channels, got {pixels.shape[1]} channels")
