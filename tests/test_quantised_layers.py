@@ -65,9 +65,10 @@ def calls(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_gguf_layer_has_its_own_bits(random, calls, kind, dtype):
+def test_a_gguf_layer_has_its_own_bits(random, device, calls, kind, dtype):
     for bias in (True, False):
-        layer, x = of_gguf(kind, bias=bias, dtype=dtype), random(2, 9, 512, dtype=dtype)
+        layer = of_gguf(kind, bias=bias, dtype=dtype, device=device)
+        x = random(2, 9, 512, dtype=dtype, device=device)
         assert_bits(made(layer).make(), utils.dequantize_gguf_tensor(layer.weight).to(dtype))
         expected = layer(x)
         calls.clear()
