@@ -38,12 +38,12 @@ def test_numbers_are_those_of_the_format(backend, poison, device, kind):
     gguf = pytest.importorskip("gguf")
     own = gguf.GGMLQuantizationType[kind]
     assert tuple(gguf.GGML_QUANT_SIZES[own]) == BLOCKS[kind]
-    x = blocks_of(kind, 5, 9, device=device)
+    x = blocks_of(kind, 3, 5, device=device)
     exact = torch.from_numpy(gguf.quants.dequantize(x.cpu().numpy(), own).astype(np.float64))
     got = op(x, kind, torch.float16)
-    assert got.shape == exact.shape == (5, 9 * BLOCKS[kind][0])
+    assert got.shape == exact.shape == (3, 5 * BLOCKS[kind][0])
     # the numbers that are subtracted are no larger than the largest of a block
-    largest = exact.abs().unflatten(1, (9, -1)).amax(-1, keepdim=True).expand(-1, -1, BLOCKS[kind][0]).flatten(1)
+    largest = exact.abs().unflatten(1, (5, -1)).amax(-1, keepdim=True).expand(-1, -1, BLOCKS[kind][0]).flatten(1)
     assert ((got.cpu().double() - exact).abs() <= 3 * 2**-11 * largest).all()
     assert got.unique().numel() > 100
 
@@ -52,8 +52,8 @@ def test_numbers_are_those_of_the_format(backend, poison, device, kind):
 def test_numbers_have_diffusers_bits(backend, poison, device, kind):
     """Of ordinary blocks, of subnormal scales, of sums beyond fp16's range; and rounded from there to each dtype."""
     gguf, utils = pytest.importorskip("gguf"), pytest.importorskip("diffusers.quantizers.gguf.utils")
-    edges = torch.tensor([0.0, -0.0, 6e-8, -3e-6, 1e-4, 65504, -65504, 1e3, float("inf"), float("nan")])
-    for x in (blocks_of(kind, 3, 5, device=device, seed=1), blocks_of(kind, len(edges), 1, device=device, scale=edges)):
+    edges = torch.tensor([0.0, -0.0, 6e-8, -3e-6, 65504, -1e3, float("inf"), float("nan")])
+    for x in (blocks_of(kind, 2, 4, device=device, seed=1), blocks_of(kind, len(edges), 1, device=device, scale=edges)):
         parameter = utils.GGUFParameter(x, quant_type=gguf.GGMLQuantizationType[kind])
         own = utils.dequantize_gguf_tensor(parameter)
         assert own.dtype == torch.float16
@@ -61,7 +61,7 @@ def test_numbers_have_diffusers_bits(backend, poison, device, kind):
             assert_bits(op(x, kind, dtype), near(own, dtype, backend))
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1,), (2, 3, 7), (1, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1,), (2, 3, 7)], ids=str)
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])
 def test_all_shapes(backend, poison, device, kind, shape):
     x = blocks_of(kind, *shape, device=device)
