@@ -399,7 +399,7 @@ def low_rank_parts(layer: Any) -> tuple[Any, list[Addition]]:
     return layer.base_layer, added
 
 
-def dora_parts(layer: Any) -> tuple[Any, Any, Any, float, torch.Tensor] | None:
+def dora_parts(layer: Any) -> tuple[Any, Any, Any, Any, torch.Tensor] | None:
     """(the layer below, down, up, scale, magnitude) of one on which a DoRA of PEFT's is, and nothing else: its weight
     is weight + scale * up @ down, of which each row has the length that `magnitude` says. None for any other."""
     own = vars(layer)
