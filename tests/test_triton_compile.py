@@ -70,7 +70,7 @@ def _compile(fn, capability, types, constants, options, source):
         if signature[name].startswith("*") or (name.startswith(("stride", "size")) and signature[name] == "i32")
     }
     constants = {(names.index(name),): value for name, value in constants.items() if name in names}
-    options = {**options, "enable_fp_fusion": True}
+    options = {"enable_fp_fusion": True, **options}
     compiled = triton.compile(
         source(fn, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
     )
@@ -80,6 +80,7 @@ def _compile(fn, capability, types, constants, options, source):
         "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
         "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]), "fp8_products": fp8_products,
         "bytes": _byte_stores(compiled.asm["ttgir"]),
+        "multiply_adds": len(re.findall(r"\bfma\.", compiled.asm["ptx"])),
     }  # fmt: skip
 
 
@@ -205,6 +206,21 @@ def _dequantize(capability):
     return jobs
 
 
+GGUF = ("Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K")
+
+
+def _dequantize_gguf(capability, kinds):
+    """{kernel: job} of one architecture."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import dequantize_gguf
+
+    fn, types = dequantize_gguf._dequantize_gguf_kernel, {"x_ptr": "*u8", "half_ptr": "*fp16", "y_ptr": "*bf16"}
+    return {f"dequantize {kind} {capability}": lambda k=kind: _compile(
+        fn, capability, types, dequantize_gguf.tile(k), dequantize_gguf.OPTIONS, ASTSource
+    ) for kind in kinds}  # fmt: skip
+
+
 def _attention_fp8(name, dim, panel, left_out, by_row):
     """panel: keys of a panel of v, 0 where it is as k."""
     import triton
@@ -276,7 +292,7 @@ def compile_all():
         jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, 0, (*plain, "bias_ptr"), False)
         jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, 64, (), True)
     jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
-    jobs.update(_dequantize(80) | _dequantize(90))
+    jobs.update(_dequantize(80) | _dequantize(90) | _dequantize_gguf(80, ["Q8_0"]) | _dequantize_gguf(90, GGUF))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90
@@ -348,6 +364,11 @@ def test_every_config_compiles_and_fits(tmp_path):
     for name in ("e4m3", "e4m3 alone", "int8", "e5m2"):
         for found in (results[f"dequantize {name} {capability}"] for capability in (80, 90)):
             assert found["vectors"] == [0, 6] and found["shared"] == 0, (name, found)
+    # two rounded sums would be another one as a multiply-add
+    assert not any(results[f"dequantize {kind} 90"]["multiply_adds"] for kind in GGUF)
+    for capability in (80, 90):
+        found = results[f"dequantize Q8_0 {capability}"]
+        assert found["vectors"] == [0, 2] and found["shared"] == 0
     for name, vectors in expected.items():
         for capability in (80, 90):
             assert results[f"{name} {capability}"]["vectors"] == vectors

@@ -31,6 +31,7 @@ from _attention import Check, fa3, flops, inputs
 from _timing import environment, interleaved_us
 
 from specedit_kernels import ops
+from specedit_kernels._gguf import BLOCKS
 from specedit_kernels._panels import in_panels, of_panels
 from specedit_kernels.reference.mixed_res_attn_fp8 import dequantised
 from specedit_kernels.reference.quantize_fp8 import before_rounding
@@ -328,6 +329,29 @@ def kept(dtype, outputs, inputs):
     return found
 
 
+def in_blocks(kind, outputs, inputs):
+    """The same of random blocks of GGUF, beside diffusers."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    values, size = BLOCKS[kind]
+    x = torch.randint(0, 256, (outputs, inputs // values * size), dtype=torch.uint8, device="cuda")
+    x &= 0xBF  # scales are finite
+    weight = GGUFParameter(x, quant_type=gguf.GGMLQuantizationType[kind])
+
+    def own():
+        return dequantize_gguf_tensor(weight).to(torch.bfloat16)
+
+    exact, fns = own(), {"op": lambda: ops.dequantize_gguf(x, kind, torch.bfloat16)}
+    if kind == "Q8_0":  # of the others it waits for the host
+        fns["diffusers"] = own
+    found = timed(fns, {"op": lambda y: {"equal": torch.equal(y, exact)}})
+    for row in found["rows"].values():
+        if "us" in row:
+            row["GB/s"] = round((x.numel() + 2 * exact.numel()) / row["us"] / 1e3)
+    return found
+
+
 def steps():
     """{case: callable} of an active step and a whole edit; one model for all."""
     import flux_kontext
@@ -380,7 +404,8 @@ def cases():
                 (3072, 15360, "int8"),
                 (12288, 3072, "float8_e5m2"),
             )
-        },
+        }
+        | {f"12288 x 3072, {kind}": partial(in_blocks, kind, 12288, 3072) for kind in BLOCKS},
         "keep": {f"{rows} rows": partial(keep, rows) for rows in (410, 922, 3174, 8704)},
         "steps": steps(),
         "configs": {f"{q} x 8704, D 128": partial(configs, q, 8704, 128) for q in (8704, 922)},

@@ -31,6 +31,7 @@ from ._diffusers import (
     waits_for_host,
     without_context_parallel,
 )
+from .quantised import made
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -166,7 +167,8 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
                     return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
             if graphs:
                 reason = waits_for_host(module, name == "compile")
-                if reason:
+                # what torch.compile compiles is called
+                if reason and not (called and name == "graph" and made(module)):
                     return reason, []
                 if device is None:
                     memory.add_module(module)

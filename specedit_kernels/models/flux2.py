@@ -45,7 +45,7 @@ from ..engine._diffusers import is_wrapper, through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import compiled, linear, linear_of_each, modulated, product_of
+from ..engine.fused import called, compiled, linear, linear_of_each, modulated, product_of
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
@@ -69,7 +69,7 @@ def modulation(
     # the roundings of the pipeline and of the model's forward
     at = (timestep.to(dtype) / 1000) * 1000
     temb = transformer.time_guidance_embed(at, None if guidance is None else guidance.to(dtype) * 1000)
-    last = transformer.norm_out.linear(F.silu(temb))
+    last = called(transformer.norm_out.linear, F.silu(temb))
     return torch.cat([*(each(temb) for each in _modulations(transformer)), last], dim=-1)
 
 
@@ -227,7 +227,8 @@ def fused_forward(
     watch: tuple[int, list[Tensor]] | None = None,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: Flux2Transformer2DModel.forward. The arguments are flux_kontext's."""
-    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
+    text_in, image_in = (functools.partial(called, x) for x in (transformer.context_embedder, transformer.x_embedder))
+    x = embedded(text_in, image_in, embeds, tokens, sequence)
     layers = [*_modulations(transformer), transformer.norm_out]
     of_image, of_text, of_single, of_last = modulation.split([layer.linear.out_features for layer in layers], dim=-1)
     double, single = blocks
@@ -245,7 +246,7 @@ def fused_forward(
             x.clip_(-65504, 65504)
     scale, shift = of_last.chunk(2, dim=1)
     image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.whole_image(transformer.proj_out(image))
+    return sequence.whole_image(called(transformer.proj_out, image))
 
 
 class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):

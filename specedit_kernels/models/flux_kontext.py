@@ -43,6 +43,7 @@ from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fp8 import Rows
 from ..engine.fused import (
     FusedModel,
+    called,
     compiled,
     feed_forward,
     first_of,
@@ -94,7 +95,7 @@ def modulation(
     at = (timestep.to(pooled.dtype) / 1000) * 1000
     about = (at, pooled) if guidance is None else (at, guidance.to(pooled.dtype) * 1000, pooled)
     emb = F.silu(transformer.time_text_embed(*about))
-    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+    return torch.cat([called(norm.linear, emb) for norm in _modulated(transformer)], dim=-1)
 
 
 # Of a transformer that `fused_forward` stands for: itself, its double-stream and single-stream blocks, their attention.
@@ -259,7 +260,8 @@ def fused_forward(
     and where what its attention gives to the text is added. before: called before each block,
     with its index and its tokens.
     """
-    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
+    text_in, image_in = (functools.partial(called, x) for x in (transformer.context_embedder, transformer.x_embedder))
+    x = embedded(text_in, image_in, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -279,7 +281,7 @@ def fused_forward(
             x.clip_(-65504, 65504)
     scale, shift = next(mods).chunk(2, dim=1)
     image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.whole_image(transformer.proj_out(image))
+    return sequence.whole_image(called(transformer.proj_out, image))
 
 
 class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
