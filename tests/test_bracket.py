@@ -138,12 +138,16 @@ def test_a_cache_lies_between_two(packed):
 
 
 def test_qualities_set_what_is_not_given():
-    bracket = dict(finish="locked", kv_refresh="bracket")
-    tiers = {"fast": (2, 2, 1), "balanced": (4, 4, 3), "best": (6, 4, 3)}
-    for quality, counts in tiers.items():
+    tiers = {
+        "fast": ((2, 2, 1), "half", 2, "bracket"),
+        "balanced": ((3, 3, 2), "coarse", 3, 2),
+        "best": ((5, 3, 2), "coarse", 5, 2),
+    }
+    for quality, (counts, draft, kept, renewed) in tiers.items():
         config = SpecEditConfig(quality=quality)
-        further = dict(draft="half" if quality == "fast" else "coarse", lock_text=True)
-        assert config == SpecEditConfig(quality=quality, mixed_from=7 / 9, solver="ab2", **further, **bracket)
+        further = dict(mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
+        further |= dict(draft=draft, coarse_refresh=kept, kv_refresh=renewed)
+        assert config == SpecEditConfig(quality=quality, **further)
         assert config.step_counts() == counts and config.preset is None
     assert SpecEditConfig() == SpecEditConfig(quality="balanced")
     paper = dict(quality="paper", preset=9, finish="full", kv_refresh=1, solver="euler", lock_text=False)
@@ -152,6 +156,7 @@ def test_qualities_set_what_is_not_given():
     for given in (dict(preset=9), dict(stages=(0, 0, 9))):
         config = SpecEditConfig(**given)
         assert (config.solver, config.mixed_from, config.lock_text) == ("euler", None, False)
+        bracket = dict(finish="locked", kv_refresh="bracket", coarse_refresh=1)
         assert config == SpecEditConfig(quality="balanced", solver="euler", lock_text=False, **bracket, **given)
     assert SpecEditConfig(preset=9, solver="ab2", mixed_from=0.5).mixed_from == 0.5
     assert replace(SpecEditConfig(), preset=9).step_counts() == (2, 4, 3)

@@ -30,15 +30,16 @@ LIGHTNING_SCHEDULE = {
 
 # What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
-_LOCKED: dict[str, Any] = dict(mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket", lock_text=True)
+_LOCKED: dict[str, Any] = dict(mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": dict(stages=(2, 2, 1), draft="half", **_LOCKED),
-    "balanced": dict(stages=(4, 4, 3), draft="coarse", **_LOCKED),
-    "best": dict(stages=(6, 4, 3), draft="coarse", **_LOCKED),
+    "fast": dict(stages=(2, 2, 1), draft="half", coarse_refresh=2, kv_refresh="bracket", **_LOCKED),
+    "balanced": dict(stages=(3, 3, 2), draft="coarse", coarse_refresh=3, kv_refresh=2, **_LOCKED),
+    "best": dict(stages=(5, 3, 2), draft="coarse", coarse_refresh=5, kv_refresh=2, **_LOCKED),
     "paper": dict(
-        preset=9, draft="coarse", mixed_from=None, solver="euler", finish="full", kv_refresh=1, lock_text=False
+        preset=9, draft="coarse", mixed_from=None, solver="euler", finish="full", kv_refresh=1, lock_text=False,
+        coarse_refresh=1,
     ),
-}
+}  # fmt: skip
 DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
 UNSELECTED = ("source", "coarse")
@@ -255,7 +256,7 @@ class SpecEditConfig(EditConfig):
             compute [text | target | references] and keep each layer's keys and values; the steps between compute text
             and target over those of the references. 1: every step computes all. At Kontext's size that is 1536 tokens
             of 2560, and 1.8 GB in bf16, which the mixed steps take over. Without effect on a "quarter" draft, and on
-            models that keep their references' keys and values in any case.
+            models that keep them in any case. None: the quality's; 1 with preset or stages.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost.
 
     All else: EditConfig.
@@ -278,7 +279,7 @@ class SpecEditConfig(EditConfig):
     coarse_condition: bool = True
     kv_refresh: int | str | None = None
     lock_text: bool | None = None
-    coarse_refresh: int = 1
+    coarse_refresh: int | None = None
     draft_guidance: bool = True
 
     def __post_init__(self):
@@ -288,7 +289,9 @@ class SpecEditConfig(EditConfig):
         chosen = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
         defaults = dict(chosen)
         if self.preset is not None or self.stages is not None:
-            defaults |= dict(mixed_from=None, solver="euler", draft="coarse", lock_text=False)
+            defaults |= dict(mixed_from=None, solver="euler", draft="coarse", coarse_refresh=1, lock_text=False)
+            if chosen["kv_refresh"] != 1:
+                defaults["kv_refresh"] = BRACKET
         if (self.finish or defaults["finish"]) == "full" and self.unselected == "coarse":
             defaults |= dict(kv_refresh=1, lock_text=False)
         for name, value in defaults.items():
