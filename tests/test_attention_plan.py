@@ -43,8 +43,9 @@ def _blocks(lengths, tile):
 def test_every_k_tile_is_in_one_work_tile(module, seqlen_q, seqlen_k, heads, num_sms, q_lens, kv_lens, head_dim):
     batch = len(q_lens or kv_lens or [1])
     plan = module.plan(seqlen_q, seqlen_k, heads, head_dim, num_sms, batch=batch, q_lens=q_lens, kv_lens=kv_lens)
-    m_blocks = _blocks(q_lens or [seqlen_q] * batch, module.TILE_Q)
-    n_blocks = _blocks(kv_lens or [seqlen_k] * batch, module.TILE_K)
+    tile_q, tile_k = module.tile(head_dim)
+    m_blocks = _blocks(q_lens or [seqlen_q] * batch, tile_q)
+    n_blocks = _blocks(kv_lens or [seqlen_k] * batch, tile_k)
     found = Counter()
     tiles = set()
     for work in plan.work:

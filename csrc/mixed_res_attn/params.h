@@ -58,7 +58,7 @@ struct Params {
   int64_t lse_batch_stride, lse_head_stride;
   void* out;
   float* lse;
-  // Results of splits: fp32 [slots, kBlockM, D], and row maximum and sum of weights [slots, kBlockM]. Slots: first
+  // Results of splits: fp32 [slots, rows of a tile, D], and row maximum and sum of weights [slots, rows of a tile]. Slots: first
   // splits, begins of remainders, one for each stream-K CTA. Null where nothing can be split.
   float* out_partial;
   float2* max_sum_partial;

@@ -22,7 +22,7 @@ struct QueryRows {
   __device__ void look_up(const Params& p, const Storage& s, const WorkTile& work, int first) {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
-      const int slot = work.m_block * kBlockM + first + i * 32 + static_cast<int>(threadIdx.x) % 32;
+      const int slot = work.m_block * Storage::Traits::kBlockM + first + i * 32 + static_cast<int>(threadIdx.x) % 32;
       rows[i] = slot < s.seqlen_q[work.batch]
           ? p.q_index == nullptr ? slot : p.q_index[work.batch * p.q_index_batch_stride + slot]
           : -1;
@@ -68,9 +68,10 @@ struct QueryRows {
   }
 };
 
-// The producer warp of the queries of consumer warpgroup wg by q_index.
+// Of the producer warps, the two of queries by q_index. Where a CTA has two consumer warpgroups: warp `warp` copies the
+// queries of consumer warpgroup `warp`.
 template <typename T, int D>
-__device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, int wg) {
+__device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, int warp) {
   constexpr int kWords = kWarpgroupRows / 32;
   const int lane = threadIdx.x % 32;
   uint32_t phase = 0;
@@ -78,19 +79,62 @@ __device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, 
   for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
     // Looked up, and prefetched into L2, while the queries before are still in use.
     QueryRows<T, D, kWords> queries;
-    queries.look_up(p, s, work, wg * kWarpgroupRows);
+    queries.look_up(p, s, work, warp * kWarpgroupRows);
     if (work_idx > 0) queries.prefetch(p, work);
-    sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);
+    sm90::mbarrier_wait(&s.q_empty[warp], phase ^ 1);
     __syncwarp();
     if (lane == 0) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) s.q_valid[phase][wg][i] = queries.valid[i];
-      sm90::mbarrier_arrive(&s.q_full[wg]);
+      for (int i = 0; i < kWords; ++i) s.q_valid[phase][warp][i] = queries.valid[i];
+      sm90::mbarrier_arrive(&s.q_full[warp]);
     }
     __syncwarp();
-    queries.copy(p, work, s.q[wg], 0);
-    sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
+    queries.copy(p, work, s.q[warp], 0);
+    sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[warp]);
     phase ^= 1;
+  }
+}
+
+// Copies 32 queries of a work tile, half of a consumer warpgroup's: number `number` of these halves.
+template <typename T, int D, bool GATHER>
+__device__ void copy_half_of_queries(
+    const Params& p, SharedStorage<T, D, GATHER>& s, const WorkTile& work, int number, uint32_t phase) {
+  const int wg = number / 2;
+  const int half = number % 2;
+  QueryRows<T, D, 1> queries;
+  queries.look_up(p, s, work, number * 32);
+  sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    s.q_valid[phase][wg][half] = queries.valid[0];
+    sm90::mbarrier_arrive(&s.q_full[wg]);
+  }
+  queries.copy(p, work, s.q[wg], half * 32);
+  sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
+}
+
+// The same where a CTA has three: each warp copies half of the queries of each, one after the other. That takes fewer
+// registers.
+template <typename T, int D>
+__device__ void produce_halves_of_queries(const Params& p, SharedStorage<T, D, false>& s, int half) {
+  constexpr int kConsumers = KernelTraits<T, D, false>::kConsumers;
+  WorkTile work;
+  for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
+    // First they are looked up, and prefetched into L2, while the queries before are still in use.
+#pragma unroll 1
+    for (int i = work_idx > 0 ? 0 : kConsumers; i < 2 * kConsumers; ++i) {
+      WorkTile at;
+      at.batch = sm90::opaque(work.batch);
+      at.head = sm90::opaque(work.head);
+      at.m_block = work.m_block;
+      if (i < kConsumers) {
+        QueryRows<T, D, 1> queries;
+        queries.look_up(p, s, at, (i * 2 + half) * 32);
+        queries.prefetch(p, at);
+      } else {
+        copy_half_of_queries(p, s, at, (i - kConsumers) * 2 + half, work_idx % 2);
+      }
+    }
   }
 }
 
@@ -102,18 +146,19 @@ struct GatherProducer {
   using Traits = typename Storage::Traits;
   static constexpr int kCopySteps = Traits::kCopySteps;
   static constexpr int kRowsOfWarp = kCopySteps * 4;
-  static_assert(Traits::kBlockN % 16 == 0 && kRowsOfWarp > 32 && kRowsOfWarp <= 64);
+  static constexpr int kRowsOfLane = (kRowsOfWarp + 31) / 32;
+  static_assert(Traits::kBlockN % 16 == 0 && kRowsOfLane <= 2);
 
   const Params& p;
   Storage& s;
 
-  // Lane i of a warp looks up rows i and i + 32 of the warp's rows of a K tile. Returns which row of the tile that is.
+  // Lane i of a warp looks up row i of the warp's rows of a K tile, and i + 32 where there are more. Returns which row of the tile that is.
   __device__ static int tile_row_of(int number) {
     return number / 4 * 16 + static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32 * 4 + number % 4;
   }
 
   // Bit 4 i % 32 of valid[i / 8]: whether this lane's row of step i exists. The other rows become zeros.
-  __device__ void copy_tile(const T* base, uint32_t stride, T* target, int buffer, const uint32_t (&valid)[2]) {
+  __device__ void copy_tile(const T* base, uint32_t stride, T* target, int buffer, const uint32_t (&valid)[kRowsOfLane]) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x % kWarpgroupThreads / 32;
     const int* rows = s.kv_rows[buffer][warp][lane / 8];
@@ -153,27 +198,27 @@ struct GatherProducer {
       const int* at = p.kv_index + work.batch * p.kv_index_batch_stride + key;
       const float* bias = p.bias == nullptr ? nullptr : p.bias + work.batch * p.bias_batch_stride;
       const int seqlen_k = s.seqlen_k[work.batch];
-      int rows[2];        // of the K tile looked up last, -1 for none
-      float values[2];    // their biases
-      uint32_t valid[2];  // of the K tile to copy next
-      uint32_t valid_before[2];
+      int rows[kRowsOfLane];        // of the K tile looked up last, -1 for none
+      float values[kRowsOfLane];    // their biases
+      uint32_t valid[kRowsOfLane];  // of the K tile to copy next
+      uint32_t valid_before[kRowsOfLane];
       const auto look_up = [&] {
         constexpr int kNext = 32 / 4 * 16;
         rows[0] = key < seqlen_k ? at[0] : -1;
-        rows[1] = lane + 32 < kRowsOfWarp && key + kNext < seqlen_k ? at[kNext] : -1;
+        if constexpr (kRowsOfLane > 1) rows[1] = lane + 32 < kRowsOfWarp && key + kNext < seqlen_k ? at[kNext] : -1;
         key += Traits::kBlockN;
         at += Traits::kBlockN;
       };
       const auto look_up_biases = [&] {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kRowsOfLane; ++i) {
           if (rows[i] >= p.rows_k) rows[i] = -1;
           values[i] = rows[i] < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[rows[i]];
         }
       };
       const auto store_rows = [&] {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kRowsOfLane; ++i) {
           const int number = i * 32 + lane;
           if (number < kRowsOfWarp) s.kv_rows[buffer][warp][number % 4][number / 4] = max(rows[i], 0);
           valid[i] = __ballot_sync(0xffffffffu, rows[i] >= 0) >> lane / 8;
@@ -182,18 +227,7 @@ struct GatherProducer {
       };
       const auto load_q = [&] {
         // A warp copies half of a consumer warpgroup's queries.
-        const int wg = warp / 2;
-        const int half = warp % 2;
-        QueryRows<T, D, 1> queries;
-        queries.look_up(p, s, work, warp * 32);
-        sm90::mbarrier_wait(&s.q_empty[wg], q_phase ^ 1);
-        __syncwarp();
-        if (lane == 0) {
-          s.q_valid[q_phase][wg][half] = queries.valid[0];
-          sm90::mbarrier_arrive(&s.q_full[wg]);
-        }
-        queries.copy(p, work, s.q[wg], half * 32);
-        sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
+        copy_half_of_queries(p, s, work, warp, q_phase);
       };
       // Of the K tile whose stage is empty.
       const auto store_biases = [&] {
@@ -202,7 +236,7 @@ struct GatherProducer {
         bool same = true;
         bool fits = true;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kRowsOfLane; ++i) {
           const int number = i * 32 + lane;
           if (number >= kRowsOfWarp) continue;
           same = same && values[i] == first;
@@ -248,8 +282,8 @@ struct GatherProducer {
         if (n_block == work.n_block_begin) load_q();
         else load_v();
         __syncwarp();
-        valid_before[0] = valid[0];
-        valid_before[1] = valid[1];
+#pragma unroll
+        for (int i = 0; i < kRowsOfLane; ++i) valid_before[i] = valid[i];
         buffer ^= 1;
         store_rows();
       }

@@ -145,6 +145,9 @@ float read(const T& x) {
   return element<T>(bits);
 }
 
+// Whether the attention itself gathers K and V.
+bool gathers(const Case& c) { return c.k_slots > 0 && !c.gather_first; }
+
 const int* data_or_null(const Ints& x) { return x.empty() ? nullptr : x.data(); }
 
 template <typename T, int D>
@@ -159,12 +162,14 @@ struct Problem {
   std::vector<T> k_gathered, v_gathered;
   std::vector<float> bias_gathered;
   std::vector<SplitTile> split_tiles;
+  TileShape tile;
   Params p{};
   GatherParams gather{};
 
   Problem(const Case& c, std::mt19937& random) : c(c), packed(!c.cu_q.empty()), entries(packed ? 1 : c.batch) {
     q_slots = c.q_slots ? c.q_slots : c.rows_q;
     k_slots = c.k_slots ? c.k_slots : c.rows_k;
+    tile = tile_of(D, gathers(c));
     rows_out = c.scatter ? q_slots + 20 : q_slots;
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<T>& x, int rows, int heads) {
@@ -240,8 +245,8 @@ struct Problem {
       std::memcpy(&target, &m, sizeof(m));
     };
     map(p.tma_q, q, c.rows_q, c.heads, kWarpgroupRows);
-    map(p.tma_k, k, c.rows_k, c.heads_k, kBlockN);
-    map(p.tma_v, v, c.rows_k, c.heads_k, kBlockN);
+    map(p.tma_k, k, c.rows_k, c.heads_k, tile.block_n);
+    map(p.tma_v, v, c.rows_k, c.heads_k, tile.block_n);
     p.q = q.data();
     p.k = k.data();
     p.v = v.data();
@@ -263,8 +268,8 @@ struct Problem {
     p.lse_head_stride = q_slots;
     p.out = out.data();
     p.lse = lse.data();
-    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM * D, NAN);
-    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM, {NAN, NAN});
+    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * tile.block_m() * D, NAN);
+    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * tile.block_m(), {NAN, NAN});
     split_tiles.resize(c.num_ctas);
     p.out_partial = out_partial.data();
     p.max_sum_partial = max_sum_partial.data();
@@ -307,17 +312,18 @@ struct Problem {
       p.bias_batch_stride = k_slots;
       p.rows_k = k_slots;
       p.kv_index = nullptr;
-      map(p.tma_k, k_gathered, k_slots, c.heads_k, kBlockN);
-      map(p.tma_v, v_gathered, k_slots, c.heads_k, kBlockN);
+      map(p.tma_k, k_gathered, k_slots, c.heads_k, tile.block_n);
+      map(p.tma_v, v_gathered, k_slots, c.heads_k, tile.block_n);
     }
     if (!packed && c.q_lens.empty() && c.kv_lens.empty()) {
-      plan_on_host(p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.num_ctas);
+      plan_on_host(p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, tile.block_m()), c.num_ctas, tile);
       p.max_split_tiles = p.plan.partial_wave_tiles;
     }
   }
 
   template <bool GATHER>
   void run(int slow_warp) {
+    using Traits = KernelTraits<T, D, GATHER>;
     for (int block = 0; c.gather_first && block < ceil_div(c.batch * k_slots, kGatherThreads / 32); ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
       emulator::run_block(kGatherThreads, [&] { gather_kv_kernel(gather); }, -1, 1);
@@ -326,12 +332,12 @@ struct Problem {
     for (int block = 0; block < c.num_ctas; ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
       specedit::sm90::reset_block();
-      emulator::run_block(kThreads, [&] { mixed_res_attn_kernel<T, D, GATHER>(p); }, slow_warp, kSlowness);
+      emulator::run_block(Traits::kThreads, [&] { mixed_res_attn_kernel<T, D, GATHER>(p); }, slow_warp, kSlowness);
     }
     for (int tile = 0; tile < p.max_split_tiles; ++tile) {
-      for (int rows = 0; rows < kBlockM / kCombineRows; ++rows) {
+      for (int rows = 0; rows < Traits::kBlockM / kCombineRows; ++rows) {
         emulated_block = {static_cast<uint32_t>(tile), static_cast<uint32_t>(rows), 0};
-        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D>(p); }, -1, 1);
+        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D, Traits::kBlockM>(p); }, -1, 1);
       }
     }
   }
@@ -419,9 +425,6 @@ struct Problem {
     return true;
   }
 };
-
-// Whether the attention itself gathers K and V.
-bool gathers(const Case& c) { return c.k_slots > 0 && !c.gather_first; }
 
 template <typename T, int D, bool GATHER>
 constexpr bool is_compiled() {
