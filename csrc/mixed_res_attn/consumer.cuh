@@ -338,6 +338,7 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       to_store = true;
       clear();
       if constexpr (kIsFp8<T>) scales = next;
+      // Three consumer warpgroups leave no register for it: they read it after the loop.
       const int valid = Traits::kConsumers > 2 ? 0 : valid_rows(q_phase ^ 1);
       attend(last, kv_idx, bias_flags, [&] {
         look_up_out_rows(last, out_rows);

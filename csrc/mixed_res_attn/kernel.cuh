@@ -33,7 +33,8 @@
 namespace specedit::attn {
 
 template <typename T, int D, bool GATHER>
-__global__ void __launch_bounds__(KernelTraits<T, D, GATHER>::kThreads, 1) mixed_res_attn_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(KernelTraits<T, D, GATHER>::kThreads, 1) mixed_res_attn_kernel(
+    const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Storage = SharedStorage<T, D, GATHER>;
   using Traits = typename Storage::Traits;
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(KernelTraits<T, D, GATHER>::kThreads, 1) mixed
     // Each warp that reads a stage arrives on its `empty`.
     for (int wg = 0; wg < Traits::kConsumers; ++wg) {
       // By index: an arrival of each lane that copies, and one of each warp for its bits of q_valid.
-      sm90::mbarrier_init(&s.q_full[wg], GATHER ? 2 * 33 : p.q_index == nullptr ? 1 : Traits::kConsumers > 2 ? 2 * 33 : 33);
+      const uint32_t by_index = GATHER || Traits::kConsumers > 2 ? 2 * 33 : 33;
+      sm90::mbarrier_init(&s.q_full[wg], GATHER || p.q_index != nullptr ? by_index : 1);
       sm90::mbarrier_init(&s.q_empty[wg], 4);
     }
     for (int i = 0; i < Traits::kStages; ++i) {

@@ -35,13 +35,14 @@ struct TileShape {
   SPECEDIT_HOST_DEVICE constexpr int block_m() const { return consumers * kWarpgroupRows; }  // queries of a work tile
 };
 
-// D = 64 has accumulators of half the size: there is room for a third consumer warpgroup.
+// D = 64 has smaller accumulators: there is room for a third consumer warpgroup.
 constexpr TileShape kTileOfDim64{3, 128};
 constexpr TileShape kTileOfDim128{2, 176};
 constexpr TileShape kTileOfFp8{2, kBlockNFp8};
 
-// kv_index: whether the kernel gathers rows of K and V itself. That producer's registers leave none for a third consumer.
-constexpr TileShape tile_of(int64_t dim, bool kv_index) { return dim == 64 && !kv_index ? kTileOfDim64 : kTileOfDim128; }
+// gather: whether the kernel itself gathers rows of K and V by kv_index. The registers which that takes leave none for a
+// third consumer warpgroup.
+constexpr TileShape tile_of(int64_t dim, bool gather) { return dim == 64 && !gather ? kTileOfDim64 : kTileOfDim128; }
 
 // The kernel is persistent: one CTA an SM. Work tiles go to the CTAs in waves, one tile for each CTA in a wave, so that
 // CTAs that share a head read the same keys at the same time. The last partial wave has fewer tiles than there are
@@ -54,11 +55,13 @@ constexpr TileShape tile_of(int64_t dim, bool kv_index) { return dim == 64 && !k
 //
 // Costs are in quarters of the time that one K tile takes.
 
-constexpr int kFullBlockCost = 4;      // of a K tile where all consumer warpgroups have queries; 1 less for each without
+constexpr int kFullBlockCost = 4;      // of a K tile if all consumer warpgroups have queries; 1 less for each without
 constexpr int kSplitOverheadCost = 6;  // prologue and epilogue of a tile or a split
-constexpr int kCombineCost = 12;       // of the combine kernel
 constexpr int kMinSplitBlocks = 2;     // K tiles
 constexpr int kMaxSplitCtas = 512;     // with more CTAs no tile is split
+
+// Cost of the combine kernel: 4 to 6 us. A K tile of kTileOfDim64 takes about 1.5 us, one of kTileOfDim128 2.
+SPECEDIT_HOST_DEVICE inline int combine_cost(TileShape tile) { return tile.consumers == 3 ? 16 : 12; }
 
 // K tile `n_block` of the remainder of work tile `tile`.
 struct StreamKPosition {
@@ -219,7 +222,7 @@ inline void plan_on_host(
       else low = middle;
     }
   }
-  if (cost_limit + kCombineCost >= tile_cost) {
+  if (cost_limit + combine_cost(tile_shape) >= tile_cost) {
     plan.full_wave_tiles = num_tiles;
     plan.partial_wave_tiles = 0;
     return;

@@ -68,10 +68,9 @@ struct QueryRows {
   }
 };
 
-// Of the producer warps, the two of queries by q_index. Where a CTA has two consumer warpgroups: warp `warp` copies the
-// queries of consumer warpgroup `warp`.
+// The producer warp of the queries of consumer warpgroup wg by q_index, where a CTA has two consumer warpgroups.
 template <typename T, int D>
-__device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, int warp) {
+__device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, int wg) {
   constexpr int kWords = kWarpgroupRows / 32;
   const int lane = threadIdx.x % 32;
   uint32_t phase = 0;
@@ -79,18 +78,18 @@ __device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, 
   for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
     // Looked up, and prefetched into L2, while the queries before are still in use.
     QueryRows<T, D, kWords> queries;
-    queries.look_up(p, s, work, warp * kWarpgroupRows);
+    queries.look_up(p, s, work, wg * kWarpgroupRows);
     if (work_idx > 0) queries.prefetch(p, work);
-    sm90::mbarrier_wait(&s.q_empty[warp], phase ^ 1);
+    sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);
     __syncwarp();
     if (lane == 0) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) s.q_valid[phase][warp][i] = queries.valid[i];
-      sm90::mbarrier_arrive(&s.q_full[warp]);
+      for (int i = 0; i < kWords; ++i) s.q_valid[phase][wg][i] = queries.valid[i];
+      sm90::mbarrier_arrive(&s.q_full[wg]);
     }
     __syncwarp();
-    queries.copy(p, work, s.q[warp], 0);
-    sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[warp]);
+    queries.copy(p, work, s.q[wg], 0);
+    sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
     phase ^= 1;
   }
 }
@@ -113,14 +112,14 @@ __device__ void copy_half_of_queries(
   sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
 }
 
-// The same where a CTA has three: each warp copies half of the queries of each, one after the other. That takes fewer
-// registers.
+// The two producer warps of queries by q_index where a CTA has three consumer warpgroups. A warp copies half of the
+// queries of each, one after the other: that takes fewer registers.
 template <typename T, int D>
 __device__ void produce_halves_of_queries(const Params& p, SharedStorage<T, D, false>& s, int half) {
   constexpr int kConsumers = KernelTraits<T, D, false>::kConsumers;
   WorkTile work;
   for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
-    // First they are looked up, and prefetched into L2, while the queries before are still in use.
+    // First they are looked up and prefetched into L2, while the queries before are still in use.
 #pragma unroll 1
     for (int i = work_idx > 0 ? 0 : kConsumers; i < 2 * kConsumers; ++i) {
       WorkTile at;
@@ -146,19 +145,18 @@ struct GatherProducer {
   using Traits = typename Storage::Traits;
   static constexpr int kCopySteps = Traits::kCopySteps;
   static constexpr int kRowsOfWarp = kCopySteps * 4;
-  static constexpr int kRowsOfLane = (kRowsOfWarp + 31) / 32;
-  static_assert(Traits::kBlockN % 16 == 0 && kRowsOfLane <= 2);
+  static_assert(Traits::kBlockN % 16 == 0 && kRowsOfWarp > 32 && kRowsOfWarp <= 64);
 
   const Params& p;
   Storage& s;
 
-  // Lane i of a warp looks up row i of the warp's rows of a K tile, and i + 32 where there are more. Returns which row of the tile that is.
+  // Lane i of a warp looks up rows i and i + 32 of the warp's rows of a K tile. Returns which row of the tile that is.
   __device__ static int tile_row_of(int number) {
     return number / 4 * 16 + static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32 * 4 + number % 4;
   }
 
   // Bit 4 i % 32 of valid[i / 8]: whether this lane's row of step i exists. The other rows become zeros.
-  __device__ void copy_tile(const T* base, uint32_t stride, T* target, int buffer, const uint32_t (&valid)[kRowsOfLane]) {
+  __device__ void copy_tile(const T* base, uint32_t stride, T* target, int buffer, const uint32_t (&valid)[2]) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x % kWarpgroupThreads / 32;
     const int* rows = s.kv_rows[buffer][warp][lane / 8];
@@ -198,27 +196,27 @@ struct GatherProducer {
       const int* at = p.kv_index + work.batch * p.kv_index_batch_stride + key;
       const float* bias = p.bias == nullptr ? nullptr : p.bias + work.batch * p.bias_batch_stride;
       const int seqlen_k = s.seqlen_k[work.batch];
-      int rows[kRowsOfLane];        // of the K tile looked up last, -1 for none
-      float values[kRowsOfLane];    // their biases
-      uint32_t valid[kRowsOfLane];  // of the K tile to copy next
-      uint32_t valid_before[kRowsOfLane];
+      int rows[2];        // of the K tile looked up last, -1 for none
+      float values[2];    // their biases
+      uint32_t valid[2];  // of the K tile to copy next
+      uint32_t valid_before[2];
       const auto look_up = [&] {
         constexpr int kNext = 32 / 4 * 16;
         rows[0] = key < seqlen_k ? at[0] : -1;
-        if constexpr (kRowsOfLane > 1) rows[1] = lane + 32 < kRowsOfWarp && key + kNext < seqlen_k ? at[kNext] : -1;
+        rows[1] = lane + 32 < kRowsOfWarp && key + kNext < seqlen_k ? at[kNext] : -1;
         key += Traits::kBlockN;
         at += Traits::kBlockN;
       };
       const auto look_up_biases = [&] {
 #pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i) {
+        for (int i = 0; i < 2; ++i) {
           if (rows[i] >= p.rows_k) rows[i] = -1;
           values[i] = rows[i] < 0 ? -INFINITY : bias == nullptr ? 0.0f : bias[rows[i]];
         }
       };
       const auto store_rows = [&] {
 #pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i) {
+        for (int i = 0; i < 2; ++i) {
           const int number = i * 32 + lane;
           if (number < kRowsOfWarp) s.kv_rows[buffer][warp][number % 4][number / 4] = max(rows[i], 0);
           valid[i] = __ballot_sync(0xffffffffu, rows[i] >= 0) >> lane / 8;
@@ -236,7 +234,7 @@ struct GatherProducer {
         bool same = true;
         bool fits = true;
 #pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i) {
+        for (int i = 0; i < 2; ++i) {
           const int number = i * 32 + lane;
           if (number >= kRowsOfWarp) continue;
           same = same && values[i] == first;
@@ -282,8 +280,8 @@ struct GatherProducer {
         if (n_block == work.n_block_begin) load_q();
         else load_v();
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i) valid_before[i] = valid[i];
+        valid_before[0] = valid[0];
+        valid_before[1] = valid[1];
         buffer ^= 1;
         store_rows();
       }

@@ -139,8 +139,8 @@ struct TmaProducer {
     }
   }
 
-  // The same for three consumer warpgroups, which leave few registers: each load is once in the code, and what follows from
-  // the work tile is computed for each (sm90::opaque).
+  // The same for three consumer warpgroups, which leave few registers: each load is once in the code, and what follows
+  // from the work tile is computed for each (sm90::opaque).
   template <bool VALUES>
   __device__ void load_n_block(const WorkTile& work, int n_block, uint32_t kv_idx) {
     const int batch = sm90::opaque(work.batch);

@@ -157,7 +157,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
       low += found * step;
     }
   }
-  const bool split = cost_limit + kCombineCost < tile_cost;
+  const bool split = cost_limit + combine_cost(Storage::Traits::tile()) < tile_cost;
   const int range_step =
       split ? range_cost(cost_at(cost_limit), num_ranges, n_blocks) - kSplitOverheadCost : 1;
   StreamKPosition at{num_tiles, 0};

@@ -53,6 +53,8 @@ struct Case {
 std::map<std::string, Case> all_cases() {
   std::map<std::string, Case> cases = {
     {"one_tile", {false, 128, 1, 100, 900, 1, 1, 1, Bias::kAlternating}},
+    {"two_of_three_d64", {false, 64, 1, 300, 500, 1, 1, 1, Bias::kAlternating}},
+    {"q_index_d64", {true, 64, 1, 400, 300, 2, 1, 1, Bias::kRandom, {}, {}, {}, {}, 370}},
     {"few_rows_d64", {false, 64, 1, 44, 1500, 1, 1, 1, Bias::kAlternating}},
     {"waves", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
     {"parts", {false, 128, 1, 150, 3000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 0, false, true}},
@@ -71,7 +73,7 @@ std::map<std::string, Case> all_cases() {
     {"masks", {true, 128, 1, 70, 1000, 1, 1, 1, Bias::kMasks}},
     {"masks_bf16", {false, 64, 1, 200, 700, 2, 1, 2, Bias::kMasks}},
     {"masks_kv_index", {true, 64, 1, 70, 900, 2, 1, 1, Bias::kMasks, {}, {}, {}, {}, 0, 700}},
-    {"shares", {false, 64, 1, 300, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
+    {"shares", {false, 64, 1, 400, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
     {"shares_of_lengths",
      {false, 64, 3, 400, 2500, 1, 1, 8, Bias::kAlternating, {330, 0, 64}, {2500, 900, 1300}, {}, {}, 0, 0, false, true}},
     {"parts_of_lengths",
@@ -89,7 +91,7 @@ std::map<std::string, Case> all_cases() {
     {"gathered_lengths",
      {true, 64, 3, 150, 700, 4, 2, 3, Bias::kSorted, {120, 60, 0}, {800, 333, 0}, {}, {}, 130, 900, true, false, true}},
     {"q_index", {false, 128, 2, 700, 500, 2, 1, 4, Bias::kAlternating, {}, {}, {}, {}, 200, 0}},
-    {"q_index_parts", {false, 64, 1, 900, 2500, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 300, 0, false, true}},
+    {"q_index_parts", {false, 64, 1, 900, 2500, 3, 1, 5, Bias::kSorted, {}, {}, {}, {}, 300, 0, false, true}},
     {"q_index_lengths", {true, 128, 3, 300, 400, 2, 2, 3, Bias::kRandom, {190, 1, 65}, {399, 0, 177}, {}, {}, 190, 0}},
     {"all_indices", {true, 64, 2, 150, 700, 2, 1, 3, Bias::kSorted, {120, 60}, {800, 333}, {}, {}, 130, 900, true}},
   };
