@@ -161,8 +161,9 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
         ("consumer", "wg + 1 < Traits::kConsumers && work.has_rows(wg + 1) ? wg + 1 : 0",
          "wg + 1 < Traits::kConsumers ? wg + 1 : 0", "two_of_three_d64", -1),
         # Queries by q_index of a third consumer warpgroup are copied before those in use were read.
-        ("producer_gather", "sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);",
-         "if (wg < 2) sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);", "q_index_parts", 12),
+        ("producer_gather", "sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx",
+         "if (wg < 2) sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx", "q_index_d64",
+         12),
         # One split too few is combined.
         ("tile_scheduler", "2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
     ],
