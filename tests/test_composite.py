@@ -2,12 +2,14 @@
 """An edit put into its source: outside the feathered region the source's bits, inside it the edit."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
 
+from specedit_kernels.images import resample as resampling
 from specedit_kernels.images.composite import _grown, composite, composite_window, edit_weight
-from specedit_kernels.images.resample import resample
+from specedit_kernels.images.resample import as_pillow, resample, resized_levels
 
 MODES = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "one channel": (1,)}
 
@@ -225,3 +227,43 @@ def test_pixels_that_lie_on_each_other_are_copied():
     # beyond the input there is the border, as with any other scale
     beyond = resample(planes, (-2, 5, 0, 9), (1, 1))
     assert beyond.shape == (3, 7, 9) and (beyond[:, 2:] - planes[:, :5, :9]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [
+    ((4000, 30), (1184, 20)), ((37, 500), (32, 128)), ((64, 64), (150, 131)), ((1, 1), (32, 64)), ((5, 3), (5, 40)),
+    ((300, 90), (16, 31)), ((136, 103), (83, 46)), ((100, 300), (90, 250)), ((61, 77), (60, 76)),
+], ids=str)  # fmt: skip
+def test_levels_are_resized_as_pillow_does(sizes, device):
+    (width, height), wanted = sizes
+    levels = a_source((height, width, 3), np.uint8)
+    levels[::3] = np.where(levels[::3] > 127, 255, 0)  # which overshoot
+    expected = torch.from_numpy(np.array(PIL.Image.fromarray(levels).resize(wanted, PIL.Image.Resampling.LANCZOS)))
+    given = torch.from_numpy(levels).to(device)
+    # the order of the axes is Pillow's choice
+    found = [resized_levels(given, wanted, axes).cpu() for axes in ((1, 0), (0, 1))]
+    assert any(torch.equal(each, expected) for each in found)
+    for view in (levels, levels[::-1, ::-1][::-1, ::-1], PIL.Image.fromarray(levels)):
+        assert torch.equal(as_pillow(np.asarray(view), wanted, torch.device(device)).cpu(), expected)
+
+
+def test_a_gpu_resizes_from_the_second_picture_on_and_pillow_where_it_is_full(monkeypatch):
+    class Gpu:  # what `as_pillow` asks of a device, with the CPU behind it
+        type = "cuda"
+
+    monkeypatch.setattr(resampling, "_copied", lambda levels, device: torch.from_numpy(np.array(levels)))
+    monkeypatch.setattr(resampling, "_AXES", {})
+    calls = []
+    monkeypatch.setattr(resampling, "resized_levels", lambda *args: calls.append(args) or resized_levels(*args))
+    grey, levels = np.full((200, 70, 3), 9, np.uint8), a_source((200, 70, 3), np.uint8)
+    for picture, count, learnt in ((grey, 2, 0), (levels, 4, 1), (levels[::-1], 5, 1)):
+        expected = np.array(PIL.Image.fromarray(picture).resize((32, 64), PIL.Image.Resampling.LANCZOS))
+        assert np.array_equal(as_pillow(picture, (32, 64), Gpu()).numpy(), expected)
+        assert len(calls) == count and len(resampling._AXES) == learnt
+
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(resampling, "resized_levels", full)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: self)
+    assert torch.equal(as_pillow(levels, (32, 64), Gpu()), as_pillow(levels, (32, 64), cpu))

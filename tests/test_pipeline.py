@@ -27,6 +27,7 @@ from specedit_kernels.engine import pipeline, stages
 from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, wrap_processors
 from specedit_kernels.engine.kv_cache import KVCache
 from specedit_kernels.engine.sequence import MixedSequence, StepLayout
+from specedit_kernels.images.files import Photo
 from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -542,6 +543,10 @@ def test_pixels_are_those_of_the_image_processor(device):
     for given in (pictures, pictures[0], pictures[0].convert("L"), np.asarray(pictures[0]) / 255):
         got = pipeline.preprocess(processor, given, 16, 32, device).cpu()
         assert torch.equal(got, processor.preprocess(given, 16, 32))
+    for given in (PIL.Image.fromarray(every), Photo(every), [Photo(every), Photo(every[:, ::-1])]):
+        expected = processor.preprocess(pipeline.seen(given), 16, 32)
+        for _ in range(2):  # the second time of a size it is not Pillow that resizes
+            assert torch.equal(pipeline.preprocess(processor, given, 16, 32, device).cpu(), expected)
 
 
 def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):
@@ -724,6 +729,19 @@ def test_nan_scores_are_recomputed(pipe):
     selection = stages.select(run, scores, 0.1, 0)
     assert selection.changed == (True,) and selection.counts == (1,)
     assert selection.edited[0].nonzero().flatten().tolist() == [0, 1, 8, 9]
+
+
+@pytest.mark.parametrize("rule", ["score", "random"])
+def test_a_given_mask_is_selected_as_its_scores_are(pipe, rule):
+    mask = torch.rand(1, 64, generator=seeded()) > 0.9
+    found = []
+    for select in (lambda run: stages.select(run, mask.float(), 0.5, 0), lambda run: stages.select_given(run, mask)):
+        run, _, _, _ = make_run(pipe, paper(selection=rule), half_mask())
+        run.generator = seeded()
+        found.append(select(run))
+    for name in ("edited", "active", "order", "count"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+    assert found[0].counts == found[1].counts and found[0].changed == found[1].changed
 
 
 def test_min_active_and_max_active(pipe):

@@ -405,7 +405,8 @@ class Bench:
         if stats is not None:
             figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
                         "backend": stats.backend, "runner": stats.runner, "graph_bytes": stats.graph_bytes,
-                        "kv_cache_bytes": stats.kv_cache_bytes, "fp8_bytes": stats.fp8_bytes}  # fmt: skip
+                        "kv_cache_bytes": stats.kv_cache_bytes, "fp8_bytes": stats.fp8_bytes,
+                        "merged_bytes": stats.merged_bytes}  # fmt: skip
         return figures
 
 
@@ -432,15 +433,17 @@ def setting(args):
 
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
-# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; lt:
-# the first mixed step alone computes the text.
+# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; lt: the
+# first mixed step alone computes the text; kv N: the whole sequence every N mixed steps, not bracketed.
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
-        stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket",
+        stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh=renewed or "bracket",
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
     )
-    for coarse, mixed in ((2, 3), (4, 3), (6, 7))
-    for name in ("", " lt", " half", " half lt")
+    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (4, 5), (5, 6), (6, 7))
+    for renewed in (0, 2, 3)
+    for kind in ("", " lt", " half", " half lt")
+    for name in (f"{kind} kv {renewed}" if renewed else kind,)
 }  # fmt: skip
 # The mask is given, so it is the region; "drafted": beside a draft that runs all the same.
 DRAFTED = {f"{name} drafted": options for name, options in (TIERS | STEPS).items()}

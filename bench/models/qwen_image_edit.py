@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from flux_kontext import (
+    STEPS,
     TIERS,
     Bench,
     Row,
@@ -53,7 +54,8 @@ PRESET = {
     "locked-cached, locked text, unguided draft": LOCKED | UNGUIDED,
 }  # fmt: skip
 KINDS = {f"specedit-9-{kind}": options for kind, options in PRESET.items()} | TIERS
-KINDS |= {f"{kind}, locked text, unguided draft": options | UNGUIDED for kind, options in TIERS.items()}
+KINDS |= {f"{kind}, locked text, unguided draft": options | UNGUIDED for kind, options in TIERS.items()} | STEPS
+KINDS |= {f"{kind}, unguided draft": options | dict(draft_guidance=False) for kind, options in STEPS.items()}
 
 
 def build(tiny, device, dtype):

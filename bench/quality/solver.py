@@ -6,9 +6,10 @@
 
 A row: plain-N, a quality ("fast"), preset-N ("preset-N cached": one whole pass; "preset-N paper": the paper's) or C+M:
 C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones from 7/9 of the schedule;
-"C+M euler", "C+M from S" and "C+M even" (all steps even) change that. Behind these, in this order, "half":
-draft="half"; "lt": lock_text. "ROW at T": with that threshold. "lora ROW": with --lora's weights, which the others are
-without. 50 plain steps come first: others are held against them, edit by edit.
+"C+M euler", "C+M from S" and "C+M even" (all steps even) change that. After these, in this order, "half": draft="half";
+"lt": lock_text; "ug": draft_guidance=False; "kv N": kv_refresh; "grow N": dilation. "ROW at T": with that threshold.
+"lora ROW": with --lora's weights, which the others are without. 50 plain steps come first: others are held against
+them, edit by edit.
 Writes OUT/solver.{md,json} after each row.
 """
 
@@ -60,7 +61,7 @@ NAME = re.compile(
     r"(?: (?P<paper>paper)| (?P<cached>cached))?"
     r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
     r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?"
-    r"(?: (?P<half>half))?(?: (?P<text>lt))?)"
+    r"(?: (?P<half>half))?(?: (?P<text>lt))?(?: (?P<unguided>ug))?(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 
@@ -70,7 +71,7 @@ def parsed(name):
     if not found:
         raise ValueError(
             "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler] [from S | even]"
-            f" [half] [lt], and [at T], got {name!r}"
+            f" [half] [lt] [ug] [kv N] [grow N], and [at T], got {name!r}"
         )
     return found.groupdict()
 
@@ -93,9 +94,11 @@ def row_of(name):
             mixed_from=None if parts["even"] else float(above) / float(under or 1),
             solver="euler" if parts["euler"] else "ab2",
             finish="locked",
-            kv_refresh="bracket",
+            kv_refresh=int(parts["kv"]) if parts["kv"] else "bracket",
+            dilation=int(parts["grow"] or SpecEditConfig.dilation),
             draft="half" if parts["half"] else "coarse",
             lock_text=parts["text"] is not None,
+            draft_guidance=parts["unguided"] is None,
         )
     if parts["threshold"]:
         config = replace(config, threshold=float(parts["threshold"]), relative=config.resolved_relative())

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
@@ -82,8 +81,7 @@ def refine(
 
 def _seen(part: Photo, window: Window, device: torch.device) -> Tensor:
     """A window's part of a photo as the model sees it: pixels in [-1, 1], [1, 3, h, w]."""
-    picture, size = part.rgb, window.size[::-1]
-    return pixels_of([picture if picture.size == size else picture.resize(size, PIL.Image.Resampling.LANCZOS)], device)
+    return pixels_of([part], device, window.size[::-1])
 
 
 def _put(array: np.ndarray, new: np.ndarray, window: Window) -> None:

@@ -153,7 +153,8 @@ class SpecEditMixin(Stock):
     prefix `negative_`. TRUE_CFG: the stock argument that is the scale of true classifier-free guidance, "" where there
     is none. NEGATIVE: the negative prompt that the stock call has where none is given; None: it has no guidance then.
     KWARGS: the stock argument that is given to each attention processor, "" where there is none. UNSUPPORTED: flags of
-    the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. TEXT_TO_IMAGE:
+    the transformer's config that have to be off. PIXELS: whether pictures may be arrays and tensors. PHOTOS: whether
+    `_size` and `_pictures` take Photos (by `preprocess`), which a large picture does not become PIL for. TEXT_TO_IMAGE:
     whether the stock call runs without a picture. EDITED: how many of a call's pictures are edited, the first ones;
     None: all. SEES_SOURCE: whether the model has the edited picture as condition; where not, FlashEdit alone serves it.
     SEVERAL_GPUS: whether several may share the sequence of a call. DETAILS: what `detail` may be.
@@ -174,6 +175,7 @@ class SpecEditMixin(Stock):
     KWARGS: str = ""
     UNSUPPORTED: tuple[str, ...] = ()
     PIXELS = True
+    PHOTOS = False
     TEXT_TO_IMAGE = False
     EDITED: int | None = None
     SEES_SOURCE = True
@@ -372,7 +374,7 @@ class SpecEditMixin(Stock):
             for given, photo in zip(call.given, call.photos):
                 for note in () if isinstance(given, Photo) else photo.notes:
                     self._say_once(f"image: {note}")
-            call.image = [photo.rgb for photo in call.photos]
+            call.image = list(call.photos) if self.PHOTOS else seen(call.photos)
             call.image = call.image if several else call.image[0]
         else:
             call.image = seen(call.image)
@@ -820,7 +822,7 @@ def seen(image: Any) -> Any:
 def check_pictures(image: Any, arrays: bool) -> None:
     """TypeError or ValueError where `image` is no picture and no list of pictures. arrays: whether they may be arrays
     and tensors."""
-    kinds = (PIL.Image.Image, np.ndarray, Tensor) if arrays else (PIL.Image.Image,)
+    kinds = (PIL.Image.Image, Photo, np.ndarray, Tensor) if arrays else (PIL.Image.Image, Photo)
     names = "a PIL image" + (", an array or a tensor" if arrays else "")
     if isinstance(image, kinds):
         return
@@ -843,10 +845,11 @@ def in_fp32(image: PipelineImageInput) -> PipelineImageInput:
 
 
 def picture_size(image: PipelineImageInput) -> tuple[int, int]:
-    """(height, width) of a picture or the first of several: PIL, array [.., H, W, C] or [H, W], tensor [.., H, W]."""
+    """(height, width) of a picture or the first of several: PIL, Photo, array [.., H, W, C] or [H, W], tensor
+    [.., H, W]."""
     first = image[0] if isinstance(image, list) else image
-    if isinstance(first, PIL.Image.Image):
-        return first.height, first.width
+    if isinstance(first, (PIL.Image.Image, Photo)):
+        return first.size[1], first.size[0]
     at = first.ndim - 3 if isinstance(first, np.ndarray) and first.ndim > 2 else first.ndim - 2
     if at < 0:
         raise ValueError(f"image: expected at least two dimensions, got {tuple(first.shape)}")
@@ -877,15 +880,16 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
 def preprocess(
     processor: VaeImageProcessor, image: PipelineImageInput, height: int, width: int, device: torch.device
 ) -> Tensor:
-    """processor.preprocess(image, height, width) on a device."""
+    """processor.preprocess(image, height, width) on a device; of Photos as of their `rgb`."""
     pictures = image if isinstance(image, list) else [image]
     config = processor.config
     usual = config.do_resize and config.do_normalize and not (config.do_binarize or config.do_convert_grayscale)
-    rgb = all(isinstance(picture, PIL.Image.Image) and picture.mode == "RGB" for picture in pictures)
+    usual = usual and config.resample == "lanczos" and not config.reducing_gap
+    rgb = all(isinstance(p, Photo) or (isinstance(p, PIL.Image.Image) and p.mode == "RGB") for p in pictures)
     if device.type == "cpu" or type(processor) is not VaeImageProcessor or not usual or not rgb:
-        return processor.preprocess(image, height, width).to(device)
-    size = processor.get_default_height_width(pictures[0], height, width)
-    return pixels_of([processor.resize(picture, *size) for picture in pictures], device)
+        return processor.preprocess(seen(image), height, width).to(device)
+    rows, columns = processor.get_default_height_width(pictures[0], height, width)
+    return pixels_of(pictures, device, (columns, rows))
 
 
 def per_image(x: Tensor, name: str, batch: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..images.align import Drift, align, estimate_drift
 from ..images.composite import composite, edit_weight
 from ..images.files import Photo
+from ..images.resample import as_pillow
 
 
 def photos_of(image: Any) -> tuple[list[Any], list[Photo]]:
@@ -39,12 +40,16 @@ def photos_of(image: Any) -> tuple[list[Any], list[Photo]]:
     return given, photos
 
 
-def pixels_of(pictures: Sequence[PIL.Image.Image], device: torch.device) -> Tensor:
-    """RGB pictures of one size as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
+def pixels_of(
+    pictures: Sequence[PIL.Image.Image | Photo], device: torch.device, size: tuple[int, int] | None = None
+) -> Tensor:
+    """RGB pictures as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
 
+    size: (width, height) that they are brought to by Lanczos; None: they have one size, which stays.
     They go to the device as bytes and become numbers there: the host would take longer than the device for a step.
     """
-    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(device)
+    arrays = [picture.levels if isinstance(picture, Photo) else np.asarray(picture) for picture in pictures]
+    levels = torch.stack([as_pillow(array, size or array.shape[1::-1], device) for array in arrays])
     # a tensor: a division by a number multiplies by its reciprocal
     return 2.0 * (levels.permute(0, 3, 1, 2).float() / torch.full((), 255.0, dtype=torch.float32, device=device)) - 1.0
 

@@ -202,14 +202,19 @@ class Photo:
         return self.array[..., -1] if self.channels in (2, 4) else None
 
     @property
-    def rgb(self) -> Any:
-        """The picture for a model: PIL, RGB, 8 bits, sRGB, on white where it is transparent."""
-        import PIL.Image
-
+    def levels(self) -> np.ndarray:
+        """The picture for a model: uint8 [H, W, 3], sRGB, on white where it is transparent; may be `array` itself."""
         colours = _Colours(self.profile, self.array).to_srgb(_eight(_colour_part(self.array)))
         if self.alpha is not None:
             colours = _on_white(np.dstack([colours, _eight(self.alpha)]))
-        return PIL.Image.fromarray(colours)
+        return colours
+
+    @property
+    def rgb(self) -> Any:
+        """`levels` as a PIL picture."""
+        import PIL.Image
+
+        return PIL.Image.fromarray(self.levels)
 
     def from_rgb(self, rgb: np.ndarray) -> np.ndarray:
         """sRGB in this picture's own colours: uint8 or floats in [0, 1], [h, w, 3] -> [h, w] or [h, w, 3].

@@ -6,6 +6,7 @@ Coordinates are those of areas: pixel i covers i to i + 1, its centre is i + 0.5
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # Outputs of one matrix product. Its matrix is a band, so wider strips multiply by more zeros; a GPU wants few products.
 STRIP, DEVICE_STRIP = 64, 1024
+BITS = 22  # behind the point of Pillow's weights of pictures of 8 bits
 
 
 def _lanczos(x: np.ndarray) -> np.ndarray:
@@ -81,3 +83,73 @@ def resample(
             c += len(weights)
         r += len(down)
     return out
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first input of each output, weights as whole numbers, int32 [inputs, outputs]) as Pillow has them."""
+    scale = size / wanted
+    stretch = max(scale, 1.0)
+    at = (np.arange(wanted) + 0.5) * scale
+    low = np.maximum((at - 3 * stretch + 0.5).astype(np.int64), 0)
+    high = np.minimum((at + 3 * stretch + 0.5).astype(np.int64), size)
+    inputs = low + np.arange((high - low).max())[:, None]
+    weights = np.where(inputs < high, _lanczos((inputs - at + 0.5) * (1 / stretch)), 0.0)
+    weights = weights / weights.sum(axis=0) * (1 << BITS)
+    return low, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+
+
+def resized_levels(levels: Tensor, size: tuple[int, int], axes: Sequence[int] = (1, 0)) -> Tensor:
+    """uint8 [h, w, C] at (width, height), to the last bit as Pillow's LANCZOS gives it; on the device of `levels`.
+
+    In whole numbers as Pillow computes, so no order of sums changes a bit. axes: which is resized first.
+    """
+    for axis in axes:
+        have, wanted = levels.shape[axis], size[1 - axis]
+        if have == wanted:
+            continue
+        first, weights = (torch.from_numpy(x).to(levels.device) for x in _whole_weights(have, wanted))
+        shape = [1, 1, 1]
+        shape[axis] = wanted
+        total = torch.full((), 1 << (BITS - 1), dtype=torch.int32, device=levels.device)
+        for k, weight in enumerate(weights):
+            # past the last input the weight is 0
+            seen = levels.index_select(axis, (first + k).clamp_(max=have - 1))
+            total = total + seen.int().mul_(weight.view(shape))
+        levels = (total >> BITS).clamp_(0, 255).to(torch.uint8)
+    return levels
+
+
+# Which axis Pillow resizes first depends on its version and on (width, height) before and after: its result tells.
+_AXES: dict[tuple, tuple[int, int]] = {}
+
+
+def as_pillow(levels: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 [h, w, 3] at (width, height) on a device, to the last bit as Pillow's LANCZOS gives it.
+
+    On a GPU computed there, from the second picture of a size on; else by Pillow, which needs less of a CPU.
+    """
+    import PIL.Image
+
+    sizes = (levels.shape[1::-1], tuple(size))
+    if sizes[0] == sizes[1]:
+        return _copied(levels, device)
+    try:
+        if device.type != "cpu" and sizes in _AXES:
+            return resized_levels(_copied(levels, device), size, _AXES[sizes])
+        picture = PIL.Image.fromarray(levels).resize(size, PIL.Image.Resampling.LANCZOS)
+        found = _copied(np.asarray(picture), device)
+        if device.type != "cpu":
+            given = _copied(levels, device)
+            same = [axes for axes in ((1, 0), (0, 1)) if torch.equal(resized_levels(given, size, axes), found)]
+            if len(same) == 1:  # a picture of one colour says nothing
+                _AXES[sizes] = same[0]
+        return found
+    except torch.cuda.OutOfMemoryError:  # of a picture that is large for what is left beside the model
+        return as_pillow(levels, size, torch.device("cpu")).to(device)
+
+
+def _copied(levels: np.ndarray, device: torch.device) -> Tensor:
+    # Pillow's arrays cannot be written to, of which torch warns
+    levels = np.ascontiguousarray(levels)
+    return torch.from_numpy(levels if levels.flags.writeable else levels.copy()).to(device)

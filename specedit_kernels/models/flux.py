@@ -39,6 +39,7 @@ class SpecEditFluxPipeline(SpecEditMixin, FluxPipeline):
     TEXT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
     KWARGS = "joint_attention_kwargs"
     TEXT_TO_IMAGE = True
+    PHOTOS = True
     SEES_SOURCE = False
 
     def _size(self, call: Call) -> tuple[int, int]:
