@@ -50,7 +50,7 @@ def describe(text, num_sms=None):
 
     Args:
         text: "QUERIESxKEYS", such as "922x8704", or "QUERIESxKEYSxHEADSxHEAD_DIM"; 24 heads of 128 by default. The
-            lengths are those of one batch entry, known on the host (no q_lens, kv_lens or cu_seqlens).
+            lengths are those of one batch entry, known on the host (no q_lens, kv_lens or cu_seqlens). No kv_index.
         num_sms: SMs, one CTA each. None: those of the current CUDA device, 132 (H100, H200) without one.
 
     Raises:
@@ -61,11 +61,12 @@ def describe(text, num_sms=None):
     planner = _planner()
     plan = planner.plan(queries, keys, heads, head_dim, num_sms or _num_sms())
     m_blocks = plan.num_tiles // heads
-    n_blocks = -(-keys // planner.TILE_K)
+    tile_q, tile_k = planner.tile(head_dim)
+    n_blocks = -(-keys // tile_k)
     lines = [
         f"mixed_res_attn: {queries} queries, {keys} keys, {heads} heads of {head_dim}, {plan.num_sms} SMs",
-        f"work tiles  {plan.num_tiles}: {m_blocks} of {planner.TILE_Q} queries for each of {heads} heads; "
-        f"{n_blocks} K tiles of {planner.TILE_K} keys in each",
+        f"work tiles  {plan.num_tiles}: {m_blocks} of {tile_q} queries for each of {heads} heads; "
+        f"{n_blocks} K tiles of {tile_k} keys in each",
     ]
     last = plan.last_wave_tiles
     if last == 0:

@@ -43,8 +43,9 @@ def _blocks(lengths, tile):
 def test_every_k_tile_is_in_one_work_tile(module, seqlen_q, seqlen_k, heads, num_sms, q_lens, kv_lens, head_dim):
     batch = len(q_lens or kv_lens or [1])
     plan = module.plan(seqlen_q, seqlen_k, heads, head_dim, num_sms, batch=batch, q_lens=q_lens, kv_lens=kv_lens)
-    m_blocks = _blocks(q_lens or [seqlen_q] * batch, module.TILE_Q)
-    n_blocks = _blocks(kv_lens or [seqlen_k] * batch, module.TILE_K)
+    tile_q, tile_k = module.tile(head_dim)
+    m_blocks = _blocks(q_lens or [seqlen_q] * batch, tile_q)
+    n_blocks = _blocks(kv_lens or [seqlen_k] * batch, tile_k)
     found = Counter()
     tiles = set()
     for work in plan.work:
@@ -82,13 +83,26 @@ def test_splits_are_numbered_within_their_tile(module):
 
 
 @slow
-def test_a_length_on_the_device_plans_the_same_tiles(module):
+@pytest.mark.parametrize("queries, head_dim", [(1024, 128), (1152, 64)])
+def test_a_length_on_the_device_plans_the_same_tiles(module, queries, head_dim):
     """The kernel's own planner, run by the emulation, splits the tiles that the host's splits."""
-    host = module.plan(1024, 8704, 24, 128, 132)
-    device = module.plan(1024, 8704, 24, 128, 132, q_lens=[1024], kv_lens=[8704])
+    host = module.plan(queries, 8704, 24, head_dim, 132)
+    device = module.plan(queries, 8704, 24, head_dim, 132, q_lens=[queries], kv_lens=[8704])
     assert device.split_tiles == host.split_tiles > 0
     key = [(w.cta, w.wave, w.head, w.m_block, w.n_block_begin, w.n_block_end, w.split) for w in host.work]
     assert key == [(w.cta, w.wave, w.head, w.m_block, w.n_block_begin, w.n_block_end, w.split) for w in device.work]
+
+
+@slow
+@pytest.mark.parametrize("head_dim, tile", [(64, (192, 128)), (128, (128, 176))])
+def test_a_tile_that_leaves_consumer_warpgroups_without_rows_costs_less(module, head_dim, tile):
+    assert module.tile(head_dim) == tile
+    overhead = module.plan(64, tile[1], 1, head_dim, 1).work[0].cost * 2 - module.plan(
+        64, 2 * tile[1], 1, head_dim, 1).work[0].cost  # fmt: skip
+    for rows in range(tile[0], 0, -64):
+        for queries in (rows, rows - 63):
+            (work,) = module.plan(queries, tile[1], 1, head_dim, 1).work
+            assert (work.rows, work.cost - overhead) == (queries, 4 - (tile[0] - rows) // 64)
 
 
 @slow
@@ -122,6 +136,11 @@ def test_describe(module):
     assert "instead of 50 for 60 of the CTAs" in text
     assert "100 % full" in _attention_plan.describe("4224x8704", num_sms=132)
     assert "splits      none" in _attention_plan.describe("128x500x24x64", num_sms=132)
+    assert _attention_plan.describe("922x8704x24x64", num_sms=132).splitlines()[1:] == [
+        "work tiles  120: 5 of 192 queries for each of 24 heads; 68 K tiles of 128 keys in each",
+        "waves       0 full, and a last partial wave of 120 tiles: 91 % full without splits",
+        "splits      none: the combine kernel would cost more than they save",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "922", "922x", "axb", "1x2x3x4x5", "-1x2"])

@@ -23,7 +23,7 @@ CASES = (
     "far_scores", "far_scores_kv_index", "far_scores_q_index", "masks", "masks_bf16", "masks_kv_index", "shares",
     "shares_of_lengths", "parts_of_lengths", "many_sharers", "scatter", "kv_index", "kv_index_parts", "kv_index_d64",
     "kv_index_no_bias", "kv_index_sorted", "gathered", "gathered_parts", "gathered_lengths", "q_index",
-    "q_index_parts", "q_index_lengths", "all_indices",
+    "q_index_parts", "q_index_lengths", "all_indices", "two_of_three_d64", "q_index_d64",
 )  # fmt: skip
 FP8_CASES = (
     "all_indices", "far", "far_by_row", "growing", "kv_index", "kv_index_by_row", "late", "later", "later_random",
@@ -73,6 +73,14 @@ def test_an_unknown_case_is_refused(kernels):
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_on_the_cpu(kernels, case, slow_warp):
     done = kernels.run_case(case, SLOW_WARPS.index(slow_warp), slow_warp)
+    assert done.right, done.text
+
+
+@pytest.mark.parametrize("slow_warp", (2, 8, 12))
+@pytest.mark.parametrize("case", ("two_of_three_d64", "q_index_d64"))
+def test_three_consumer_warpgroups(kernels, case, slow_warp):
+    """D = 64 without kv_index. A producer of q_index, the second or the third consumer warpgroup is slow."""
+    done = kernels.run_case(case, slow_warp, slow_warp)
     assert done.right, done.text
 
 
@@ -149,13 +157,20 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
         ("producer_gather", "buffer ^= 1;\n        store_rows();", "store_rows();", "kv_index", -1),
         # An empty slot is taken for a query.
         ("epilogue", "if (p.q_index == nullptr) return 3;", "return 3;", "q_index", -1),
+        # A turn of the ping-pong goes to a consumer warpgroup that has no rows.
+        ("consumer", "wg + 1 < Traits::kConsumers && work.has_rows(wg + 1) ? wg + 1 : 0",
+         "wg + 1 < Traits::kConsumers ? wg + 1 : 0", "two_of_three_d64", -1),
+        # Queries by q_index of a third consumer warpgroup are copied before those in use were read.
+        ("producer_gather", "sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx",
+         "if (wg < 2) sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx", "q_index_d64",
+         12),
         # One split too few is combined.
         ("tile_scheduler", "2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
     ],
     ids=["biases_too_early", "bias_of_another_key", "a_column_too_few", "bias_out_of_range", "bias_twice",
          "bias_overflows", "far_as_near", "unit_first", "lse_of_a_split", "old_weights", "max_of_first_keys",
          "old_output", "old_scores", "released_without_a_wait", "nan_past_the_end", "rows_too_early", "empty_as_query",
-         "a_split_too_few"],
+         "turn_without_rows", "queries_too_early", "a_split_too_few"],
 )  # fmt: skip
 def test_a_broken_kernel_fails(kernels, tmp_path, file, before, after, case, slow_warp):
     """The emulation can tell: the same test on a kernel with one line wrong."""

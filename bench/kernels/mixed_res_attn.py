@@ -178,17 +178,31 @@ def test_lengths(timed, impl):
 
 
 @functools.lru_cache(maxsize=1)
-def _head_dim(head_dim):
-    q, k, v, bias = _attention.inputs(4608, 4608, head_dim=head_dim)
-    cases = {"specedit": (lambda: attn(q, k, v, key_bias=bias), _attention.Check(q, k, v, bias), True)}
+def _head_dim(shape, head_dim):
+    q, k, v, bias = _attention.inputs(*shape, head_dim=head_dim)
+    normal = torch.randn(bias.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    plain = _attention.Check(q, k, v)
+
+    def by_cuda(bias):
+        return _attention.forced("cuda", lambda: attn(q, k, v, key_bias=bias))
+
+    cases = {
+        "specedit cuda": (by_cuda(bias), _attention.Check(q, k, v, bias), True),
+        "specedit cuda, normal bias": (by_cuda(normal), _attention.Check(q, k, v, normal), True),
+        "specedit cuda, no bias": (by_cuda(None), plain, False),
+    }
     flash = _attention.fa3()
     if flash is not None:
-        cases["fa3"] = lambda: flash(q, k, v), _attention.Check(q, k, v), False
+        cases["fa3"] = lambda: flash(q, k, v), plain, False
+        cases["fa3, 2 splits"] = lambda: flash(q, k, v, num_splits=2), plain, False
     return _in_turn(cases)
 
 
-@pytest.mark.parametrize("impl", ("specedit", "fa3"))
+@pytest.mark.parametrize(
+    "impl", ("specedit cuda", "specedit cuda, normal bias", "specedit cuda, no bias", "fa3", "fa3, 2 splits")
+)
+@pytest.mark.parametrize("shape", (*_attention.SHAPES, (2560, 2560), (256, 8704)), ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("head_dim", (64,))
-def test_head_dim(timed, head_dim, impl):
-    _row(timed, _head_dim(head_dim), impl, op="mixed_res_attn", shape=f"4608x4608 H24 D{head_dim}",
-         flops=_attention.flops(4608, 4608, head_dim=head_dim))  # fmt: skip
+def test_head_dim(timed, head_dim, shape, impl):
+    _row(timed, _head_dim(shape, head_dim), impl, op="mixed_res_attn", shape=f"{shape[0]}x{shape[1]} H24 D{head_dim}",
+         flops=_attention.flops(*shape, head_dim=head_dim))  # fmt: skip

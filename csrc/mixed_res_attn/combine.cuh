@@ -6,7 +6,7 @@
 
 namespace specedit::attn {
 
-template <typename T, int D>
+template <typename T, int D, int BLOCK_M>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ Params p) {
   constexpr int kColumnsOfLane = D / 32;
   struct __align__(4 * kColumnsOfLane) Values {
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.y * kCombineRows + threadIdx.x / 32;
   SplitTile tile;
-  if (p.plan.planned) tile = split_tile_of_host_plan(p, blockIdx.x);
+  if (p.plan.planned) tile = split_tile_of_host_plan<BLOCK_M>(p, blockIdx.x);
   sm90::wait_on_dependent_grids();
   if (!p.plan.planned) tile = p.split_tiles[blockIdx.x];
   const int num_splits = tile.num_splits;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   const auto place = [&](int split) {
     const int slot = split < 2 ? split * tile.partial_wave_tiles + blockIdx.x
                                : 2 * tile.partial_wave_tiles + tile.streamk_cta + split - 2;
-    return static_cast<int64_t>(slot) * kBlockM + row;
+    return static_cast<int64_t>(slot) * BLOCK_M + row;
   };
   const auto read = [&](int split) {
     return *reinterpret_cast<const Values*>(p.out_partial + place(split) * D + lane * kColumnsOfLane);
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   const float2 mine = lane < num_splits ? p.max_sum_partial[place(lane)] : make_float2(-INFINITY, 0.0f);
   int offset;
   length_of(p.q_lens, p.cu_seqlens_q, tile.batch, p.max_seqlen_q, p.rows_q, offset);
-  const int slot = tile.m_block * kBlockM + row;
+  const int slot = tile.m_block * BLOCK_M + row;
   const int64_t out_row = out_row_of(p, tile.batch, offset, slot);
   float max = mine.y == 0.0f ? -INFINITY : mine.x;
 #pragma unroll

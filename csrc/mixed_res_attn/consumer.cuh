@@ -22,10 +22,11 @@ struct Consumer {
   using Storage = SharedStorage<T, D, GATHER>;
   using Traits = typename Storage::Traits;
   static constexpr int N = Traits::kBlockN;
+  static constexpr int kBlockM = Traits::kBlockM;
 
   const Params& p;
   Storage& s;
-  const int wg;  // 0 or 1
+  const int wg;  // 0 to kConsumers - 1
 
   // Accumulators of wgmma (PTX ISA, "register fragments and shared memory matrix layouts"). For every i, elements 4 i
   // and 4 i + 1 are columns 8 i + 2 (lane % 4) and the next of row lane / 4; elements 4 i + 2 and 4 i + 3 are the same
@@ -61,7 +62,7 @@ struct Consumer {
   __device__ void attend(const WorkTile& work, uint32_t& kv_idx, int bias_flags, Meanwhile meanwhile);
   __device__ void skip(const WorkTile& work, uint32_t& kv_idx);
   __device__ void warp_scheduler_sync();
-  __device__ void warp_scheduler_arrive();
+  __device__ void warp_scheduler_arrive(const WorkTile& work);
   __device__ void run();
 
   // ---- Softmax ----
@@ -121,7 +122,9 @@ struct Consumer {
 
   // The first of this thread's two rows of a work tile; the other is 8 further.
   __device__ int first_row() const {
-    return wg * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    // Three consumer warpgroups leave no registers for what follows from it: it is computed where it is used.
+    const uint32_t thread = Traits::kConsumers > 2 ? sm90::opaque(threadIdx.x) : threadIdx.x;
+    return wg * kWarpgroupRows + thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4;
   }
 
   // Whether one of this thread's rows has a far maximum, or none yet.
@@ -266,8 +269,10 @@ __device__ inline void Consumer<T, D, GATHER>::warp_scheduler_sync() {
 }
 
 template <typename T, int D, bool GATHER>
-__device__ inline void Consumer<T, D, GATHER>::warp_scheduler_arrive() {
-  sm90::named_barrier_arrive(kWarpSchedulerWG2 - wg, 2 * kWarpgroupThreads);
+__device__ inline void Consumer<T, D, GATHER>::warp_scheduler_arrive(const WorkTile& work) {
+  int next = 1 - wg;
+  if constexpr (Traits::kConsumers > 2) next = wg + 1 < Traits::kConsumers && work.has_rows(wg + 1) ? wg + 1 : 0;
+  sm90::named_barrier_arrive(kWarpSchedulerWG1 + next, 2 * kWarpgroupThreads);
 }
 
 // All K tiles of a work tile, after issue_first_qk. `meanwhile` runs during the last P V product.
@@ -283,7 +288,7 @@ __device__ inline void Consumer<T, D, GATHER>::attend(
     if (work.has_rows(1)) warp_scheduler_sync();
     issue_qk(kv_idx + 1, bias_flags);
     issue_pv(kv_idx);
-    if (work.has_rows(1)) warp_scheduler_arrive();
+    if (work.has_rows(1)) warp_scheduler_arrive(work);
     ++kv_idx;
     softmax_of_tile<false>(work, n_block, kv_idx, bias_flags);
   }
@@ -294,7 +299,7 @@ __device__ inline void Consumer<T, D, GATHER>::attend(
 }
 
 // A work tile without queries for this warpgroup. It releases the stages that it does not read, each after a wait, so
-// that it never arrives twice in one phase. There is no ping-pong: the other warpgroup does not wait for this one.
+// that it never arrives twice in one phase. It takes no turn of the ping-pong: no other warpgroup waits for it.
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::skip(const WorkTile& work, uint32_t& kv_idx) {
   consumer_release(&s.q_empty[wg]);
@@ -309,7 +314,8 @@ __device__ inline void Consumer<T, D, GATHER>::skip(const WorkTile& work, uint32
 
 template <typename T, int D, bool GATHER>
 __device__ inline void Consumer<T, D, GATHER>::run() {
-  if (wg == 1) warp_scheduler_arrive();  // warpgroup 0 issues first
+  // Warpgroup 0 issues first.
+  if (wg == 1) sm90::named_barrier_arrive(kWarpSchedulerWG1, 2 * kWarpgroupThreads);
   uint32_t kv_idx = 0;
   uint32_t q_phase = 0;
   WorkTile work, last;
@@ -332,7 +338,8 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
       to_store = true;
       clear();
       if constexpr (kIsFp8<T>) scales = next;
-      const int valid = valid_rows(q_phase ^ 1);
+      // Three consumer warpgroups leave no register for it: they read it after the loop.
+      const int valid = Traits::kConsumers > 2 ? 0 : valid_rows(q_phase ^ 1);
       attend(last, kv_idx, bias_flags, [&] {
         look_up_out_rows(last, out_rows);
         more = work.get(p, s, work_idx);
@@ -340,7 +347,7 @@ __device__ inline void Consumer<T, D, GATHER>::run() {
           if (more) next = look_up_scales(work);
         }
       });
-      finalize(last, valid, x, lse);
+      finalize(last, Traits::kConsumers > 2 ? valid_rows(q_phase ^ 1) : valid, x, lse);
     } else {
       if (to_store) store(last, x, lse, out_rows);
       if (!more) break;

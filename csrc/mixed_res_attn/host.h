@@ -116,10 +116,6 @@ inline void set_operands(
   p.rows_out = checked_int(out.rows, "rows of out");
 }
 
-inline int num_tiles_of(const Params& p) {
-  return checked_int(int64_t{p.batch} * p.heads * ceil_div(p.max_seqlen_q, kBlockM), "work tiles");
-}
-
 // One CTA an SM.
 inline int num_ctas_on(const Tensor& q) {
   int num_ctas = 0;
@@ -130,15 +126,17 @@ inline int num_ctas_on(const Tensor& q) {
 
 // Makes the plan where no length is on the device. Returns memory for the splits of the last partial wave, if any.
 inline std::optional<Tensor> plan_and_workspace(
-    Params& p, const Tensor& q, int64_t dim, int num_tiles, int num_ctas, int block_n) {
+    Params& p, const Tensor& q, int64_t dim, TileShape tile, int num_ctas) {
+  const int num_tiles =
+      checked_int(int64_t{p.batch} * p.heads * ceil_div(p.max_seqlen_q, tile.block_m()), "work tiles");
   if (p.q_lens == nullptr && p.kv_lens == nullptr && p.cu_seqlens_q == nullptr) {
-    plan_on_host(p.plan, p.max_seqlen_q, p.max_seqlen_k, num_tiles, num_ctas, block_n);
+    plan_on_host(p.plan, p.max_seqlen_q, p.max_seqlen_k, num_tiles, num_ctas, tile);
     p.max_split_tiles = p.plan.partial_wave_tiles;
   } else {
     p.max_split_tiles = std::min(num_tiles, num_ctas - 1);
   }
   if (p.max_split_tiles <= 0) return std::nullopt;
-  const int64_t rows = (int64_t{p.max_split_tiles} + num_ctas) * kBlockM;
+  const int64_t rows = (int64_t{p.max_split_tiles} + num_ctas) * tile.block_m();
   const int64_t split_tiles = p.plan.planned ? 0 : p.max_split_tiles;
   const int64_t floats = rows * (dim + 2) + split_tiles * int64_t{sizeof(SplitTile) / sizeof(float)};
   Tensor workspace = empty_on(q, {floats}, ScalarType::Float);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention with a per-key bias on sm_90a: persistent, warp-specialized. A CTA has one producer warpgroup, which loads,
-// and two consumer warpgroups, which compute.
+// and two consumer warpgroups (D = 64: three), which compute.
 //
 // The online softmax is FlashAttention's (Dao et al., arXiv 2205.14135, algorithm 1); warp specialization, ping-pong of
 // the consumer warpgroups, and the overlap of a warpgroup's softmax with its own P V product are FlashAttention-3's
@@ -33,7 +33,8 @@
 namespace specedit::attn {
 
 template <typename T, int D, bool GATHER>
-__global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(KernelTraits<T, D, GATHER>::kThreads, 1) mixed_res_attn_kernel(
+    const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Storage = SharedStorage<T, D, GATHER>;
   using Traits = typename Storage::Traits;
@@ -41,16 +42,17 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
   if (sm90::cast_smem_ptr_to_uint(&s) % 1024 != 0) __trap();
   if (threadIdx.x == 0) {
     // Each warp that reads a stage arrives on its `empty`.
-    for (int wg = 0; wg < 2; ++wg) {
+    for (int wg = 0; wg < Traits::kConsumers; ++wg) {
       // By index: an arrival of each lane that copies, and one of each warp for its bits of q_valid.
-      sm90::mbarrier_init(&s.q_full[wg], GATHER ? 2 * 33 : p.q_index != nullptr ? 33 : 1);
+      const uint32_t by_index = GATHER || Traits::kConsumers > 2 ? 2 * 33 : 33;
+      sm90::mbarrier_init(&s.q_full[wg], GATHER || p.q_index != nullptr ? by_index : 1);
       sm90::mbarrier_init(&s.q_empty[wg], 4);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       sm90::mbarrier_init(&s.k_full[i], Traits::kLoadArrivals + Traits::kBiasWarps);
       sm90::mbarrier_init(&s.v_full[i], Traits::kLoadArrivals);
-      sm90::mbarrier_init(&s.k_empty[i], 8);
-      sm90::mbarrier_init(&s.v_empty[i], 8);
+      sm90::mbarrier_init(&s.k_empty[i], 4 * Traits::kConsumers);
+      sm90::mbarrier_init(&s.v_empty[i], 4 * Traits::kConsumers);
     }
     sm90::mbarrier_init(&s.last_block_loaded, 1);
     sm90::fence_barrier_init();
@@ -75,12 +77,16 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_res_attn_kernel(const __gri
       if (warp == 3) write_split_tile(p, s);
       store_empty_slots<T, D>(p, s, blockIdx.x * 4 + warp, gridDim.x * 4);
     } else if (warp == 0) {
-      TmaProducer<T, D>{p, s}.run();
+      if constexpr (Traits::kConsumers > 2) TmaProducer<T, D>{p, s}.run_with_few_registers();
+      else TmaProducer<T, D>{p, s}.run();
     } else if (warp == 1) {
       if constexpr (kIsFp8<T>) produce_key_tables<T, D>(p, s);
       else produce_biases<T, D>(p, s);
     } else {
-      if (p.q_index != nullptr) produce_queries<T, D>(p, s, warp - 2);
+      if (p.q_index != nullptr) {
+        if constexpr (Traits::kConsumers > 2) produce_halves_of_queries<T, D>(p, s, warp - 2);
+        else produce_queries<T, D>(p, s, warp - 2);
+      }
       if (warp == 3) write_split_tile(p, s);
       store_empty_slots<OutputOf<T>, D>(p, s, blockIdx.x * 2 + warp - 2, gridDim.x * 2);
     }

@@ -34,7 +34,8 @@ void launch(const Params& p, int64_t dim, int num_ctas, cudaStream_t stream) {
 // Whether rows by kv_index are gathered before the attention. The attention itself gathers them for each work tile,
 // which takes issue slots; and its strides, in bytes, have 32 bits.
 bool gathers_first(const View& q, const View& k, const View& v, int64_t num_q) {
-  const int64_t tiles_of_row = q.heads / k.heads * ((num_q + attn::kBlockM - 1) / attn::kBlockM);
+  const int64_t block_m = attn::tile_of(q.dim, true).block_m();
+  const int64_t tiles_of_row = q.heads / k.heads * ((num_q + block_m - 1) / block_m);
   return tiles_of_row >= attn::kPregatherMinTiles || std::max(k.strides.row, v.strides.row) > INT_MAX / 2;
 }
 
@@ -118,20 +119,21 @@ Tensor mixed_res_attn(
   const cudaStream_t stream = current_stream(q);
   std::optional<Tensor> gathered;
   if (p.kv_index != nullptr && gathers_first(qv, kv, vv, num_q)) gathered = gather_kv(p, kv, vv, q, stream);
+  const attn::TileShape tile = attn::tile_of(qv.dim, p.kv_index != nullptr);
   if (p.kv_index == nullptr) {
     // A TMA descriptor has no empty dimension. Without queries or keys there is no load.
     const CUtensorMapDataType type =
         dtype == ScalarType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     if (qv.rows > 0) p.tma_q = attn::tma_descriptor_of_rows(qv, type, 2, attn::kWarpgroupRows);
     if (kv.rows > 0) {
-      p.tma_k = attn::tma_descriptor_of_rows(kv, type, 2, attn::kBlockN);
-      p.tma_v = attn::tma_descriptor_of_rows(vv, type, 2, attn::kBlockN);
+      p.tma_k = attn::tma_descriptor_of_rows(kv, type, 2, tile.block_n);
+      p.tma_v = attn::tma_descriptor_of_rows(vv, type, 2, tile.block_n);
     }
   }
 
   const int num_ctas = attn::num_ctas_on(q);
   const std::optional<Tensor> workspace =
-      attn::plan_and_workspace(p, q, qv.dim, attn::num_tiles_of(p), num_ctas, attn::kBlockN);
+      attn::plan_and_workspace(p, q, qv.dim, tile, num_ctas);
   if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(p, qv.dim, num_ctas, stream);
   else launch<__half>(p, qv.dim, num_ctas, stream);
   return lse;

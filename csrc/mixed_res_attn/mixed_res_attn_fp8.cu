@@ -163,7 +163,7 @@ Tensor mixed_res_attn_fp8(
   }
   const int num_ctas = attn::num_ctas_on(q);
   const std::optional<Tensor> workspace =
-      attn::plan_and_workspace(p, q, kDim, attn::num_tiles_of(p), num_ctas, attn::kBlockNFp8);
+      attn::plan_and_workspace(p, q, kDim, attn::kTileOfFp8, num_ctas);
   (by_row ? attn::launch<E4m3ByRow, kDim, false> : attn::launch<E4m3, kDim, false>)(p, num_ctas, stream);
   return lse;
 }

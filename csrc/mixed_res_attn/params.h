@@ -58,8 +58,8 @@ struct Params {
   int64_t lse_batch_stride, lse_head_stride;
   void* out;
   float* lse;
-  // Results of splits: fp32 [slots, kBlockM, D], and row maximum and sum of weights [slots, kBlockM]. Slots: first
-  // splits, begins of remainders, one for each stream-K CTA. Null where nothing can be split.
+  // Results of splits: fp32 [slots, rows, D], and row maximum and sum of weights [slots, rows], with the rows of a
+  // whole tile. Slots: first splits, begins of remainders, one for each stream-K CTA. Null where nothing can be split.
   float* out_partial;
   float2* max_sum_partial;
   SplitTile* split_tiles;       // max_split_tiles of them, written by the kernel where the host made no plan

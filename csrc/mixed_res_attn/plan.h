@@ -19,15 +19,30 @@
 namespace specedit::attn {
 
 constexpr int kWarpgroupThreads = 128;
-constexpr int kThreads = 384;          // of a CTA: one producer warpgroup and two consumer warpgroups
 constexpr int kWarpgroupRows = 64;     // queries of a consumer warpgroup
-constexpr int kBlockM = 128;           // queries of a work tile
-constexpr int kBlockN = 176;           // keys of a K tile
-constexpr int kBlockNFp8 = 192;        // the same of e4m3 numbers
+constexpr int kBlockNFp8 = 192;        // e4m3 numbers: keys of a K tile
 constexpr int kMaxBatch = 512;         // batch entries whose lengths fit in shared memory
 constexpr int kMaxHostPlanCtas = 192;  // CTAs for which the host makes a plan
 
 SPECEDIT_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The tiles of a kernel. A CTA has one producer warpgroup and `consumers` consumer warpgroups, one for each
+// kWarpgroupRows queries of a work tile.
+struct TileShape {
+  int consumers;
+  int block_n;  // keys of a K tile
+
+  SPECEDIT_HOST_DEVICE constexpr int block_m() const { return consumers * kWarpgroupRows; }  // queries of a work tile
+};
+
+// D = 64 has smaller accumulators: there is room for a third consumer warpgroup.
+constexpr TileShape kTileOfDim64{3, 128};
+constexpr TileShape kTileOfDim128{2, 176};
+constexpr TileShape kTileOfFp8{2, kBlockNFp8};
+
+// gather: whether the kernel itself gathers rows of K and V by kv_index. The registers which that takes leave none for a
+// third consumer warpgroup.
+constexpr TileShape tile_of(int64_t dim, bool gather) { return dim == 64 && !gather ? kTileOfDim64 : kTileOfDim128; }
 
 // The kernel is persistent: one CTA an SM. Work tiles go to the CTAs in waves, one tile for each CTA in a wave, so that
 // CTAs that share a head read the same keys at the same time. The last partial wave has fewer tiles than there are
@@ -40,12 +55,13 @@ SPECEDIT_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b;
 //
 // Costs are in quarters of the time that one K tile takes.
 
-constexpr int kFullBlockCost = 4;      // of a K tile where both consumer warpgroups have queries
-constexpr int kHalfBlockCost = 3;      // of a K tile where only one has
+constexpr int kFullBlockCost = 4;      // of a K tile if all consumer warpgroups have queries; 1 less for each without
 constexpr int kSplitOverheadCost = 6;  // prologue and epilogue of a tile or a split
-constexpr int kCombineCost = 12;       // of the combine kernel
 constexpr int kMinSplitBlocks = 2;     // K tiles
 constexpr int kMaxSplitCtas = 512;     // with more CTAs no tile is split
+
+// Cost of the combine kernel: 4 to 6 us. A K tile of kTileOfDim64 takes about 1.5 us, one of kTileOfDim128 2.
+SPECEDIT_HOST_DEVICE inline int combine_cost(TileShape tile) { return tile.consumers == 3 ? 16 : 12; }
 
 // K tile `n_block` of the remainder of work tile `tile`.
 struct StreamKPosition {
@@ -69,7 +85,20 @@ struct HostPlan {
   TileSplits splits[kMaxHostPlanCtas];
 };
 
-SPECEDIT_HOST_DEVICE inline int n_block_cost(bool half) { return half ? kHalfBlockCost : kFullBlockCost; }
+// Whether `rows` queries of a work tile leave `count` consumer warpgroups or more without one.
+SPECEDIT_HOST_DEVICE inline bool leaves_without_rows(TileShape tile, int rows, int count) {
+  return tile.consumers > count && rows <= (tile.consumers - count) * kWarpgroupRows;
+}
+
+// Cost of a K tile against a work tile of `rows` queries, which leave one of two or three consumer warpgroups without.
+SPECEDIT_HOST_DEVICE inline int smaller_n_block_cost(TileShape tile, int rows) {
+  return leaves_without_rows(tile, rows, 2) ? kFullBlockCost - 2 : kFullBlockCost - 1;
+}
+
+// The same of any number of queries.
+SPECEDIT_HOST_DEVICE inline int n_block_cost(TileShape tile, int rows) {
+  return leaves_without_rows(tile, rows, 1) ? smaller_n_block_cost(tile, rows) : kFullBlockCost;
+}
 
 // K tiles in the first split of a tile that has `n_blocks`, if the split may cost `cost_limit`.
 SPECEDIT_HOST_DEVICE inline int first_split_blocks(int n_blocks, int block_cost, int cost_limit) {
@@ -85,20 +114,23 @@ SPECEDIT_HOST_DEVICE inline int remainder_cost(int n_blocks, int block_cost, int
 // The remainders of the tiles of one batch entry.
 struct Remainders {
   int m_blocks;              // tiles of a head
-  bool last_is_half;         // the last tile of a head has queries for one consumer warpgroup only
+  bool last_is_smaller;      // the last tile of a head has queries for some of the consumer warpgroups only
+  int smaller_block_cost;    // of a K tile against such a tile
   int full_cost, last_cost;  // of the remainder of a tile, and of a head's last tile
 
-  SPECEDIT_HOST_DEVICE static Remainders of(int seqlen_q, int seqlen_k, int cost_limit, int block_n) {
+  SPECEDIT_HOST_DEVICE static Remainders of(int seqlen_q, int seqlen_k, int cost_limit, TileShape tile) {
     Remainders x;
-    const int n_blocks = ceil_div(seqlen_k, block_n);
-    x.m_blocks = ceil_div(seqlen_q, kBlockM);
-    x.last_is_half = seqlen_q % kBlockM != 0 && seqlen_q % kBlockM <= kWarpgroupRows;
-    x.full_cost = remainder_cost(n_blocks, n_block_cost(false), cost_limit);
-    x.last_cost = x.last_is_half ? remainder_cost(n_blocks, n_block_cost(true), cost_limit) : x.full_cost;
+    const int n_blocks = ceil_div(seqlen_k, tile.block_n);
+    x.m_blocks = ceil_div(seqlen_q, tile.block_m());
+    const int last_rows = seqlen_q % tile.block_m();  // 0: that tile is full
+    x.last_is_smaller = leaves_without_rows(tile, last_rows, 1) && last_rows != 0;
+    x.smaller_block_cost = smaller_n_block_cost(tile, last_rows);
+    x.full_cost = remainder_cost(n_blocks, kFullBlockCost, cost_limit);
+    x.last_cost = x.last_is_smaller ? remainder_cost(n_blocks, x.smaller_block_cost, cost_limit) : x.full_cost;
     return x;
   }
 
-  SPECEDIT_HOST_DEVICE bool is_half(int m_block) const { return last_is_half && m_block == m_blocks - 1; }
+  SPECEDIT_HOST_DEVICE bool is_smaller(int m_block) const { return last_is_smaller && m_block == m_blocks - 1; }
 
   // Cost of the remainders of tiles [0, num_tiles), counted over heads.
   SPECEDIT_HOST_DEVICE int cost_before(int num_tiles) const {
@@ -113,9 +145,9 @@ struct Remainders {
     int left = cost - head * cost_before(m_blocks);
     const int m_block = left / full_cost < m_blocks - 1 ? left / full_cost : m_blocks - 1;
     left -= m_block * full_cost;
-    const bool half = is_half(m_block);
-    const int block_cost = n_block_cost(half);
-    const int n_blocks = ((half ? last_cost : full_cost) - kSplitOverheadCost) / block_cost;
+    const bool smaller = is_smaller(m_block);
+    const int block_cost = smaller ? smaller_block_cost : kFullBlockCost;
+    const int n_blocks = ((smaller ? last_cost : full_cost) - kSplitOverheadCost) / block_cost;
     const int n_block = (left - kSplitOverheadCost) / block_cost;
     const StreamKPosition position{head * m_blocks + m_block, n_block < kMinSplitBlocks ? 0 : n_block};
     return n_block > n_blocks - kMinSplitBlocks && n_block >= kMinSplitBlocks ? StreamKPosition{position.tile + 1, 0}
@@ -148,26 +180,27 @@ SPECEDIT_HOST_DEVICE inline bool limit_suffices(
   return step >= min_range_step(n_blocks) && static_cast<int64_t>(step) * num_ranges >= cost - spare;
 }
 
-// The plan where all batch entries have the same lengths: they count as more heads. CTAs that had half tiles in the
-// full waves have time to spare: they become stream-K CTAs and get longer ranges. block_n: keys of a K tile.
+// The plan where all batch entries have the same lengths: they count as more heads. CTAs that had smaller tiles in the
+// full waves have time to spare: they become stream-K CTAs and get longer ranges.
 inline void plan_on_host(
-    HostPlan& plan, int seqlen_q, int seqlen_k, int num_tiles, int num_ctas, int block_n = kBlockN) {
-  constexpr int kMaxSpareWaves = 8;  // with more waves, half tiles are spread evenly
+    HostPlan& plan, int seqlen_q, int seqlen_k, int num_tiles, int num_ctas, TileShape tile_shape) {
+  constexpr int kMaxSpareWaves = 8;  // with more waves, smaller tiles are spread evenly
   plan.planned = true;
   plan.partial_wave_tiles = num_tiles % num_ctas;
   plan.full_wave_tiles = num_tiles - plan.partial_wave_tiles;
-  const int n_blocks = ceil_div(seqlen_k, block_n);
+  const int n_blocks = ceil_div(seqlen_k, tile_shape.block_n);
   const int num_ranges = num_ctas - plan.partial_wave_tiles;
   const int tile_cost = kFullBlockCost * n_blocks + kSplitOverheadCost;
-  const int m_blocks = ceil_div(seqlen_q, kBlockM);
+  const int m_blocks = ceil_div(seqlen_q, tile_shape.block_m());
+  const Remainders whole = Remainders::of(seqlen_q, seqlen_k, 0, tile_shape);
   const bool split = can_split(num_tiles, num_ctas, n_blocks) && num_ctas <= kMaxHostPlanCtas;
   std::array<int, kMaxHostPlanCtas> spare{};  // by CTA, then by rank
   if (split) {
     std::array<int, kMaxHostPlanCtas> order;
     std::iota(order.begin(), order.end(), 0);
-    if (Remainders::of(seqlen_q, seqlen_k, 0, block_n).last_is_half && plan.full_wave_tiles <= kMaxSpareWaves * num_ctas) {
+    if (whole.last_is_smaller && plan.full_wave_tiles <= kMaxSpareWaves * num_ctas) {
       for (int tile = m_blocks - 1; tile < plan.full_wave_tiles; tile += m_blocks) {
-        spare[tile % num_ctas] += (kFullBlockCost - kHalfBlockCost) * n_blocks;
+        spare[tile % num_ctas] += (kFullBlockCost - whole.smaller_block_cost) * n_blocks;
       }
       std::stable_sort(order.begin(), order.begin() + num_ctas, [&](int a, int b) { return spare[a] < spare[b]; });
       std::sort(spare.begin(), spare.begin() + num_ctas);
@@ -176,7 +209,7 @@ inline void plan_on_host(
   }
   const int all_spare = std::accumulate(spare.begin() + plan.partial_wave_tiles, spare.end(), 0);
   const auto cost_at = [&](int cost_limit) {
-    const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit, block_n);
+    const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit, tile_shape);
     return remainders.cost_before(num_tiles) - remainders.cost_before(plan.full_wave_tiles);
   };
   // The lowest limit at which no range takes longer than a first split.
@@ -189,13 +222,13 @@ inline void plan_on_host(
       else low = middle;
     }
   }
-  if (cost_limit + kCombineCost >= tile_cost) {
+  if (cost_limit + combine_cost(tile_shape) >= tile_cost) {
     plan.full_wave_tiles = num_tiles;
     plan.partial_wave_tiles = 0;
     return;
   }
   plan.cost_limit = cost_limit;
-  const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit, block_n);
+  const Remainders remainders = Remainders::of(seqlen_q, seqlen_k, cost_limit, tile_shape);
   const int step =
       range_cost(std::max(cost_at(cost_limit) - all_spare, 0), num_ranges, n_blocks) - kSplitOverheadCost;
   for (int i = 0, cost = remainders.cost_before(plan.full_wave_tiles); i <= num_ranges; ++i) {
@@ -204,8 +237,8 @@ inline void plan_on_host(
     if (i < num_ranges) cost += step + spare[plan.partial_wave_tiles + i];
   }
   for (int i = 0; i < plan.partial_wave_tiles; ++i) {
-    const bool half = remainders.is_half((plan.full_wave_tiles + i) % m_blocks);
-    const int cost = half ? remainders.last_cost : remainders.full_cost;
+    const bool smaller = remainders.is_smaller((plan.full_wave_tiles + i) % m_blocks);
+    const int cost = smaller ? remainders.last_cost : remainders.full_cost;
     plan.splits[i] = {static_cast<int16_t>(cost == 0 ? 0 : 2), 0};
   }
   for (int i = num_ranges - 1; i >= 0; --i) {

@@ -35,7 +35,7 @@ template <typename T, typename Storage>
 __device__ void init_bias_constants(Storage& s) {
   uint4* const zero = reinterpret_cast<uint4*>(s.zero_columns);
   uint4* const ones = reinterpret_cast<uint4*>(s.ones);
-  for (int i = threadIdx.x; i < Storage::Traits::kBlockN; i += kThreads) zero[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < Storage::Traits::kBlockN; i += Storage::Traits::kThreads) zero[i] = make_uint4(0, 0, 0, 0);
   if (threadIdx.x < 16) {
     const uint4 row = make_uint4(sm90::pack<T>(kBiasColumnUnit<T>, 1.0f), sm90::pack<T>(1.0f, 0.0f), 0, 0);
     ones[threadIdx.x] = threadIdx.x < 8 ? row : make_uint4(0, 0, 0, 0);

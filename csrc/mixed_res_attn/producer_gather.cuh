@@ -22,7 +22,7 @@ struct QueryRows {
   __device__ void look_up(const Params& p, const Storage& s, const WorkTile& work, int first) {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
-      const int slot = work.m_block * kBlockM + first + i * 32 + static_cast<int>(threadIdx.x) % 32;
+      const int slot = work.m_block * Storage::Traits::kBlockM + first + i * 32 + static_cast<int>(threadIdx.x) % 32;
       rows[i] = slot < s.seqlen_q[work.batch]
           ? p.q_index == nullptr ? slot : p.q_index[work.batch * p.q_index_batch_stride + slot]
           : -1;
@@ -68,7 +68,7 @@ struct QueryRows {
   }
 };
 
-// The producer warp of the queries of consumer warpgroup wg by q_index.
+// The producer warp of the queries of consumer warpgroup wg by q_index, where a CTA has two consumer warpgroups.
 template <typename T, int D>
 __device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, int wg) {
   constexpr int kWords = kWarpgroupRows / 32;
@@ -91,6 +91,49 @@ __device__ void produce_queries(const Params& p, SharedStorage<T, D, false>& s, 
     queries.copy(p, work, s.q[wg], 0);
     sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
     phase ^= 1;
+  }
+}
+
+// Copies 32 queries of a work tile, half of a consumer warpgroup's: number `number` of these halves.
+template <typename T, int D, bool GATHER>
+__device__ void copy_half_of_queries(
+    const Params& p, SharedStorage<T, D, GATHER>& s, const WorkTile& work, int number, uint32_t phase) {
+  const int wg = number / 2;
+  const int half = number % 2;
+  QueryRows<T, D, 1> queries;
+  queries.look_up(p, s, work, number * 32);
+  sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    s.q_valid[phase][wg][half] = queries.valid[0];
+    sm90::mbarrier_arrive(&s.q_full[wg]);
+  }
+  queries.copy(p, work, s.q[wg], half * 32);
+  sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
+}
+
+// The two producer warps of queries by q_index where a CTA has three consumer warpgroups. A warp copies half of the
+// queries of each, one after the other: that takes fewer registers.
+template <typename T, int D>
+__device__ void produce_halves_of_queries(const Params& p, SharedStorage<T, D, false>& s, int half) {
+  constexpr int kConsumers = KernelTraits<T, D, false>::kConsumers;
+  WorkTile work;
+  for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
+    // First they are looked up and prefetched into L2, while the queries before are still in use.
+#pragma unroll 1
+    for (int i = work_idx > 0 ? 0 : kConsumers; i < 2 * kConsumers; ++i) {
+      WorkTile at;
+      at.batch = sm90::opaque(work.batch);
+      at.head = sm90::opaque(work.head);
+      at.m_block = work.m_block;
+      if (i < kConsumers) {
+        QueryRows<T, D, 1> queries;
+        queries.look_up(p, s, at, (i * 2 + half) * 32);
+        queries.prefetch(p, at);
+      } else {
+        copy_half_of_queries(p, s, at, (i - kConsumers) * 2 + half, work_idx % 2);
+      }
+    }
   }
 }
 
@@ -182,18 +225,7 @@ struct GatherProducer {
       };
       const auto load_q = [&] {
         // A warp copies half of a consumer warpgroup's queries.
-        const int wg = warp / 2;
-        const int half = warp % 2;
-        QueryRows<T, D, 1> queries;
-        queries.look_up(p, s, work, warp * 32);
-        sm90::mbarrier_wait(&s.q_empty[wg], q_phase ^ 1);
-        __syncwarp();
-        if (lane == 0) {
-          s.q_valid[q_phase][wg][half] = queries.valid[0];
-          sm90::mbarrier_arrive(&s.q_full[wg]);
-        }
-        queries.copy(p, work, s.q[wg], half * 32);
-        sm90::cp_async_mbarrier_arrive_noinc(&s.q_full[wg]);
+        copy_half_of_queries(p, s, work, warp, q_phase);
       };
       // Of the K tile whose stage is empty.
       const auto store_biases = [&] {

@@ -112,7 +112,7 @@ struct TmaProducer {
             sm90::mbarrier_arrive_and_expect_tx(&s.q_full[wg], kWarpgroupRows * D * sizeof(T));
             sm90::tma_load(
                 s.q[wg], &p.tma_q, &s.q_full[wg], 0,
-                s.row_offset_q(work.batch) + work.m_block * kBlockM + wg * kWarpgroupRows, 0, work.head, q_batch);
+                s.row_offset_q(work.batch) + work.m_block * Traits::kBlockM + wg * kWarpgroupRows, 0, work.head, q_batch);
           }
           __syncwarp();
         }
@@ -136,6 +136,53 @@ struct TmaProducer {
       }
       if (work.n_block_begin < work.n_block_end) load_v(work.n_block_end - 1);
       q_phase ^= 1;
+    }
+  }
+
+  // The same for three consumer warpgroups, which leave few registers: each load is once in the code, and what follows
+  // from the work tile is computed for each (sm90::opaque).
+  template <bool VALUES>
+  __device__ void load_n_block(const WorkTile& work, int n_block, uint32_t kv_idx) {
+    const int batch = sm90::opaque(work.batch);
+    const int stage = kv_idx % Traits::kStages;
+    const int start = n_block * Traits::kBlockN;
+    load<VALUES>(
+        VALUES ? &p.tma_v : &p.tma_k, VALUES ? s.v[stage] : s.k[stage], VALUES ? &s.v_full[stage] : &s.k_full[stage],
+        VALUES ? &s.v_empty[stage] : &s.k_empty[stage], kv_idx / Traits::kStages % 2, s.row_offset_k(batch) + start,
+        static_cast<int>(sm90::opaque(work.head)) / p.qhead_per_khead, p.cu_seqlens_k == nullptr ? batch : 0,
+        s.seqlen_k[batch] - start);
+  }
+
+  __device__ void load_queries(const WorkTile& work, uint32_t phase) {
+    if (p.q_index != nullptr) return;
+    const int batch = sm90::opaque(work.batch);
+#pragma unroll 1
+    for (int wg = 0; wg < Traits::kConsumers; ++wg) {
+      sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        sm90::mbarrier_arrive_and_expect_tx(&s.q_full[wg], kWarpgroupRows * D * sizeof(T));
+        sm90::tma_load(
+            s.q[wg], &p.tma_q, &s.q_full[wg], 0,
+            s.row_offset_q(batch) + work.m_block * Traits::kBlockM + wg * kWarpgroupRows, 0, work.head,
+            p.cu_seqlens_q == nullptr ? batch : 0);
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ void run_with_few_registers() {
+    uint32_t kv_idx = 0;  // number of the next K tile in the order of loads
+    WorkTile work;
+    for (int work_idx = 0; work.get(p, s, work_idx); ++work_idx) {
+      const int n_blocks = work.n_block_end - work.n_block_begin;
+#pragma unroll 1
+      for (int i = 0; i <= n_blocks; ++i) {
+        if (i < n_blocks) load_n_block<false>(work, work.n_block_begin + i, kv_idx + i);
+        if (i == 0) load_queries(work, work_idx % 2);
+        else load_n_block<true>(work, work.n_block_begin + i - 1, kv_idx + i - 1);
+      }
+      kv_idx += n_blocks;
     }
   }
 };

@@ -9,11 +9,12 @@
 
 namespace specedit::attn {
 
-// Named barriers of the CTA; 0 is __syncthreads. The consumer warpgroups issue their matrix products alternately
-// (ping-pong): each waits on its own barrier, and arrives on the other's.
+// Named barriers of the CTA; 0 is __syncthreads. The consumer warpgroups issue their matrix products in turn
+// (ping-pong): each waits on its own barrier, and arrives on the next one's.
 enum NamedBarrier : int {
   kWarpSchedulerWG1 = 1,
   kWarpSchedulerWG2 = 2,
+  kWarpSchedulerWG3 = 3,
 };
 
 // What a producer tells of the biases of a K tile. No flag: the bias is one number for the whole tile.
@@ -37,17 +38,25 @@ using OutputOf = std::conditional_t<kIsFp8<T>, __nv_bfloat16, T>;
 
 template <typename T, int D, bool GATHER>
 struct KernelTraits {
-  static constexpr int kBlockN = kIsFp8<T> ? kBlockNFp8 : attn::kBlockN;
+  static constexpr TileShape kTile = kIsFp8<T> ? kTileOfFp8 : tile_of(D, GATHER);
+  static constexpr int kConsumers = kTile.consumers;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  static constexpr int kBlockM = kTile.block_m();
+  static constexpr int kBlockN = kTile.block_n;
   static constexpr int kStages = kIsFp8<T> ? 3 : D == 64 ? 4 : 2;
-  static constexpr int kProducerRegisters = GATHER || kByRow<T> ? 56 : 40;
-  // A CTA has 504 registers for each of 128 threads: three warpgroups start with 168 a thread.
-  static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 16 * 8;
+  static constexpr int kProducerRegisters = GATHER || kByRow<T> ? 56 : kConsumers == 3 ? 32 : 40;
+  // An SM has 512 registers for each of 128 threads. All warpgroups start with the same multiple of 8: three with 168.
+  static constexpr int kRegisters = 512 / (1 + kConsumers) / 8 * 8 * (1 + kConsumers);
+  static constexpr int kConsumerRegisters = (kRegisters - kProducerRegisters) / (8 * kConsumers) * 8;
   // Arrivals that fill a K or V stage; a K stage has those of the biases, too.
   static constexpr int kLoadArrivals = GATHER ? kWarpgroupThreads : 1;
   static constexpr int kBiasWarps = GATHER ? kWarpgroupThreads / 32 : 1;
   // Rows by kv_index: eight lanes copy 128 bytes of a row, so that the warpgroup copies 16 rows in a step.
   static constexpr int kCopySteps = kBlockN / 16;
   static constexpr int kKeyTables = kByRow<T> ? 3 : 1;
+
+  // kTile as a value: device code has no address of it.
+  SPECEDIT_HOST_DEVICE static constexpr TileShape tile() { return {kConsumers, kBlockN}; }
 };
 
 // K and V are pipelines of kStages stages. A stage has two mbarriers: the producer arrives on `full`, and the consumer
@@ -57,7 +66,7 @@ struct KernelTraits {
 template <typename T, int D, bool GATHER>
 struct SharedStorage {
   using Traits = KernelTraits<T, D, GATHER>;
-  T q[2][kWarpgroupRows * D];
+  T q[Traits::kConsumers][kWarpgroupRows * D];
   T k[Traits::kStages][Traits::kBlockN * D];
   T v[Traits::kStages][Traits::kBlockN * D];
   // Bias columns: 8 columns of a key, 8 zero columns beside them, and the 8 rows of ones in Q that all queries share.
@@ -74,8 +83,8 @@ struct SharedStorage {
   __align__(16) int kv_rows[GATHER ? 2 : 1][GATHER ? 4 : 1][4][GATHER ? (Traits::kCopySteps + 3) / 4 * 4 : 1];
   // Bits: which rows of Q exist. Written where queries come by index. Two work tiles have a copy each: the queries of
   // the next may arrive before the rows of this one are stored.
-  uint32_t q_valid[2][2][kWarpgroupRows / 32];
-  uint64_t q_full[2], q_empty[2];
+  uint32_t q_valid[2][Traits::kConsumers][kWarpgroupRows / 32];
+  uint64_t q_full[Traits::kConsumers], q_empty[Traits::kConsumers];
   uint64_t k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
   uint64_t last_block_loaded;  // a K tile that has rows of another sequence behind its last key
   // The plan. By batch entry: lengths, the first tile, the first rows (packed layout).

@@ -38,16 +38,17 @@ struct TileCoord {
 
   template <typename Storage>
   __device__ static TileCoord of(const Params& p, const Storage& s, int tile) {
-    if (p.plan.planned) return of_host_plan(p, tile);
+    if (p.plan.planned) return of_host_plan<Storage::Traits::kBlockM>(p, tile);
     const int batch = batch_of(p, s, tile);
-    const int m_blocks = ceil_div(s.seqlen_q[batch], kBlockM);
+    const int m_blocks = ceil_div(s.seqlen_q[batch], Storage::Traits::kBlockM);
     const int head = (tile - s.first_tile[batch]) / m_blocks;
     return {batch, head, tile - s.first_tile[batch] - head * m_blocks};
   }
 
   // Where all batch entries have the same lengths they count as more heads.
+  template <int BLOCK_M>
   __device__ static TileCoord of_host_plan(const Params& p, int tile) {
-    const int m_blocks = ceil_div(p.max_seqlen_q, kBlockM);
+    const int m_blocks = ceil_div(p.max_seqlen_q, BLOCK_M);
     const int head = tile / m_blocks;
     const int batch = p.batch > 1 ? head / p.heads : 0;
     return {batch, head - batch * p.heads, tile - head * m_blocks};
@@ -63,7 +64,7 @@ __device__ inline void visit_remainders(
     const int end = b + 1 < p.batch ? s.first_tile[b + 1] : num_tiles;
     if (end == s.first_tile[b]) continue;
     const Remainders remainders =
-        Remainders::of(s.seqlen_q[b], s.seqlen_k[b], cost_limit, Storage::Traits::kBlockN);
+        Remainders::of(s.seqlen_q[b], s.seqlen_k[b], cost_limit, Storage::Traits::tile());
     visit(
         b, remainders,
         remainders.cost_before(end - s.first_tile[b]) -
@@ -102,7 +103,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
   int n_blocks = 0;  // of the longest sequence of keys
   for (int start = 0; start < p.batch; start += 32) {
     const int b = start + lane;
-    const int count = b < p.batch ? ceil_div(s.seqlen_q[b], kBlockM) * p.heads : 0;
+    const int count = b < p.batch ? ceil_div(s.seqlen_q[b], Storage::Traits::kBlockM) * p.heads : 0;
     if (count > 0) n_blocks = max(n_blocks, ceil_div(s.seqlen_k[b], Storage::Traits::kBlockN));
     int sum = count;
 #pragma unroll
@@ -126,7 +127,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
   const int batch = partial_wave_tiles > 0 ? batch_of(p, s, full_wave_tiles) : 0;
   const bool one_batch =
       partial_wave_tiles > 0 && (batch + 1 == p.batch || s.first_tile[batch + 1] == num_tiles);
-  const int m_blocks = max(ceil_div(s.seqlen_q[batch], kBlockM), 1);
+  const int m_blocks = max(ceil_div(s.seqlen_q[batch], Storage::Traits::kBlockM), 1);
   const int last_tiles = one_batch
       ? (num_tiles - s.first_tile[batch]) / m_blocks - (full_wave_tiles - s.first_tile[batch]) / m_blocks
       : 0;
@@ -134,7 +135,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
     int sum = 0;
     if (one_batch) {
       const Remainders remainders =
-          Remainders::of(s.seqlen_q[batch], s.seqlen_k[batch], cost_limit, Storage::Traits::kBlockN);
+          Remainders::of(s.seqlen_q[batch], s.seqlen_k[batch], cost_limit, Storage::Traits::tile());
       sum = (partial_wave_tiles - last_tiles) * remainders.full_cost + last_tiles * remainders.last_cost;
     } else {
       visit_remainders(
@@ -156,7 +157,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
       low += found * step;
     }
   }
-  const bool split = cost_limit + kCombineCost < tile_cost;
+  const bool split = cost_limit + combine_cost(Storage::Traits::tile()) < tile_cost;
   const int range_step =
       split ? range_cost(cost_at(cost_limit), num_ranges, n_blocks) - kSplitOverheadCost : 1;
   StreamKPosition at{num_tiles, 0};
@@ -180,7 +181,7 @@ __device__ void plan_on_device(const Params& p, Storage& s) {
 // Writes the plan to shared memory: the work of all threads.
 template <typename T, int D, bool GATHER>
 __device__ void make_plan(const Params& p, SharedStorage<T, D, GATHER>& s) {
-  for (int b = threadIdx.x; b < p.batch; b += kThreads) {
+  for (int b = threadIdx.x; b < p.batch; b += KernelTraits<T, D, GATHER>::kThreads) {
     s.seqlen_q[b] = length_of(p.q_lens, p.cu_seqlens_q, b, p.max_seqlen_q, p.rows_q, s.offset_q[GATHER ? 0 : b]);
     s.seqlen_k[b] = length_of(p.kv_lens, p.cu_seqlens_k, b, p.max_seqlen_k, p.rows_k, s.offset_k[GATHER ? 0 : b]);
   }
@@ -206,6 +207,7 @@ __device__ void make_plan(const Params& p, SharedStorage<T, D, GATHER>& s) {
 // work.
 template <typename Storage>
 __device__ void write_split_tile(const Params& p, const Storage& s) {
+  using Traits = typename Storage::Traits;
   const int cta = blockIdx.x;
   const int lane = threadIdx.x % 32;
   if (p.plan.planned || cta >= p.max_split_tiles) return;
@@ -226,11 +228,11 @@ __device__ void write_split_tile(const Params& p, const Storage& s) {
         position_at(p, s, s.full_wave_tiles, s.num_tiles, s.cost_limit, (begin + lane) * s.range_step);
     const unsigned found = __ballot_sync(0xffffffffu, at.tile == id && at.n_block > 0);
     const TileCoord tile = TileCoord::of(p, s, id);
-    const int rows = min(s.seqlen_q[tile.batch] - tile.m_block * kBlockM, kBlockM);
+    const int rows = min(s.seqlen_q[tile.batch] - tile.m_block * Traits::kBlockM, Traits::kBlockM);
     split = {tile.batch,          tile.head, tile.m_block, rows, 2 + __popc(found), begin + __ffs(found) - 1,
              s.partial_wave_tiles};
-    const int n_blocks = ceil_div(s.seqlen_k[tile.batch], Storage::Traits::kBlockN);
-    if (first_split_blocks(n_blocks, n_block_cost(rows <= kWarpgroupRows), s.cost_limit) == n_blocks) {
+    const int n_blocks = ceil_div(s.seqlen_k[tile.batch], Traits::kBlockN);
+    if (first_split_blocks(n_blocks, n_block_cost(Traits::tile(), rows), s.cost_limit) == n_blocks) {
       split.num_splits = 0;
     }
   }
@@ -238,9 +240,10 @@ __device__ void write_split_tile(const Params& p, const Storage& s) {
 }
 
 // The same from the host's plan, for tile number `number` of the last partial wave.
-__device__ inline SplitTile split_tile_of_host_plan(const Params& p, int number) {
-  const TileCoord tile = TileCoord::of_host_plan(p, p.plan.full_wave_tiles + number);
-  const int rows = min(p.max_seqlen_q - tile.m_block * kBlockM, kBlockM);
+template <int BLOCK_M>
+__device__ SplitTile split_tile_of_host_plan(const Params& p, int number) {
+  const TileCoord tile = TileCoord::of_host_plan<BLOCK_M>(p, p.plan.full_wave_tiles + number);
+  const int rows = min(p.max_seqlen_q - tile.m_block * BLOCK_M, BLOCK_M);
   const TileSplits& splits = p.plan.splits[number];
   return {tile.batch, tile.head, tile.m_block, rows, splits.num_splits, splits.streamk_cta, p.plan.partial_wave_tiles};
 }
@@ -256,6 +259,7 @@ struct WorkTile {
   // Work tile number `work_idx` of this CTA; false past the last.
   template <typename Storage>
   __device__ bool get(const Params& p, const Storage& s, int work_idx) {
+    using Traits = typename Storage::Traits;
     int id = work_idx * gridDim.x + blockIdx.x;
     const bool remainder = work_idx >= s.full_waves && s.cta_rank >= s.partial_wave_tiles;
     if (remainder) {
@@ -269,13 +273,13 @@ struct WorkTile {
     batch = at.batch;
     head = at.head;
     m_block = at.m_block;
-    rows = min(s.seqlen_q[batch] - m_block * kBlockM, kBlockM);
+    rows = min(s.seqlen_q[batch] - m_block * Traits::kBlockM, Traits::kBlockM);
     n_block_begin = 0;
-    n_block_end = ceil_div(s.seqlen_k[batch], Storage::Traits::kBlockN);
+    n_block_end = ceil_div(s.seqlen_k[batch], Traits::kBlockN);
     split_slot = -1;
     const int first_split = id < s.full_wave_tiles
         ? n_block_end
-        : first_split_blocks(n_block_end, n_block_cost(rows <= kWarpgroupRows), s.cost_limit);
+        : first_split_blocks(n_block_end, n_block_cost(Traits::tile(), rows), s.cost_limit);
     if (remainder) {
       // A tile without a remainder gives a work tile without queries and keys.
       if (first_split == n_block_end) rows = 0;

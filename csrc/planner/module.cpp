@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
@@ -68,7 +69,7 @@ Plan plan_of(Params& p, int num_tiles, int num_sms) {
     emulated_block = {static_cast<uint32_t>(cta), 0, 0};
     specedit::sm90::reset_block();
     emulator::run_block(
-        kThreads,
+        Storage::Traits::kThreads,
         [&] {
           make_plan<__nv_bfloat16, D, false>(p, s);
           if (threadIdx.x < 32) write_split_tile(p, s);
@@ -79,7 +80,7 @@ Plan plan_of(Params& p, int num_tiles, int num_sms) {
     for (int i = 0; work.get(p, s, i); ++i) {
       if (work.rows <= 0) continue;  // a tile of a range that has no remainder
       const int wave = std::min(i, s.full_waves);
-      const int block_cost = n_block_cost(work.rows <= kWarpgroupRows);
+      const int block_cost = n_block_cost(Storage::Traits::tile(), work.rows);
       const int cost = (work.n_block_end - work.n_block_begin) * block_cost + kSplitOverheadCost;
       plan.work.push_back(
           {cta, wave, work.batch, work.head, work.m_block, work.rows, work.n_block_begin, work.n_block_end, -1, cost});
@@ -89,7 +90,9 @@ Plan plan_of(Params& p, int num_tiles, int num_sms) {
       splits.push_back({id, work.split_slot, static_cast<int>(plan.work.size()) - 1});
     }
   }
-  for (int i = 0; p.plan.planned && i < plan.split_tiles; ++i) split_tiles[i] = split_tile_of_host_plan(p, i);
+  for (int i = 0; p.plan.planned && i < plan.split_tiles; ++i) {
+    split_tiles[i] = split_tile_of_host_plan<Storage::Traits::kBlockM>(p, i);
+  }
   for (const Found& x : splits) {
     plan.work[x.work].split = split_number(x.slot, split_tiles, x.id, plan.split_tiles);
   }
@@ -109,7 +112,10 @@ Plan plan(
   check_lengths(q_lens, batch, seqlen_q, "q_lens");
   check_lengths(kv_lens, batch, seqlen_k, "kv_lens");
   int64_t num_tiles = 0;
-  for (int b = 0; b < batch; ++b) num_tiles += int64_t{heads} * ceil_div(q_lens ? (*q_lens)[b] : seqlen_q, kBlockM);
+  const TileShape tile = tile_of(head_dim, false);
+  for (int b = 0; b < batch; ++b) {
+    num_tiles += int64_t{heads} * ceil_div(q_lens ? (*q_lens)[b] : seqlen_q, tile.block_m());
+  }
   check(num_tiles <= 1 << 24, "seqlen_q, heads and batch: expected at most 2**24 work tiles", num_tiles);
   Params p{};
   p.batch = batch;
@@ -124,7 +130,7 @@ Plan plan(
   if (q_lens || kv_lens) {
     p.max_split_tiles = num_sms - 1;
   } else {
-    plan_on_host(p.plan, seqlen_q, seqlen_k, static_cast<int>(num_tiles), num_sms);
+    plan_on_host(p.plan, seqlen_q, seqlen_k, static_cast<int>(num_tiles), num_sms, tile);
     p.max_split_tiles = p.plan.partial_wave_tiles;
   }
   return head_dim == 64 ? plan_of<64>(p, static_cast<int>(num_tiles), num_sms)
@@ -135,8 +141,6 @@ Plan plan(
 
 PYBIND11_MODULE(_planner, m) {
   m.doc() = "The work tiles of a call of mixed_res_attn on sm_90, and its kernels on the CPU for tests.";
-  m.attr("TILE_Q") = kBlockM;
-  m.attr("TILE_K") = kBlockN;
   py::class_<PlannedTile>(m, "WorkTile")
       .def_readonly("cta", &PlannedTile::cta)
       .def_readonly("wave", &PlannedTile::wave)
@@ -159,7 +163,14 @@ PYBIND11_MODULE(_planner, m) {
       "plan", &plan, py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("heads"), py::arg("head_dim"),
       py::arg("num_sms"), py::kw_only(), py::arg("batch") = 1, py::arg("q_lens") = py::none(),
       py::arg("kv_lens") = py::none(),
-      "The plan of a call with `num_sms` SMs. q_lens, kv_lens: lengths by batch entry, where they are on the device.");
+      "The plan of a call with `num_sms` SMs and without kv_index. q_lens, kv_lens: lengths by batch entry, where they are on the device.");
+  m.def(
+      "tile",
+      [](int head_dim) {
+        const TileShape tile = tile_of(head_dim, false);
+        return std::make_pair(tile.block_m(), tile.block_n);
+      },
+      py::arg("head_dim"), "Queries of a work tile and keys of a K tile, of calls without kv_index.");
   py::class_<emulation::Outcome>(m, "Outcome")
       .def_readonly("right", &emulation::Outcome::right)
       .def_readonly("text", &emulation::Outcome::text);

@@ -53,6 +53,8 @@ struct Case {
 std::map<std::string, Case> all_cases() {
   std::map<std::string, Case> cases = {
     {"one_tile", {false, 128, 1, 100, 900, 1, 1, 1, Bias::kAlternating}},
+    {"two_of_three_d64", {false, 64, 1, 300, 500, 1, 1, 1, Bias::kAlternating}},
+    {"q_index_d64", {true, 64, 1, 400, 300, 2, 1, 1, Bias::kRandom, {}, {}, {}, {}, 370}},
     {"few_rows_d64", {false, 64, 1, 44, 1500, 1, 1, 1, Bias::kAlternating}},
     {"waves", {false, 128, 1, 300, 700, 2, 1, 4, Bias::kRandom}},
     {"parts", {false, 128, 1, 150, 3000, 1, 1, 4, Bias::kRandom, {}, {}, {}, {}, 0, 0, false, true}},
@@ -71,7 +73,7 @@ std::map<std::string, Case> all_cases() {
     {"masks", {true, 128, 1, 70, 1000, 1, 1, 1, Bias::kMasks}},
     {"masks_bf16", {false, 64, 1, 200, 700, 2, 1, 2, Bias::kMasks}},
     {"masks_kv_index", {true, 64, 1, 70, 900, 2, 1, 1, Bias::kMasks, {}, {}, {}, {}, 0, 700}},
-    {"shares", {false, 64, 1, 300, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
+    {"shares", {false, 64, 1, 400, 2100, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 0, 0, false, true}},
     {"shares_of_lengths",
      {false, 64, 3, 400, 2500, 1, 1, 8, Bias::kAlternating, {330, 0, 64}, {2500, 900, 1300}, {}, {}, 0, 0, false, true}},
     {"parts_of_lengths",
@@ -89,7 +91,7 @@ std::map<std::string, Case> all_cases() {
     {"gathered_lengths",
      {true, 64, 3, 150, 700, 4, 2, 3, Bias::kSorted, {120, 60, 0}, {800, 333, 0}, {}, {}, 130, 900, true, false, true}},
     {"q_index", {false, 128, 2, 700, 500, 2, 1, 4, Bias::kAlternating, {}, {}, {}, {}, 200, 0}},
-    {"q_index_parts", {false, 64, 1, 900, 2500, 3, 1, 7, Bias::kSorted, {}, {}, {}, {}, 300, 0, false, true}},
+    {"q_index_parts", {false, 64, 1, 900, 2500, 3, 1, 5, Bias::kSorted, {}, {}, {}, {}, 300, 0, false, true}},
     {"q_index_lengths", {true, 128, 3, 300, 400, 2, 2, 3, Bias::kRandom, {190, 1, 65}, {399, 0, 177}, {}, {}, 190, 0}},
     {"all_indices", {true, 64, 2, 150, 700, 2, 1, 3, Bias::kSorted, {120, 60}, {800, 333}, {}, {}, 130, 900, true}},
   };
@@ -145,6 +147,9 @@ float read(const T& x) {
   return element<T>(bits);
 }
 
+// Whether the attention itself gathers K and V.
+bool gathers(const Case& c) { return c.k_slots > 0 && !c.gather_first; }
+
 const int* data_or_null(const Ints& x) { return x.empty() ? nullptr : x.data(); }
 
 template <typename T, int D>
@@ -159,12 +164,14 @@ struct Problem {
   std::vector<T> k_gathered, v_gathered;
   std::vector<float> bias_gathered;
   std::vector<SplitTile> split_tiles;
+  TileShape tile;
   Params p{};
   GatherParams gather{};
 
   Problem(const Case& c, std::mt19937& random) : c(c), packed(!c.cu_q.empty()), entries(packed ? 1 : c.batch) {
     q_slots = c.q_slots ? c.q_slots : c.rows_q;
     k_slots = c.k_slots ? c.k_slots : c.rows_k;
+    tile = tile_of(D, gathers(c));
     rows_out = c.scatter ? q_slots + 20 : q_slots;
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<T>& x, int rows, int heads) {
@@ -240,8 +247,8 @@ struct Problem {
       std::memcpy(&target, &m, sizeof(m));
     };
     map(p.tma_q, q, c.rows_q, c.heads, kWarpgroupRows);
-    map(p.tma_k, k, c.rows_k, c.heads_k, kBlockN);
-    map(p.tma_v, v, c.rows_k, c.heads_k, kBlockN);
+    map(p.tma_k, k, c.rows_k, c.heads_k, tile.block_n);
+    map(p.tma_v, v, c.rows_k, c.heads_k, tile.block_n);
     p.q = q.data();
     p.k = k.data();
     p.v = v.data();
@@ -263,8 +270,8 @@ struct Problem {
     p.lse_head_stride = q_slots;
     p.out = out.data();
     p.lse = lse.data();
-    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM * D, NAN);
-    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM, {NAN, NAN});
+    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * tile.block_m() * D, NAN);
+    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * tile.block_m(), {NAN, NAN});
     split_tiles.resize(c.num_ctas);
     p.out_partial = out_partial.data();
     p.max_sum_partial = max_sum_partial.data();
@@ -307,17 +314,18 @@ struct Problem {
       p.bias_batch_stride = k_slots;
       p.rows_k = k_slots;
       p.kv_index = nullptr;
-      map(p.tma_k, k_gathered, k_slots, c.heads_k, kBlockN);
-      map(p.tma_v, v_gathered, k_slots, c.heads_k, kBlockN);
+      map(p.tma_k, k_gathered, k_slots, c.heads_k, tile.block_n);
+      map(p.tma_v, v_gathered, k_slots, c.heads_k, tile.block_n);
     }
     if (!packed && c.q_lens.empty() && c.kv_lens.empty()) {
-      plan_on_host(p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.num_ctas);
+      plan_on_host(p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, tile.block_m()), c.num_ctas, tile);
       p.max_split_tiles = p.plan.partial_wave_tiles;
     }
   }
 
   template <bool GATHER>
   void run(int slow_warp) {
+    using Traits = KernelTraits<T, D, GATHER>;
     for (int block = 0; c.gather_first && block < ceil_div(c.batch * k_slots, kGatherThreads / 32); ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
       emulator::run_block(kGatherThreads, [&] { gather_kv_kernel(gather); }, -1, 1);
@@ -326,12 +334,12 @@ struct Problem {
     for (int block = 0; block < c.num_ctas; ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
       specedit::sm90::reset_block();
-      emulator::run_block(kThreads, [&] { mixed_res_attn_kernel<T, D, GATHER>(p); }, slow_warp, kSlowness);
+      emulator::run_block(Traits::kThreads, [&] { mixed_res_attn_kernel<T, D, GATHER>(p); }, slow_warp, kSlowness);
     }
     for (int tile = 0; tile < p.max_split_tiles; ++tile) {
-      for (int rows = 0; rows < kBlockM / kCombineRows; ++rows) {
+      for (int rows = 0; rows < Traits::kBlockM / kCombineRows; ++rows) {
         emulated_block = {static_cast<uint32_t>(tile), static_cast<uint32_t>(rows), 0};
-        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D>(p); }, -1, 1);
+        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D, Traits::kBlockM>(p); }, -1, 1);
       }
     }
   }
@@ -419,9 +427,6 @@ struct Problem {
     return true;
   }
 };
-
-// Whether the attention itself gathers K and V.
-bool gathers(const Case& c) { return c.k_slots > 0 && !c.gather_first; }
 
 template <typename T, int D, bool GATHER>
 constexpr bool is_compiled() {

@@ -249,8 +249,8 @@ struct Problem {
     p.lse_head_stride = q_slots;
     p.out = out.data();
     p.lse = lse.data();
-    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM * D, NAN);
-    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kBlockM, {NAN, NAN});
+    out_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kTileOfFp8.block_m() * D, NAN);
+    max_sum_partial.assign(static_cast<size_t>(2 * c.num_ctas) * kTileOfFp8.block_m(), {NAN, NAN});
     split_tiles.resize(c.num_ctas);
     p.out_partial = out_partial.data();
     p.max_sum_partial = max_sum_partial.data();
@@ -267,12 +267,14 @@ struct Problem {
     p.rows_out = q_slots;
     if (c.q_lens.empty() && c.kv_lens.empty()) {
       plan_on_host(
-          p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, kBlockM), c.num_ctas, kBlockNFp8);
+          p.plan, q_slots, k_slots, c.batch * c.heads * ceil_div(q_slots, kTileOfFp8.block_m()), c.num_ctas,
+          kTileOfFp8);
       p.max_split_tiles = p.plan.partial_wave_tiles;
     }
   }
 
   void run(int slow_warp) {
+    using Traits = KernelTraits<T, D, false>;
     if (c.pack) {
       for (int x = 0; x < pack_blocks; ++x) {
         for (int y = 0; y < c.heads_k; ++y) {
@@ -290,12 +292,12 @@ struct Problem {
     for (int block = 0; block < c.num_ctas; ++block) {
       emulated_block = {static_cast<uint32_t>(block), 0, 0};
       specedit::sm90::reset_block();
-      emulator::run_block(kThreads, [&] { mixed_res_attn_kernel<T, D, false>(p); }, slow_warp, kSlowness);
+      emulator::run_block(Traits::kThreads, [&] { mixed_res_attn_kernel<T, D, false>(p); }, slow_warp, kSlowness);
     }
     for (int tile = 0; tile < p.max_split_tiles; ++tile) {
-      for (int rows = 0; rows < kBlockM / kCombineRows; ++rows) {
+      for (int rows = 0; rows < Traits::kBlockM / kCombineRows; ++rows) {
         emulated_block = {static_cast<uint32_t>(tile), static_cast<uint32_t>(rows), 0};
-        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D>(p); }, -1, 1);
+        emulator::run_block(kCombineThreads, [&] { combine_kernel<T, D, Traits::kBlockM>(p); }, -1, 1);
       }
     }
   }

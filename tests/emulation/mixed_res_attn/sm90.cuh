@@ -15,7 +15,7 @@
 namespace specedit::sm90 {
 
 constexpr uint32_t kSharedStart = 1024;
-constexpr int kThreadsMax = 384;
+constexpr int kThreadsMax = 512;
 
 inline uint32_t cast_smem_ptr_to_uint(const void* at) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(at) - emulator::shared_memory) + kSharedStart;
