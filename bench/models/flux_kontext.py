@@ -437,12 +437,13 @@ TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", 
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh=renewed or "bracket",
-        draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
+        draft="half" if " half" in name else "coarse", lock_text=" lt" in name, extra=name.partition(" x ")[2],
     )
-    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (4, 5), (5, 6), (6, 7))
-    for renewed in (0, 2, 3)
-    for kind in ("", " lt", " half", " half lt")
-    for name in (f"{kind} kv {renewed}" if renewed else kind,)
+    for coarse, mixed in ((2, 2), (2, 3), (4, 5), (5, 5), (4, 7), (5, 6), (5, 7))
+    for renewed in (0, 2, 3, 4)
+    for kind in (" lt", " half lt")
+    for extra in ("", " x bt", " x bt,lw", " x lw")
+    for name in (f"{kind} kv {renewed}{extra}" if renewed else kind + extra,)
 }  # fmt: skip
 # The mask is given, so it is the region; "drafted": beside a draft that runs all the same.
 DRAFTED = {f"{name} drafted": options for name, options in (TIERS | STEPS).items()}

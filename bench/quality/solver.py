@@ -61,7 +61,7 @@ NAME = re.compile(
     r"(?: (?P<paper>paper)| (?P<cached>cached))?"
     r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
     r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?"
-    r"(?: (?P<half>half))?(?: (?P<text>lt))?(?: (?P<unguided>ug))?(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?)"
+    r"(?: (?P<half>half))?(?: (?P<text>lt))?(?: (?P<unguided>ug))?(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?(?: x (?P<extra>\S+))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 
@@ -99,6 +99,7 @@ def row_of(name):
             draft="half" if parts["half"] else "coarse",
             lock_text=parts["text"] is not None,
             draft_guidance=parts["unguided"] is None,
+            extra=parts["extra"] or "",
         )
     if parts["threshold"]:
         config = replace(config, threshold=float(parts["threshold"]), relative=config.resolved_relative())

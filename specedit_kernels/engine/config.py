@@ -274,6 +274,7 @@ class SpecEditConfig(EditConfig):
     kv_refresh: int | str | None = None
     lock_text: bool | None = None
     draft_guidance: bool = True
+    extra: str = ""
 
     def __post_init__(self):
         super().__post_init__()

@@ -572,6 +572,7 @@ def expand(run: Run, fine: Tensor, coarse: Tensor, sigma: float, selection: Sele
     if config.kv_refresh == BRACKET:
         brackets = [(run.model.another_cache(x), run.model.another_cache(x)) for x in layouts]
         active_layouts = [run.model.active_layout(text, x, first, lock) for text, (_, x) in zip(texts, brackets)]
+        run.far_locked = [run.model.active_layout(text, x, None, lock) for text, (x, _) in zip(texts, brackets)]
     elif config.kv_refresh > 1:
         active_layouts = [run.model.active_layout(text, x, first, lock) for text, x in pairs]
     if lock:
@@ -606,14 +607,19 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             continue
         timestep, slope = at[i] * 1000, None
         run.on_start(timestep)
-        if i % every == 0:
+        if i % every == 0 or ("lw" in run.config.extra and i == steps - 1):
             locked = lock and i > 0
             velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
             run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
-            if bracket:
+            if bracket and i == 0:
                 ahead = euler(state.tokens, velocity, at[-2] - at[0])
-                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
+                if "bt" in run.config.extra:
+                    for near, (far, _) in zip(state.layouts, state.brackets):
+                        run.model.blend(far, near, near, at[0] * 0)
+                    behind = run.velocity(ahead, conditionings[-1], run.far_locked)
+                else:
+                    behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", sigmas[-2], state.lengths)
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
