@@ -18,6 +18,13 @@ STABLE_TORCH_LIBRARY_IMPL(SPECEDIT_NAMESPACE, CUDA, m) {
   m.impl("select_tokens_csrc", TORCH_BOX(&specedit::select_tokens));
 }
 
+// What these ops take and write: CONTRACT of specedit_kernels/_extension.py, which refuses a file with another number.
+constexpr int kContract = 2;
+
+extern "C" __attribute__((visibility("default"))) int specedit_contract() {
+  return kContract;
+}
+
 extern "C" __attribute__((visibility("default"))) const char* specedit_build_info() {
   return SPECEDIT_BUILD_INFO;
 }

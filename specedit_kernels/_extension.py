@@ -3,6 +3,7 @@
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -12,11 +13,23 @@ from . import _ops
 # The limited C API and torch's stable ABI make one file serve every Python from 3.10 and torch from 2.10.
 PATH = Path(__file__).with_name("_C.abi3.so")
 _OLDEST = "mixed_res_attn"  # among those that it has kernels of, in every build
+# What csrc's ops take and write: kContract of csrc/registration.cpp, which tests hold equal to this. Raise both when a
+# kernel of the same name takes other arguments, or the same in another layout.
+# 2: mixed_res_attn_fp8_csrc takes v in panels of 64 keys. 1, or no number: before that.
+CONTRACT = 2
 
 
 def _registered(stem=_OLDEST):
     op = _ops.add_op_namespace_prefix(f"{stem}_csrc")
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+
+
+def _contract(path):
+    """The contract of the extension at `path`, loaded."""
+    try:
+        return ctypes.CDLL(str(path)).specedit_contract()
+    except AttributeError:
+        return 1
 
 
 @functools.cache
@@ -34,6 +47,9 @@ def load():
     if not _registered():
         op = _ops.add_op_namespace_prefix(_OLDEST)
         return False, f"the CUDA extension was built for another op namespace than that of {op}"
+    if os.path.realpath(PATH) in torch.ops.loaded_libraries and _contract(PATH) != CONTRACT:
+        found = f"op contract {_contract(PATH)}, this package needs {CONTRACT}"
+        return False, f"the CUDA extension is another version's build ({found}): build it again ({PATH})"
     return True, ""
 
 

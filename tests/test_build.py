@@ -337,6 +337,7 @@ _extension.load.cache_clear()
 import torch, specedit_kernels
 assert _extension.load() == (True, ""), _extension.load()
 assert "nvcc" in _extension.build_info()
+assert _extension._contract(_extension.PATH) == _extension.CONTRACT
 for op in ("token_discrepancy_csrc", "select_tokens_csrc", "mixed_res_attn_csrc", "mixed_res_attn_fp8_csrc"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"specedit::{op}", "CUDA")
 """

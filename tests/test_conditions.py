@@ -27,6 +27,7 @@ from tiny_models import call_options, paper, qwen_text, small_qwen, tiny_image, 
 
 from specedit_kernels import SpecEditFluxKontextPipeline, disable_specedit, enable_specedit
 from specedit_kernels.engine import _diffusers, fused
+from specedit_kernels.engine.quantised import made
 from specedit_kernels.engine.runner import StepRunner, inspect, weight_signature
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,6 +176,8 @@ def test_a_gguf_file_is_applied(bench, tmp_path):
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
     )  # fmt: skip
     assert type(loaded.transformer_blocks[0].attn.to_q).__name__ == "GGUFLinear"
+    layers = [x for x in loaded.modules() if type(x).__name__ == "GGUFLinear"]
+    assert len(layers) == len(packed) and all(made(x) is not None for x in layers)
     enable_specedit(pipe)
     before = edit(pipe).images
     pipe.transformer = loaded
@@ -225,7 +228,8 @@ def quantised_parts(layer):
     "name, words",
     [
         ("bitsandbytes int8", "looks for outliers"),
-        ("gguf Q4_0", "is GGUF's Q4_0"),
+        ("gguf Q4_0", "one CUDA device"),
+        ("gguf IQ4_NL", "is GGUF's IQ4_NL"),
         ("quanto int8", "one CUDA device"),
         ("torchao int8 dynamic", "torchao's int8 with quantised activations"),
     ],
@@ -235,12 +239,19 @@ def test_layers_that_wait_for_the_host_are_no_graphs(bench, name, words):
     pipe = make()
     if name == "bitsandbytes int8":
         bench.bnb_int8(pipe, threshold=6.0)
+    elif name == "gguf IQ4_NL":
+        bench.gguf("Q4_0", pipe)  # blocks of the same size
+        for weight in pipe.transformer.parameters():
+            if hasattr(weight, "quant_type"):
+                weight.quant_type = type(weight.quant_type).IQ4_NL
     else:
         bench.CONDITIONS[name](pipe)
     assert words in inspect("graph", pipe.transformer, pipe.vae)[0]
     assert inspect("fused", pipe.transformer, pipe.vae)[0] == ""
     if name == "torchao int8 dynamic":  # what is compiled asks for nothing
         assert "one CUDA device" in inspect("compile", pipe.transformer, pipe.vae)[0]
+    if name == "gguf Q4_0":  # there it is called
+        assert "is GGUF's Q4_0" in inspect("compile", pipe.transformer, pipe.vae)[0]
 
 
 # hooks
@@ -461,6 +472,90 @@ def test_adapters_are_added_in_few_products(bench, joined, monkeypatch):
     attn.to_q.lora_B["one"].register_forward_hook(lambda module, args, output: 2 * output)
     near()
     assert called.count(4) == 6  # each is called
+
+
+def with_dora(dtype, *names):
+    """A layer of 192 x 256 with DoRAs of PEFT's."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    holder = torch.nn.Sequential(torch.nn.Linear(256, 192)).to(dtype)
+    config = peft.LoraConfig(r=16, lora_alpha=24, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    for name in names:
+        holder = peft.inject_adapter_in_model(config, holder, name)
+    layer = holder.to(dtype).eval().requires_grad_(False)[0]
+    for name in names:
+        layer.lora_A[name].weight.mul_(0.5)
+        layer.lora_magnitude_vector[name].weight.mul_(torch.rand(192) + 0.5)
+    return layer
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """How often PEFT makes the whole change of a layer."""
+    whole_changes = []
+    peft = pytest.importorskip("peft")
+    whole = peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight
+    monkeypatch.setattr(peft.tuners.lora.dora.DoraLinearLayer, "get_lora_weight",
+                        lambda *args, **kwargs: whole_changes.append(1) or whole(*args, **kwargs))  # fmt: skip
+    return whole_changes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dora_makes_no_weight(changes, dtype, bias):
+    """As near to float64 as its own call, with what is there at the call."""
+    layer, x = with_dora(dtype, "one"), torch.randn(2, 33, 256).to(dtype)
+    down, up, length = layer.lora_A["one"].weight, layer.lora_B["one"].weight, layer.lora_magnitude_vector["one"].weight
+    base = layer.base_layer
+    if not bias:
+        base.bias = None
+    for change in (lambda: None, lambda: down.mul_(2), lambda: up.mul_(0.5), lambda: length.mul_(3),
+                   lambda: base.weight.mul_(-1), lambda: layer.scaling.update(one=0.3)):  # fmt: skip
+        change()
+        own = layer(x)
+        changes.clear()
+        got = fused.linear(layer, x)
+        # without a bias torch.nn.Linear is called as it is
+        assert bool(changes) != bias and got.dtype == dtype and got.shape == own.shape
+        weight = base.weight.double() + layer.scaling["one"] * up.double() @ down.double()
+        exact = x.double() @ (weight * (length.double() / weight.norm(dim=1))[:, None]).T
+        exact += base.bias.double() if bias else 0
+        assert away(got.double(), exact) <= 1.2 * away(own.double(), exact) < away(base(x).double(), exact) / 50
+
+
+@torch.no_grad()
+def test_other_doras_are_called(changes):
+    x = torch.randn(5, 256)
+
+    def is_called(layer):
+        own = layer(x)
+        changes.clear()
+        assert torch.equal(fused.linear(layer, x), own) and changes
+
+    layer = with_dora(torch.float32, "one", "two")
+    layer.set_adapter(["one", "two"])  # each has the sum of those before it
+    is_called(layer)
+    layer.set_adapter(["one"])
+    assert away(fused.linear(layer, x), layer(x)) < 1e-5
+    handle = layer.lora_magnitude_vector["one"].register_forward_hook(lambda module, args, output: 2 * output)
+    is_called(layer)
+    handle.remove()
+    handle = layer.lora_B["one"].register_forward_hook(lambda module, args, output: 2 * output)
+    is_called(layer)
+    handle.remove()
+    layer.scaling["one"] = torch.tensor(0.7)
+    is_called(layer)
+    layer.scaling["one"] = 0.7
+    layer.lora_dropout["one"] = torch.nn.Dropout(0.0)
+    layer.train()
+    is_called(layer)
+    layer.eval()
+    with torch.enable_grad():
+        is_called(layer)
+    layer.enable_adapters(False)
+    changes.clear()
+    assert torch.equal(fused.linear(layer, x), layer(x)) and not changes
 
 
 # model offloading
@@ -701,7 +796,7 @@ def test_replayed_steps_under_a_condition_are_the_steps(bench, name):
     needs(name)
     bare, pipe = on_gpu(), on_gpu(bench.CONDITIONS[name])
     quick, first, second = edit(pipe, "fused"), edit(pipe, "graph"), edit(pipe, "graph")
-    on_host = {"gguf Q4_0": "GGUF", "torchao int8 dynamic": "torchao's int8"}
+    on_host = {"torchao int8 dynamic": "torchao's int8"}
     if name in on_host:
         assert first.stats.runner == "fused" and on_host[name] in first.stats.runner_reason  # what "auto" takes
         return

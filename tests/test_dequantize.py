@@ -54,6 +54,17 @@ def test_a_scaled_number_is_the_exact_product_rounded_once(backend, poison, rand
     assert (error <= (1 if backend == "triton" and not torch.cuda.is_available() else 0.501) * step).all()
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_scale_in_16_bits_gives_the_bits_of_a_product_in_them(backend, poison, random, integers, device, kind, dtype):
+    """As a library has it that multiplies codes and scales in the weight's dtype: their product is exact in fp32."""
+    x = codes_of(integers, kind, 5, 200, device=device)
+    for scale in ((random(5, 1, device=device) * 1e-3).to(dtype), torch.full((1, 1), 3e-3, dtype=dtype, device=device)):
+        own = scale.cpu().float() * x.cpu().float()
+        assert_bits(op(x, dtype, scale=scale), rounded(own, dtype, backend))
+        assert torch.equal((scale * x.to(dtype)).nan_to_num().cpu(), own.to(dtype).nan_to_num())
+
+
 @pytest.mark.parametrize("scaled", ["", "by row", "one"])
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0), (3, 5), (1, 8193), (2, 260, 3), (3, 9000), (2, 3, 1024)],
                          ids=str)  # fmt: skip
@@ -103,7 +114,8 @@ ONE = torch.ones(3, 2, dtype=torch.int8)
          "x: expected dtype int8 or float8_e4m3fn or float8_e5m2, got float32"),
         (ONE, torch.float64, None, TypeError, "dtype: expected bfloat16, float16 or float32, got float64"),
         (ONE.t(), torch.bfloat16, None, ValueError, "x: expected a contiguous tensor, got strides"),
-        (ONE, torch.bfloat16, torch.ones(3, 1).half(), TypeError, "scale: expected dtype float32, got float16"),
+        (ONE, torch.bfloat16, torch.ones(3, 1).double(), TypeError,
+         "scale: expected dtype bfloat16 or float16 or float32, got float64"),
         (ONE, torch.bfloat16, torch.ones(3), ValueError, r"scale: expected one number, or shape \[3, 1\], x's rows"),
         (ONE, torch.bfloat16, torch.ones(1, 2), ValueError, r"scale: expected one number, or shape \[3, 1\]"),
         (ONE, torch.bfloat16, torch.ones(3, 2)[:, :1], ValueError, "scale: expected a contiguous tensor, got strides"),

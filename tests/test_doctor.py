@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor tells what the dispatch would do."""
 
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from specedit_kernels import _extension, ops
 from specedit_kernels.cli import doctor
 from specedit_kernels.cli.text import UserError
+from specedit_kernels.ops import _backends
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,33 @@ def test_says_why_the_extension_is_not_loaded(monkeypatch, tmp_path):
         _extension.load.cache_clear()
         assert "does not load" in doctor.collect()["extension"]
         assert _extension.build_info() is None
+    finally:
+        monkeypatch.undo()
+        _extension.load.cache_clear()
+
+
+def test_an_extension_of_another_contract_is_refused(monkeypatch, tmp_path):
+    """Its kernels have the names of this version's, and would read the same arguments another way."""
+    source = (Path(__file__).parents[1] / "csrc" / "registration.cpp").read_text(encoding="utf-8")
+    assert f"constexpr int kContract = {_extension.CONTRACT};" in source
+    assert _extension._contract(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so") == 1  # no number in it
+    path = tmp_path / "_C.abi3.so"
+    path.touch()
+    monkeypatch.setattr(_extension, "PATH", path)
+    monkeypatch.setattr(_extension, "_registered", lambda: True)
+    loaded = torch.ops.loaded_libraries | {os.path.realpath(path)}
+    monkeypatch.setattr(torch.ops, "loaded_libraries", loaded)
+    monkeypatch.setattr(_backends, "_capability", lambda index: (9, 0))
+    try:
+        for contract in (1, _extension.CONTRACT + 1, _extension.CONTRACT):
+            monkeypatch.setattr(_extension, "_contract", lambda path: contract)
+            _extension.load.cache_clear()
+            found, reason = _extension.load()
+            assert found == (contract == _extension.CONTRACT)
+            if not found:
+                assert f"op contract {contract}, this package needs {_extension.CONTRACT}): build it again" in reason
+                assert "\n" not in reason and str(path) in reason
+                assert _backends.choose("mixed_res_attn", torch.device("cuda", 0)) == ("triton", reason)
     finally:
         monkeypatch.undo()
         _extension.load.cache_clear()

@@ -24,12 +24,15 @@ from specedit_kernels import (
     SpecEditQwenImageEditPlusPipeline,
 )
 from specedit_kernels.cli import main
+from specedit_kernels.engine._diffusers import dtype_of
 from specedit_kernels.engine.attention import joint_attention
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.engine.sequence import MixedSequence, StepLayout
 from specedit_kernels.flash_edit import stages as flash_stages
 from specedit_kernels.flash_edit.cosi.low_rank import add_low_rank, low_rank_state, merged_copy, save_low_rank
 from specedit_kernels.flash_edit.pipeline import COSI, GENERATOR, INVERTER
+from specedit_kernels.models.flux_kontext import FluxText, FusedFluxModel
 from specedit_kernels.sampling import grid as grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,7 +174,7 @@ def test_the_watched_mass_is_the_softmax_weight(pipe):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash_stages, "draft", spy)
-        run(pipe, white(4))
+        run(pipe, white(4), bg_shield=False)
     mass = seen["mass"]
     assert mass.shape == (1, 16, 16) and (mass > 0).all() and (mass.sum(dim=2) < 1).all()
 
@@ -199,7 +202,7 @@ def test_a_shield_over_nothing_is_the_plain_step(pipe, one_step, monkeypatch):
     edit = flash_stages.one_step_edit
     monkeypatch.setattr(flash_stages, "one_step_edit", lambda *a: edit(*a[:-1], True))
     out = run(pipe, white(), call=dict(negative_prompt_embeds=None))
-    assert [s.stage for s in out.stats.steps] == ["draft", "source", "edit"]
+    assert [s.stage for s in out.stats.steps] == ["source", "edit"]
     torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
 
 
@@ -220,7 +223,7 @@ def test_the_shield_keeps_the_source_and_computes_the_region_alone(pipe, one_ste
     assert not torch.equal(whole.images[:, outside], out.images[:, outside])
     assert (out.images[:, ~outside] - one_step[:, ~outside]).abs().max() < (source.images - one_step).abs().max()
     # 32 of 64 target tokens, and the condition tokens at their places
-    assert {s.stage: s.tokens for s in out.stats.steps} == {"draft": (32,), "source": (128,), "edit": (64,)}
+    assert {s.stage: s.tokens for s in out.stats.steps} == {"source": (128,), "edit": (64,)}
     assert out.stats.source_error.shape == (1,) and out.stats.source_error > 0
     assert whole.stats.source_error is None
 
@@ -233,6 +236,17 @@ def test_ssca_changes_the_picture_where_the_text_does_not_reach(pipe, one_step):
     out = run(pipe, white(4), bg_shield=False, token_ratio=1e6)
     assert not out.stats.key_tokens.any()
     torch.testing.assert_close(out.images, one_step, atol=3e-6, rtol=1e-5)
+
+
+def test_under_a_mask_and_the_shield_ssca_is_nothing_and_no_draft_runs(pipe):
+    out = run(pipe, white(4), token_ratio=0.0)
+    assert out.stats.key_tokens is None
+    # the same region by a draft that adds none: its tokens, which are all that the edit computes, see all text
+    drafted = run(pipe, white(4), token_ratio=0.0, mask_ratio=1e6, call=dict(mask_mode="add"))
+    assert [s.stage for s in drafted.stats.steps] == ["draft", "source", "edit"]
+    assert torch.equal(drafted.mask, out.mask) and drafted.stats.key_tokens.any()
+    torch.testing.assert_close(out.images, drafted.images, atol=3e-6, rtol=1e-5)
+    assert torch.equal(run(pipe, white(4), ssca=False).images, out.images)
 
 
 def test_a_batch_is_its_samples(pipe):
@@ -391,7 +405,8 @@ def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
     config = SpecEditConfig(stages=(0, 0, 1))
     whole = dense(specedit=config, mask_image=white(), true_cfg_scale=1.0, generator=seeded(), **call).images
     torch.testing.assert_close(edit(white()).images, whole, atol=3e-6, rtol=1e-5)
-    part = edit(white(4))
+    call |= dict(mask_mode="add")
+    part = edit(white(4), mask_ratio=1e6)
     assert [s.stage for s in part.stats.steps] == ["draft", "source", "edit"]
     assert part.images.isfinite().all() and not torch.equal(part.images, whole)
     off = edit(white(4), bg_shield=False, ssca=False)
@@ -405,7 +420,7 @@ def test_qwen_runs_whole_and_everything_foreground_is_the_plain_step():
     (dict(method="slow"), ValueError, "method"), (dict(steps=0), ValueError, "steps"),
     (dict(guidance=0.5), ValueError, "guidance"),
     (dict(cosi=1), TypeError, "cosi"), (dict(region_noise="source"), ValueError, "region_noise"),
-    (dict(bg_shield=None), TypeError, "bg_shield"),
+    (dict(bg_shield=None), TypeError, "bg_shield"), (dict(merged="yes"), TypeError, "merged"),
     (dict(mask_ratio="1"), TypeError, "mask_ratio"), (dict(layer=-1), ValueError, "layer"),
     (dict(token_ratio=-1.0), ValueError, "token_ratio"), (dict(max_active=1.5), ValueError, "max_active"),
     (dict(preserve="all"), ValueError, "preserve"),
@@ -466,8 +481,9 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
 
     code, text, _ = command()
     assert code == 0 and out.exists()
-    for words in ("1 x source 128", "1 x edit 64", "no one-step weights", "key text tokens"):
+    for words in ("1 x source 128", "1 x edit 64", "no one-step weights"):
         assert words in text
+    assert "key text tokens" not in text  # the mask is all that is computed, and sees them all
     code, _, error = command("--steps", 4)
     assert code == 2 and "num_inference_steps" in error
     (model / "cosi").mkdir()
@@ -475,6 +491,9 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
         (model / "cosi" / name).write_bytes((weights / name).read_bytes())
     code, text, _ = command()
     assert code == 0 and "noise       of the source, white in the edit region" in text and "1 x invert 64" in text
+    code, text, _ = command("--mask-mode", "add")
+    assert code == 0 and "key text tokens" in text
+    command()
     pixels = PIL.Image.open(out).convert("RGB").tobytes()
     code, text, _ = command("--source-prompt", "a red cat")
     assert code == 0 and PIL.Image.open(out).convert("RGB").tobytes() != pixels  # the source branch reads it
@@ -485,16 +504,24 @@ def test_the_command_edits_in_one_step(plain, weights, tmp_path, capsys):
 # steps of few launches
 
 
+FOUND = dict(mask_ratio=1.0)  # the draft looks for the region within the mask
+
+
 @pytest.mark.parametrize("options", [
-    {}, dict(ssca=False), dict(bg_shield=False), dict(ssca=False, bg_shield=False), dict(token_ratio=0.0),
+    {}, FOUND, FOUND | dict(ssca=False), dict(bg_shield=False), dict(ssca=False, bg_shield=False),
+    FOUND | dict(token_ratio=0.0),
 ])  # fmt: skip
 def test_fused_steps_are_the_eager_ones(pipe, options):
     text = torch.randn(1, 5, 32, generator=seeded()), torch.randn(1, 16, generator=seeded())
     call = dict(negative_prompt_embeds=text[0], negative_pooled_prompt_embeds=text[1])
+    if "mask_ratio" in options:
+        call["mask_mode"] = "limit"
     eager, fused = (run(pipe, white(4), runner=r, call=call, **options) for r in ("eager", "fused"))
     assert fused.stats.runner == "fused" and eager.stats.runner == "eager"
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
-    if options.get("ssca", True):
+    ssca = options.get("ssca", True) and (call.get("mask_mode") or not options.get("bg_shield", True))
+    assert (fused.stats.key_tokens is not None) == bool(ssca)
+    if ssca:
         assert torch.equal(fused.stats.key_tokens, eager.stats.key_tokens)
 
 
@@ -509,6 +536,70 @@ def test_fused_batches_and_weights(plain, weights):
     eager, fused = (run(pipe, masks, runner=r, call=call) for r in ("eager", "fused"))
     assert fused.stats.inverted
     torch.testing.assert_close(fused.images, eager.images, atol=2e-5, rtol=1e-4)
+
+
+def test_both_networks_in_merged_weights(plain, weights, caplog):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    added, merged, again = (run(pipe, white(4), runner="fused", merged=m) for m in (False, True, True))
+    torch.testing.assert_close(merged.images, added.images, atol=2e-5, rtol=1e-4)
+    assert torch.equal(again.images, merged.images)
+    named = [x for x in plain.transformer.named_modules() if "transformer_blocks." in x[0] and "norm" not in x[0]]
+    layers = [module for _, module in named if isinstance(module, torch.nn.Linear)]
+    assert added.stats.merged_bytes == 0
+    assert merged.stats.merged_bytes == 2 * 4 * sum(m.weight.numel() + m.bias.numel() for m in layers)
+    assert not pipe._specedit_runner.linears.bytes
+    eager = run(pipe, white(4), runner="eager", merged=True)
+    assert eager.stats.merged_bytes == 0 and "merged: the changes are added" in caplog.text
+    pipe.load_cosi(weights)
+    assert pipe._specedit_runner is None or not pipe._specedit_runner.merged.bytes
+
+
+def test_weights_in_fp8_without_the_networks_go_when_these_come(plain, weights):
+    pipe = FlashEditFluxKontextPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(runner="fused", precision="fp8")
+    alone = run(pipe, white(4), **options).stats.fp8_bytes
+    pipe.load_cosi(weights)
+    assert alone and not pipe._specedit_runner.linears.bytes
+    assert run(pipe, white(4), **options).stats.fp8_bytes == 2 * alone
+    pipe.unload_cosi()
+    assert not pipe._specedit_runner.linears.bytes and run(pipe, white(4), **options).stats.fp8_bytes == alone
+
+
+def test_the_conditioning_of_two_texts_is_that_of_each(plain):
+    model = FusedFluxModel(plain.transformer, plain.vae, torch.tensor([2.5, 3.5]), {}, StepRunner("fused"))
+    generator = seeded()
+    texts = [FluxText(torch.randn(2, n, 32, generator=generator), torch.randn(2, 16, generator=generator),
+                      torch.zeros(n, 3)) for n in (5, 3)]  # fmt: skip
+    at = torch.tensor([700.0])
+    found = model.conditionings(texts, at)
+    for text, both in zip(texts, found):
+        [alone] = model.timestep_conditioning(text, at)
+        assert both.shape == alone.shape
+        torch.testing.assert_close(both, alone)
+
+
+def test_embeddings_that_are_given_are_the_text(plain):
+    parts = plain.components | dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    pipe = FlashEditFluxKontextPipeline(**parts)
+    pipe._joint_attention_kwargs = {}
+    call = SimpleNamespace(num_images_per_prompt=1, max_sequence_length=16)
+    fields = dict(
+        prompt=None, prompt_2=None, prompt_embeds=torch.randn(2, 5, 32), pooled_prompt_embeds=torch.randn(2, 16)
+    )
+    found = pipe._encode_text(call, torch.device("cpu"), **fields)
+    expected = pipe.encode_prompt(**fields, device=torch.device("cpu"))
+    for a, b in zip((found.embeds, found.pooled, found.text_ids), expected):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_the_dtype_of_a_model_is_its_own():
+    model = tiny_pipeline().transformer.to(torch.bfloat16)
+    assert dtype_of(model) == model.dtype == torch.bfloat16
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert dtype_of(model) == model.dtype == torch.float32
 
 
 def test_both_networks_compute_in_fp8(plain, weights):
@@ -526,10 +617,31 @@ def test_graphs_replay_the_fused_steps(weights):
     pipe.set_progress_bar_config(disable=True)
     pipe.load_cosi(weights)
     for columns in (4, 2, 4):  # a size that was there is there again
-        for options in ({}, dict(ssca=False)):
+        for options in ({}, dict(bg_shield=False), dict(merged=True)):
             fused, graph = (run(pipe, white(columns), runner=r, **options) for r in ("fused", "graph"))
             assert graph.stats.runner == "graph"
             torch.testing.assert_close(graph.images, fused.images, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu  # there is nothing to wait for on a CPU
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_masked_run_waits_for_nothing(weights, monkeypatch, merged):
+    pipe = FlashEditFluxKontextPipeline(**tiny_pipeline().to("cuda").components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_cosi(weights)
+    expected = run(pipe, white(4), runner="graph", merged=merged)  # captures wait
+    inner = pipe._run
+
+    def strict(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return inner(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(pipe, "_run", strict)
+    out = run(pipe, white(4), runner="graph", merged=merged)
+    assert out.stats.captures == 0 and torch.equal(out.images, expected.images)
 
 
 def test_a_picture_of_one_block(pipe):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank changes in calls: they are what merged weights give, to the thread that asked; adapters go on working."""
 
+import gc
 import threading
 
 import pytest
@@ -13,8 +14,9 @@ pytest.importorskip("transformers")
 from tiny_models import call_options, tiny_image, tiny_pipeline
 
 from specedit_kernels import FlashEditConfig, FlashEditFluxKontextPipeline, disable_specedit
-from specedit_kernels.engine.fused import gelu, linear_of_each
-from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, detach
+from specedit_kernels.engine import merged
+from specedit_kernels.engine.fused import gelu, linear_of_each, product_of
+from specedit_kernels.engine.low_rank import LowRankChange, active, active_serial, changed, changed_of_each, detach
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +60,101 @@ def test_paths_that_pass_by_a_layers_forward_add_it_too():
         want = [changed(m, x, y) for m, y in zip(layers, want)]
     for a, b in zip(found, [*want, F.gelu(want[0], approximate="tanh")]):
         torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_layers_of_one_input_have_one_product_to_their_low_ranks(monkeypatch):
+    torch.manual_seed(2)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, n) for n in (8, 4, 6)).double()
+    change, x = change_of(layers, rank=3), torch.randn(1, 4, 8, dtype=torch.float64)
+    plain = [F.linear(x, m.weight, m.bias) for m in layers]
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: shapes.append(tuple(w.shape)) or linear(x, w, *b))
+    with active(change, layers):
+        found = changed_of_each(layers, x, [y.clone() for y in plain])
+    assert shapes == [(3 * 8, 8)]  # each rank of 3 has 5 zeros
+    for i, (y, before) in enumerate(zip(found, plain)):
+        down, up = (part.double() for part in change.layers[str(i)])
+        torch.testing.assert_close(y, before + x @ down.T @ up.T)
+    few = LowRankChange({"1": change.layers["1"]})
+    with active(few, layers):
+        kept = changed_of_each(layers, x, [y.clone() for y in plain])
+    assert torch.equal(kept[0], plain[0]) and torch.equal(kept[2], plain[2])
+    torch.testing.assert_close(kept[1], found[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_weights_give_what_the_change_adds_in_one_product(bias):
+    torch.manual_seed(2)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, n, bias=bias) for n in (8, 4, 6)).double()
+    change, x, copies = change_of(layers), torch.randn(1, 4, 8, dtype=torch.float64), merged.MergedLinears()
+    products, linear = [], F.linear
+
+    def run():
+        return [*linear_of_each(layers[:2], x), gelu(layers[2], x)]
+
+    with active(change, layers):
+        want = run()
+        assert product_of(layers[2], x) is None  # it is added
+        with merged.active(copies):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(F, "linear", lambda *a: products.append(a) or linear(*a))
+                found = run()
+            weight, _ = product_of(layers[2], x)
+    assert len(products) == 2  # of both layers with the same rows, and of the other
+    for a, b in zip(found, want):
+        torch.testing.assert_close(a, b)
+    down, up = (part.double() for part in change.layers["2"])
+    torch.testing.assert_close(weight, layers[2].weight + up @ down)
+    assert copies.bytes == 8 * 18 * (8 + bias)
+    with merged.active(copies):  # of no change
+        assert torch.equal(run()[0], linear_of_each(layers[:2], x)[0]) and copies.bytes == 8 * 18 * (8 + bias)
+    # as long as the weights lie where they were, and the change lives
+    assert not copies.stale()
+    layers[1].weight.data += 1
+    assert copies.stale()
+    copies.clear()
+    with active(change, layers), merged.active(copies):
+        torch.testing.assert_close(run()[1], want[1] + x.sum(dim=2, keepdim=True))
+        layers[0].weight = torch.nn.Parameter(layers[0].weight * 2)
+        moved = run()[0]
+    with active(change, layers):
+        torch.testing.assert_close(moved, run()[0])
+    del change
+    gc.collect()
+    assert copies.bytes == 0
+
+
+def test_layers_that_are_more_than_a_weight_are_not_merged():
+    torch.manual_seed(2)
+    layer, x, copies = torch.nn.Linear(8, 4), torch.randn(1, 4, 8), merged.MergedLinears()
+    model = torch.nn.Sequential(layer)
+    change = change_of(model)
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    with active(change, model), merged.active(copies):
+        found = linear_of_each([layer], x)[0]
+        torch.testing.assert_close(found, layer(x))
+        assert copies.bytes == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_of_each([layer], x)
+        assert copies.bytes == 0
+
+
+def test_a_layer_that_is_put_in_later_is_changed_too():
+    model = small()
+    change = change_of(model)
+    change.attach(model)
+    assert [len(m._forward_hooks) for m in model] == [1, 0, 1]
+    model[2] = torch.nn.Linear(16, 4).double()
+    change.attach(model)
+    assert [len(m._forward_hooks) for m in model] == [1, 0, 1]
+    detach([model[0]])
+    change.attach(model)
+    assert [len(m._forward_hooks) for m in model] == [1, 0, 1]
+    model[0].fused_projections = True
+    with pytest.raises(ValueError, match="separate projections"):
+        change.attach(model)
 
 
 def test_another_thread_does_not_see_it():

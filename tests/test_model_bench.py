@@ -154,10 +154,15 @@ def test_flash_edit_rows(monkeypatch, tmp_path):
     assert bench.main([*TINY, *options, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "flash_edit.json").read_text())
     assert {name: row["nfe"] for name, row in report["rows"].items()} == {
-        "flash fused, 10 %": 1, "flash fused, 10 %, fp8": 1, "flash fused, 10 %, no cosi": 1,
-        "flash fused, 10 %, no ssca": 1, "flash fused, 10 %, no bg_shield": 1, "inversion-2+2 eager": 2,
-        "inversion-2+2 eager, both branches": 2,
+        **{f"flash fused, 10 %{kind}": 1 for kind in (
+            "", ", drafted", ", no cosi", ", drafted, no ssca", ", no bg_shield", ", fp8", ", fp8, drafted", ", merged",
+            ", merged, drafted")},
+        "inversion-2+2 eager": 2, "inversion-2+2 eager, both branches": 2,
     }  # fmt: skip
+    stages = {name: list(row["stages"]) for name, row in report["rows"].items()}
+    assert stages["flash fused, 10 %"] == ["encode", "select", "invert", "edit", "decode"]
+    assert stages["flash fused, 10 %, drafted"] == ["encode", "draft", "select", "invert", "edit", "decode"]
+    assert report["rows"]["flash fused, 10 %, merged"]["merged_bytes"] > 0
     assert "against the inversion" in (tmp_path / "flash_edit.md").read_text()
 
 

@@ -127,7 +127,7 @@ def test_without_a_picture_or_with_all_selected_it_is_the_stock_pipeline(pipe, p
 def test_the_source_enters_by_its_noise_and_its_keys_and_values(pipe):
     """Outside the region the latents are the source's; inside, all three of another source's are felt."""
     out = edit(pipe, 4)
-    assert stages_of(out) == [("invert", 16), ("draft", 16), ("invert", 64), ("source", 64), ("edit", 32)]
+    assert stages_of(out) == [("invert", 64), ("source", 64), ("edit", 32)]
     assert out.stats.inverted and out.stats.steps[-1].keys[0] == 64
     run = run_of(pipe, image=tiny_image(), specedit=FlashEditConfig(), **PROMPTS)
     assert run.references == () and run.pictures.others == () and run.plain_tokens == 64

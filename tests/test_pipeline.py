@@ -731,6 +731,19 @@ def test_nan_scores_are_recomputed(pipe):
     assert selection.edited[0].nonzero().flatten().tolist() == [0, 1, 8, 9]
 
 
+@pytest.mark.parametrize("rule", ["score", "random"])
+def test_a_given_mask_is_selected_as_its_scores_are(pipe, rule):
+    mask = torch.rand(1, 64, generator=seeded()) > 0.9
+    found = []
+    for select in (lambda run: stages.select(run, mask.float(), 0.5, 0), lambda run: stages.select_given(run, mask)):
+        run, _, _, _ = make_run(pipe, paper(selection=rule), half_mask())
+        run.generator = seeded()
+        found.append(select(run))
+    for name in ("edited", "active", "order", "count"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+    assert found[0].counts == found[1].counts and found[0].changed == found[1].changed
+
+
 def test_min_active_and_max_active(pipe):
     scores = torch.zeros(1, 64)
     scores[0, :3] = 1.0

@@ -43,6 +43,18 @@ def _exponents(ptx):
     return sorted(found)
 
 
+def _byte_stores(ttgir):
+    """(threads of a warp, over which dimension first) of each store of bytes that no vector holds."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<(.*)>", ttgir, re.M))
+    found = []
+    for shape, name in re.findall(r"tt\.store .* : tensor<([\dx]+)x!tt\.ptr<i8>, (#\w+)>", ttgir):
+        per_thread = re.search(r"sizePerThread = \[([\d, ]+)\]", layouts[name]).group(1)
+        if set(per_thread.split(", ")) == {"1"}:
+            threads = re.search(r"threadsPerWarp = \[([\d, ]+)\]", layouts[name]).group(1)
+            found.append([shape, threads])
+    return found
+
+
 def _compile(fn, capability, types, constants, options, source):
     """Compile `fn` with all arguments int32 but for `types` and `constants` (None: an argument left out)."""
     import triton
@@ -58,7 +70,7 @@ def _compile(fn, capability, types, constants, options, source):
         if signature[name].startswith("*") or (name.startswith(("stride", "size")) and signature[name] == "i32")
     }
     constants = {(names.index(name),): value for name, value in constants.items() if name in names}
-    options = {**options, "enable_fp_fusion": True}
+    options = {"enable_fp_fusion": True, **options}
     compiled = triton.compile(
         source(fn, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
     )
@@ -67,6 +79,8 @@ def _compile(fn, capability, types, constants, options, source):
     return {
         "capability": capability, "shared": compiled.metadata.shared, "code": len(compiled.asm["cubin"]),
         "vectors": (loads, stores), "exponents": _exponents(compiled.asm["ptx"]), "fp8_products": fp8_products,
+        "bytes": _byte_stores(compiled.asm["ttgir"]),
+        "multiply_adds": len(re.findall(r"\bfma\.", compiled.asm["ptx"])),
     }  # fmt: skip
 
 
@@ -110,7 +124,7 @@ def _beside_attention(capability):
     block_d, tokens, heads, kv_heads, slices, _ = qk_norm_rope_scatter.tile(8704, 24, 24, 128)
     slots, block, chunks, _ = _modulation.tile(8704, 3072, 2)
     by_head = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
-                   stride_cd=1, stride_sd=1, FP8=False, PANEL=0, HARDWARE=False,
+                   stride_cd=1, stride_sd=1, FP8=False, PANEL=0, HARDWARE=False, V_TOKENS=0, v_words_ptr=None,
                    **dict.fromkeys(scales))  # fmt: skip
     by_token = dict(CHANNELS=3072, BLOCK=block, CHUNKS=chunks, SLOTS=slots)
     jobs = {}
@@ -127,11 +141,14 @@ def _beside_attention(capability):
     block_d, tokens, heads, kv_heads, slices, num_warps = qk_norm_rope_scatter.tile(8704, 24, 24, 128, fp8=True)
     types = {name: "*bf16" for name in fn.arg_names if name.endswith("_ptr") and name not in POINTERS}
     types |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*u8")
+    types["v_words_ptr"] = "*i32"
     in_fp8 = dict(HEAD_DIM=128, BLOCK_D=block_d, TOKENS=tokens, HEADS=heads, KV_HEADS=kv_heads, SLICES=slices,
-                  stride_cd=1, stride_sd=1, FP8=True, PANEL=64, HARDWARE=capability >= 89)  # fmt: skip
-    jobs[f"{fn.__name__} fp8 {capability}"] = lambda: _compile(
-        fn, capability, types, in_fp8, {"num_warps": num_warps}, ASTSource
-    )
+                  stride_cd=1, stride_sd=1, FP8=True, PANEL=64, HARDWARE=capability >= 89,
+                  V_TOKENS=qk_norm_rope_scatter.panel_tokens(8704))  # fmt: skip
+    for name, constants in (("fp8", in_fp8), ("fp8, v not aligned", in_fp8 | {"v_words_ptr": None})):
+        jobs[f"{fn.__name__} {name} {capability}"] = lambda c=constants: _compile(
+            fn, capability, types, c, {"num_warps": num_warps}, ASTSource
+        )
     return jobs
 
 
@@ -187,6 +204,21 @@ def _dequantize(capability):
             dequantize._dequantize_kernel, capability, t, c, {"num_warps": dequantize.WARPS}, ASTSource
         )
     return jobs
+
+
+GGUF = ("Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K")
+
+
+def _dequantize_gguf(capability, kinds):
+    """{kernel: job} of one architecture."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import dequantize_gguf
+
+    fn, types = dequantize_gguf._dequantize_gguf_kernel, {"x_ptr": "*u8", "half_ptr": "*fp16", "y_ptr": "*bf16"}
+    return {f"dequantize {kind} {capability}": lambda k=kind: _compile(
+        fn, capability, types, dequantize_gguf.tile(k), dequantize_gguf.OPTIONS, ASTSource
+    ) for kind in kinds}  # fmt: skip
 
 
 def _attention_fp8(name, dim, panel, left_out, by_row):
@@ -260,7 +292,7 @@ def compile_all():
         jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, 0, (*plain, "bias_ptr"), False)
         jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, 64, (), True)
     jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
-    jobs.update(_dequantize(80) | _dequantize(90))
+    jobs.update(_dequantize(80) | _dequantize(90) | _dequantize_gguf(80, ["Q8_0"]) | _dequantize_gguf(90, GGUF))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
         early = capability == 90
@@ -317,15 +349,26 @@ def test_every_config_compiles_and_fits(tmp_path):
     # (loads, stores) of 16 bytes: q, k, v, two tables and two weights; three chunks of a token, scale and shift, or of
     # two tokens and a gate; a tile of a picture, with channels last its weight and bias too.
     expected = {"_qk_norm_rope_scatter_kernel": [7, 3], "_adaln_modulate_kernel": [9, 3],
+                # e4m3: of v four tokens, twice 8 channels, and two stores; of q, k, tables and weights twice as much
+                "_qk_norm_rope_scatter_kernel fp8": [16, 4],
                 "_gated_residual_add_kernel": [9, 3], "_statistics_kernel channels first": [4, 0],
                 "_statistics_kernel channels last": [4, 0], "_normalise_kernel channels first": [4, 4],
                 "_normalise_kernel channels last": [6, 4]}  # fmt: skip
+    for capability in (80, 90):
+        # of v to any rows: threads of a warp in the order of what is written, keys of a channel and then the next one's
+        for name in ("fp8", "fp8, v not aligned"):
+            assert results[f"_qk_norm_rope_scatter_kernel {name} {capability}"]["bytes"] == [["1024", "32"]] * 4
     # bytes: of all three, 16 at once
     assert results["lerp_fp8 90"]["vectors"] == [4, 2]
     # each read 8 bytes of a thread, each write 16, and nothing goes from one to another
     for name in ("e4m3", "e4m3 alone", "int8", "e5m2"):
         for found in (results[f"dequantize {name} {capability}"] for capability in (80, 90)):
             assert found["vectors"] == [0, 6] and found["shared"] == 0, (name, found)
+    # two rounded sums would be another one as a multiply-add
+    assert not any(results[f"dequantize {kind} 90"]["multiply_adds"] for kind in GGUF)
+    for capability in (80, 90):
+        found = results[f"dequantize Q8_0 {capability}"]
+        assert found["vectors"] == [0, 2] and found["shared"] == 0
     for name, vectors in expected.items():
         for capability in (80, 90):
             assert results[f"{name} {capability}"]["vectors"] == vectors

@@ -27,7 +27,7 @@ def _dequantize_kernel(
     for i in tl.static_range(CHUNKS):
         codes = codes + (tl.load(x_ptr + i * TILE + at, mask=i * TILE + at < left, other=0),)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row)
+        scale = tl.load(scale_ptr + row).to(tl.float32)
     for i in tl.static_range(CHUNKS):
         if KIND == "int8":
             y = codes[i].to(tl.int8, bitcast=True).to(tl.float32)

@@ -31,6 +31,7 @@ from _attention import Check, fa3, flops, inputs
 from _timing import environment, interleaved_us
 
 from specedit_kernels import ops
+from specedit_kernels._gguf import BLOCKS
 from specedit_kernels._panels import in_panels, of_panels
 from specedit_kernels.reference.mixed_res_attn_fp8 import dequantised
 from specedit_kernels.reference.quantize_fp8 import before_rounding
@@ -42,6 +43,8 @@ LAYERS = ((3072, 9216), (3072, 21504), (3072, 12288), (15360, 3072))
 ATTENTION = ((8704, 8704, 128), (4608, 4608, 128), (922, 8704, 128), (2560, 2560, 128), (512, 8704, 128),
              (256, 8704, 128), (4608, 4608, 64))  # fmt: skip
 SAMPLED = 128
+# Rows of a prompt, and of a line of a picture, in a sequence whose keys and values are kept.
+PROMPT, WIDTH = 512, 64
 
 
 def normal(*shape, scale=1.0):
@@ -86,8 +89,8 @@ def quantise(kind, rows):
     if "before" in doubles:
         doubles["before"] = doubles["before"][:, places]
     names = ("scale", "shift", "modulation_index", "before", "gelu")
-    given = [doubles.get(n, False if n == "gelu" else None) for n in names]
-    exact = before_rounding(x[:, places].double(), *given, 1e-6)
+    of_doubles = (doubles.get(n, False if n == "gelu" else None) for n in names)
+    exact = before_rounding(x[:, places].double(), *of_doubles, 1e-6)
 
     def check(result):
         values, scale = result
@@ -228,20 +231,24 @@ def triton_attention():
     return mixed_res_attn_fp8
 
 
-def keep(rows, heads=24, dim=128):
+def keep(rows, heads=24, dim=128, layers=20):
     """Keys and values as attention in e4m3 keeps them: the write of fresh rows, and a blend of two of 8704 rows.
 
-    Writes go to the buffers of 20 layers in turn, more than L2 holds: what a layer kept is not there at the next step.
+    Rows go to 0, 1, 2, ... or, "of an edit", to those of a prompt and of a square in a picture. Writes go to the
+    buffers of `layers` in turn, more than L2 holds: what a layer kept is not there at the next step.
     """
     from specedit_kernels.triton_kernels import qk_norm_rope_scatter
 
-    whole, layers = 8704, 20
+    whole = 8704
     qkv = normal(1, rows, 3 * heads, dim)
     q, k, v = qkv.chunk(3, dim=2)
     angle, weight = torch.rand(1, rows, dim // 2, device="cuda") * 6, torch.ones(dim, device="cuda").bfloat16()
     tables, options = (angle.cos(), angle.sin()), dict(q_weight=weight, k_weight=weight)
-    if rows < whole:
-        options["kv_out_index"] = torch.arange(rows, dtype=torch.int32, device="cuda")[None]
+    in_order = torch.arange(rows, dtype=torch.int32, device="cuda")[None]
+    text = PROMPT if rows > PROMPT else 0
+    side = math.ceil((rows - text) ** 0.5)
+    square = PROMPT + WIDTH * torch.arange(side)[:, None] + 5 + torch.arange(side)
+    of_an_edit = torch.cat([torch.arange(text), square.flatten()[: rows - text]]).int().cuda()[None]
     kept = [torch.zeros(1, n, heads, dim, dtype=torch.bfloat16, device="cuda") for n in (rows, whole, whole)]
     plains = [[kept[0], *(x.clone() for x in kept[1:])] for _ in range(layers)]
     in_e4m3 = [[kept[0].to(E4M3), kept[1].to(E4M3), in_panels(kept[2].to(E4M3))] for _ in range(layers)]
@@ -249,23 +256,30 @@ def keep(rows, heads=24, dim=128):
     scales = [torch.full((1, 1, heads), 16 / 448, device="cuda") for _ in range(3)]
     exact = v.double()
 
-    def check(_):
-        return {"error": error(of_panels(outs[2], rows).double() * scales[2][..., None].double(), exact)}
+    def check(_, index):
+        found = of_panels(outs[2], whole)[:, index[0].long()]
+        return {"error": error(found.double() * scales[2][..., None].double(), exact)}
 
-    def write(outs, tokens):
+    def write(outs, index, tokens):
         with mock.patch.object(qk_norm_rope_scatter, "_FP8_TOKENS", tokens):
-            ops.qk_norm_rope_scatter_fp8_(*outs, q, k, v, *scales, *tables, **options)
+            ops.qk_norm_rope_scatter_fp8_(*outs, q, k, v, *scales, *tables, kv_out_index=index, **options)
 
     def in_turn(function, sets):
         turn = itertools.cycle(sets)
         return lambda: function(next(turn))
 
-    fns = {"bf16": in_turn(lambda x: ops.qk_norm_rope_scatter_(*x, q, k, v, *tables, **options), plains)}
-    checks = {}
-    for tokens in (32, 16, 64):
-        name = f"e4m3, {tokens} tokens a program"
-        fns[name] = in_turn(partial(write, tokens=tokens), in_e4m3)
-        checks[name] = check
+    def write_bf16(outs, index):
+        ops.qk_norm_rope_scatter_(*outs, q, k, v, *tables, kv_out_index=index, **options)
+
+    fns, checks = {}, {}
+    for name, index in (("", in_order), (", of an edit", of_an_edit)):
+        if index is of_an_edit and rows == whole:
+            continue
+        fns["bf16" + name] = in_turn(partial(write_bf16, index=index), plains)
+        for tokens in (32, 64):
+            row = f"e4m3{name}, {tokens} tokens a program"
+            fns[row] = in_turn(partial(write, index=index, tokens=tokens), in_e4m3)
+            checks[row] = partial(check, index=index)
     if rows == whole:
         far, into, half = plain[1].clone(), plain[1].clone(), torch.tensor(0.5, device="cuda")
         fns["largest of v"] = lambda: torch.linalg.vector_norm(v, float("inf"), dim=(1, 3), dtype=torch.float32)
@@ -312,6 +326,29 @@ def kept(dtype, outputs, inputs):
     for row in found["rows"].values():
         if "us" in row:
             row["GB/s"] = round(3 * x.numel() / row["us"] / 1e3)
+    return found
+
+
+def in_blocks(kind, outputs, inputs):
+    """The same of random blocks of GGUF, beside diffusers."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    values, size = BLOCKS[kind]
+    x = torch.randint(0, 256, (outputs, inputs // values * size), dtype=torch.uint8, device="cuda")
+    x &= 0xBF  # scales are finite
+    weight = GGUFParameter(x, quant_type=gguf.GGMLQuantizationType[kind])
+
+    def own():
+        return dequantize_gguf_tensor(weight).to(torch.bfloat16)
+
+    exact, fns = own(), {"op": lambda: ops.dequantize_gguf(x, kind, torch.bfloat16)}
+    if kind == "Q8_0":  # of the others it waits for the host
+        fns["diffusers"] = own
+    found = timed(fns, {"op": lambda y: {"equal": torch.equal(y, exact)}})
+    for row in found["rows"].values():
+        if "us" in row:
+            row["GB/s"] = round((x.numel() + 2 * exact.numel()) / row["us"] / 1e3)
     return found
 
 
@@ -367,8 +404,9 @@ def cases():
                 (3072, 15360, "int8"),
                 (12288, 3072, "float8_e5m2"),
             )
-        },
-        "keep": {f"{rows} rows": partial(keep, rows) for rows in (922, 8704)},
+        }
+        | {f"12288 x 3072, {kind}": partial(in_blocks, kind, 12288, 3072) for kind in BLOCKS},
+        "keep": {f"{rows} rows": partial(keep, rows) for rows in (410, 922, 3174, 8704)},
         "steps": steps(),
         "configs": {f"{q} x 8704, D 128": partial(configs, q, 8704, 128) for q in (8704, 922)},
     }

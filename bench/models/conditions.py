@@ -37,7 +37,7 @@ from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline
 
 # What an edit may take of the row "bf16 graph", by the row's name.
 BARS = {"lora 16": 1.15, "lora 16, fused": 1.0, "torchao *": 1.3, "layerwise fp8": 1.3, "bitsandbytes int8": 1.3,
-        "gguf Q8_0": 1.3, "quanto int8": 1.3}  # fmt: skip
+        "gguf *": 1.3, "quanto *": 1.3}  # fmt: skip
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 # How far a row's picture is to be from the bf16 row's, by the row's name: from rounding alone, or by what is applied.
 # The weights of GGUF rows are other ones (`gguf`).
@@ -149,6 +149,18 @@ def bnb_int8(pipe, threshold=0.0):
     _replace(pipe.transformer, make)
 
 
+def pack_q4_k(weight):
+    """A weight [N, K] in blocks of Q4_K, each with one scale for its 256 numbers. The gguf package packs none."""
+    blocks = weight.float().reshape(-1, 256)
+    step = (blocks.abs().amax(1, keepdim=True) / 7.5 / 63).half().clamp_min(6e-8)
+    codes = (blocks / (step.float() * 63) + 7.5).round().clamp(0, 15).to(torch.uint8).view(-1, 4, 2, 32)
+    codes = codes[:, :, 0] | codes[:, :, 1] << 4
+    halves = torch.cat([step, step * 7.5], dim=1).view(torch.uint8)
+    # the largest code, 63, for each scale and minimum
+    packed = torch.cat([halves, torch.full_like(codes[:, 0, :12], 255), codes.flatten(1)], dim=1)
+    return packed.view(len(weight), -1)
+
+
 def gguf(kind, pipe):
     """Layers as a GGUF file's are. Of one shape all have the same numbers: packing twelve billion takes long."""
     import gguf as library
@@ -160,8 +172,11 @@ def gguf(kind, pipe):
         weight = layer.weight
         large = weight.numel() > 1 << 20
         if not large or weight.shape not in packed:
-            blocks = library.quants.quantize(weight.detach().float().cpu().numpy(), kind)
-            packed[weight.shape] = torch.from_numpy(blocks).to(weight.device)
+            if kind.name == "Q4_K":
+                packed[weight.shape] = pack_q4_k(weight.detach())
+            else:
+                blocks = library.quants.quantize(weight.detach().float().cpu().numpy(), kind)
+                packed[weight.shape] = torch.from_numpy(blocks).to(weight.device)
         made = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, weight.dtype, device="meta")
         made.weight = GGUFParameter(packed[weight.shape].clone(), quant_type=kind)
         made.bias = layer.bias
@@ -193,6 +208,7 @@ CONDITIONS = {
     "bitsandbytes int8": bnb_int8,
     "gguf Q8_0": partial(gguf, "Q8_0"),
     "gguf Q4_0": partial(gguf, "Q4_0"),
+    "gguf Q4_K": partial(gguf, "Q4_K"),
     "quanto int8": partial(quanto, "int8"),
     "quanto fp8": partial(quanto, "fp8"),
 }

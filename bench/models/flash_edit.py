@@ -5,12 +5,14 @@ included, beside the multi-step inversion that it replaces.
     python bench/models/flash_edit.py --out runs/models              # one GPU with 40 GB or more
     python bench/models/flash_edit.py --tiny --out /tmp/models       # a tiny model on any machine, to try the script
 
-Text embeddings and the edit region (a square block of tokens) are given; the draft runs all the same, since SSCA needs
-it. The inversion network is the transformer itself: its merged weights cost the same. All rows come from one process.
-Writes OUT/flash_edit.json and .md.
+Text embeddings and the edit region (a square block of tokens) are given. Rows "drafted": the draft runs too, as it does
+where no mask is given, and adds nothing to the region. Rows "merged": the one-step networks in copies of the weights
+(FlashEditConfig.merged). Both networks are random low-rank changes. All rows come from one process. Writes
+OUT/flash_edit.json and .md.
 """
 
 import argparse
+import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -47,16 +49,21 @@ class FlashBench(Bench):
                 found[name] = [1e-3 * torch.randn(n, m, dtype=torch.bfloat16) for n, m in ((r, inner), (out, r))]
         return LowRankChange(found)
 
-    def edit(self, mask=None, **options):
-        stats = self.flash(specedit=FlashEditConfig(**options), mask_image=mask, **self.options).stats
+    def edit(self, mask=None, drafted=False, **options):
+        given = self.options
+        if drafted:
+            options, given = options | dict(mask_ratio=1e6), given | dict(mask_mode="add")
+        stats = self.flash(specedit=FlashEditConfig(**options), mask_image=mask, **given).stats
         self.synchronize()
         return stats
 
     def rows(self):
         tenth, steps, rows = region(self.args.side, 0.1), self.args.steps, {}
         for runner in self.args.runners:
-            every = {"": {}, ", fp8": dict(precision="fp8"), ", no cosi": dict(cosi=False),
-                     ", no ssca": dict(ssca=False), ", no bg_shield": dict(bg_shield=False)}  # fmt: skip
+            every = {"": {}, ", drafted": dict(drafted=True), ", no cosi": dict(cosi=False),
+                     ", drafted, no ssca": dict(drafted=True, ssca=False), ", no bg_shield": dict(bg_shield=False),
+                     ", fp8": dict(precision="fp8"), ", fp8, drafted": dict(precision="fp8", drafted=True),
+                     ", merged": dict(merged=True), ", merged, drafted": dict(merged=True, drafted=True)}  # fmt: skip
             for name, options in every.items():
                 options |= dict(runner=runner)
                 rows[f"flash {runner}, 10 %{name}"] = Row(lambda o=options: self.edit(tenth, **o))
@@ -103,6 +110,7 @@ def main(argv=None):
     parser.add_argument("--repeat", type=int, default=7, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=2.0, help="seconds after which a row is not repeated")
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=["graph", "eager"])
+    parser.add_argument("--rows", nargs="+", metavar="GLOB", default=["*"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -112,7 +120,8 @@ def main(argv=None):
         parser.error(f"--side: expected a multiple of 64, got {args.side}")
     bench = FlashBench(args)
     head = {**setting(args), "source_length": args.source_length}
-    measures = {name: partial(bench.measure, row) for name, row in bench.rows().items()}
+    chosen = [(n, row) for n, row in bench.rows().items() if any(fnmatch.fnmatchcase(n, glob) for glob in args.rows)]
+    measures = {name: partial(bench.measure, row) for name, row in chosen}
     name = f"inversion-{args.steps}+{args.steps} eager"
     report = partial(markdown, baselines=(name, f"{name}, both branches"))
     rows = run_rows(measures, head, args.out, "flash_edit", report)

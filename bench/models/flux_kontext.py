@@ -405,7 +405,8 @@ class Bench:
         if stats is not None:
             figures |= {"flops": stats.flops, "nfe": stats.nfe, "active": stats.active[0], "fallback": stats.fallback,
                         "backend": stats.backend, "runner": stats.runner, "graph_bytes": stats.graph_bytes,
-                        "kv_cache_bytes": stats.kv_cache_bytes, "fp8_bytes": stats.fp8_bytes}  # fmt: skip
+                        "kv_cache_bytes": stats.kv_cache_bytes, "fp8_bytes": stats.fp8_bytes,
+                        "merged_bytes": stats.merged_bytes}  # fmt: skip
         return figures
 
 

@@ -90,6 +90,8 @@ def all_rows():
         "plain-1": Row(steps=1),
         "flash, editor's own step": Row(FLASH, generator="editor"),
         "flash, true mask": Row(FLASH, oracle=True),
+        "flash, merged": Row(replace(FLASH, merged=True)),
+        "flash, true mask, merged": Row(replace(FLASH, merged=True), oracle=True),
         "flash, pixels kept": Row(replace(FLASH, preserve="pixels")),
         "specedit-9": Row(SpecEditConfig(quality="paper", runner="eager")),
     }

@@ -30,6 +30,8 @@ __all__ = [
     "cast_by_call",
     "context_parallel",
     "dispatch_attention",
+    "dora_parts",
+    "dtype_of",
     "each_module",
     "execution_device",
     "foreign_forward",
@@ -64,6 +66,16 @@ def each_module(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
             children = module.__dict__["_modules"]
             if children:
                 left += reversed(children.values())
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """model.dtype, which asks each module for a hook, in one quick walk where there is none."""
+    cast = any("_diffusers_hook" in vars(module) for module in each_module(model))
+    if not cast and not getattr(model, "_keep_in_fp32_modules", None):
+        for x in model.parameters():
+            if x.is_floating_point():
+                return x.dtype
+    return model.dtype
 
 
 def unwrapped(module: torch.nn.Module) -> Any:
@@ -396,3 +408,31 @@ def low_rank_parts(layer: Any) -> tuple[Any, list[Addition]]:
             return layer, []
         added.append((down, up, layer.scaling[name]))
     return layer.base_layer, added
+
+
+def dora_parts(layer: Any) -> tuple[Any, Any, Any, Any, torch.Tensor] | None:
+    """(the layer below, down, up, scale, magnitude) of one on which a DoRA of PEFT's is, and nothing else: its weight
+    is weight + scale * up @ down, of which each row has the length that `magnitude` says. None for any other."""
+    own = vars(layer)
+    if "scaling" not in own or "base_layer" not in own["_modules"]:
+        return None
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    if type(layer) is not Linear or hooked(own, frozenset()) or foreign_forward(layer):
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or len(names) != 1:
+        return None
+    [name] = names
+    if type(layer.lora_variant.get(name)) is not DoraLinearVariant:
+        return None
+    length, dropout = layer.lora_magnitude_vector[name], layer.lora_dropout[name]
+    if type(length) is not DoraLinearLayer or length.fan_in_fan_out:
+        return None
+    if any(hooked(vars(x), frozenset()) or foreign_forward(x) for x in (length, dropout)):
+        return None
+    if not isinstance(dropout, torch.nn.Identity) and (dropout.training or layer.training):
+        return None
+    return layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.scaling[name], length.weight

@@ -16,7 +16,7 @@ row or tensor there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,11 +59,10 @@ class Factor(NamedTuple):
 @dataclass(frozen=True)
 class _Packed:
     """A copy. factor: weights of layers that take the same rows, concatenated. places: addresses of the layers' own
-    weights. sample: some of their elements."""
+    weights."""
 
     factor: Factor
     places: list[int]
-    sample: Tensor
 
 
 class _OfRows(NamedTuple):
@@ -74,18 +73,52 @@ class _OfRows(NamedTuple):
     scale: Tensor
 
 
-def _parts(layers: Sequence[Any]) -> list[Tensor]:
-    return [x.detach() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
+def _parts(layers: Iterable[Any]) -> list[Tensor]:
+    found = []
+    for layer in layers:
+        own = vars(layer)["_parameters"]  # a module takes long to find what is no attribute
+        weight, bias = (own[name] if name in own else getattr(layer, name) for name in ("weight", "bias"))
+        found += [weight] if bias is None else [weight, bias]
+    return found
 
 
-def _places(layers: Sequence[Any]) -> list[int]:
-    return [x.data_ptr() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
+def places(layers: Iterable[Any]) -> list[int]:
+    """Addresses of the weights and biases of linear layers."""
+    return [x.data_ptr() for x in _parts(layers)]
 
 
-def _sample(layers: Sequence[torch.nn.Module]) -> Tensor:
+@torch.no_grad()
+def _sample(layers: Iterable[Any]) -> Tensor:
     """From the middle of each weight and bias: merging an adapter changes all of a weight."""
-    flat = [x.flatten() for x in _parts(layers)]
-    return torch.cat([x[len(x) // 2 : len(x) // 2 + _SAMPLED] for x in flat])
+    found = []
+    for x in _parts(layers):
+        x = x if x.is_contiguous() else x.contiguous()
+        middle = x.numel() // 2
+        found.append(x.as_strided((min(_SAMPLED, x.numel() - middle),), (1,), x.storage_offset() + middle))
+    return torch.cat(found)
+
+
+class Written:
+    """Whether weights were written in place since they were looked at, however many copies are made of each."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[torch.nn.Module, ...], tuple[list[int], Tensor]] = {}
+
+    def look(self, layers: tuple[torch.nn.Module, ...], at: list[int]) -> None:
+        """A copy is made of these layers' weights, which lie `at` these places."""
+        if layers not in self._seen or self._seen[layers][0] != at:
+            self._seen[layers] = at, _sample(layers)
+
+    def found(self) -> bool:
+        """Whether one was. Those that lie elsewhere now do not count. Waits for the device, once."""
+        there = [(layers, sample) for layers, (at, sample) in self._seen.items() if at == places(layers)]
+        if not there:
+            return False
+        now = _sample(layer for layers, _ in there for layer in layers)
+        return not torch.equal(now, torch.cat([sample for _, sample in there]))
+
+    def clear(self) -> None:
+        self._seen.clear()
 
 
 def _refuses(layers: Sequence[Any]) -> str:
@@ -136,6 +169,7 @@ class Fp8Linears:
         self._own: _Copies = {}
         self._changed: WeakKeyDictionary[LowRankChange, _Copies] = WeakKeyDictionary()
         self._scales: WeakKeyDictionary[torch.nn.Module, _OfRows] = WeakKeyDictionary()
+        self._written = Written()
         self.refused: dict[str, set[torch.nn.Module]] = {}
 
     def _all(self) -> list[tuple[tuple[torch.nn.Module, ...], _Packed]]:
@@ -183,13 +217,14 @@ class Fp8Linears:
         found, reason = copies.get(layers), ""
         if any(hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer) for layer in layers):
             reason = "a layer has hooks or a forward of its own"
-        elif found is not None and found.places == _places(layers):
+        elif found is not None and found.places == places(layers):
             return [found.factor]
         reason = reason or _refuses(layers)
         if reason:
             self.refused.setdefault(reason, set()).update(layers)
             return None
         found = copies[layers] = self._pack(layers, change)
+        self._written.look(layers, found.places)
         return [found.factor]
 
     @staticmethod
@@ -202,19 +237,21 @@ class Fp8Linears:
             scale = torch.cat([x.scale for x in rows]).t().contiguous()
             bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
             dtype = layers[0].weight.dtype
-            return _Packed(Factor(weight, scale, bias, dtype), _places(layers), _sample(layers))
+            return _Packed(Factor(weight, scale, bias, dtype), places(layers))
 
     def stale(self) -> bool:
         """Whether a weight was written in place since it was converted (fuse_lora does that). Waits for the device."""
-        there = [(_sample(layers), packed.sample) for layers, packed in self._all() if packed.places == _places(layers)]
-        there += [(x.source.view(1), x.scale[0, :1]) for x in self._scales.values() if x.place == x.source.data_ptr()]
-        return bool(there) and not torch.equal(*(torch.cat(of) for of in zip(*there)))
+        there = [(x.source.view(1), x.scale[0, :1]) for x in self._scales.values() if x.place == x.source.data_ptr()]
+        if there and not torch.equal(*(torch.cat(of) for of in zip(*there))):
+            return True
+        return self._written.found()
 
     def clear(self) -> None:
         """Free the copies."""
         self._own.clear()
         self._changed.clear()
         self._scales.clear()
+        self._written.clear()
         self.refused.clear()
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .. import ops
 from .._panels import PANEL, panels_of
-from . import fp8, kv_cache, strips
+from . import fp8, kv_cache, merged, strips
 from ._diffusers import (
     Addition,
     attention_backend,
     cast_by_call,
+    dora_parts,
     foreign_forward,
     hooked,
     low_rank_parts,
@@ -31,9 +32,9 @@ from ._diffusers import (
 )
 from .fp8 import Rows
 from .kv_cache import PackedKV
-from .low_rank import OWN_HOOKS, active_serial, changed
+from .low_rank import OWN_HOOKS, active_serial, changed, changed_of_each
 from .model import EditModel
-from .quantised import quantised
+from .quantised import made
 from .runner import BESIDE, StepRunner
 from .sequence import renew
 
@@ -43,8 +44,12 @@ def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
 
     x: what it is called on, of another dtype or under autocast its call is more than a product.
     """
-    plain = type(layer) is torch.nn.Linear and layer.bias is not None
-    if not plain or type(layer.weight) not in (torch.nn.Parameter, Tensor):
+    return _is_weight(layer, x) and layer.bias is not None
+
+
+def _is_weight(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
+    """The same of a layer with a bias or without."""
+    if type(layer) is not torch.nn.Linear or type(layer.weight) not in (torch.nn.Parameter, Tensor):
         return False
     # a runner that compiles has looked for them
     if not torch.compiler.is_compiling() and (hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer)):
@@ -57,20 +62,47 @@ def is_plain(layer: Any, x: Tensor | None = None) -> TypeGuard[torch.nn.Linear]:
 def weight_of(layer: Any, x: Tensor) -> Tensor | None:
     """The weight of a layer whose call on x is one product with it; None: its call is another, or more.
 
-    What torchao keeps in 8 bits, for products in the dtype of x, is made anew, for this call alone.
+    What a library keeps in few bits (`made`), for products in the dtype of x, is made anew, for this call alone.
     """
     if is_plain(layer, x):
         return layer.weight
-    found = None if torch.compiler.is_compiling() else quantised(layer)
-    if found is None or found.dynamic or x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    found = None if torch.compiler.is_compiling() else made(layer)
+    if found is None or x.dtype != found.dtype or torch.is_autocast_enabled(x.device.type):
         return None
-    return ops.dequantize(found.data, x.dtype, scale=found.scale)
+    return found.make()
 
 
-def _called(layer: Any, x: Tensor) -> Tensor:
-    """layer(x), by `weight_of` where it has one."""
+def _merged(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of layers whose calls on x are one product with the active low-rank change within; None where that
+    is added to the product, or there is none."""
+    copies = merged.now()
+    if copies is None or not all(_is_weight(layer, x) for layer in layers):
+        return None
+    if len({(x.weight.dtype, x.weight.device, x.bias is None) for x in layers}) > 1:
+        return None
+    return copies.of(tuple(layers))
+
+
+def product_of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of the one product that a layer's call on x is, with the active low-rank change; None where it is
+    another call, or more."""
+    found = _merged([layer], x)
+    if found is not None or active_serial():
+        return found
     weight = weight_of(layer, x)
-    return layer(x) if weight is None else changed(layer, x, F.linear(x, weight, layer.bias))
+    return None if weight is None else (weight, layer.bias)
+
+
+def _product(layer: Any, x: Tensor) -> Tensor | None:
+    """layer(x) by `weight_of`, None where it has none."""
+    weight = weight_of(layer, x)
+    return None if weight is None else changed(layer, x, F.linear(x, weight, layer.bias))
+
+
+def called(layer: Any, x: Tensor) -> Tensor:
+    """layer(x) in the model's own dtype, by `weight_of` where it has one: of layers beside the blocks."""
+    found = _product(layer, x)
+    return layer(x) if found is None else found
 
 
 def replaced_of_feed_forward(ff: FeedForward) -> list[tuple[torch.nn.Module, type]]:
@@ -134,19 +166,24 @@ def linear_of_each(layers: Iterable[Any], x: Tensor | Rows) -> list[Tensor]:
     if found is not None:
         return found
     assert isinstance(x, Tensor)
+    whole = _merged(layers, x)
+    if whole is not None:
+        return list(F.linear(x, *whole).split([layer.out_features for layer in layers], dim=-1))
     if torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     bases, added = zip(*(low_rank_parts(layer) for layer in layers))
-    if not all(is_plain(base, x) for base in bases):
-        return [_called(layer, x) for layer in layers]
-    weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
-    if weight is not None and bias is not None:
-        parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
-    elif any(added):
-        parts = [F.linear(x, base.weight, base.bias) for base in bases]
-    else:
-        return [layer(x) for layer in layers]
-    return _with_added(x, [changed(base, x, part) for base, part in zip(bases, parts)], added)
+    if all(is_plain(base, x) for base in bases):
+        weight, bias = (_as_one([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+        if weight is not None and bias is not None:
+            parts = F.linear(x, weight, bias).split([base.out_features for base in bases], dim=-1)
+        elif any(added):
+            parts = [F.linear(x, base.weight, base.bias) for base in bases]
+        else:
+            return [layer(x) for layer in layers]
+        return _with_added(x, changed_of_each(bases, x, parts), added)
+    products = [_product(base, x) for base in bases]
+    parts = [_with_dora(layer, x) if y is None else y for layer, y in zip(layers, products)]
+    return _with_added(x, parts, [[] if y is None else of for y, of in zip(products, added)])
 
 
 def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]]) -> list[Tensor]:
@@ -170,6 +207,29 @@ def _with_added(x: Tensor, parts: list[Tensor], added: Sequence[list[Addition]])
                 h, scale = h * scale, 1.0
             y.view(-1, y.shape[-1]).addmm_(h, up.weight.t(), alpha=scale)
     return parts
+
+
+def _with_dora(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), of a DoRA by products with the weight below alone: PEFT makes the whole change in each call, since its
+    length in each row is |W + s B A|.
+
+    |W + s B A|^2 = |W|^2 + B . (2 s W A^T + s^2 B A A^T), row by row.
+    """
+    parts = None if torch.is_grad_enabled() or active_serial() else dora_parts(layer)
+    if parts is None or isinstance(parts[3], Tensor) or not all(_is_product(each, x) for each in parts[1:3]):
+        return layer(x)
+    base, down, up, scale, magnitude = parts
+    weight = weight_of(base, x)
+    if weight is None:
+        return layer(x)
+    a, b = down.weight, up.weight
+    length = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    of_change = torch.addmm(F.linear(weight, a), b, F.linear(a, a), beta=2 * scale, alpha=scale * scale)
+    squares = torch.addcmul((b.float() * of_change).sum(1), length, length)
+    factor = (magnitude * squares.rsqrt()).to(x.dtype)
+    y = F.linear(x, weight)
+    y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).flatten(0, -2), b.t(), alpha=scale)
+    return y.mul_(factor) if base.bias is None else torch.addcmul(base.bias, y, factor)
 
 
 def _is_product(layer: Any, x: Tensor) -> bool:
@@ -221,13 +281,13 @@ def gelu(layer: Any, x: Tensor | Rows) -> Tensor:
 
     Not in fp32: what the product's end knows of tanh is good for 16 bits.
     """
-    if fp8.serves([layer]) or active_serial():
+    if fp8.serves([layer]):
         return F.gelu(linear(layer, x), approximate="tanh")
     assert isinstance(x, Tensor)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and getattr(layer, "bias", None) is not None:
-        weight = weight_of(layer, x)
-        if weight is not None:
-            y = torch._addmm_activation(layer.bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        weight, bias = product_of(layer, x) or (None, None)
+        if weight is not None and bias is not None:
+            y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
             return y.unflatten(0, x.shape[:-1])
     return F.gelu(linear(layer, x), approximate="tanh")
 

@@ -28,6 +28,10 @@ _HOOKED: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 _SERIAL = itertools.count(1)
 
 
+# Rows of low rank begin at multiples of 16 bytes then, in 16 bits: products are slower where they do not.
+RANKS = 8
+
+
 class LowRankChange:
     """Changes of some linear layers. layers: {layer's name: (down [rank, in], up [out, rank])}, CPU tensors."""
 
@@ -36,6 +40,7 @@ class LowRankChange:
         self.serial = next(_SERIAL)  # of no other change, in place of an id that may come again
         self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
         self._brought: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._joined: dict[tuple[tuple[str, ...], torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> LowRankChange:
@@ -50,10 +55,16 @@ class LowRankChange:
         save_file({key: x.contiguous() for key, x in tensors.items()}, path)
 
     def attach(self, transformer: torch.nn.Module) -> None:
-        """Have the layers of a transformer add their change while this is active. Cheap where they do already.
+        """Have the layers of a transformer add their change while this is active. One walk where they do already.
 
         ValueError where a layer is missing, has another shape, or is replaced by one of joined projections.
         """
+        known, joined = 0, False
+        for module in each_module(transformer):
+            known += module in _HOOKED and module in self._names
+            joined = joined or vars(module).get("fused_projections", False)
+        if known == len(self.layers) and not joined:
+            return
         for name, (down, up) in self.layers.items():
             layer = _layer(transformer, name)
             expected = (up.shape[0], down.shape[1])
@@ -68,16 +79,31 @@ class LowRankChange:
                 "expected separate projections of q, k and v (call unfuse_qkv_projections()), got fused ones"
             )
 
+    def changes(self, layer: torch.nn.Module) -> bool:
+        """Whether a layer is one of those that are changed."""
+        return mirrors(layer) in self._names
+
     def of(self, layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(down, up) of a layer, in the dtype and on the device of `like`; None where it is not changed."""
+        """(down, up) of a layer, in the dtype and on the device of `like`, their rank brought to a multiple of RANKS by
+        zeros; None where it is not changed."""
         name = self._names.get(mirrors(layer))
         if name is None:
             return None
         key = (name, like.device, like.dtype)
         if key not in self._brought:
-            down, up = self.layers[name]
-            self._brought[key] = (down.to(like.device, like.dtype), up.to(like.device, like.dtype))
+            down, up = (x.to(like.device, like.dtype) for x in self.layers[name])
+            more = -len(down) % RANKS
+            self._brought[key] = F.pad(down, (0, 0, 0, more)), F.pad(up, (0, more))
         return self._brought[key]
+
+    def down_of_each(self, layers: Sequence[torch.nn.Module], like: Tensor) -> Tensor:
+        """The `down` of each layer, all of them changed, one after another."""
+        names = tuple(self._names[mirrors(layer)] for layer in layers)
+        key = (names, like.device, like.dtype)
+        if key not in self._joined:
+            pairs = [self.of(layer, like) for layer in layers]
+            self._joined[key] = torch.cat([pair[0] for pair in pairs if pair is not None])
+        return self._joined[key]
 
     def weight_of(self, layer: torch.nn.Module) -> Tensor:
         """A layer's weight with its change, fp32 [out, in]; the weight itself where it is not changed."""
@@ -122,12 +148,26 @@ def changed(layer: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     if pair is None:
         return y
     down, up = pair
-    inner = F.linear(x.to(y.dtype), down)
+    return _added(y, F.linear(x.to(y.dtype), down), up)
+
+
+def _added(y: Tensor, inner: Tensor, up: Tensor) -> Tensor:
     needs_grad = torch.is_grad_enabled() and (y.requires_grad or inner.requires_grad)
     if needs_grad or inner.dtype != y.dtype or not _has_rows(y):
         return (y + F.linear(inner, up)).to(y.dtype)
     y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), up.t())
     return y
+
+
+def changed_of_each(layers: Sequence[torch.nn.Module], x: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """`changed` of each layer's output, all of one input x, with one product to the low ranks of all."""
+    change = active_change()
+    pairs = [None if change is None else change.of(layer, y) for layer, y in zip(layers, parts)]
+    if change is None or len({y.dtype for y in parts}) > 1 or any(pair is None for pair in pairs):
+        return [changed(layer, x, y) for layer, y in zip(layers, parts)]
+    ups = [pair[1] for pair in pairs if pair is not None]
+    inner = F.linear(x.to(parts[0].dtype), change.down_of_each(layers, parts[0]))
+    return [_added(y, h, up) for y, h, up in zip(parts, inner.split([up.shape[1] for up in ups], dim=-1), ups)]
 
 
 def _has_rows(y: Tensor) -> bool:
@@ -144,9 +184,10 @@ def active_serial() -> int:
 
 
 @contextlib.contextmanager
-def active(change: LowRankChange | None, transformer: torch.nn.Module) -> Iterator[None]:
-    """Within it calls of the transformer's layers, in this thread, are the changed ones'."""
-    if change is not None:
+def active(change: LowRankChange | None, transformer: torch.nn.Module | None) -> Iterator[None]:
+    """Within it calls of the transformer's layers, in this thread, are the changed ones'. None: of one that the change
+    is attached to."""
+    if change is not None and transformer is not None:
         change.attach(transformer)
     token = _ACTIVE.set(change)
     try:

@@ -253,6 +253,10 @@ class EditModel(ABC):
         """What `velocity` needs to know of each of these timesteps, fp32 [n] in [0, 1000]: computed for all at once."""
         return timesteps.unbind()
 
+    def conditionings(self, texts: Sequence[Any], timestep: Tensor) -> list[Any]:
+        """The same of one timestep, fp32 [1] in [0, 1000], under each of these texts."""
+        return [found for text in texts for found in self.timestep_conditioning(text, timestep)]
+
     @abstractmethod
     def velocity(self, text: Any, tokens: Tensor, conditioning: Any, layout: Any) -> Tensor:
         """Velocity for image tokens [B, S, 4C] at one `timestep_conditioning`: the shape of tokens."""

@@ -98,6 +98,7 @@ class SpecEditStats:
         precision: of the linear layers of the transformer's blocks, "auto" or "fp8".
         fp8_bytes: memory of the weights' copies in fp8, and of scales for each output where a weight of a checkpoint,
             which serves as it lies, has one for all.
+        merged_bytes: memory of the weights' copies with the changes of one-step networks in them (FlashEdit).
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -123,6 +124,7 @@ class SpecEditStats:
     kv_cache_bytes: int = 0
     precision: str = "auto"
     fp8_bytes: int = 0
+    merged_bytes: int = 0
 
     @property
     def flops(self) -> int:

@@ -48,7 +48,7 @@ def run_stages(
 
     scores = selection = None
     if user_mask is not None:
-        selection = stages.select(run, user_mask.to(run.device).float(), 0.5, 0)
+        selection = stages.select_given(run, user_mask)
     elif config.draft == "quarter":
         if draft_sigmas is None:
             raise ValueError("draft_sigmas: expected those of draft='quarter', got None")

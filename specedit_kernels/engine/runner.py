@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from . import fp8, low_rank, registry
+from . import fp8, low_rank, merged, registry
 from ._diffusers import (
     bring_in,
     context_parallel,
@@ -31,6 +31,7 @@ from ._diffusers import (
     waits_for_host,
     without_context_parallel,
 )
+from .quantised import made
 
 logger = logging.getLogger("specedit_kernels")
 
@@ -166,7 +167,8 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
                     return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
             if graphs:
                 reason = waits_for_host(module, name == "compile")
-                if reason:
+                # what torch.compile compiles is called
+                if reason and not (called and name == "graph" and made(module)):
                     return reason, []
                 if device is None:
                     memory.add_module(module)
@@ -267,7 +269,8 @@ class CapturedStep:
 
 
 class StepRunner:
-    """Calls functions of tensors, and keeps what outlives a call: graphs, buffers of keys and values, fp8 weights.
+    """Calls functions of tensors, and keeps what outlives a call: graphs, buffers of keys and values, copies of
+    weights in fp8 or with a low-rank change in them.
 
     name: "fused" calls them; "graph" and "compile" capture each call as a CUDA graph when its tag and shapes are new,
     and replay it from then on. At most `graphs` are kept, the one longest unused goes first; all share one pool of
@@ -291,6 +294,7 @@ class StepRunner:
         self._called: set[Hashable] = set()
         self._undo: weakref.finalize | None = None
         self.linears = fp8.Fp8Linears()
+        self.merged = merged.MergedLinears()
 
     @property
     def mode(self) -> str:
@@ -313,7 +317,7 @@ class StepRunner:
 
     def watch(self, signature: list[Hashable]) -> None:
         """Forget all where it is not what it was at the last call."""
-        if signature != self._signature or self.linears.stale():
+        if signature != self._signature or self.linears.stale() or self.merged.stale():
             self.clear()
         self._signature = signature
 
@@ -332,7 +336,11 @@ class StepRunner:
         """A run of weights that are moved begins: what the last one made of them is forgotten, since they may have been
         written to where they lay meanwhile."""
         self._forget_graphs()
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
         self.linears.clear()
+        self.merged.clear()
 
     def _forget_graphs(self) -> None:
         self._drop(list(self._graphs))
@@ -352,10 +360,10 @@ class StepRunner:
             self._undo()
 
     def clear(self) -> None:
-        """Free the graphs and their pool, the buffers, and weights in fp8."""
+        """Free the graphs and their pool, the buffers, and copies of weights."""
         self._forget_graphs()
         self._buffers.clear()
-        self.linears.clear()
+        self._forget_copies()
 
     def _drop(self, keys: Sequence[tuple[Any, ...]]) -> None:
         if not keys:
@@ -401,7 +409,7 @@ class StepRunner:
         if not self._capturing:
             return function(**inputs)
         shapes = tuple((name, x.shape, x.dtype, _layout(x)) for name, x in inputs.items() if x is not None)
-        key = (tag, buffers, shapes, low_rank.active_serial(), fp8.active_for())
+        key = (tag, buffers, shapes, low_rank.active_serial(), fp8.active_for(), merged.now() is not None)
         step = self._graphs.get(key)
         if step is None:
             try:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -186,8 +186,9 @@ def whole_step_layout(
 
 
 def embedded(
-    of_text: torch.nn.Module, of_image: torch.nn.Module, embeds: Tensor, tokens: Tensor, sequence: MixedSequence
-) -> Tensor:
+    of_text: Callable[[Tensor], Tensor], of_image: Callable[[Tensor], Tensor], embeds: Tensor, tokens: Tensor,
+    sequence: MixedSequence,
+) -> Tensor:  # fmt: skip
     """This rank's text and image tokens through their embedders, [B, n, C]."""
     pairs = (of_text, sequence.own_text(embeds)), (of_image, sequence.own_image(tokens))
     found = [layer(x) for layer, x in pairs if x.shape[1]]

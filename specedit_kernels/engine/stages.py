@@ -3,7 +3,7 @@
 
 draft -> verify -> select -> expand -> mixed-resolution steps -> finish. The state that goes from stage to stage is a
 latent image [B, C, H, W] at one sigma. Nothing in a step loop waits for the device; `select` reads a few counts
-on the host, once, because the length of the mixed sequence has to be known there.
+on the host, once, of what a draft found, because the length of the mixed sequence has to be known there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -467,7 +467,7 @@ def select(run: Run, scores: Tensor, threshold: float, dilation: int) -> Selecti
     """Eq. 7, 9 and 10: tokens over the threshold, grown, rounded up to 2x2 blocks, and the uniform coverage.
 
     A mask of the user's that joins the draft's region does so once that is grown.
-    The one place where the host waits for the device: it reads how many blocks each sample has.
+    The one place where the host waits for the device of `scores`: it reads how many blocks each sample has.
     """
     config, grid = run.config, run.grid
     blocks_grid = coarse_grid(grid)
@@ -498,6 +498,18 @@ def select(run: Run, scores: Tensor, threshold: float, dilation: int) -> Selecti
         changed=tuple(bool(c) for c in host[1]),
         dense=tuple(c == total for c in counts),
     )
+
+
+def select_given(run: Run, mask: Tensor) -> Selection:
+    """`select` of a user's mask, bool [B, N]: on the host where it lies there, so that nothing waits for the device."""
+    if mask.device.type != "cpu" or run.config.selection != "score":
+        return select(run, mask.to(run.device).float(), 0.5, 0)
+    found = select(run, mask.float(), 0.5, 0)
+    moved = {name: getattr(found, name).to(run.device, non_blocking=True) for name in _ON_DEVICE}
+    return replace(found, **moved)
+
+
+_ON_DEVICE = ("edited", "active", "order", "count")
 
 
 @dataclass

@@ -27,7 +27,7 @@ def velocity_of(
     [B] (the latter through an adapter that calls the transformer's own forward)."""
     grids = [grid_of(x) for x in (state, *references)]
     tokens = torch.cat([pack(x) for x in (state, *references)], dim=1)
-    [conditioning] = model.timestep_conditioning(text, sigma[None] * 1000)
+    [conditioning] = model.conditionings([text], sigma[None] * 1000)
     found = model.velocity(text, tokens, conditioning, model.dense_layout(text, pictures, grids))
     return unpack(found[:, : grids[0][0] * grids[0][1]], grids[0])
 

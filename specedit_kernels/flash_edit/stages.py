@@ -37,13 +37,14 @@ class FlashDraft:
 
 
 def draft(
-    run: Run, conditioning: Any, watched: torch.nn.Module | None,
+    run: Run, conditioning: Any, source_conditioning: Any, watched: torch.nn.Module | None,
     invert: Callable[[Tensor, Tensor], Tensor] | None = None, compare: bool = True,
 ) -> FlashDraft:  # fmt: skip
     """One step of the generator at 2x lower resolution a side: what changes, and what text the changes attend to.
 
     change: mean over channels of |prediction - source|, both at that resolution, divided by its mean over the picture.
-    The source stands for the source branch's prediction, which is to be it. conditioning: the model's, of sigma 1.
+    The source stands for the source branch's prediction, which is to be it. conditioning: the model's, of sigma 1;
+    source_conditioning: that of the source's text, of a model that does not see its source.
     watched: the attention whose text is watched (`watched_module`), or None. invert: of a model that does not see its
     source: (clean latents, white noise) -> the noise that both predictions begin from, the source branch's too.
     compare: False where the change is not asked for.
@@ -74,8 +75,8 @@ def draft(
     if invert is not None:
         # in the same arithmetic, so that equal texts differ in nothing
         text, layout = run.source_text, layout_of(run.source_text, None if watched is None else TextWatch(watched))
-        [at] = run.model.timestep_conditioning(text, torch.full((1,), 1000.0, dtype=torch.float32, device=run.device))
-        against = tokens.float() - run.model.velocity(text, every, at, layout)[:, :count].float()
+        found = run.model.velocity(text, every, source_conditioning, layout)
+        against = tokens.float() - found[:, :count].float()
         run.record("draft", 1.0, [every.shape[1]] * run.batch)
     difference = (prediction - against).abs().mean(dim=2)
     change = difference / difference.mean(dim=1, keepdim=True).clamp(min=1e-12)
@@ -170,10 +171,11 @@ def region_first(run: Run, noise: Tensor, selection: Selection, reach: Tensor) -
 
 
 def one_step_edit(
-    run: Run, conditioning: Any, source_text: Text, noise: Tensor, selection: Selection, reach: Tensor,
-    key_text: Tensor | None, shield: bool,
+    run: Run, conditioning: Any, source_conditioning: Any, source_text: Text, noise: Tensor, selection: Selection,
+    reach: Tensor, key_text: Tensor | None, shield: bool,
 ) -> Tensor:  # fmt: skip
-    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. conditioning: the model's, of sigma 1.
+    """Clean latents [B, C, H, W] in one step from `noise`, fp32 of that shape. conditioning: the model's, of sigma 1;
+    source_conditioning: that of the source's text, for the shield.
 
     key_text: bool [B, T], key semantic tokens, which only `reach`, bool [B, N], sees (SSCA); None: all see all.
     shield: BG-Shield. The source branch (source_text) runs first, whole, and leaves its keys and values; the edit
@@ -189,8 +191,6 @@ def one_step_edit(
     if shield:
         first = min(model.slots(max(sequence.counts)), capacity)
         branch, edit = model.shield_layouts(source_text, text, run.pictures, layout, first, *text_visibility)
-        timestep = torch.full((1,), 1000.0, dtype=torch.float32, device=run.device)
-        [source_conditioning] = model.timestep_conditioning(source_text, timestep)
         rebuilt = tokens - model.velocity(source_text, tokens, source_conditioning, branch)
         run.record("source", 1.0, [capacity] * run.batch)
         clean = sequence.rows(of_source=True)

@@ -35,6 +35,7 @@ from torch import Tensor
 from ..engine._diffusers import execution_device, through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.config import SpecEditConfig
+from ..engine.fused import called
 from ..engine.model import Pictures, Text
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
@@ -71,7 +72,7 @@ def replaced(
 def modulation(transformer: BriaFiboTransformer2DModel, timestep: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales, shifts and gates of all blocks, [R, sum of their widths], for timesteps [R] in [0, 1000]."""
     emb = F.silu(transformer.time_embed(timestep.to(dtype), dtype))
-    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+    return torch.cat([called(norm.linear, emb) for norm in _modulated(transformer)], dim=-1)
 
 
 def fused_forward(

@@ -45,7 +45,7 @@ from ..engine._diffusers import is_wrapper, through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import compiled, linear, linear_of_each, modulated
+from ..engine.fused import called, compiled, linear, linear_of_each, modulated, product_of
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
@@ -69,7 +69,7 @@ def modulation(
     # the roundings of the pipeline and of the model's forward
     at = (timestep.to(dtype) / 1000) * 1000
     temb = transformer.time_guidance_embed(at, None if guidance is None else guidance.to(dtype) * 1000)
-    last = transformer.norm_out.linear(F.silu(temb))
+    last = called(transformer.norm_out.linear, F.silu(temb))
     return torch.cat([*(each(temb) for each in _modulations(transformer)), last], dim=-1)
 
 
@@ -115,14 +115,20 @@ def _feed_forward(ff: Flux2FeedForward, x: Tensor | Rows) -> Tensor:
 
 def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a mere weight without the copy of both."""
-    plain = type(layer) is torch.nn.Linear and not active_serial() and not fp8.serves([layer])
-    plain = plain and getattr(layer, "bias", layer) is None
-    plain = plain and not is_wrapper(layer.weight) and a.dtype == layer.weight.dtype
-    if not plain or torch.is_autocast_enabled(a.device.type):
+    found = None
+    if active_serial():
+        found = None if fp8.serves([layer]) else product_of(layer, a)
+    else:
+        plain = type(layer) is torch.nn.Linear and not fp8.serves([layer])
+        plain = plain and getattr(layer, "bias", layer) is None
+        plain = plain and not is_wrapper(layer.weight) and a.dtype == layer.weight.dtype
+        if plain and not torch.is_autocast_enabled(a.device.type):
+            found = layer.weight, None
+    if found is None:
         return linear(layer, torch.cat([a, b], dim=-1))
-    at = a.shape[-1]
-    y = F.linear(a, layer.weight[:, :at])
-    y.flatten(0, -2).addmm_(b.flatten(0, -2), layer.weight[:, at:].t())
+    at, (weight, bias) = a.shape[-1], found
+    y = F.linear(a, weight[:, :at], bias)
+    y.flatten(0, -2).addmm_(b.flatten(0, -2), weight[:, at:].t())
     return y
 
 
@@ -221,7 +227,8 @@ def fused_forward(
     watch: tuple[int, list[Tensor]] | None = None,
 ) -> Tensor:
     """Velocity of image tokens [B, S, 4C]: Flux2Transformer2DModel.forward. The arguments are flux_kontext's."""
-    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
+    text_in, image_in = (functools.partial(called, x) for x in (transformer.context_embedder, transformer.x_embedder))
+    x = embedded(text_in, image_in, embeds, tokens, sequence)
     layers = [*_modulations(transformer), transformer.norm_out]
     of_image, of_text, of_single, of_last = modulation.split([layer.linear.out_features for layer in layers], dim=-1)
     double, single = blocks
@@ -239,7 +246,7 @@ def fused_forward(
             x.clip_(-65504, 65504)
     scale, shift = of_last.chunk(2, dim=1)
     image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.whole_image(transformer.proj_out(image))
+    return sequence.whole_image(called(transformer.proj_out, image))
 
 
 class SpecEditFlux2SingleAttnProcessor(SpecEditAttnProcessor):

@@ -37,12 +37,13 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import fp8
-from ..engine._diffusers import unwrapped
+from ..engine._diffusers import dtype_of, unwrapped
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, in_channels_last
 from ..engine.fp8 import Rows
 from ..engine.fused import (
     FusedModel,
+    called,
     compiled,
     feed_forward,
     first_of,
@@ -51,9 +52,9 @@ from ..engine.fused import (
     linear,
     linear_of_each,
     modulated,
+    product_of,
     replaced_of_feed_forward,
     separate_,
-    weight_of,
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
@@ -94,7 +95,7 @@ def modulation(
     at = (timestep.to(pooled.dtype) / 1000) * 1000
     about = (at, pooled) if guidance is None else (at, guidance.to(pooled.dtype) * 1000, pooled)
     emb = F.silu(transformer.time_text_embed(*about))
-    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+    return torch.cat([called(norm.linear, emb) for norm in _modulated(transformer)], dim=-1)
 
 
 # Of a transformer that `fused_forward` stands for: itself, its double-stream and single-stream blocks, their attention.
@@ -170,11 +171,12 @@ def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[
 
 def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: one product without the copy of both."""
-    weight = None if active_serial() else weight_of(layer, a)
-    if weight is None:
+    found = product_of(layer, a)
+    if found is None:
         return linear(layer, torch.cat([a, b], dim=-1))
+    weight, bias = found
     at = a.shape[-1]
-    y = F.linear(a, weight[:, :at], layer.bias)
+    y = F.linear(a, weight[:, :at], bias)
     y.flatten(0, -2).addmm_(b.flatten(0, -2), weight[:, at:].t())
     return y
 
@@ -258,7 +260,8 @@ def fused_forward(
     and where what its attention gives to the text is added. before: called before each block,
     with its index and its tokens.
     """
-    x = embedded(transformer.context_embedder, transformer.x_embedder, embeds, tokens, sequence)
+    text_in, image_in = (functools.partial(called, x) for x in (transformer.context_embedder, transformer.x_embedder))
+    x = embedded(text_in, image_in, embeds, tokens, sequence)
     mods = iter(modulation.split([norm.linear.out_features for norm in _modulated(transformer)], dim=-1))
     double, single = blocks
     layers = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -278,7 +281,7 @@ def fused_forward(
             x.clip_(-65504, 65504)
     scale, shift = next(mods).chunk(2, dim=1)
     image = ops.adaln_modulate(x[:, sequence.own[0] :], scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.whole_image(transformer.proj_out(image))
+    return sequence.whole_image(called(transformer.proj_out, image))
 
 
 class SpecEditFluxAttnProcessor(SpecEditAttnProcessor):
@@ -491,6 +494,22 @@ class FusedFluxModel(FusedModel, FluxKontextModel):
             )
         return found.unflatten(0, (steps, batch)).unbind()
 
+    def conditionings(self, texts: Sequence[Any], timestep: Tensor) -> list[Tensor]:
+        # the weights, 3.2 B of FLUX.1's, are read once for all texts, and one graph has some 250 small launches
+        if not all(type(text) is FluxText for text in texts):
+            return super().conditionings(texts, timestep)
+        self.runner.bring(self._own)
+        pooled = torch.cat([text.pooled for text in texts])
+        guidance = None if self.guidance is None else self.guidance.repeat(len(texts))
+
+        def run(timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
+            with self._scaled():
+                return modulation(self.transformer, timestep, guidance, pooled)
+
+        tag = ("modulation", id(self._own), self.attention_kwargs.get("scale"))
+        inputs = dict(timestep=timestep.expand(len(pooled)), guidance=guidance, pooled=pooled)
+        return list(self.runner(tag, run, inputs).chunk(len(texts)))
+
     def velocity(self, text: Any, tokens: Tensor, conditioning: Tensor, layout: FluxLayout) -> Tensor:
         attention = layout.attention
         assert attention is not None
@@ -579,6 +598,12 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     SEVERAL_GPUS = True
 
     def _encode_text(self, call: Call, device: torch.device, **fields: Any) -> FluxText:
+        embeds, pooled = fields["prompt_embeds"], fields["pooled_prompt_embeds"]
+        given = embeds is not None and pooled is not None and self._joint_attention_kwargs.get("scale") is None
+        if given and self.text_encoder is None and type(self).encode_prompt is FluxKontextPipeline.encode_prompt:
+            # what it does of these, whose first step after it waits for the transformer's dtype
+            dtype = dtype_of(unwrapped(self.transformer))
+            return FluxText(embeds, pooled, torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype))
         found = self.encode_prompt(
             **fields,
             device=device,

@@ -28,6 +28,7 @@ from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as sto
 from torch import Tensor
 
 from ..engine.attention import with_layout
+from ..engine.fused import called
 from ..engine.model import Text
 from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
@@ -51,7 +52,7 @@ def modulation(transformer: LongCatImageTransformer2DModel, timestep: Tensor, dt
     """Scales, shifts and gates of all blocks, [R, sum of their widths], for timesteps [R] in [0, 1000]."""
     # the roundings of the pipeline and of the model's forward
     emb = F.silu(transformer.time_embed((timestep.to(dtype) / 1000) * 1000, dtype))
-    return torch.cat([norm.linear(emb) for norm in _modulated(transformer)], dim=-1)
+    return torch.cat([called(norm.linear, emb) for norm in _modulated(transformer)], dim=-1)
 
 
 def replaced(

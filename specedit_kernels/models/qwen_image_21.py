@@ -45,7 +45,7 @@ from ..engine import fp8
 from ..engine._diffusers import scaled_adapters, through
 from ..engine.attention import SpecEditAttnProcessor, apply_rotary, kept_keys, with_layout
 from ..engine.config import EditConfig, SpecEditConfig
-from ..engine.fused import compiled, linear, linear_of_each, modulated
+from ..engine.fused import called, compiled, linear, linear_of_each, modulated
 from ..engine.kv_cache import PrefixedKV
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
@@ -91,7 +91,7 @@ def modulation(transformer: QwenImage21Transformer2DModel, timestep: Tensor, lik
     the MLP of any block, the output norm's scale, and zeros, since nothing is shifted. like: of the tokens' dtype."""
     emb = transformer.time_text_embed(timestep.to(like.dtype) / 1000, like)
     scale, gate, scale2, gate2 = transformer.modulation(emb).chunk(4, dim=-1)
-    last = transformer.norm_out.linear(F.silu(emb))
+    last = called(transformer.norm_out.linear, F.silu(emb))
     return torch.cat([scale, gate.tanh(), scale2, gate2.tanh(), last, torch.zeros_like(last)], dim=-1)
 
 
@@ -132,14 +132,14 @@ def fused_forward(
 
     modulation: [B, 6 C], rows of `modulation`. cache: of each block, `fused_block`'s `kept`.
     """
-    x = transformer.img_in(tokens)
+    x = called(transformer.img_in, tokens)
     for layer, kept in zip(transformer.transformer_blocks, cache):
         block(layer, x, sequence, kept, modulation)
         if x.dtype == torch.float16:
             # sums beyond its range end at its ends, as in the blocks of diffusers
             x.clip_(-65504, 65504)
     scale, shift = modulation.chunk(6, dim=1)[4:]
-    return transformer.proj_out(ops.adaln_modulate(x, scale, shift, eps=transformer.norm_out.norm.eps))
+    return called(transformer.proj_out, ops.adaln_modulate(x, scale, shift, eps=transformer.norm_out.norm.eps))
 
 
 class SpecEditQwen21AttnProcessor(SpecEditAttnProcessor):

@@ -59,6 +59,7 @@ from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layo
 from ..engine.autoencoder import decoder_features
 from ..engine.fused import (
     FusedModel,
+    called,
     compiled,
     feed_forward,
     first_of,
@@ -246,14 +247,15 @@ def modulation(transformer: QwenImageTransformer2DModel, timestep: Tensor, like:
         return F.silu(transformer.time_text_embed(at, like))
 
     def of_image(emb: Tensor) -> Tensor:
-        return torch.cat([block.img_mod[1](emb) for block in blocks], dim=-1)
+        return torch.cat([called(block.img_mod[1], emb) for block in blocks], dim=-1)
 
     moving = emb(at)
     image = of_image(moving)
     if transformer.zero_cond_t:
         clean = of_image(emb(torch.zeros_like(at[:1])))
         image = torch.stack([image, clean.expand_as(image)], dim=1)
-    text = torch.cat([*(block.txt_mod[1](moving) for block in blocks), transformer.norm_out.linear(moving)], dim=-1)
+    of_text = [*(block.txt_mod[1] for block in blocks), transformer.norm_out.linear]
+    text = torch.cat([called(layer, moving) for layer in of_text], dim=-1)
     return image, text
 
 
@@ -327,8 +329,8 @@ def fused_forward(
     embeds = sequence.own_text(embeds)
     if sequence.ranks is not None and sequence.modulate is not None:
         sequence = replace(sequence, modulate=sequence.own_image(sequence.modulate).contiguous())
-    image = transformer.img_in(sequence.own_image(tokens))
-    text = transformer.txt_in(transformer.txt_norm(embeds)) if embeds.shape[1] else image[:, :0]
+    image = called(transformer.img_in, sequence.own_image(tokens))
+    text = called(transformer.txt_in, transformer.txt_norm(embeds)) if embeds.shape[1] else image[:, :0]
     layers, width = transformer.transformer_blocks, 6 * transformer.inner_dim
     of_image, of_text = modulation
     for i, layer in enumerate(layers):
@@ -341,7 +343,7 @@ def fused_forward(
             image.clip_(-65504, 65504)
     scale, shift = of_text[:, len(layers) * width :].chunk(2, dim=1)
     image = ops.adaln_modulate(image, scale, shift, eps=transformer.norm_out.norm.eps)
-    return sequence.whole_image(transformer.proj_out(image))
+    return sequence.whole_image(called(transformer.proj_out, image))
 
 
 class SpecEditQwenAttnProcessor(SpecEditAttnProcessor):

@@ -6,6 +6,7 @@ from ._backends import BACKENDS, backend_of, names
 from ._library import NAMESPACE
 from .adaln_modulate import adaln_modulate
 from .dequantize import dequantize
+from .dequantize_gguf import dequantize_gguf
 from .gated_residual_add import gated_residual_add_
 from .gather_tokens import gather_tokens
 from .group_norm import group_norm, group_norm_statistics
@@ -26,6 +27,7 @@ __all__ = [
     "adaln_modulate",
     "backend_of",
     "dequantize",
+    "dequantize_gguf",
     "gated_residual_add_",
     "gather_tokens",
     "group_norm",

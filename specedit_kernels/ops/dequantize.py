@@ -18,7 +18,7 @@ def _check(x, dtype, *, scale=None):
         _checks.type_error(_OP, "dtype", "bfloat16, float16 or float32", str(dtype).removeprefix("torch."))
     if scale is None:
         return
-    _checks.check_dtype(_OP, "scale", scale, _checks.FP32)
+    _checks.check_dtype(_OP, "scale", scale, _checks.FLOATS)
     _checks.check_device(_OP, "scale", scale, x.device)
     by_row = (*x.shape[:-1], 1)
     if scale.shape != by_row and scale.numel() != 1:
@@ -47,8 +47,8 @@ def dequantize(x, dtype, *, scale=None):
     Args:
         x: int8, e4m3 (torch.float8_e4m3fn) or e5m2 (torch.float8_e5m2), contiguous, of any shape.
         dtype: torch.bfloat16, torch.float16 or torch.float32.
-        scale: fp32, contiguous: one number, or [..., 1], one for each row of x. None: the numbers as they are, which
-            are exact in each dtype.
+        scale: fp32, bf16 or fp16, contiguous: one number, or [..., 1], one for each row of x. None: the numbers as they
+            are, which are exact in each dtype.
 
     Returns:
         x's shape, contiguous: the fp32 product rounded once. NaN stays NaN, its bits may differ from those of

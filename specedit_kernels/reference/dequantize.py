@@ -6,4 +6,5 @@ def dequantize(x, dtype, scale):
     """x, by its scale, in another dtype."""
     if scale is None:
         return x.to(dtype)
+    scale = scale.to(torch.float32)
     return (x.to(torch.float32) * (scale.reshape(()) if scale.numel() == 1 else scale)).to(dtype)
