@@ -238,6 +238,24 @@ def mixed_step_is_dense(run):
 
 
 @torch.no_grad()
+def kept_coarse_step_is_whole(run):
+    """Coarse steps that keep keys and values are the plain ones, and so is one of the target alone over these where no
+    token has moved."""
+    random, at = torch.Generator().manual_seed(11), torch.tensor(700.0)
+    grids = [coarse_grid(run.grid), *(tuple(-(-side // 2) for side in r.grid) for r in run.references)]
+    counts, channels = [rows * columns for rows, columns in grids], pack(run.source, run.patch).shape[2]
+    tokens = torch.randn(run.batch, sum(counts), channels, generator=random)
+    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.texts]
+    plain = run.velocity(tokens, at, layouts, counts[0])
+    layouts, alone, capacity, first = stages._kept_layouts(run, run.texts, grids, run.joined_branches)
+    slots = torch.cat([tokens, tokens.new_zeros(run.batch, capacity - sum(counts), channels)], dim=1)
+    whole = run.velocity(slots, at, layouts, counts[0])
+    assert torch.allclose(whole, plain, atol=1e-4 * plain.abs().max()) and plain.std() > 1e-3
+    again = run.velocity(slots[:, :first], at, alone, counts[0])
+    assert torch.allclose(again, whole, atol=1e-5 * plain.abs().max())
+
+
+@torch.no_grad()
 def cached_step_is_whole(run):
     """A step over cached keys and values is the whole step where no token has moved. The run has kv_refresh > 1."""
     _, state = state_of(run, 5)

@@ -114,6 +114,7 @@ CASES = {
     "cached keys and values": dict(mask=half_mask(), finish="locked", kv_refresh=2),
     "bracketed keys and values": dict(mask=half_mask(), finish="locked", kv_refresh="bracket"),
     "half draft": dict(FOUND, draft="half"),
+    "coarse steps over kept keys and values": dict(FOUND, coarse_refresh=3),
     "no key bias": dict(mask=half_mask(), key_bias=False),
 }
 

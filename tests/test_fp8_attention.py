@@ -133,7 +133,8 @@ def test_a_blend_of_two(random, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, dict(key_bias=False), dict(lock_text=True), dict(kv_refresh="bracket"),
                                     dict(kv_refresh=2), dict(kv_cache_dtype="fp8"),
-                                    dict(lock_text=True, kv_refresh="bracket")], ids=str)  # fmt: skip
+                                    dict(stages=(3, 3, 0), lock_text=True, kv_refresh="bracket", coarse_refresh=3)],
+                         ids=str)  # fmt: skip
 def test_an_edit(edit, everywhere, monkeypatch, warnings, config):  # noqa: F811
     served: list[int] = []
     plain_op = ops.mixed_res_attn_fp8

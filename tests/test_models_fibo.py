@@ -198,6 +198,11 @@ def test_a_mixed_sequence_of_fine_tokens_is_the_whole_pictures(others, padded):
     proofs.mixed_is_dense(pair()[1], FiboText(embeds, layers, mask, torch.zeros(12, 3)), (8, 8), others)
 
 
+def test_a_coarse_step_over_kept_keys_is_the_whole_step_while_nothing_moves():
+    run = proofs.run_of(pair()[1], **options(True, 2), specedit=paper(), mask_image=proofs.mask())
+    proofs.kept_coarse_step_is_whole(run)
+
+
 @pytest.mark.slow
 @pytest.mark.proves("LoRA", model="FIBO-Edit")
 def test_lora_of_the_pipelines_own_loader():

@@ -11,7 +11,16 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from model_proofs import EVERYTHING, cached_step_is_whole, lora, mask, mixed_step_is_dense, run_of, seeded
+from model_proofs import (
+    EVERYTHING,
+    cached_step_is_whole,
+    kept_coarse_step_is_whole,
+    lora,
+    mask,
+    mixed_step_is_dense,
+    run_of,
+    seeded,
+)
 from tiny_models import TINY, paper
 
 from specedit_kernels import disable_specedit, enable_specedit, supported_models
@@ -111,7 +120,8 @@ STEPS = {
     "bracket": dict(stages=(1, 4, 0), finish="locked", kv_refresh="bracket"),
     "fp8": dict(stages=(1, 4, 0), finish="locked", kv_refresh=3, kv_cache_dtype="fp8"),
     "dense": dict(stages=(0, 0, 2)),
-    "bracket, locked text": dict(stages=(1, 4, 0), finish="locked", kv_refresh="bracket", lock_text=True),
+    "all that is kept": dict(stages=(3, 4, 0), finish="locked", kv_refresh="bracket", lock_text=True,
+                                 coarse_refresh=2),
 }  # fmt: skip
 
 
@@ -123,7 +133,7 @@ STEPS = {
         "expanded",
         "locked text",
         "fp8",
-        "bracket, locked text",
+        "all that is kept",
     ],
 )
 def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
@@ -139,7 +149,7 @@ def test_images_of_one_prompt_are_their_singles(edit, name, guided=True):
 @pytest.mark.parametrize(
     "name",
     [pytest.param("bracket", marks=pytest.mark.proves("fused")), "full", "locked", "locked text", "fp8", "dense",
-     "bracket, locked text"],
+     "all that is kept"],
 )  # fmt: skip
 def test_fused_edits_are_the_eager_ones(edit, name, guided=True):
     if "fused" not in edit.pipe.RUNNERS:
@@ -178,6 +188,14 @@ def test_a_step_over_cached_keys_is_the_whole_step_while_nothing_moves(edit, gui
     config = paper(stages=(0, 3, 1), kv_refresh=3, lock_text=lock_text)
     call = arguments(edit.call, guided, specedit=config, mask_image=mask())
     cached_step_is_whole(run_of(edit.pipe, **call))
+
+
+@pytest.mark.parametrize("runner", ["eager", "fused"])
+def test_a_coarse_step_over_kept_keys_is_the_whole_step_while_nothing_moves(edit, runner, guided=True):
+    if runner not in edit.pipe.RUNNERS:
+        pytest.skip(f"the model has no runner {runner!r}")
+    call = arguments(edit.call, guided, specedit=paper(runner=runner), mask_image=mask())
+    kept_coarse_step_is_whole(run_of(edit.pipe, **call))
 
 
 def test_guidance_reaches_the_mixed_steps(edit):

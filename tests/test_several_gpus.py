@@ -55,7 +55,9 @@ CACHED = dict(finish="locked", kv_refresh=9)
 KINDS = {
     "full": {}, "cached": CACHED, "locked text": CACHED | dict(lock_text=True),
     "bracket": dict(finish="locked", kv_refresh="bracket"),
-    "bracket, locked text": dict(finish="locked", kv_refresh="bracket", lock_text=True),
+    "all that is kept": dict(
+        stages=(3, 4, 0), finish="locked", kv_refresh="bracket", lock_text=True, coarse_refresh=2
+    ),
     "fp8 cache": CACHED | dict(kv_cache_dtype="fp8"),
 }  # fmt: skip
 

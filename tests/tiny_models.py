@@ -189,7 +189,12 @@ def edit_left_half(pipe, call: dict | None = None, **config):
     given |= dict(output_type="latent", specedit=SpecEditConfig(**config)) | (call or {})
     if isinstance(pipe, SpecEditFluxKontextPipeline):
         return pipe(**call_options(**given))
-    return pipe(**qwen_text(), **qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128, **given)
+    given = dict(qwen_text() | qwen_text(negative=True, seed=4), true_cfg_scale=2.0, max_area=128 * 128) | given
+    like = pipe.transformer  # embeddings and masks have to be where it is: neither pipeline brings them there
+    for name in [name for name in given if "prompt_embeds" in name]:
+        x = given[name].to(like.device)
+        given[name] = x.to(like.dtype) if x.is_floating_point() else x
+    return pipe(**given)
 
 
 class TinyVisionProcessor:

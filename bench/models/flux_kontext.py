@@ -433,16 +433,18 @@ def setting(args):
 
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
-# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; lt: the
-# first mixed step alone computes the text; kv N: the whole sequence every N mixed steps, not bracketed.
+# Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; ck: those
+# but the first, ck3: but every third, over its keys and values; lt: the first mixed step alone computes the text; kv N:
+# the whole sequence every N mixed steps, not bracketed.
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh=renewed or "bracket",
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name, extra=name.partition(" x ")[2],
+        coarse_refresh=3 if " ck3" in name else coarse if " ck" in name else 1,
     )
-    for coarse, mixed in ((2, 2), (2, 3), (4, 5), (5, 5), (4, 7), (5, 6), (5, 7))
+    for coarse, mixed in ((2, 2), (2, 3), (4, 5), (5, 5), (4, 7), (5, 6), (5, 7), (6, 7))
     for renewed in (0, 2, 3, 4)
-    for kind in (" lt", " half lt")
+    for kind in ("", " lt", " half lt", " ck lt", " ck3 lt", " half ck lt")
     for extra in ("", " x bt", " x bt,lw", " x lw")
     for name in (f"{kind} kv {renewed}{extra}" if renewed else kind + extra,)
 }  # fmt: skip

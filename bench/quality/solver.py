@@ -7,9 +7,9 @@
 A row: plain-N, a quality ("fast"), preset-N ("preset-N cached": one whole pass; "preset-N paper": the paper's) or C+M:
 C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones from 7/9 of the schedule;
 "C+M euler", "C+M from S" and "C+M even" (all steps even) change that. After these, in this order, "half": draft="half";
-"lt": lock_text; "ug": draft_guidance=False; "kv N": kv_refresh; "grow N": dilation. "ROW at T": with that threshold.
-"lora ROW": with --lora's weights, which the others are without. 50 plain steps come first: others are held against
-them, edit by edit.
+"ck": coarse steps but the first over its keys and values, "ckK": but every K-th (coarse_refresh); "lt": lock_text;
+"ug": draft_guidance=False; "kv N": kv_refresh; "grow N": dilation. "ROW at T": with that threshold. "lora ROW": with
+--lora's weights, which the others are without. 50 plain steps come first: others are held against them, edit by edit.
 Writes OUT/solver.{md,json} after each row.
 """
 
@@ -61,7 +61,8 @@ NAME = re.compile(
     r"(?: (?P<paper>paper)| (?P<cached>cached))?"
     r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
     r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?"
-    r"(?: (?P<half>half))?(?: (?P<text>lt))?(?: (?P<unguided>ug))?(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?(?: x (?P<extra>\S+))?)"
+    r"(?: (?P<half>half))?(?: ck(?P<kept>\d*))?(?: (?P<text>lt))?(?: (?P<unguided>ug))?"
+    r"(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?(?: x (?P<extra>\S+))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 
@@ -71,7 +72,7 @@ def parsed(name):
     if not found:
         raise ValueError(
             "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler] [from S | even]"
-            f" [half] [lt] [ug] [kv N] [grow N], and [at T], got {name!r}"
+            f" [half] [ck | ckK] [lt] [ug] [kv N] [grow N], and [at T], got {name!r}"
         )
     return found.groupdict()
 
@@ -88,9 +89,10 @@ def row_of(name):
         config = SpecEditConfig(quality="paper" if parts["paper"] else "balanced", preset=int(parts["preset"]))
         config = replace(config, kv_refresh=9) if parts["cached"] else config
     else:
+        coarse, kept = int(parts["coarse"]), parts["kept"]
         above, _, under = (parts["start"] or "7/9").partition("/")
         config = SpecEditConfig(
-            stages=(int(parts["coarse"]), int(parts["mixed"]), 0),
+            stages=(coarse, int(parts["mixed"]), 0),
             mixed_from=None if parts["even"] else float(above) / float(under or 1),
             solver="euler" if parts["euler"] else "ab2",
             finish="locked",
@@ -100,6 +102,7 @@ def row_of(name):
             lock_text=parts["text"] is not None,
             draft_guidance=parts["unguided"] is None,
             extra=parts["extra"] or "",
+            coarse_refresh=1 if kept is None else int(kept or max(coarse, 1)),
         )
     if parts["threshold"]:
         config = replace(config, threshold=float(parts["threshold"]), relative=config.resolved_relative())

@@ -465,5 +465,8 @@ class FusedModel(_Eager):
         kept = of.cache[0][0]
         self.runner(("blend", kept.shape[1], kept.storage_offset()), run, {"weight": weight}, names)
 
+    def release(self, layouts: Sequence[Any]) -> None:
+        self._caches -= len(layouts)  # buffers have names by this count
+
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         return self.runner.buffer_bytes

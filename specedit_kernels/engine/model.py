@@ -270,6 +270,12 @@ class EditModel(ABC):
         of, a, b = (x.attention.cache for x in (layout, near, far))
         of.blend_(a, b, weight)
 
+    def release(self, layouts: Sequence[Any]) -> None:  # noqa: B027
+        """What these cached layouts, the last ones made, keep is needed no more: the next ones may take its memory.
+
+        Nothing to do where it goes with the layouts.
+        """
+
     def kv_bytes(self, layouts: Sequence[Any]) -> int:
         """Bytes of the keys and values that these cached mixed layouts keep."""
         return sum(layout.attention.cache.bytes for layout in layouts)

@@ -94,7 +94,7 @@ class SpecEditStats:
         runner_reason: why no faster one did, "" where there is none.
         captures: CUDA graphs that this run had to capture.
         graph_bytes: device memory of all graphs that the pipeline keeps.
-        kv_cache_bytes: of the keys and values that the mixed steps kept.
+        kv_cache_bytes: of the keys and values that mixed or coarse steps kept, the larger of the two.
         precision: of the linear layers of the transformer's blocks, "auto" or "fp8".
         fp8_bytes: memory of the weights' copies in fp8, and of scales for each output where a weight of a checkpoint,
             which serves as it lies, has one for all.

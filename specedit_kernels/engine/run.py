@@ -73,7 +73,7 @@ def run_stages(
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.dense_steps(
             run, coarse, plan.coarse, behind, stage, main=not half,
-            guided=config.draft_guidance, solver=config.solver,
+            guided=config.draft_guidance, solver=config.solver, refresh=config.coarse_refresh,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps

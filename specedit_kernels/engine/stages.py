@@ -34,7 +34,7 @@ from ..sampling.grid import (
     token_positions,
     unpack,
 )
-from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length
+from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length, whole_layout
 from ..sampling.solver import Solver, euler
 from .config import BRACKET
 from .model import EditModel, Pictures, Text
@@ -231,15 +231,16 @@ def _version(x: Tensor) -> tuple[int, int]:
     return id(x), -1 if x.is_inference() else x._version
 
 
-def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens after the callback of a step of the main trajectory; the solver restarts where that changed them, or
-    the text."""
+def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, bool]:
+    """(the tokens after the callback of a step of the main trajectory, whether that changed them or the text); the
+    solver restarts where it did."""
     before, text = _version(tokens), _version(run.positive.embeds)
     found = run.on_step(run.step, timestep, tokens)
     run.step += 1
-    if (_version(found), _version(run.positive.embeds)) != (before, text):
+    changed = (_version(found), _version(run.positive.embeds)) != (before, text)
+    if changed:
         solver.restart()
-    return found
+    return found, changed
 
 
 def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
@@ -247,13 +248,31 @@ def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(sigmas, dtype=torch.float32).to(device, non_blocking=True)
 
 
+def _kept_layouts(
+    run: Run, texts: Sequence[Any], grids: Sequence[Grid], branches: int
+) -> tuple[list[Any], list[Any], int, int]:
+    """Layouts, one for each text, of whole pictures that keep keys and values, and of the target alone over these; how
+    many slots each of the two has.
+
+    grids: the target's, then each reference's. branches: how many each of the texts holds.
+    """
+    capacity, first = run.model.slots(sum(map(math.prod, grids))), run.model.slots(math.prod(grids[0]))
+    shared = whole_layout(run.batch * branches, grids, capacity, run.device)
+    # a mixed sequence whose blocks are all active: positions are those of whole pictures
+    pictures = Pictures(grids[0], tuple(grids[1:]))
+    layouts = [run.model.mixed_layout(text, pictures, shared, key_bias=False, cached=True) for text in texts]
+    return layouts, [run.model.active_layout(*pair, first) for pair in zip(texts, layouts)], capacity, first
+
+
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True, solver: str = "euler",
+    guided: bool = True, solver: str = "euler", refresh: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
-    guided: False leaves true guidance out. main: whether they are the main trajectory's.
+    guided: False leaves true guidance out. main: whether they are the main trajectory's. refresh: every so many-th
+    step, and one after a callback that changes tokens or text, computes all and keeps keys and values; those between
+    compute text and target alone, over the kept ones.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -262,27 +281,42 @@ def dense_steps(
     grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (state, *condition)]
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.called_with(guided)
-    layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
+    count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
+    kept, branches = refresh > 1 and bool(condition) and len(sigmas) > 2, run.joined_branches if guided else 1
+    if kept:
+        layouts, alone, capacity, slots = _kept_layouts(run, texts, grids, branches)
+        behind.append(tokens.new_zeros(run.batch, capacity - total, tokens.shape[2]))
+    else:
+        layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_sigmas(sigmas, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
-    count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
     first = estimate = tokens
-    solve = Solver(solver)
+    solve, age = Solver(solver), 0
     for i in range(len(sigmas) - 1):
         if run.interrupted():
             continue
         timestep = at[i] * 1000
         if main:
             run.on_start(timestep)
-        velocity = run.velocity(torch.cat([tokens, *behind], dim=1), conditionings[i], layouts, count, guided)
+        sequence, computed = torch.cat([tokens, *behind], dim=1), total
+        if kept and age % refresh:
+            sequence, computed = sequence[:, :slots], count
+        of = layouts if computed == total else alone
+        velocity = run.velocity(sequence, conditionings[i], of, count, guided)
+        age += 1
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
-        run.record(stage, sigmas[i], [total] * run.batch, passes=2 if guided else 1)
+        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, passes=2 if guided else 1)
         if main:
-            tokens = _called_back(run, solve, timestep, tokens)
+            tokens, changed = _called_back(run, solve, timestep, tokens)
+            age = 0 if changed else age
         else:
             run.on_draft_step()
+    if kept:
+        run.stats.kv_cache_bytes = run.model.kv_bytes(layouts)
+        if branches == run.joined_branches:  # as many samples as in the mixed steps
+            run.model.release(layouts)
     state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
     return state, (first, estimate)
 
@@ -647,9 +681,10 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
-        state.tokens = _called_back(run, solve, timestep, state.tokens)
+        state.tokens, _ = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
-        run.stats.kv_cache_bytes = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
+        kept = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
+        run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, kept)
 
 
 def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:

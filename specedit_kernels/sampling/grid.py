@@ -77,5 +77,7 @@ def token_positions(grid: Grid, device: torch.device | str | None = None) -> Ten
 
 
 def block_positions(grid: Grid, device: torch.device | str | None = None) -> Tensor:
-    """Centre of each 2x2 block in fine units, 2p + 0.5: fp32 [blocks, 2]. `grid` is the fine grid."""
-    return token_positions(coarse_grid(grid), device) * BLOCK + (BLOCK - 1) / 2
+    """Centre of each 2x2 block in fine units, 2p + 0.5: fp32 [blocks, 2]. `grid` is the fine grid; at an odd side's end
+    there is a block of half the tokens."""
+    rows, columns = (-(-side // BLOCK) for side in grid)
+    return token_positions((rows, columns), device) * BLOCK + (BLOCK - 1) / 2

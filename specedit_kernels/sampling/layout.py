@@ -142,6 +142,24 @@ def build_layout(
     )
 
 
+def whole_layout(
+    batch: int, grids: Sequence[Grid], capacity: int, device: torch.device | str | None = None
+) -> SequenceLayout:
+    """The layout of pictures whose tokens are all fine: the target's, then each reference's, in raster order.
+
+    grids: fine grids, of any sides, the target's first. capacity: slots, at least as many as tokens.
+    """
+    count, total = math.prod(grids[0]), sum(math.prod(grid) for grid in grids)
+    blocks = math.prod(-(-side // BLOCK) for side in grids[0])
+    aligned = 2 * count if grids[0] in grids[1:2] else count  # tokens of the target, and of a condition on its grid
+    slot = torch.arange(capacity, device=device)
+    index = torch.where(slot < aligned, slot + blocks, 2 * (count + blocks) + slot - aligned)
+    index = torch.where(slot < count, slot, torch.where(slot < total, index, -1))
+    used = torch.full((batch,), total, dtype=torch.int32, device=device)
+    of_target = torch.full_like(used, count)
+    return SequenceLayout(index.int().repeat(batch, 1), used, of_target, of_target, grids[0])
+
+
 def table_positions(
     grid: Grid,
     device: torch.device | str | None = None,

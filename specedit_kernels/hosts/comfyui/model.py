@@ -27,7 +27,7 @@ from torch import Tensor
 from specedit_kernels import ops
 from specedit_kernels.engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
 from specedit_kernels.sampling.flops import transformer_flops
-from specedit_kernels.sampling.grid import Grid, pack, unpack
+from specedit_kernels.sampling.grid import PATCH, Grid, pack, unpack
 from specedit_kernels.sampling.layout import SequenceLayout, table_positions
 
 METHODS = ("index", "offset")
@@ -255,14 +255,16 @@ class HostModel(EditModel):
     def _see(self, clean: Tensor, layout: WholeLayout | MixedLayout) -> None:
         if self.fine is None:
             return
-        if isinstance(layout, WholeLayout):
-            self.fine = F.interpolate(clean, size=self.fine.shape[-2:])
-            return
-        order, grid = layout.order, layout.order.grid
-        index = torch.where(order.fine_target_slots(), order.index, -1)[:, : layout.slots].contiguous()
-        seen = pack(self.fine).contiguous()
-        ops.scatter_tokens_(seen, pack(clean).to(seen.dtype), index)
-        self.fine = unpack(seen, grid)
+        if isinstance(layout, MixedLayout):
+            order, grid = layout.order, layout.order.grid
+            if grid[0] * PATCH == self.fine.shape[-2]:
+                index = torch.where(order.fine_target_slots(), order.index, -1)[:, : layout.slots].contiguous()
+                seen = pack(self.fine).contiguous()
+                ops.scatter_tokens_(seen, pack(clean).to(seen.dtype), index)
+                self.fine = unpack(seen, grid)
+                return
+            clean = unpack(pack(clean)[:, : math.prod(grid)], grid)  # a coarse step that keeps keys and values
+        self.fine = F.interpolate(clean, size=self.fine.shape[-2:])
 
     # within the host's call
 
