@@ -140,7 +140,7 @@ def test_a_cache_lies_between_two(packed):
 def test_qualities_set_what_is_not_given():
     tiers = {
         "fast": ((2, 2, 1), "half", 2, "bracket"),
-        "balanced": ((3, 3, 2), "coarse", 3, 2),
+        "balanced": ((4, 3, 2), "coarse", 4, 2),
         "best": ((5, 3, 2), "coarse", 5, 2),
     }
     for quality, (counts, draft, kept, renewed) in tiers.items():

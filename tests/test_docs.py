@@ -252,59 +252,47 @@ def figures(text):
     return [float(x) for x in re.findall(r"\d*\.\d+", text)]
 
 
-def judged_twice(name):
-    """(right of the three kinds, sharpness of local edits) of a setting on each seed, where it was run."""
-    runs = json.loads((RESULTS / "h200" / "solver_half.json").read_text(encoding="utf-8"))["runs"]
-    fresh = [r["rows"] for r in runs if r["seed"] == 20241251]
-    others = [r["rows"] for r in runs if r["seed"] == 20241231]
-    found = [next((rows[name] for rows in of_seed if name in rows), None) for of_seed in (fresh, others)]
-    return [None if row is None else ([row[k]["right"] for k in KINDS], row["local"]["sharpness"]) for row in found]
+SEEDS = (20241251, 20241231, 20241261)
+# The rows of each line of the table, by seed; before those the row of its seconds.
+QUALITY_ROWS = {
+    "9 plain": ("compiled plain-9", "plain-9", "plain-9", "plain-9"),
+    '"fast"': ("quality fast graph, 10%", "2+3 half lt", "2+3 half ck lt", "fast"),
+    '"balanced"': ("steps 4+5 ck lt kv 2 graph, 10%", None, None, "4+5 ck lt kv 2"),
+    '"best"': ("quality best graph, 10%", "5+5 ck lt kv 2", "5+5 ck lt kv 2", "best"),
+}
 
 
-def seconds_of_qualities(precision=""):
-    """Of the three qualities with a given mask: no row of the run has their very settings, so they are added up from
-    the stages of rows that have. "fast" without a mask comes last (bf16 alone)."""
-    run = rows("h200", "tiers.json")
-
-    def row(name):
-        found = run[f"{name}{precision} graph, 10%"]
-        return found["seconds"], found["stages"]
-
-    five = row("steps 2+3 half ck lt drafted")[1]["mixed"]  # the mixed steps of "fast"
-    seven = row("steps 4+3 half ck lt drafted" if precision else "steps 4+3 half lt")[1]["mixed"]
-    active = (seven - five) / 2
-    whole, stages = row("steps 4+3 half ck lt lc" if precision else "steps 4+3 half lt")
-    fast = whole - stages["mixed"] + five
-    if precision:
-        whole, stages = row("quality balanced")  # of that commit: the text in every step
-        balanced = whole - stages["mixed"] + five + 2 * active
-        return fast, balanced, balanced + stages["coarse"] / 2
-    whole, stages = row("steps 4+3 lt")
-    balanced = whole + 4 * active
-    whole, drafted = row("steps 2+3 half lt lc drafted")
-    return fast, balanced, balanced + stages["coarse"] / 2, whole - drafted["mixed"] + five
+def judged(name, seed, files=("solver_tiers.json", "solver_half.json")):
+    """A setting's row of a seed, of the first file that has it."""
+    for file in files:
+        for run in json.loads((RESULTS / "h200" / file).read_text(encoding="utf-8"))["runs"]:
+            if run["seed"] == seed and name in run["rows"]:
+                return run["rows"][name]
+    raise AssertionError(f"no row {name!r} of seed {seed}")
 
 
 def test_the_qualities_say_what_the_results_say():
-    """The README's second table, and its seconds in docs/choose.md."""
-    plain = rows("h200", "tiers.json")["compiled plain-9"]["seconds"]
-    *qualities, found = seconds_of_qualities()
+    """The README's second table, and the first of docs/choose.md."""
+    run = rows("h200", "qualities.json")
+    plain = run["compiled plain-9"]["seconds"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| `quality=`") :].split("\n\n")[0].splitlines()[2:]
     choose = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    assert len(table) == 4
-    for line, name, seconds in zip(table, ("plain-9", "2+3 half lt", "4+7 lt", "6+7 lt"), (plain, *qualities)):
-        _, own, times, right, sharp = (cell.strip() for cell in line.strip("| ").split("|"))
-        assert figures(own) == pytest.approx([seconds], abs=0.0006), line
+    assert len(table) == len(QUALITY_ROWS)
+    for line, (kind, (timed, *names)) in zip(table, QUALITY_ROWS.items()):
+        name, own, fp8, times, right, sharp = (cell.strip() for cell in line.strip("| ").split("|"))
+        seconds = run[timed]["seconds"]
+        assert name.startswith(kind) and figures(own) == pytest.approx([seconds], abs=0.0006), line
         assert figures(times) == pytest.approx([plain / seconds], rel=0.02), line
-        seeds = judged_twice(name)
-        known = [x for x in seeds if x is not None]
-        assert figures(right) == pytest.approx([r for rights, _ in known for r in rights], abs=0.0006), line
-        assert figures(sharp) == pytest.approx([x for _, x in known], abs=0.006), line
-        assert right.endswith("–") == (seeds[1] is None), line
-        assert f"| {own} " in choose, line
-    for seconds in seconds_of_qualities(" fp8"):
-        assert f"| {seconds:.3f} * |" in choose
-    assert f"it takes {found:.3f} s" in choose and f"{found:.3f} where it has to find" in text
+        if figures(fp8):
+            assert figures(fp8) == pytest.approx([run[timed.replace(" graph", " fp8 graph")]["seconds"]], abs=0.0006)
+        known = [judged(row, seed) for row, seed in zip(names, SEEDS) if row]
+        assert figures(right) == pytest.approx([r[k]["right"] for r in known for k in KINDS], abs=0.0006), line
+        assert figures(sharp) == pytest.approx([r["local"]["ratio"] for r in known], abs=0.006), line
+        assert right.count("–") == names.count(None), line
+        assert f"| {own} " in choose and f"| {right} |" in choose, line
+    for quality, names in (("fast", (text, choose)), ("best", (text, choose))):
+        seconds = f"{run[f'quality {quality} drafted graph, 10%']['seconds']:.3f}"
+        assert all(seconds in where for where in names), quality
     counts = {quality: SpecEditConfig(quality=quality).step_counts() for quality in ("fast", "balanced", "best")}
-    assert {q: (c[0], sum(c[1:])) for q, c in counts.items()} == {"fast": (2, 3), "balanced": (4, 7), "best": (6, 7)}
+    assert {q: (c[0], sum(c[1:])) for q, c in counts.items()} == {"fast": (2, 3), "balanced": (4, 5), "best": (5, 5)}
