@@ -140,6 +140,111 @@ def test_the_readme_says_what_the_results_say():
         assert shown[::2] == pytest.approx([local["right"], local["sharpness"]], abs=0.0006), line
 
 
+def lines_with(path, *starts):
+    """The first line of a page that begins with each of `starts`, in their order; None where there is none."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [next((x for x in lines if x.startswith(start)), None) for start in starts]
+
+
+def runs_of(name):
+    return json.loads((RESULTS / "h200" / name).read_text(encoding="utf-8"))["runs"]
+
+
+@pytest.mark.parametrize(
+    "shown, row",
+    (
+        ("optimum-quanto int8", "quanto int8"),
+        ("GGUF Q8_0", "gguf Q8_0"),
+        ("GGUF Q4_K", "gguf Q4_K"),
+        ("DoRA of rank 16", "dora 16"),
+        ("torchao fp8, dynamic", "torchao fp8 dynamic"),
+        ("torchao int8, weight-only", "torchao int8 weight-only"),
+        ("bitsandbytes NF4", "bitsandbytes nf4"),
+    ),
+)
+def test_the_conditions_say_what_the_results_say(shown, row):
+    """docs/memory.md, beside the newest run that has the row."""
+    run = next(r for r in sorted(runs_of("conditions.json"), key=lambda r: r["date"], reverse=True) if row in r["rows"])
+    found, base = run["rows"][row], run["rows"]["bf16 graph"]
+    peak = (found["peak_bytes"] + found["graph_bytes"]) / 2**30
+    (line,) = lines_with("docs/memory.md", f"| {shown} | .")
+    seconds, times, gib, difference = (float(cell.strip(" x")) for cell in line.strip("| ").split("|")[1:])
+    assert (seconds, difference) == pytest.approx((found["seconds"], found["applied"]), abs=0.0006), line
+    assert times == pytest.approx(found["seconds"] / base["seconds"], abs=0.006), line
+    assert gib == pytest.approx(peak, abs=0.06), line
+
+
+def test_group_offload_says_what_the_results_say():
+    run = next(r for r in runs_of("conditions.json") if "group offload, leaves, stream" in r["rows"])["rows"]
+    starts = "| group offload, leaves,", "| group offload, single blocks,", "| on the card |"
+    names = "group offload, leaves, stream", "group offload, blocks, stream", "bf16 graph"
+    for line, name in zip(lines_with("docs/memory.md", *starts), names):
+        gib, seconds = (float(cell.strip("* ")) for cell in line.strip("| ").split("|")[1:])
+        assert gib == pytest.approx(run[name]["peak_bytes"] / 2**30, abs=0.06), line
+        assert seconds == pytest.approx(run[name]["seconds"], rel=0.002), line
+
+
+def test_flash_edit_says_what_the_results_say():
+    """docs/benchmarks.md and docs/use.md, of the two newest runs."""
+    rows = {name: row for run in runs_of("flash_edit.json")[1::-1] for name, row in run["rows"].items()}
+    use = (DOCS / "use.md").read_text(encoding="utf-8")
+    shown = "| bf16 |", "| `merged=True` |", '| `precision="fp8"` |'
+    for line, kind in zip(lines_with("docs/benchmarks.md", *shown), ("", ", merged", ", fp8")):
+        given, drafted = (rows[f"flash graph, 10 %{kind}{more}"] for more in ("", ", drafted"))
+        cells = line.strip("| ").split("|")
+        assert figures(cells[1] + cells[2]) == pytest.approx([given["seconds"], drafted["seconds"]], abs=0.0006), line
+        for row in (given, drafted):
+            assert f"{row['seconds']:.3f}".removeprefix("0") in use
+
+
+def test_native_detail_says_what_the_results_say():
+    """The first table of bench/log/native.md at full size, and docs/use.md."""
+    found = json.loads((RESULTS / "h200" / "native.json").read_text(encoding="utf-8"))
+    rows, large = found["rows"], "4096 x 3072, 5 %, native"
+    times = rows[large]["seconds"] / rows["edit"]["seconds"]
+    assert rows[large]["commit"] == rows["edit"]["commit"] == "c404a9e"
+    starts = (
+        "| the edit at 1024 x 1024 |",
+        '| 4096 x 3072, 5 %, `detail="native"` |',
+        '| the same, `detail="working"` |',
+    )
+    shown = [figures(line)[0] for line in lines_with("bench/log/native.md", *starts)]
+    wanted = [rows[n]["seconds"] for n in ("edit", large, "4096 x 3072, 5 %, working")]
+    assert shown == pytest.approx(wanted, abs=0.0006)
+    assert f"{wanted[1]:.3f} s, {times:.2f} times the edit" in (ROOT / "bench/log/native.md").read_text("utf-8")
+    assert f"{wanted[1]:.2f} s, {times:.1f} times" in (DOCS / "use.md").read_text(encoding="utf-8")
+    for name, row in rows.items():  # the rows that were not run again
+        if row["commit"] == "769c52a" and "2.5 %" not in name:
+            start = "| " + name.removesuffix(", native").replace(
+                "1.25 %", "1.25; 2.5 %" if "4096" in name else "1.25 %"
+            )
+            (line,) = lines_with("bench/log/native.md", start)
+            assert line.count(f"{row['seconds']:.3f}") == 1, line
+
+
+def test_attention_says_what_the_results_say():
+    """The ranges beside FlashAttention-3, and the table of heads of 64."""
+    run = rows("h200", "attention.json")
+    ratios = {
+        dim: [r["best FA3 / ours"]["alternating bias"] for n, r in run.items() if n.startswith(dim)]
+        for dim in ("D 64", "D 128")
+    }
+    few, many = (f"{min(x):.2f} to {max(x):.2f}".removeprefix("0") for x in ratios.values())
+    assert f"{many} times" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in ("README.md", "docs/benchmarks.md", "docs/kernels.md", "CHANGELOG.md"):
+        assert few in (ROOT / path).read_text(encoding="utf-8"), path
+    log = (ROOT / "bench/log/mixed_res_attn.md").read_text(encoding="utf-8")
+    table = log[log.index("| queries x keys, D = 64 | ours, normal") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(ratios["D 64"])
+    for line in table:
+        shape, ours, one, two, normal, alternating, none, _ = (x.strip(" *") for x in line.strip("| ").split("|"))
+        found = run[f"D 64, {shape}"]
+        times = [found["us"][n] for n in ("ours, normal bias", "fa3", "fa3, 2 splits")]
+        assert [float(x) for x in (ours, one, two)] == pytest.approx(times, abs=0.06), line
+        best = [found["best FA3 / ours"][n] for n in ("normal bias", "alternating bias", "no bias")]
+        assert [float(x) for x in (normal, alternating, none)] == pytest.approx(best, abs=0.006), line
+
+
 KINDS = ("local", "small", "ambiguous")
 
 
