@@ -41,6 +41,36 @@ def edit(pipe, **config):
     return edit_left_half(pipe, **dict(stages=(1, 5, 0), finish="locked", runner="eager") | config)
 
 
+@pytest.mark.parametrize("model", ["flux", "qwen"])
+@pytest.mark.parametrize("every", ["bracket", 3])
+def test_a_step_after_a_callback_that_changes_the_text_computes_it(request, model, every):
+    """Text that is locked, what is kept beside it, and Qwen's branches as one: none is of the former text."""
+    pipe, options = request.getfixturevalue(model), dict(kv_refresh=every, lock_text=True, stages=(1, 6, 0))
+
+    def run(runner, at=None, in_place=False):
+        def back(pipe, i, timestep, tensors):
+            if i != at:
+                return {}
+            if in_place:
+                tensors["prompt_embeds"].mul_(0.5)
+            return {"prompt_embeds": tensors["prompt_embeds"] * (1 if in_place else 0.5)}
+
+        call = dict(callback_on_step_end=back, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+        config = SpecEditConfig(finish="locked", runner=runner, **options)
+        return edit_left_half(pipe, dict(specedit=config) | call)
+
+    whole = ["mixed", "bracket"] if every == "bracket" else ["mixed"]
+    eager, fused, never = run("eager", 3), run("fused", 3), run("fused")
+    stages = [(s.stage, s.lock_text) for s in eager.stats.steps]
+    assert [stage for stage, _ in stages[-2 - len(whole) :]] == [*whole, "active", "active"]
+    assert [locked for _, locked in stages[-2 - len(whole) :]] == [False] * len(whole) + [True, True]
+    size = eager.images.abs().max()
+    assert (eager.images - fused.images).abs().max() < 2e-4 * size < (never.images - fused.images).abs().max()
+    assert (run("fused", 3, in_place=True).images - fused.images).abs().max() < 2e-4 * size
+    # after the last step but one there is nothing between
+    assert [s.stage for s in run("eager", 5).stats.steps][-1] == "mixed"
+
+
 @pytest.mark.slow
 def test_it_is_nearer_to_whole_steps_than_stale_keys(flux):
     whole, stale, between = (edit(flux, kv_refresh=k).images for k in (1, 5, "bracket"))
@@ -140,7 +170,7 @@ def test_a_cache_lies_between_two(packed):
 def test_qualities_set_what_is_not_given():
     tiers = {
         "fast": ((2, 2, 1), "half", 2, "bracket"),
-        "balanced": ((3, 3, 2), "coarse", 3, 2),
+        "balanced": ((4, 3, 2), "coarse", 4, 2),
         "best": ((5, 3, 2), "coarse", 5, 2),
     }
     for quality, (counts, draft, kept, renewed) in tiers.items():

@@ -140,6 +140,111 @@ def test_the_readme_says_what_the_results_say():
         assert shown[::2] == pytest.approx([local["right"], local["sharpness"]], abs=0.0006), line
 
 
+def lines_with(path, *starts):
+    """The first line of a page that begins with each of `starts`, in their order; None where there is none."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [next((x for x in lines if x.startswith(start)), None) for start in starts]
+
+
+def runs_of(name):
+    return json.loads((RESULTS / "h200" / name).read_text(encoding="utf-8"))["runs"]
+
+
+@pytest.mark.parametrize(
+    "shown, row",
+    (
+        ("optimum-quanto int8", "quanto int8"),
+        ("GGUF Q8_0", "gguf Q8_0"),
+        ("GGUF Q4_K", "gguf Q4_K"),
+        ("DoRA of rank 16", "dora 16"),
+        ("torchao fp8, dynamic", "torchao fp8 dynamic"),
+        ("torchao int8, weight-only", "torchao int8 weight-only"),
+        ("bitsandbytes NF4", "bitsandbytes nf4"),
+    ),
+)
+def test_the_conditions_say_what_the_results_say(shown, row):
+    """docs/memory.md, beside the newest run that has the row."""
+    run = next(r for r in sorted(runs_of("conditions.json"), key=lambda r: r["date"], reverse=True) if row in r["rows"])
+    found, base = run["rows"][row], run["rows"]["bf16 graph"]
+    peak = (found["peak_bytes"] + found["graph_bytes"]) / 2**30
+    (line,) = lines_with("docs/memory.md", f"| {shown} | .")
+    seconds, times, gib, difference = (float(cell.strip(" x")) for cell in line.strip("| ").split("|")[1:])
+    assert (seconds, difference) == pytest.approx((found["seconds"], found["applied"]), abs=0.0006), line
+    assert times == pytest.approx(found["seconds"] / base["seconds"], abs=0.006), line
+    assert gib == pytest.approx(peak, abs=0.06), line
+
+
+def test_group_offload_says_what_the_results_say():
+    run = next(r for r in runs_of("conditions.json") if "group offload, leaves, stream" in r["rows"])["rows"]
+    starts = "| group offload, leaves,", "| group offload, single blocks,", "| on the card |"
+    names = "group offload, leaves, stream", "group offload, blocks, stream", "bf16 graph"
+    for line, name in zip(lines_with("docs/memory.md", *starts), names):
+        gib, seconds = (float(cell.strip("* ")) for cell in line.strip("| ").split("|")[1:])
+        assert gib == pytest.approx(run[name]["peak_bytes"] / 2**30, abs=0.06), line
+        assert seconds == pytest.approx(run[name]["seconds"], rel=0.002), line
+
+
+def test_flash_edit_says_what_the_results_say():
+    """docs/benchmarks.md and docs/use.md, of the two newest runs."""
+    rows = {name: row for run in runs_of("flash_edit.json")[1::-1] for name, row in run["rows"].items()}
+    use = (DOCS / "use.md").read_text(encoding="utf-8")
+    shown = "| bf16 |", "| `merged=True` |", '| `precision="fp8"` |'
+    for line, kind in zip(lines_with("docs/benchmarks.md", *shown), ("", ", merged", ", fp8")):
+        given, drafted = (rows[f"flash graph, 10 %{kind}{more}"] for more in ("", ", drafted"))
+        cells = line.strip("| ").split("|")
+        assert figures(cells[1] + cells[2]) == pytest.approx([given["seconds"], drafted["seconds"]], abs=0.0006), line
+        for row in (given, drafted):
+            assert f"{row['seconds']:.3f}".removeprefix("0") in use
+
+
+def test_native_detail_says_what_the_results_say():
+    """The first table of bench/log/native.md at full size, and docs/use.md."""
+    found = json.loads((RESULTS / "h200" / "native.json").read_text(encoding="utf-8"))
+    rows, large = found["rows"], "4096 x 3072, 5 %, native"
+    times = rows[large]["seconds"] / rows["edit"]["seconds"]
+    assert rows[large]["commit"] == rows["edit"]["commit"] == "c404a9e"
+    starts = (
+        "| the edit at 1024 x 1024 |",
+        '| 4096 x 3072, 5 %, `detail="native"` |',
+        '| the same, `detail="working"` |',
+    )
+    shown = [figures(line)[0] for line in lines_with("bench/log/native.md", *starts)]
+    wanted = [rows[n]["seconds"] for n in ("edit", large, "4096 x 3072, 5 %, working")]
+    assert shown == pytest.approx(wanted, abs=0.0006)
+    assert f"{wanted[1]:.3f} s, {times:.2f} times the edit" in (ROOT / "bench/log/native.md").read_text("utf-8")
+    assert f"{wanted[1]:.2f} s, {times:.1f} times" in (DOCS / "use.md").read_text(encoding="utf-8")
+    for name, row in rows.items():  # the rows that were not run again
+        if row["commit"] == "769c52a" and "2.5 %" not in name:
+            start = "| " + name.removesuffix(", native").replace(
+                "1.25 %", "1.25; 2.5 %" if "4096" in name else "1.25 %"
+            )
+            (line,) = lines_with("bench/log/native.md", start)
+            assert line.count(f"{row['seconds']:.3f}") == 1, line
+
+
+def test_attention_says_what_the_results_say():
+    """The ranges beside FlashAttention-3, and the table of heads of 64."""
+    run = rows("h200", "attention.json")
+    ratios = {
+        dim: [r["best FA3 / ours"]["alternating bias"] for n, r in run.items() if n.startswith(dim)]
+        for dim in ("D 64", "D 128")
+    }
+    few, many = (f"{min(x):.2f} to {max(x):.2f}".removeprefix("0") for x in ratios.values())
+    assert f"{many} times" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in ("README.md", "docs/benchmarks.md", "docs/kernels.md", "CHANGELOG.md"):
+        assert few in (ROOT / path).read_text(encoding="utf-8"), path
+    log = (ROOT / "bench/log/mixed_res_attn.md").read_text(encoding="utf-8")
+    table = log[log.index("| queries x keys, D = 64 | ours, normal") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(ratios["D 64"])
+    for line in table:
+        shape, ours, one, two, normal, alternating, none, _ = (x.strip(" *") for x in line.strip("| ").split("|"))
+        found = run[f"D 64, {shape}"]
+        times = [found["us"][n] for n in ("ours, normal bias", "fa3", "fa3, 2 splits")]
+        assert [float(x) for x in (ours, one, two)] == pytest.approx(times, abs=0.06), line
+        best = [found["best FA3 / ours"][n] for n in ("normal bias", "alternating bias", "no bias")]
+        assert [float(x) for x in (normal, alternating, none)] == pytest.approx(best, abs=0.006), line
+
+
 KINDS = ("local", "small", "ambiguous")
 
 
@@ -147,59 +252,47 @@ def figures(text):
     return [float(x) for x in re.findall(r"\d*\.\d+", text)]
 
 
-def judged_twice(name):
-    """(right of the three kinds, sharpness of local edits) of a setting on each seed, where it was run."""
-    runs = json.loads((RESULTS / "h200" / "solver_half.json").read_text(encoding="utf-8"))["runs"]
-    fresh = [r["rows"] for r in runs if r["seed"] == 20241251]
-    others = [r["rows"] for r in runs if r["seed"] == 20241231]
-    found = [next((rows[name] for rows in of_seed if name in rows), None) for of_seed in (fresh, others)]
-    return [None if row is None else ([row[k]["right"] for k in KINDS], row["local"]["sharpness"]) for row in found]
+SEEDS = (20241251, 20241231, 20241261)
+# The rows of each line of the table, by seed; before those the row of its seconds.
+QUALITY_ROWS = {
+    "9 plain": ("compiled plain-9", "plain-9", "plain-9", "plain-9"),
+    '"fast"': ("quality fast graph, 10%", "2+3 half lt", "2+3 half ck lt", "fast"),
+    '"balanced"': ("steps 4+5 ck lt kv 2 graph, 10%", None, None, "4+5 ck lt kv 2"),
+    '"best"': ("quality best graph, 10%", "5+5 ck lt kv 2", "5+5 ck lt kv 2", "best"),
+}
 
 
-def seconds_of_qualities(precision=""):
-    """Of the three qualities with a given mask: no row of the run has their very settings, so they are added up from
-    the stages of rows that have. "fast" without a mask comes last (bf16 alone)."""
-    run = rows("h200", "tiers.json")
-
-    def row(name):
-        found = run[f"{name}{precision} graph, 10%"]
-        return found["seconds"], found["stages"]
-
-    five = row("steps 2+3 half ck lt drafted")[1]["mixed"]  # the mixed steps of "fast"
-    seven = row("steps 4+3 half ck lt drafted" if precision else "steps 4+3 half lt")[1]["mixed"]
-    active = (seven - five) / 2
-    whole, stages = row("steps 4+3 half ck lt lc" if precision else "steps 4+3 half lt")
-    fast = whole - stages["mixed"] + five
-    if precision:
-        whole, stages = row("quality balanced")  # of that commit: the text in every step
-        balanced = whole - stages["mixed"] + five + 2 * active
-        return fast, balanced, balanced + stages["coarse"] / 2
-    whole, stages = row("steps 4+3 lt")
-    balanced = whole + 4 * active
-    whole, drafted = row("steps 2+3 half lt lc drafted")
-    return fast, balanced, balanced + stages["coarse"] / 2, whole - drafted["mixed"] + five
+def judged(name, seed, files=("solver_tiers.json", "solver_half.json")):
+    """A setting's row of a seed, of the first file that has it."""
+    for file in files:
+        for run in json.loads((RESULTS / "h200" / file).read_text(encoding="utf-8"))["runs"]:
+            if run["seed"] == seed and name in run["rows"]:
+                return run["rows"][name]
+    raise AssertionError(f"no row {name!r} of seed {seed}")
 
 
 def test_the_qualities_say_what_the_results_say():
-    """The README's second table, and its seconds in docs/choose.md."""
-    plain = rows("h200", "tiers.json")["compiled plain-9"]["seconds"]
-    *qualities, found = seconds_of_qualities()
+    """The README's second table, and the first of docs/choose.md."""
+    run = rows("h200", "qualities.json")
+    plain = run["compiled plain-9"]["seconds"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| `quality=`") :].split("\n\n")[0].splitlines()[2:]
     choose = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    assert len(table) == 4
-    for line, name, seconds in zip(table, ("plain-9", "2+3 half lt", "4+7 lt", "6+7 lt"), (plain, *qualities)):
-        _, own, times, right, sharp = (cell.strip() for cell in line.strip("| ").split("|"))
-        assert figures(own) == pytest.approx([seconds], abs=0.0006), line
+    assert len(table) == len(QUALITY_ROWS)
+    for line, (kind, (timed, *names)) in zip(table, QUALITY_ROWS.items()):
+        name, own, fp8, times, right, sharp = (cell.strip() for cell in line.strip("| ").split("|"))
+        seconds = run[timed]["seconds"]
+        assert name.startswith(kind) and figures(own) == pytest.approx([seconds], abs=0.0006), line
         assert figures(times) == pytest.approx([plain / seconds], rel=0.02), line
-        seeds = judged_twice(name)
-        known = [x for x in seeds if x is not None]
-        assert figures(right) == pytest.approx([r for rights, _ in known for r in rights], abs=0.0006), line
-        assert figures(sharp) == pytest.approx([x for _, x in known], abs=0.006), line
-        assert right.endswith("–") == (seeds[1] is None), line
-        assert f"| {own} " in choose, line
-    for seconds in seconds_of_qualities(" fp8"):
-        assert f"| {seconds:.3f} * |" in choose
-    assert f"it takes {found:.3f} s" in choose and f"{found:.3f} where it has to find" in text
+        if figures(fp8):
+            assert figures(fp8) == pytest.approx([run[timed.replace(" graph", " fp8 graph")]["seconds"]], abs=0.0006)
+        known = [judged(row, seed) for row, seed in zip(names, SEEDS) if row]
+        assert figures(right) == pytest.approx([r[k]["right"] for r in known for k in KINDS], abs=0.0006), line
+        assert figures(sharp) == pytest.approx([r["local"]["ratio"] for r in known], abs=0.006), line
+        assert right.count("–") == names.count(None), line
+        assert f"| {own} " in choose and f"| {right} |" in choose, line
+    for quality, names in (("fast", (text, choose)), ("best", (text, choose))):
+        seconds = f"{run[f'quality {quality} drafted graph, 10%']['seconds']:.3f}"
+        assert all(seconds in where for where in names), quality
     counts = {quality: SpecEditConfig(quality=quality).step_counts() for quality in ("fast", "balanced", "best")}
-    assert {q: (c[0], sum(c[1:])) for q, c in counts.items()} == {"fast": (2, 3), "balanced": (4, 7), "best": (6, 7)}
+    assert {q: (c[0], sum(c[1:])) for q, c in counts.items()} == {"fast": (2, 3), "balanced": (4, 5), "best": (5, 5)}

@@ -87,10 +87,11 @@ def test_a_joined_mask_needs_the_draft(pipe):
 
 def test_fast_with_the_full_finish(pipe):
     given = dict(mixed_from=None, solver=None, draft=None, stages=None, kv_refresh=None, quality="fast", finish="full")
-    found = edit(pipe, threshold=4.0, call=dict(mask_image=left_half(), mask_mode="add"), **given)
+    call = dict(mask_image=left_half(), true_cfg_scale=1.0)  # with guidance "fast" has other steps
+    found = edit(pipe, threshold=4.0, call=call | dict(mask_mode="add"), **given)
     assert (found.stats.nfe, found.stats.draft_nfe, found.stats.steps[-1].stage) == (5, 2, "full")
     # tokens that follow the model have no kept keys and values
-    found = edit(pipe, call=dict(mask_image=left_half()), unselected="coarse", **given)
+    found = edit(pipe, call=call, unselected="coarse", **given)
     assert [(s.stage, s.lock_text) for s in found.stats.steps] == [("mixed", False)] * 4 + [("full", False)]
 
 
@@ -119,3 +120,26 @@ def test_a_quality_chooses_the_draft_where_it_chooses_the_steps():
     assert SpecEditConfig(quality="fast").draft == "half" and SpecEditConfig(quality="fast", preset=9).draft == "coarse"
     assert {SpecEditConfig(quality=quality).draft for quality in ("balanced", "best", "paper")} == {"coarse"}
     assert SpecEditConfig(quality="fast", draft="quarter").draft == "quarter"
+
+
+def test_fast_and_best_take_other_steps_under_guidance(pipe):
+    fast = SpecEditConfig(quality="fast").guided()
+    assert (fast.stages, fast.draft, fast.kv_refresh, fast.draft_guidance) == ((4, 3, 2), "coarse", 3, False)
+    assert (fast.solver, fast.mixed_from, fast.finish, fast.lock_text) == ("ab2", 7 / 9, "locked", True)
+    best = SpecEditConfig(quality="best", threshold=0.2).guided()
+    assert (best.stages, best.coarse_refresh, best.draft_guidance, best.threshold) == ((4, 3, 2), 1, True, 0.2)
+    for given in (dict(quality="balanced"), dict(quality="fast", draft="coarse"), dict(quality="best", preset=9)):
+        config = SpecEditConfig(**given)
+        assert config.guided() is config
+
+    def stages(**call):
+        config = SpecEditConfig(quality="fast", runner="eager", max_active=1.0)
+        call = dict(specedit=config, mask_image=left_half()) | call
+        return [step.stage for step in edit_left_half(pipe, call).stats.steps]
+
+    guidance = dict(true_cfg_scale=4.0)
+    if isinstance(pipe, SpecEditFluxKontextPipeline):  # Qwen's call has negative embeddings
+        assert "coarse" not in stages(**guidance)
+        guidance |= dict(negative_prompt="red")
+    assert stages(**guidance).count("coarse") == 4
+    assert "coarse" not in stages(**guidance | dict(true_cfg_scale=1.0))

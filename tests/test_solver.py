@@ -128,8 +128,11 @@ def test_the_qualities_are_steps_that_can_be_given_one_by_one(flux, quality):
         return edit(flux, call, **dict(finish=None, kv_refresh=None) | config)
 
     out = run(quality=quality)
-    one_by_one = dict(stages=counts, mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh="bracket")
-    one_by_one |= dict(lock_text=True, draft="half" if quality == "fast" else "coarse")
+    one_by_one = dict(stages=counts, mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
+    fast = quality == "fast"
+    one_by_one |= dict(
+        draft="half" if fast else "coarse", kv_refresh="bracket" if fast else 2, coarse_refresh=counts[0]
+    )
     assert torch.equal(out.images, run(**one_by_one).images)
     # the mask that is given saves the draft of "fast"
     coarse = 0 if quality == "fast" else counts[0]

@@ -63,13 +63,15 @@ class Row:
     compiled: bool = False
 
 
-def rows_of_table(stock_steps: int, presets: Sequence[int], compiled: bool) -> list[Row]:
-    """What is run, in the order of its weight: where time is short the last ones are left out."""
+def rows_of_table(stock_steps: int, presets: Sequence[int], compiled: bool, guided: bool = False) -> list[Row]:
+    """What is run, in the order of its weight: where time is short the last ones are left out. guided: with true
+    guidance, under which qualities can have other steps."""
     from ..engine.config import SpecEditConfig
 
     tiers = [Row(name, 0, SpecEditConfig(quality=name, preserve="pixels")) for name in TIERS]
     tiers += [Row(f"preset {n}", 0, SpecEditConfig(preset=n, preserve="pixels")) for n in presets]
-    tiers = [Row(row.name, sum(row.config.step_counts()), row.config) for row in tiers]
+    used = [row.config.guided() if guided else row.config for row in tiers]
+    tiers = [Row(row.name, sum(config.step_counts()), row.config) for row, config in zip(tiers, used)]
     counts = dict.fromkeys([stock_steps, *(row.steps for row in tiers)])
     stock = [Row(_stock(n), n) for n in counts]
     last = [Row(f"{_stock(n)}, compiled", n, compiled=True) for n in counts if compiled]
@@ -451,7 +453,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     pipe = models.load_pipeline(getattr(specedit_kernels, f"SpecEdit{name}"), folder, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    rows = rows_of_table(arguments.steps or pipe.STEPS_OF_PLAIN, arguments.preset, arguments.compile)
+    guided = settings.get(pipe.TRUE_CFG, 1.0) > 1
+    rows = rows_of_table(arguments.steps or pipe.STEPS_OF_PLAIN, arguments.preset, arguments.compile, guided)
     place = _place(folder, name, device, dtype, arguments.seed) | {"settings": settings}
     cells = Cells(out, place)
     work = Run(Bench(pipe, settings, arguments.seed), cells, rows, edits, budget)

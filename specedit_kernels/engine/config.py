@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -33,13 +33,19 @@ LIGHTNING_SCHEDULE = {
 _LOCKED: dict[str, Any] = dict(mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(2, 2, 1), draft="half", coarse_refresh=2, kv_refresh="bracket", **_LOCKED),
-    "balanced": dict(stages=(3, 3, 2), draft="coarse", coarse_refresh=3, kv_refresh=2, **_LOCKED),
+    "balanced": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2, **_LOCKED),
     "best": dict(stages=(5, 3, 2), draft="coarse", coarse_refresh=5, kv_refresh=2, **_LOCKED),
     "paper": dict(
         preset=9, draft="coarse", mixed_from=None, solver="euler", finish="full", kv_refresh=1, lock_text=False,
         coarse_refresh=1,
     ),
 }  # fmt: skip
+# What differs under true guidance, whose two branches make a field that few steps from noise do not follow: measured
+# with the tiny Qwen editor (docs/choose.md). Only where a quality's own values are in use.
+GUIDED: dict[str, dict[str, Any]] = {
+    "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3, draft_guidance=False),
+    "best": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3),
+}
 DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
 UNSELECTED = ("source", "coarse")
@@ -175,6 +181,10 @@ class EditConfig:
         `sigmas_given`: whether it gives their sigmas too."""
         raise NotImplementedError
 
+    def guided(self) -> EditConfig:
+        """This config for a run with true guidance."""
+        return self
+
     def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
         """Of those steps, before the scheduler's shift; None: the plain pipeline's."""
         return None
@@ -201,9 +211,10 @@ class SpecEditConfig(EditConfig):
     Attributes:
         quality: sets finish where it is None, and where preset and stages are, the steps: their counts, mixed_from,
             solver, draft, coarse_refresh, kv_refresh and lock_text. "fast", "balanced", "best", or "paper", SpecEdit as
-            its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, docs/choose.md what each costs.
-            What is None is resolved when a config is made: make another by its fields, not by dataclasses.replace with
-            another quality, preset or stages, which keeps the rest of this one's.
+            its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, GUIDED those that "fast" and
+            "best" have under true guidance, docs/choose.md what each costs. What is None is resolved when a config is
+            made: make another by its fields, not by dataclasses.replace with another quality, preset or stages, which
+            keeps the rest of this one's.
         preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
             8 or 4 for step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of those.
@@ -352,6 +363,15 @@ class SpecEditConfig(EditConfig):
         coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))
         _, mixed, full = split_steps((0, mixed, full), steps - coarse)
         return coarse, mixed, full
+
+    def guided(self) -> SpecEditConfig:
+        own, others = QUALITIES[self.quality] | {"draft_guidance": True}, GUIDED.get(self.quality, {})
+        if self.preset is not None or self.stages is not None:
+            return self
+        if not others or any(getattr(self, name) != own[name] for name in others if name != "stages"):
+            return self
+        # all of them, since stages alone set others
+        return replace(self, **{name: getattr(self, name) for name in own if name != "stages"} | others)
 
     def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
         coarse, rest = counts[0], counts[1] + counts[2]

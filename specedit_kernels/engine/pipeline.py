@@ -324,6 +324,7 @@ class SpecEditMixin(Stock):
         if not isinstance(config, self.CONFIG):
             expected = f"{self.CONFIG.__name__}, None or a bool"
             raise TypeError(f"specedit: expected {expected}, got {type(config).__name__}")
+        config = config.guided() if self._guides(call) else config
         if call.output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
         if config.preserve == "pixels" and call.output_type == "latent":
@@ -524,12 +525,18 @@ class SpecEditMixin(Stock):
             return 1 if isinstance(call.prompt, str) else len(call.prompt)
         return call.prompt_embeds.shape[0]
 
+    def _negative_fields(self, call: Call) -> dict[str, Any]:
+        fields = self._text_fields(call, "negative_")
+        return fields if self._given(fields) else fields | {"prompt": self.NEGATIVE}
+
+    def _guides(self, call: Call) -> bool:
+        """Whether a call has true guidance."""
+        return call.true_cfg_scale > 1 and self._given(self._negative_fields(call))
+
     def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
         """The texts of a run: `positive`, and `negative` where there is true guidance. Names are Run's fields."""
-        fields, others = self._text_fields(call, ""), self._text_fields(call, "negative_")
-        if not self._given(others):
-            others["prompt"] = self.NEGATIVE
-        if not (self._given(others) and call.true_cfg_scale > 1):
+        fields, others = self._text_fields(call, ""), self._negative_fields(call)
+        if not self._guides(call):
             if call.true_cfg_scale > 1 and call.true_cfg_scale != self._default_of(self.TRUE_CFG):
                 self._say_once(
                     f"{self.TRUE_CFG} {call.true_cfg_scale:g} is without effect: no negative_prompt is given"

@@ -231,16 +231,16 @@ def _version(x: Tensor) -> tuple[int, int]:
     return id(x), -1 if x.is_inference() else x._version
 
 
-def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, bool]:
-    """(the tokens after the callback of a step of the main trajectory, whether that changed them or the text); the
-    solver restarts where it did."""
+def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, bool, bool]:
+    """(the tokens after the callback of a step of the main trajectory, whether that changed them, whether the text);
+    the solver restarts where it changed one of them."""
     before, text = _version(tokens), _version(run.positive.embeds)
     found = run.on_step(run.step, timestep, tokens)
     run.step += 1
-    changed = (_version(found), _version(run.positive.embeds)) != (before, text)
-    if changed:
+    changed = _version(found) != before, _version(run.positive.embeds) != text
+    if any(changed):
         solver.restart()
-    return found, changed
+    return found, *changed
 
 
 def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
@@ -309,8 +309,8 @@ def dense_steps(
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
         run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, passes=2 if guided else 1)
         if main:
-            tokens, changed = _called_back(run, solve, timestep, tokens)
-            age = 0 if changed else age
+            tokens, *changed = _called_back(run, solve, timestep, tokens)
+            age = 0 if any(changed) else age
         else:
             run.on_draft_step()
     if kept:
@@ -638,6 +638,8 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     kv_refresh="bracket": the first step alone computes the whole sequence, and one pass more ("bracket") at the last
     step's sigma. The other tokens' keys and values of an active step are interpolated between those two by its sigma.
     With solver="ab2" that pass's velocity is the first step's second one.
+
+    A step after a callback that changes the text is as the first one: nothing that was kept knows of that text.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(sigmas) - 1
@@ -646,27 +648,28 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         every = steps if bracket else 1
     at = _device_sigmas(sigmas, run.device)
     conditionings = run.timestep_conditioning(at[:-1] * 1000)
-    solve = Solver(run.config.solver)
+    solve, begun, anew = Solver(run.config.solver), 0, True
     for i in range(steps):
         if run.interrupted():
             continue
         timestep, slope = at[i] * 1000, None
         run.on_start(timestep)
-        if i % every == 0:
-            locked = lock and i > 0
+        begun = i if anew else begun
+        if anew or (i - begun) % every == 0:
+            locked, anew = lock and not anew, False
             velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
             run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
-            if bracket:
-                ahead = euler(state.tokens, velocity, at[-2] - at[0])
+            if bracket and i < steps - 1:
+                ahead = euler(state.tokens, velocity, at[-2] - at[i])
                 behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", sigmas[-2], state.lengths)
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
-                    slope = (behind.float() - velocity.float()) / (at[-2] - at[0])
+                    slope = (behind.float() - velocity.float()) / (at[-2] - at[i])
         else:
             if bracket:
-                weight = (at[0] - at[i]) / (at[0] - at[-2])
+                weight = (at[begun] - at[i]) / (at[begun] - at[-2])
                 for near, (far, between) in zip(state.layouts, state.brackets):
                     run.model.blend(between, near, far, weight)
             n = state.first
@@ -675,7 +678,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
             run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
-        state.tokens, _ = _called_back(run, solve, timestep, state.tokens)
+        state.tokens, _, anew = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
         kept = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
         run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, kept)

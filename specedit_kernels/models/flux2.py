@@ -483,10 +483,10 @@ class SpecEditFlux2KleinPipeline(_SpecEditFlux2Mixin, Flux2KleinPipeline):
     def _guidance(self, call: Call, device: torch.device, batch: int) -> None:
         return None
 
-    def _texts(self, call: Call, device: torch.device) -> dict[str, Any]:
-        if not self.do_classifier_free_guidance:
+    def _guides(self, call: Call) -> bool:
+        if self.config.is_distilled:
             call.true_cfg_scale = 1.0
-        return super()._texts(call, device)
+        return super()._guides(call)
 
 
 class SpecEditFlux2Pipeline(_SpecEditFlux2Mixin, Flux2Pipeline):

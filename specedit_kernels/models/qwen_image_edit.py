@@ -571,8 +571,8 @@ class FusedQwenModel(FusedQwenCodecModel, QwenImageEditModel):
 
     # the timesteps of the last call of `timestep_conditioning`, and what it gave
     _timestep_conditioning: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
-    # the same of `joined`, which every step asks
-    _joined: tuple[tuple[QwenText, ...], QwenText | None] = ((), None)
+    # the same of `joined`, which every step asks: (what it was made of, with versions; what it is)
+    _joined: tuple[tuple[tuple[QwenText, Tensor, int], ...], QwenText | None] = ((), None)
 
     @property
     def _block(self) -> Block:
@@ -581,9 +581,14 @@ class FusedQwenModel(FusedQwenCodecModel, QwenImageEditModel):
         return double_block if apart else compiled_block()
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
+        # a callback may give a text other embeddings, or write to these
+        now = tuple((x, x.embeds, -1 if x.embeds.is_inference() else x.embeds._version) for x in texts)
         before = self._joined[0]
-        if len(before) != len(texts) or any(a is not b for a, b in zip(before, texts)):
-            self._joined = tuple(texts), self._join(texts)
+        same = len(before) == len(now) and all(
+            a[0] is b[0] and a[1] is b[1] and a[2] == b[2] for a, b in zip(before, now)
+        )
+        if not same:
+            self._joined = now, self._join(texts)
         return self._joined[1]
 
     def _join(self, texts: Sequence[QwenText]) -> QwenText | None:

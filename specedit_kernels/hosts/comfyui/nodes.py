@@ -106,7 +106,6 @@ class SamplerNode(io.ComfyNode):
             preset=None if preset == LEFT else int(preset),
             finish=None if finish == LEFT else finish,
             kv_refresh=None if kv_refresh == LEFT else kv_refresh if kv_refresh == BRACKET else int(kv_refresh),
-            lock_text=False,  # ComfyUI's models compute the text in each call
             metric=metric,
             dilation=dilation,
             threshold=threshold or None,
