@@ -209,10 +209,12 @@ class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
     Attributes:
-        quality: sets finish and kv_refresh where they are None, and where preset and stages are, the steps: their
-            counts, mixed_from, solver, draft, coarse_refresh and lock_text. "fast", "balanced", "best", or "paper",
-            SpecEdit as its paper has it. QUALITIES has the values, GUIDED those that "fast" and "best" have under true
-            guidance, docs/choose.md what each costs.
+        quality: sets finish where it is None, and where preset and stages are, the steps: their counts, mixed_from,
+            solver, draft, coarse_refresh, kv_refresh and lock_text. "fast", "balanced", "best", or "paper", SpecEdit as
+            its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, GUIDED those that "fast" and
+            "best" have under true guidance, docs/choose.md what each costs. What is None is resolved when a config is
+            made: make another by its fields, not by dataclasses.replace with another quality, preset or stages, which
+            keeps the rest of this one's.
         preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
             8 or 4 for step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of those.
