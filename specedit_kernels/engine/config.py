@@ -358,11 +358,18 @@ class SpecEditConfig(EditConfig):
             return counts
         coarse, mixed, full = counts
         if not sigmas_given or self.mixed_from is None or not coarse or not mixed + full:
-            return split_steps(counts, steps)
+            return self._with_a_whole_last_step(split_steps(counts, steps))
         least = (mixed > 0) + (full > 0)
         coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))
         _, mixed, full = split_steps((0, mixed, full), steps - coarse)
-        return coarse, mixed, full
+        return self._with_a_whole_last_step((coarse, mixed, full))
+
+    def _with_a_whole_last_step(self, counts: tuple[int, int, int]) -> tuple[int, int, int]:
+        """With kv_refresh=2 the last of an odd number of mixed steps computes its whole sequence: a coarse step less
+        for a mixed one more, where that makes it odd."""
+        coarse, mixed, full = counts
+        renewed = self.kv_refresh == 2 and self.finish == "locked" and mixed > 0
+        return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else counts
 
     def guided(self) -> SpecEditConfig:
         own, others = QUALITIES[self.quality] | {"draft_guidance": True}, GUIDED.get(self.quality, {})
