@@ -18,12 +18,15 @@ _NUM_SMS = 132
 
 def _planner():
     try:
-        return importlib.import_module("._planner", __package__)
+        planner = importlib.import_module("._planner", __package__)
     except ImportError as error:
         raise RuntimeError(
             "the planner is not built: it needs Linux, a C++ compiler, pybind11 and ninja when specedit-kernels is "
             f"installed (pip install --no-build-isolation -e .): {error}"
         ) from None
+    if not hasattr(planner, "tile"):
+        raise RuntimeError(f"the planner is another version's build: build it again ({planner.__file__})")
+    return planner
 
 
 def _parse(text):
@@ -55,7 +58,7 @@ def describe(text, num_sms=None):
 
     Raises:
         ValueError: text or a number in it is not as described.
-        RuntimeError: the module specedit_kernels._planner is not built.
+        RuntimeError: the module specedit_kernels._planner is not built, or is another version's.
     """
     queries, keys, heads, head_dim = _parse(text)
     planner = _planner()

@@ -4,6 +4,7 @@
 import sys
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import planner
 import pytest
@@ -147,6 +148,12 @@ def test_describe(module):
 def test_a_text_that_is_no_call_is_refused(text):
     with pytest.raises(ValueError, match="expected QUERIESxKEYS"):
         _attention_plan.describe(text)
+
+
+def test_describe_says_that_the_planner_is_another_versions(monkeypatch):
+    monkeypatch.setitem(sys.modules, "specedit_kernels._planner", SimpleNamespace(__file__="a.so", TILE_Q=128))
+    with pytest.raises(RuntimeError, match=r"another version's build: build it again \(a\.so\)"):
+        _attention_plan.describe("128x128")
 
 
 def test_describe_says_that_the_planner_is_missing(monkeypatch):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank changes in calls: they are what merged weights give, to the thread that asked; adapters go on working."""
 
+import copy
 import functools
 import gc
 import threading
@@ -126,6 +127,40 @@ def test_merged_weights_give_what_the_change_adds_in_one_product(bias):
     del change
     gc.collect()
     assert copies.bytes == 0
+
+
+@torch.no_grad()
+def test_a_weight_that_is_back_and_was_written_meanwhile_is_merged_again():
+    torch.manual_seed(2)
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 4)])
+    own, x, copies = layers[0].weight, torch.randn(1, 4, 8), merged.MergedLinears()
+    first, second = change_of(layers), change_of(layers)
+
+    def run(change, copies):
+        with active(change, layers), merged.active(copies):
+            return linear_of_each(layers, x)[0].clone()
+
+    run(first, copies), run(second, copies)
+    layers[0].weight = torch.nn.Parameter(own * 2)
+    run(first, copies)  # the second has a copy of `own` still
+    own.mul_(3)
+    layers[0].weight = own
+    assert not copies.stale()
+    for change in (first, second):
+        torch.testing.assert_close(run(change, copies), run(change, None))
+
+
+@torch.no_grad()
+def test_a_deep_copy_is_changed_once():
+    model, x = small(), torch.randn(3, 8).double()
+    change = change_of(model)
+    with active(change, model):
+        expected = model(x)
+    copied = copy.deepcopy(model)
+    with active(change, copied):
+        torch.testing.assert_close(copied(x), expected)
+    detach(list(copied))
+    assert [len(m._forward_hooks) for m in (*copied, *model)] == [0, 0, 0, 1, 0, 1]
 
 
 def test_layers_that_are_more_than_a_weight_are_not_merged():

@@ -365,6 +365,14 @@ def test_other_dtypes_and_autocast_are_called(random, calls, name):
         assert fused.weight_of(layer, x) is None
 
 
+@pytest.mark.parametrize("name", ["int8", "e4m3"])
+def test_a_bias_of_another_dtype_is_torchaos_to_add(random, name):
+    """`to` of another dtype moves the bias alone."""
+    layer, x = made(ALONE[name]).float(), random(3, 64, dtype=torch.bfloat16)
+    assert (layer.weight.dtype, layer.bias.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(fused.linear(layer, x), layer(x))
+
+
 # whole edits
 
 

@@ -692,6 +692,7 @@ def test_max_area_is_that_of_source_and_output(edit, plus, monkeypatch):
         (dict(image=[tiny_image(), tiny_image()]), ValueError, "image: expected 1 or as many"),
         (dict(image=tiny_image().convert("L")), ValueError, "image: expected pictures with 3 channels .* got 1 "),
         (dict(specedit="fast"), TypeError, "specedit: expected SpecEditConfig"),
+        (dict(true_cfg_scale="4"), TypeError, "true_cfg_scale: expected a number, got str"),
         (dict(specedit=paper(stages=(0, 2, 2))), ValueError, "draft: 'coarse' needs at least one coarse step"),
         (dict(latents=torch.zeros(1, 3, 64)), ValueError, r"latents: expected \(1, 64, 64\)"),
         (dict(generator=[seeded(), seeded()]), ValueError, "generator: expected 1 generators"),

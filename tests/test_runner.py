@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a runner keeps and forgets, when steps stay eager, and on a GPU that a replayed step is what it stands for."""
 
+import copy
 import logging
 
 import pytest
@@ -79,6 +80,17 @@ def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed)
     assert steps.captures == 2
     call(steps, 3, buffers="a")
     assert steps.captures == 3
+
+
+def test_a_deep_copy_keeps_nothing(stubbed):
+    steps = StepRunner("graph", graphs=2)
+    steps.buffers("a", 2, (1, 7, 2, 4), torch.float32, torch.device("cpu"))
+    call(steps, 3)
+    copied = copy.deepcopy(steps)
+    assert (copied.name, copied.buffer_bytes, copied.graph_bytes, copied.captures) == ("graph", 0, 0, 0)
+    for size in (3, 4, 5):
+        call(copied, size)
+    assert copied.graph_bytes == 3 * 100 + 2 * 10 and steps.captures == 1
 
 
 def test_a_captured_picture_lies_as_the_given_one():

@@ -201,6 +201,13 @@ def test_options():
     assert config.step_counts() == (2, 2, 1) and config.step_counts(10) == (4, 4, 2)
     assert config.step_counts(18, sigmas_given=True) == (4, 9, 5)
     assert config.step_counts(3, sigmas_given=True) == (1, 1, 1)
+    # every second mixed step is whole, the last one too
+    best = SpecEditConfig(quality="best")
+    for given in (False, True):
+        for steps in range(4, 41):
+            counts = best.step_counts(steps, given)
+            assert sum(counts) == steps and (sum(counts[1:]) % 2 == 1 or counts[0] == 1), (steps, counts)
+    assert SpecEditConfig(quality="fast").step_counts(12) == (5, 5, 2)
     assert SpecEditConfig(stages=(0, 5, 1), mixed_from=0.5).sigmas((0, 5, 1)) is None
     for quality in ("fast", "balanced", "best", "paper"):
         config = SpecEditConfig(quality=quality)

@@ -209,10 +209,12 @@ class SpecEditConfig(EditConfig):
     """Options of a SpecEdit run. Every wrong value raises ValueError or TypeError that names the field.
 
     Attributes:
-        quality: sets finish and kv_refresh where they are None, and where preset and stages are, the steps: their
-            counts, mixed_from, solver, draft, coarse_refresh and lock_text. "fast", "balanced", "best", or "paper",
-            SpecEdit as its paper has it. QUALITIES has the values, GUIDED those that "fast" and "best" have under true
-            guidance, docs/choose.md what each costs.
+        quality: sets finish where it is None, and where preset and stages are, the steps: their counts, mixed_from,
+            solver, draft, coarse_refresh, kv_refresh and lock_text. "fast", "balanced", "best", or "paper", SpecEdit as
+            its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, GUIDED those that "fast" and
+            "best" have under true guidance, docs/choose.md what each costs. What is None is resolved when a config is
+            made: make another by its fields, not by dataclasses.replace with another quality, preset or stages, which
+            keeps the rest of this one's.
         preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
             8 or 4 for step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of those.
@@ -356,11 +358,18 @@ class SpecEditConfig(EditConfig):
             return counts
         coarse, mixed, full = counts
         if not sigmas_given or self.mixed_from is None or not coarse or not mixed + full:
-            return split_steps(counts, steps)
+            return self._with_a_whole_last_step(split_steps(counts, steps))
         least = (mixed > 0) + (full > 0)
         coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))
         _, mixed, full = split_steps((0, mixed, full), steps - coarse)
-        return coarse, mixed, full
+        return self._with_a_whole_last_step((coarse, mixed, full))
+
+    def _with_a_whole_last_step(self, counts: tuple[int, int, int]) -> tuple[int, int, int]:
+        """With kv_refresh=2 the last of an odd number of mixed steps computes its whole sequence: a coarse step less
+        for a mixed one more, where that makes it odd."""
+        coarse, mixed, full = counts
+        renewed = self.kv_refresh == 2 and self.finish == "locked" and mixed > 0
+        return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else counts
 
     def guided(self) -> SpecEditConfig:
         own, others = QUALITIES[self.quality] | {"draft_guidance": True}, GUIDED.get(self.quality, {})

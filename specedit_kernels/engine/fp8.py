@@ -58,11 +58,10 @@ class Factor(NamedTuple):
 
 @dataclass(frozen=True)
 class _Packed:
-    """A copy. factor: weights of layers that take the same rows, concatenated. places: addresses of the layers' own
-    weights."""
+    """A copy. factor: weights of layers that take the same rows, concatenated. looked: `Written.look`'s of then."""
 
     factor: Factor
-    places: list[int]
+    looked: Looked
 
 
 class _OfRows(NamedTuple):
@@ -98,16 +97,29 @@ def _sample(layers: Iterable[Any]) -> Tensor:
     return torch.cat(found)
 
 
+class Looked(NamedTuple):
+    """Of layers' weights when they were looked at. at: their addresses. sample: some of their elements."""
+
+    at: list[int]
+    sample: Tensor
+
+
 class Written:
     """Whether weights were written in place since they were looked at, however many copies are made of each."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[torch.nn.Module, ...], tuple[list[int], Tensor]] = {}
+        self._seen: dict[tuple[torch.nn.Module, ...], Looked] = {}
 
-    def look(self, layers: tuple[torch.nn.Module, ...], at: list[int]) -> None:
+    def look(self, layers: tuple[torch.nn.Module, ...], at: list[int]) -> Looked:
         """A copy is made of these layers' weights, which lie `at` these places."""
-        if layers not in self._seen or self._seen[layers][0] != at:
-            self._seen[layers] = at, _sample(layers)
+        if layers not in self._seen or self._seen[layers].at != at:
+            self._seen[layers] = Looked(at, _sample(layers))
+        return self._seen[layers]
+
+    def serves(self, looked: Looked, layers: tuple[torch.nn.Module, ...], at: list[int]) -> bool:
+        """Whether a copy made at that look is one of weights that lie `at` these places and are looked after. Weights
+        that others replaced for a while, and that are back, are not."""
+        return looked.at == at and self._seen.get(layers) is looked
 
     def found(self) -> bool:
         """Whether one was. Those that lie elsewhere now do not count. Waits for the device, once."""
@@ -217,18 +229,17 @@ class Fp8Linears:
         found, reason = copies.get(layers), ""
         if any(hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer) for layer in layers):
             reason = "a layer has hooks or a forward of its own"
-        elif found is not None and found.places == places(layers):
+        elif found is not None and self._written.serves(found.looked, layers, places(layers)):
             return [found.factor]
         reason = reason or _refuses(layers)
         if reason:
             self.refused.setdefault(reason, set()).update(layers)
             return None
-        found = copies[layers] = self._pack(layers, change)
-        self._written.look(layers, found.places)
+        found = copies[layers] = _Packed(self._pack(layers, change), self._written.look(layers, places(layers)))
         return [found.factor]
 
     @staticmethod
-    def _pack(layers: tuple[Any, ...], change: LowRankChange | None) -> _Packed:
+    def _pack(layers: tuple[Any, ...], change: LowRankChange | None) -> Factor:
         with torch.no_grad():
             weights = [x.weight if change is None else change.weight_of(x) for x in layers]
             rows = [Rows(*ops.quantize_fp8(weight.detach())) for weight in weights]
@@ -237,7 +248,7 @@ class Fp8Linears:
             scale = torch.cat([x.scale for x in rows]).t().contiguous()
             bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
             dtype = layers[0].weight.dtype
-            return _Packed(Factor(weight, scale, bias, dtype), places(layers))
+            return Factor(weight, scale, bias, dtype)
 
     def stale(self) -> bool:
         """Whether a weight was written in place since it was converted (fuse_lora does that). Waits for the device."""

@@ -73,6 +73,7 @@ class LowRankChange:
                 raise ValueError(f"expected a linear layer {name} of {expected}, got {got}")
             self._names[layer] = name
             if layer not in _HOOKED:
+                _unhook(layer)  # a deep copy has the hook of the layer that it is of
                 _HOOKED[layer] = layer.register_forward_hook(add_change)
         if any(getattr(module, "fused_projections", False) for module in each_module(transformer)):
             raise ValueError(
@@ -199,6 +200,11 @@ def active(change: LowRankChange | None, transformer: torch.nn.Module | None) ->
 def detach(layers: Sequence[torch.nn.Module]) -> None:
     """Take the hooks off these modules."""
     for layer in layers:
-        handle = _HOOKED.pop(layer, None)
-        if handle is not None:
-            handle.remove()
+        _HOOKED.pop(layer, None)
+        _unhook(layer)
+
+
+def _unhook(layer: torch.nn.Module) -> None:
+    hooks = layer._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is add_change]:
+        del hooks[key]

@@ -26,12 +26,12 @@ from .low_rank import LowRankChange, active_change
 
 @dataclass(frozen=True)
 class _Merged:
-    """Of layers that take the same rows. weight: [sum of outputs, in]; bias: [sum of outputs] or None. places:
-    addresses of the layers' own."""
+    """Of layers that take the same rows. weight: [sum of outputs, in]; bias: [sum of outputs] or None. looked:
+    `fp8.Written.look`'s of then."""
 
     weight: Tensor
     bias: Tensor | None
-    places: list[int]
+    looked: fp8.Looked
 
 
 class MergedLinears:
@@ -54,10 +54,9 @@ class MergedLinears:
         if change is None or not any(change.changes(layer) for layer in layers):
             return None
         copies = self._of.setdefault(change, {})
-        found, places = copies.get(layers), fp8.places(layers)
-        if found is None or found.places != places:
-            found = copies[layers] = _merge(layers, change, places)
-            self._written.look(layers, places)
+        found, at = copies.get(layers), fp8.places(layers)
+        if found is None or not self._written.serves(found.looked, layers, at):
+            found = copies[layers] = _Merged(*_merge(layers, change), self._written.look(layers, at))
         return found.weight, found.bias
 
     def stale(self) -> bool:
@@ -70,14 +69,14 @@ class MergedLinears:
         self._written.clear()
 
 
-def _merge(layers: Sequence[Any], change: LowRankChange, places: list[int]) -> _Merged:
+def _merge(layers: Sequence[Any], change: LowRankChange) -> tuple[Tensor, Tensor | None]:
     first = layers[0].weight
     with torch.inference_mode(False), torch.no_grad():
         weight = first.new_empty(sum(len(x.weight) for x in layers), first.shape[1])
         for part, layer in zip(weight.split([len(x.weight) for x in layers]), layers):
             part.copy_(change.weight_of(layer))
         bias = None if layers[0].bias is None else torch.cat([x.bias for x in layers])
-    return _Merged(weight, bias, places)
+    return weight, bias
 
 
 _ACTIVE: ContextVar[MergedLinears | None] = ContextVar("specedit_merged", default=None)

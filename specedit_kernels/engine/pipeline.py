@@ -42,7 +42,7 @@ from ._diffusers import (
 )
 from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
-from .config import RUNNERS, EditConfig, SpecEditConfig
+from .config import RUNNERS, EditConfig, SpecEditConfig, _number
 from .model import EditModel, Text
 from .native import refine
 from .output import SpecEditPipelineOutput, SpecEditStats, StageClock
@@ -277,6 +277,8 @@ class SpecEditMixin(Stock):
         bound.apply_defaults()
         call = Call(**ABSENT | bound.arguments)
         call.true_cfg_scale = bound.arguments.get(self.TRUE_CFG, 1.0)
+        if self.TRUE_CFG:
+            _number(self.TRUE_CFG, call.true_cfg_scale, float("-inf"), float("inf"))
         with _one_call(unwrapped(self.transformer)):
             return self._specedit(call)
 

@@ -101,11 +101,13 @@ def made(layer: Any) -> Made | None:
         if found is None or found.dynamic:
             return None
         dtype = layer.weight.dtype
-        return Made(dtype, functools.partial(ops.dequantize, found.data, dtype, scale=found.scale))
-    read = _READ.get((type(layer).__module__, type(layer).__name__))
-    if read is None or hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer):
-        return None
-    weight, bias = read(layer), layer.bias
+        weight: Made | None = Made(dtype, functools.partial(ops.dequantize, found.data, dtype, scale=found.scale))
+    else:
+        read = _READ.get((type(layer).__module__, type(layer).__name__))
+        if read is None or hooked(vars(layer), OWN_HOOKS) or foreign_forward(layer):
+            return None
+        weight = read(layer)
+    bias = layer.bias
     if weight is None or weight.dtype not in _FLOATS:
         return None
     # the sum is in the product's dtype

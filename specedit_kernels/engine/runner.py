@@ -296,6 +296,10 @@ class StepRunner:
         self.linears = fp8.Fp8Linears()
         self.merged = merged.MergedLinears()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepRunner:
+        """An empty one: what is kept belongs to weights where they lie, and a copied model's lie elsewhere."""
+        return StepRunner(self.name, self._limit)
+
     @property
     def mode(self) -> str:
         """The name, or "fused" since a capture failed."""
