@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` edits a picture, `make test` passes the tests. All targets make .venv first; nothing outside it is changed.
-# `make test-fast`: the tests but those marked slow. `make lint`, `make docs`: what they check is in pyproject.toml, mkdocs.yml.
+# `make test-fast`: the tests but those marked slow; `make test-full`: all combinations (tests/combinations.py).
+# `make lint`, `make docs`: what they check is in pyproject.toml, mkdocs.yml.
 
 PYTHON ?= python3
 # Installed where PYTHON has no torch of its own; a torch that is there (a CUDA one, say) is used as it is.
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASSETS := specedit_kernels/assets
 
-.PHONY: demo test test-fast ruff lint docs clean
+.PHONY: demo test test-fast test-full ruff lint docs clean
 
 demo: $(VENV)/installed
 	mkdir -p $(OUT)
@@ -24,6 +25,9 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-full: export SPECEDIT_TEST_ALL = 1
+test-full: test
 
 ruff: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build: what an installation contains, with and without the optional extensions; what a second build does."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -48,9 +49,15 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the sources without build products, so that building leaves the checkout alone."""
+    copy = tmp_path_factory.mktemp("source")
+    _copy_sources(copy)
+    return copy
+
+
+def _copy_sources(copy):
     if not (ROOT / "setup.py").exists():
         pytest.skip("the tests run from an installed package, without the sources")
-    copy = tmp_path_factory.mktemp("source")
+    copy.mkdir(exist_ok=True)
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, copy)
@@ -59,7 +66,6 @@ def source(tmp_path_factory):
     for name in _FOLDERS:
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, copy / name, ignore=ignore, copy_function=_copy)
-    return copy
 
 
 def _copy(path, target):
@@ -230,18 +236,43 @@ def test_unknown_build_choice_is_refused(source, switch):
 
 
 @pytest.fixture(scope="module")
-def extension(source, tmp_path_factory):
-    """The extension, compiled into a temporary folder."""
+def compiled(tmp_path_factory):
+    """The folder of one build of the extension and of the sources it is made of, for all test processes of a run."""
     if _nvcc() is None or _ninja() is None:
         pytest.skip("needs nvcc and ninja")
-    target = tmp_path_factory.mktemp("extension")
-    _build(source, target)
-    return target / "specedit_kernels" / "_C.abi3.so"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    with _alone(folder):
+        if not (folder / "done").exists():
+            # what a build that failed in another process has left
+            shutil.rmtree(folder / "source", ignore_errors=True)
+            _copy_sources(folder / "source")
+            _build(folder)
+            (folder / "done").touch()
+    return folder
 
 
-def _build(source, target):
-    command = ["build_ext", "--build-lib", target, "--build-temp", target / "objects"]
-    return _run(sys.executable, "setup.py", *command, cwd=source, SPECEDIT_BUILD_CUDA="1", SPECEDIT_BUILD_PLANNER="0")
+@pytest.fixture(scope="module")
+def extension(compiled):
+    """The extension, compiled into a temporary folder."""
+    return compiled / "specedit_kernels" / "_C.abi3.so"
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """No other test process is in a block of the same folder. The lock of one that ended is free."""
+    import fcntl
+
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder):
+    command = ["build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
+    switches = dict(SPECEDIT_BUILD_CUDA="1", SPECEDIT_BUILD_PLANNER="0")
+    return _run(sys.executable, "setup.py", *command, cwd=folder / "source", **switches)
 
 
 def _ninja():
@@ -249,25 +280,26 @@ def _ninja():
     return str(beside) if beside.exists() else shutil.which("ninja")
 
 
-def test_second_build_does_nothing(source, extension):
-    before = extension.stat().st_mtime_ns
-    out = _build(source, extension.parents[1])
-    assert "no work to do" in out
-    assert extension.stat().st_mtime_ns == before
+def test_second_build_does_nothing(compiled, extension):
+    with _alone(compiled):
+        before = extension.stat().st_mtime_ns
+        out = _build(compiled)
+        assert "no work to do" in out
+        assert extension.stat().st_mtime_ns == before
 
 
-def test_changed_header_rebuilds_its_units_alone(source, extension):
+def test_changed_header_rebuilds_its_units_alone(compiled):
     """What ninja would do, without doing it."""
-    header = source / "csrc" / "select_tokens" / "select_tokens.h"
-    before = header.stat()
-    folder = extension.parents[1] / "objects" / "specedit_kernels._C"
-    try:
-        os.utime(header)
-        plan = _run(_ninja(), "-n", "-C", folder, cwd=source)
-    finally:
-        os.utime(header, ns=(before.st_atime_ns, before.st_mtime_ns))
-    compiled = set(re.findall(r"compile \S*/csrc/(\S+)", plan))
-    assert compiled == {"registration.cpp", "select_tokens/select_tokens.cu"}
+    header = compiled / "source" / "csrc" / "select_tokens" / "select_tokens.h"
+    with _alone(compiled):
+        before = header.stat()
+        try:
+            os.utime(header)
+            plan = _run(_ninja(), "-n", "-C", compiled / "objects" / "specedit_kernels._C", cwd=compiled)
+        finally:
+            os.utime(header, ns=(before.st_atime_ns, before.st_mtime_ns))
+    units = set(re.findall(r"compile \S*/csrc/(\S+)", plan))
+    assert units == {"registration.cpp", "select_tokens/select_tokens.cu"}
     assert "link " in plan
 
 
@@ -295,9 +327,9 @@ def test_builds_compare_by_their_machine_code(extension, monkeypatch, capsys):
     assert "other: only in " in capsys.readouterr().out
 
 
-def test_extension_registers_in_the_namespace_that_setup_passes(extension, tmp_path):
+def test_extension_registers_in_the_namespace_that_setup_passes(compiled, tmp_path):
     """A copy of the package with another namespace can have an extension of its own: one macro names it."""
-    folder = extension.parents[1] / "objects" / "specedit_kernels._C"
+    folder = compiled / "objects" / "specedit_kernels._C"
     commands = _run(_ninja(), "-C", folder, "-t", "commands", cwd="/").splitlines()
     (command,) = (line for line in commands if "registration.cpp.o.d" in line)
     name = _ops.add_op_namespace_prefix("").removesuffix("::")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op keeps because of how it is registered: gradients, versions, written tensors, copies of the package."""
 
+import copy
 import inspect
 import itertools
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import clone, samples
+from test_ops import clone, made
 from torch.autograd import forward_ad
 
 import specedit_kernels
@@ -23,7 +24,7 @@ PACKAGE = Path(specedit_kernels.__file__).parent
 def one_call_each(device):
     """{op's name: (overload, args, kwargs)}: the first fp32 call of each op that has rows."""
     calls = {}
-    for op, args, kwargs in samples(device):
+    for op, args, kwargs in made(device):
         if all(x.numel() for x in args if isinstance(x, torch.Tensor)):
             calls.setdefault(op.__name__, (op.default, args, kwargs))
     return calls
@@ -44,13 +45,14 @@ def call(request, device):
 
     def make(name):
         op, args, kwargs = one_call_each(device)[name]
-        return op, list(clone(args)), dict(kwargs)
+        args, kwargs = copy.deepcopy((args, kwargs))
+        return op, list(args), kwargs
 
     return make
 
 
 def test_every_op_is_here():
-    assert set(one_call_each("cpu")) == set(NAMES)
+    assert set(one_call_each(torch.device("cpu"))) == set(NAMES)
     assert IN_PLACE == [(name, argument) for name in NAMES if name.endswith("_") for argument in WRITTEN[name]]
     assert len(IN_PLACE) == 11
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from budget import assert_within_budget
+from combinations import ALL
 
 from specedit_kernels.reference.mixed_res_attn import mixed_res_attn as reference
 
@@ -138,7 +139,7 @@ def test_the_oracle_is_the_definition(random):
                 assert abs(float(lse[b, h, i]) - math.log(total)) < 1e-12
 
 
-@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 999), (7, 7), (99, 127), (127, 99), (999, 1), (130, 300)])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 397), (7, 7), (99, 127), (127, 99), (397, 1), (130, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_odd_lengths(backend, poison, random, device, queries, keys, dtype):
     q, k, v = qkv(random, device, 1, queries, keys, 2, 64, dtype=dtype)
@@ -172,10 +173,10 @@ def test_arbitrary_bias(backend, poison, random, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_mask_of_any_size_removes_keys(backend, poison, random, device, dtype, mask):
     """As if they were not there: also the first keys, and whatever the dtype of q can hold."""
-    q, k, v = qkv(random, device, 1, 70, 400, 2, 64, dtype=dtype)
-    bias = random(1, 400).to(device)
-    kept = torch.arange(400, device=device) % 3 > 0
-    kept[:190] = False
+    q, k, v = qkv(random, device, 1, 35, 300, 2, 64, dtype=dtype)
+    bias = random(1, 300).to(device)
+    kept = torch.arange(300, device=device) % 3 > 0
+    kept[:140] = False
     bias[:, ~kept] = mask
     out, lse = check(q, k, v, key_bias=bias)
     rest, rest_lse = torch.ops.specedit.mixed_res_attn(
@@ -204,11 +205,15 @@ FAR = [-1e2, -1e4, -1e9, -3e38, torch.finfo(torch.float32).min, -INF, 1e4, 1e9, 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["alike", "mixed", "rising", "first"])
 @pytest.mark.parametrize("far", FAR, ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_biases_of_any_size(backend, poison, random, device, dtype, dim, far, order):
+def test_biases_of_any_size(backend, poison, random, device, dtype, far, order):
     """The softmax of the scores as fp32 holds them: beside a bias of 1e9 it holds no more than steps of 64."""
-    q, k, v = qkv(random, device, 1, 20, 300, 2, dim, dtype=dtype)
+    for dim in [64, 128] if ALL else [64 if (FAR.index(far) + len(order)) % 2 else 128]:
+        _far(*qkv(random, device, 1, 20, 300, 1, dim, dtype=dtype), far, order)
+
+
+def _far(q, k, v, far, order):
+    dtype, device, dim = q.dtype, q.device, q.shape[-1]
     bias = far_biases(far, order, 300).to(device)
     out, lse = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
     score = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * dim**-0.5 + bias.double()
@@ -306,7 +311,8 @@ def test_gather_of_rows(backend, poison, random, integers, device):
 def test_keys_that_many_tiles_of_queries_gather(backend, poison, random, integers, device, dim, dtype, with_lens):
     """So many that the CUDA kernel has them gathered before it: 8 heads a key head, 3 tiles of 128 queries."""
     batch = 2 if with_lens else 1
-    q, k, v = (random(batch, n, h, dim, dtype=dtype, device=device) for n, h in ((270, 8), (90, 1), (90, 1)))
+    queries = (270, 8) if device.type == "cuda" else (70, 3)
+    q, k, v = (random(batch, n, h, dim, dtype=dtype, device=device) for n, h in (queries, (90, 1), (90, 1)))
     index = integers(-1, 90, (batch, 141), device)
     if with_lens:
         check(q, k, v, kv_index=index, kv_lens=torch.tensor([140, 31], dtype=torch.int32, device=device))
@@ -423,7 +429,7 @@ def test_zero_sizes(backend, poison, device, zero):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_packed_is_padded(backend, poison, random, device, lens, dtype):
     q_lens, k_lens = lens
-    q, k, v = qkv(random, device, 1, sum(q_lens) + 4, sum(k_lens) + 4, 4, 64, 2, dtype=dtype)
+    q, k, v = qkv(random, device, 1, sum(q_lens) + 4, sum(k_lens) + 4, 2, 64, 1, dtype=dtype)
     q, k, v = q[0], k[0], v[0]
     bias = random(k.shape[0], device=device)
 
@@ -433,7 +439,7 @@ def test_packed_is_padded(backend, poison, random, device, lens, dtype):
     cu_q, cu_k = starts(q_lens), starts(k_lens)
     call = dict(key_bias=bias, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max(q_lens), max_seqlen_k=max(k_lens))
     out, lse = torch.ops.specedit.mixed_res_attn(q, k, v, **call)
-    assert out.shape == q.shape and lse.shape == (4, q.shape[0])
+    assert out.shape == q.shape and lse.shape == (2, q.shape[0])
     want_out, want_lse = oracle(q, k, v, **call)
     for b in range(len(q_lens)):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
@@ -487,8 +493,8 @@ def test_scatter_into_a_strided_buffer(backend, random, device):
 
 @pytest.mark.slow
 def test_deterministic(backend, random, device):
-    q, k, v = qkv(random, device, 1, 130, 700, 2, 64, dtype=torch.float16)
-    bias = random(1, 700, device=device)
+    q, k, v = qkv(random, device, 1, 130, 300, 2, 64, dtype=torch.float16)
+    bias = random(1, 300, device=device)
     first = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)
     for _ in range(3):
         again = torch.ops.specedit.mixed_res_attn(q, k, v, key_bias=bias)

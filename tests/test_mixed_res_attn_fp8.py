@@ -89,7 +89,7 @@ def multiplicities(batch, keys, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 999), (7, 7), (99, 127), (127, 99), (999, 1), (130, 300)])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 397), (7, 7), (99, 127), (127, 99), (397, 1), (130, 200)])
 def test_odd_lengths(backend, dim, poison, random, device, queries, keys):
     call = factors(random, device, 1, queries, keys, 2, dim)
     check(*call, key_bias=multiplicities(1, keys, device))
@@ -108,7 +108,7 @@ def test_head_dimensions(backend, poison, random, device, dim):
 @pytest.mark.parametrize("k_rows", [False, True])
 @pytest.mark.parametrize("v_rows", [False, True])
 def test_scales_by_row_and_by_head(backend, dim, poison, random, integers, device, q_rows, k_rows, v_rows):
-    call = factors(random, device, 2, 40, 150, 4, dim, 2, q_rows, k_rows, v_rows)
+    call = factors(random, device, 2, 40, 150, 2, dim, 1, q_rows, k_rows, v_rows)
     bias = random(2, 150).to(device)
     check(*call, key_bias=bias)
     check(*call)
@@ -178,7 +178,7 @@ def with_nan_beyond(v):
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 128, 190, 256, 300])
 def test_values_in_panels(backend, dim, poison, random, integers, device, keys):
-    q, k, v, *scales = factors(random, device, 2, 50, keys, 4, dim, 2)
+    q, k, v, *scales = factors(random, device, 2, 35, keys, 2, dim, 1)
     panels, bias = with_nan_beyond(v), random(2, keys).to(device)
     a, b = op(q, k, v, *scales), check(q, k, panels, *scales)
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)

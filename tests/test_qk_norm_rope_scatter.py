@@ -3,6 +3,7 @@ import pytest
 import torch
 from budget import assert_within_budget
 from calls import distinct_rows, launches
+from combinations import pairwise
 
 from specedit_kernels._panels import PANEL, in_panels, of_panels
 from specedit_kernels.reference.qk_norm_rope_scatter import qk_norm_rope_scatter_ as reference
@@ -433,10 +434,13 @@ def check_fp8(random, device, batch, rows, heads, kv_heads, dim, dtype, apart, o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("apart", [0, 16])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, heads, kv_heads, dim", [(1, 2, 2, 8), (37, 3, 3, 128), (70, 4, 2, 16), (5, 6, 2, 48)])
-def test_in_e4m3(backend, poison, random, device, rows, heads, kv_heads, dim, dtype, apart):
+@pytest.mark.parametrize(
+    "shape, dtype, apart",
+    pairwise([(1, 2, 2, 8), (37, 3, 3, 128), (70, 4, 2, 16), (5, 6, 2, 48)], DTYPES, [0, 16]),
+    ids=str,
+)
+def test_in_e4m3(backend, poison, random, device, shape, dtype, apart):
+    rows, heads, kv_heads, dim = shape
     weights = [random(dim, dtype=dtype, device=device) for _ in range(2)]
     given = dict(q_weight=weights[0], k_weight=weights[1])
     check_fp8(random, device, 2, rows, heads, kv_heads, dim, dtype, apart, rows + 3, **given)

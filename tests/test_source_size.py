@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from combinations import ALL
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -130,7 +131,9 @@ def test_several_pictures_of_several_sizes(pipe):
 
 
 @pytest.mark.parametrize(
-    "size", [(1, 1), (1, 40), (37, 2000), pytest.param((8000, 6000), marks=pytest.mark.slow)], ids=str
+    "size",
+    [(1, 1), (1, 40), (37, 2000), pytest.param((8000, 6000) if ALL else (4000, 3000), marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_sizes(pipe, size):
     source = noise((size[1], size[0], 3), np.uint8)

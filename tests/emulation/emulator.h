@@ -26,6 +26,7 @@ constexpr int kSharedBytes = 232448;
 constexpr int kWarp = 32;
 constexpr int kStackBytes = 128 * 1024;
 constexpr int kMaxIdleTurns = 3000;  // turns of the scheduler without any progress that count as a deadlock
+constexpr int kIdleTurns = 16;  // so many, and all but the slow warp are waiting: they are asked each 64th turn only
 
 struct Fiber {
   jmp_buf at;
@@ -161,7 +162,8 @@ inline void run_block(int threads, std::function<void()> block, int slow_warp, i
     std::shuffle(order.begin(), order.end(), random_engine);
     for (int warp : order) {
       const bool skipped = warp == slow_warp ? random_engine() % slowness != 0 : random_engine() % 5 == 0;
-      if (skipped) continue;
+      const bool is_waiting = warp != slow_warp && progress == seen && idle >= kIdleTurns && idle % 64 != 0;
+      if (skipped || is_waiting) continue;
       for (int fiber = warp * kWarp; fiber < (warp + 1) * kWarp; ++fiber) {
         if (!fibers[fiber].done) resume(fiber);
         if (!failure.empty()) throw std::runtime_error(failure);

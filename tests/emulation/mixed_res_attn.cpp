@@ -444,7 +444,7 @@ void run(Problem<T, D>& problem, int slow_warp) {
 }
 
 template <typename T, int D>
-emulation::Outcome outcome_of(const Case& c, int seed, int slow_warp) {
+emulation::Outcome outcome_of_compiled(const Case& c, int seed, int slow_warp) {
   std::mt19937 random(seed);
   emulator::random_engine.seed(seed + 1);
   Problem<T, D> problem(c, random);
@@ -460,6 +460,15 @@ emulation::Outcome outcome_of(const Case& c, int seed, int slow_warp) {
   char text[100];
   std::snprintf(text, sizeof(text), "error %.1e, other rows %s, %d splits", error, rest ? "right" : "wrong", num_splits);
   return {error < 0.02 && rest && (num_splits > 0) == c.split, text};
+}
+
+template <typename T, int D>
+emulation::Outcome outcome_of(const Case& c, int seed, int slow_warp) {
+  if constexpr (!is_compiled<T, D, false>() && !is_compiled<T, D, true>()) {
+    throw std::invalid_argument("this instance of the kernel is not compiled");
+  } else {
+    return outcome_of_compiled<T, D>(c, seed, slow_warp);
+  }
 }
 
 }  // namespace
