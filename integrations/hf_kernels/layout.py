@@ -32,7 +32,7 @@ VERSION = 1  # of the kernel's interface, as get_kernel(..., version=1) asks for
 PACKAGE = NAME.replace("-", "_")
 # What the ops are made of; all else of the package serves pipelines.
 FOLDERS = {"ops": "specedit_kernels/ops", "reference": "specedit_kernels/reference", "triton_kernels": "triton_kernels"}
-FILES = ("_attention_plan.py", "_extension.py", "_panels.py", "_words.py", "py.typed")
+FILES = ("_attention_plan.py", "_extension.py", "_gguf.py", "_panels.py", "_words.py", "py.typed")
 EXTENSION = "_C.abi3.so"
 
 OPS = '''# SPDX-License-Identifier: Apache-2.0

@@ -366,9 +366,10 @@ class SpecEditConfig(EditConfig):
 
     def _with_a_whole_last_step(self, counts: tuple[int, int, int]) -> tuple[int, int, int]:
         """With kv_refresh=2 the last of an odd number of mixed steps computes its whole sequence: a coarse step less
-        for a mixed one more, where that makes it odd."""
+        for a mixed one more, where that makes a quality's odd."""
         coarse, mixed, full = counts
         renewed = self.kv_refresh == 2 and self.finish == "locked" and mixed > 0
+        renewed = renewed and self.stages is None and self.preset is None
         return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else counts
 
     def guided(self) -> SpecEditConfig:

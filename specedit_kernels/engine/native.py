@@ -115,7 +115,7 @@ def _denoise(run: Run, index: int, first: Tensor, source: Tensor, fine: np.ndarr
         for r in run.references[1:]
     )
     config = replace(run.config, finish="locked", selection="score", uniform_stride=0, max_active=1.0)
-    if config.kv_refresh == BRACKET:  # without its second pass the text would stay that of the first step
+    if config.kv_refresh in (BRACKET, KV_REFRESH):  # the qualities': a locked text would stay that of the first step
         config = replace(config, kv_refresh=KV_REFRESH, lock_text=False)
     one = replace(
         run, model=model, config=config, grid=fine.shape, source=clean, start=start, pixels=source,
