@@ -406,6 +406,9 @@ def test_a_preview_writes_the_overlay_alone(capsys, tmp_path, model, source):
     assert "--preserve none: expected with --output-size working" in fails(
         capsys, "edit", source, "add a hat", "-o", out, "--model", model, "--preserve", "none"
     )
+    # a mask is the region without a step
+    code, text, _ = run(capsys, "edit", source, "add a hat", *options, "--mask", half(tmp_path))
+    assert code == 0 and "steps       0;" in text and "0.0 % of one with" in text and "with 0 steps" not in text
 
 
 @pytest.mark.slow

@@ -347,11 +347,10 @@ def edit_summary(
         said.append("nothing changes")
     lines += [f"note        {note}" for note in said]
     apart = f" and {stats.draft_nfe} of the draft" if stats.draft_nfe else ""
-    same = share(stats.flops / stats.plain_flops) if stats.nfe else "n/a"
+    same = f"{share(stats.flops / stats.plain_flops)} of a plain run with {stats.nfe} steps, " if stats.nfe else ""
     lines += [
         f"steps       {stats.nfe}{apart}; image tokens: {steps} (plain: {stats.plain_tokens})",
-        f"transformer {_flops(stats.flops)}: {same} of a plain run with {stats.nfe} steps, "
-        f"{share(stats.flops / (plain_step * many))} of one with {many} steps",
+        f"transformer {_flops(stats.flops)}: {same}{share(stats.flops / (plain_step * many))} of one with {many} steps",
         "seconds     " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stats.seconds.items()),
         f"attention   {stats.backend or 'no mixed-resolution step'}" + (f" ({_why(device)})" if stats.backend else ""),
     ]
