@@ -12,7 +12,7 @@ from tiny_models import call_options, paper, tiny_image, tiny_pipeline
 from specedit_kernels import SpecEditFluxKontextPipeline, ops
 from specedit_kernels.engine.attention import with_layout, wrap_processors
 from specedit_kernels.engine.autoencoder import with_fused_norms
-from specedit_kernels.engine.fused import _as_one, gelu
+from specedit_kernels.engine.fused import _as_one, gelu, of_both
 from specedit_kernels.engine.kv_cache import KVCache
 from specedit_kernels.engine.sequence import StepLayout
 from specedit_kernels.models import flux_kontext as fused
@@ -197,7 +197,7 @@ def test_merged_linear_layers_round_no_worse(random, device, shape, dtype):
     eager = F.gelu(wide(a), approximate="tanh")
     assert_within_budget(gelu(wide, a), F.gelu(exact(wide, a), approximate="tanh"), eager)
     both = torch.cat([a, b], dim=-1)
-    assert_within_budget(fused._of_both(joined, a, b), exact(joined, both), joined(both))
+    assert_within_budget(of_both(joined, a, b), exact(joined, both), joined(both))
 
 
 @torch.no_grad()

@@ -220,6 +220,18 @@ def test_a_result_of_the_sources_size():
     assert got.shape == source.shape and (got[80:, 100:] == source[80:, 100:]).all() and (got != source).any()
 
 
+def test_a_hook_on_the_last_layer_of_a_single_block_is_not_passed_by():
+    _, ours = pair("klein")
+    layer, seen = ours.transformer.single_transformer_blocks[0].attn.to_out, []
+    call = options("klein") | dict(mask_image=proofs.mask(3), generator=seeded())
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        out = ours(specedit=paper(stages=(1, 1, 1), runner="fused"), **call)
+    finally:
+        handle.remove()
+    assert out.stats.runner == "fused" and seen
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("runner", ["graph", "compile"])

@@ -41,7 +41,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 # What differs under true guidance, whose two branches make a field that few steps from noise do not follow: measured
-# with the tiny Qwen editor (docs/choose.md). Only where a quality's own values are in use.
+# in docs/choose.md. Only where a quality's own values are in use.
 GUIDED: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3, draft_guidance=False),
     "best": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3),
@@ -267,9 +267,10 @@ class SpecEditConfig(EditConfig):
             with preset or stages, and with finish="full" and unselected="coarse".
         coarse_refresh: every k-th coarse step, the first one and one after a callback that changes latents or text
             compute [text | target | references] and keep each layer's keys and values; the steps between compute text
-            and target over those of the references. 1: every step computes all. At Kontext's size that is 1536 tokens
-            of 2560, and 1.8 GB in bf16, which the mixed steps take over. Without effect on a "quarter" draft, and on
-            models that keep them in any case. None: the quality's; 1 with preset or stages.
+            and target over those of the references. 1: every step computes all. Of a megapixel with one reference and
+            512 text tokens that is 1536 tokens of 2560; what is kept is memory that the mixed steps take over. Without
+            effect on a "quarter" draft, and on models that keep them in any case. None: the quality's; 1 with preset or
+            stages.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost.
 
     All else: EditConfig.

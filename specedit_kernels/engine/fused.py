@@ -89,8 +89,19 @@ def product_of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     found = _merged([layer], x)
     if found is not None or active_serial():
         return found
-    weight = weight_of(layer, x)
+    weight = layer.weight if _is_weight(layer, x) else weight_of(layer, x)
     return None if weight is None else (weight, layer.bias)
+
+
+def of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
+    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: one product without the copy of both."""
+    found = None if fp8.serves([layer]) else product_of(layer, a)
+    if found is None:
+        return linear(layer, torch.cat([a, b], dim=-1))
+    (weight, bias), at = found, a.shape[-1]
+    y = F.linear(a, weight[:, :at], bias)
+    y.flatten(0, -2).addmm_(b.flatten(0, -2), weight[:, at:].t())
+    return y
 
 
 def _product(layer: Any, x: Tensor) -> Tensor | None:

@@ -37,7 +37,7 @@ from ..sampling.grid import (
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length, whole_layout
 from ..sampling.solver import Solver, euler
 from .config import BRACKET
-from .model import EditModel, Pictures, Text
+from .model import EditModel, Pictures, Text, version_of
 from .output import SpecEditStats, StageClock, StepRecord
 from .parallel import of_each
 
@@ -226,18 +226,13 @@ class Run:
         self.stats.steps.append(StepRecord(stage, sigma, tuple(tokens), tuple(keys), flops, **how))
 
 
-def _version(x: Tensor) -> tuple[int, int]:
-    """Another one for another tensor, and for other contents."""
-    return id(x), -1 if x.is_inference() else x._version
-
-
 def _called_back(run: Run, solver: Solver, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, bool, bool]:
     """(the tokens after the callback of a step of the main trajectory, whether that changed them, whether the text);
     the solver restarts where it changed one of them."""
-    before, text = _version(tokens), _version(run.positive.embeds)
+    before, text = version_of(tokens), version_of(run.positive.embeds)
     found = run.on_step(run.step, timestep, tokens)
     run.step += 1
-    changed = _version(found) != before, _version(run.positive.embeds) != text
+    changed = version_of(found) != before, version_of(run.positive.embeds) != text
     if any(changed):
         solver.restart()
     return found, *changed
@@ -298,10 +293,9 @@ def dense_steps(
         timestep = at[i] * 1000
         if main:
             run.on_start(timestep)
-        sequence, computed = torch.cat([tokens, *behind], dim=1), total
+        sequence, of, computed = torch.cat([tokens, *behind], dim=1), layouts, total
         if kept and age % refresh:
-            sequence, computed = sequence[:, :slots], count
-        of = layouts if computed == total else alone
+            sequence, of, computed = sequence[:, :slots], alone, count
         velocity = run.velocity(sequence, conditionings[i], of, count, guided)
         age += 1
         estimate = euler(tokens, velocity, -at[i])

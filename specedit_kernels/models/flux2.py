@@ -41,11 +41,11 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import fp8
-from ..engine._diffusers import is_wrapper, through
+from ..engine._diffusers import through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
 from ..engine.autoencoder import KLCodec, decoder_features, with_fused_norms
 from ..engine.fp8 import Rows
-from ..engine.fused import called, compiled, linear, linear_of_each, modulated, product_of
+from ..engine.fused import called, compiled, linear, linear_of_each, modulated, of_both
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
 from ..engine.pipeline import Call, SpecEditMixin
@@ -111,25 +111,6 @@ def _swiglu(x: Tensor) -> Tensor:
 
 def _feed_forward(ff: Flux2FeedForward, x: Tensor | Rows) -> Tensor:
     return linear(ff.linear_out, _swiglu(linear(ff.linear_in, x)))
-
-
-def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
-    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: a mere weight without the copy of both."""
-    found = None
-    if active_serial():
-        found = None if fp8.serves([layer]) else product_of(layer, a)
-    else:
-        plain = type(layer) is torch.nn.Linear and not fp8.serves([layer])
-        plain = plain and getattr(layer, "bias", layer) is None
-        plain = plain and not is_wrapper(layer.weight) and a.dtype == layer.weight.dtype
-        if plain and not torch.is_autocast_enabled(a.device.type):
-            found = layer.weight, None
-    if found is None:
-        return linear(layer, torch.cat([a, b], dim=-1))
-    at, (weight, bias) = a.shape[-1], found
-    y = F.linear(a, weight[:, :at], bias)
-    y.flatten(0, -2).addmm_(b.flatten(0, -2), weight[:, at:].t())
-    return y
 
 
 def _heads(x: Tensor, attn: torch.nn.Module) -> Tensor:
@@ -203,7 +184,7 @@ def single_block(
     y = modulated(x, scale, shift, block.norm.eps, [attn.to_qkv_mlp_proj])
     parts, hidden = _parted(attn, linear(attn.to_qkv_mlp_proj, y))
     attended, seen = attention([Stream(slice(None), parts, attn.norm_q, attn.norm_k)], kept, sequence)
-    ops.gated_residual_add_(x, _of_both(attn.to_out, attended, _swiglu(hidden)), gate)
+    ops.gated_residual_add_(x, of_both(attn.to_out, attended, _swiglu(hidden)), gate)
     return seen
 
 

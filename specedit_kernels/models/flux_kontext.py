@@ -52,7 +52,7 @@ from ..engine.fused import (
     linear,
     linear_of_each,
     modulated,
-    product_of,
+    of_both,
     replaced_of_feed_forward,
     separate_,
 )
@@ -169,18 +169,6 @@ def _project(attn: FluxAttention, x: Tensor | Rows, text: bool = False) -> list[
     return [part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts]
 
 
-def _of_both(layer: Any, a: Tensor, b: Tensor) -> Tensor:
-    """A linear layer on a and b side by side, [B, N, C1] and [B, N, C2]: one product without the copy of both."""
-    found = product_of(layer, a)
-    if found is None:
-        return linear(layer, torch.cat([a, b], dim=-1))
-    weight, bias = found
-    at = a.shape[-1]
-    y = F.linear(a, weight[:, :at], bias)
-    y.flatten(0, -2).addmm_(b.flatten(0, -2), weight[:, at:].t())
-    return y
-
-
 def double_block(
     block: FluxTransformerBlock, x: Tensor, sequence: MixedSequence, kept: Kept | None, image_mod: Tensor,
     text_mod: Tensor,
@@ -227,7 +215,7 @@ def single_block(
     y = modulated(x, scale, shift, block.norm.norm.eps, _inputs(attn), [block.proj_mlp])
     attended, seen = attention([Stream(slice(None), _project(attn, y), attn.norm_q, attn.norm_k)], kept, sequence)
     y = hidden(block.proj_mlp, y, block.proj_out, attended)
-    out = linear(block.proj_out, y) if isinstance(y, Rows) else _of_both(block.proj_out, attended, y)
+    out = linear(block.proj_out, y) if isinstance(y, Rows) else of_both(block.proj_out, attended, y)
     ops.gated_residual_add_(x, out, gate)
     return seen
 

@@ -69,7 +69,7 @@ from ..engine.fused import (
     replaced_of_feed_forward,
 )
 from ..engine.low_rank import active_serial
-from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
+from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order, version_of
 from ..engine.pipeline import Call, SpecEditMixin
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
@@ -571,8 +571,8 @@ class FusedQwenModel(FusedQwenCodecModel, QwenImageEditModel):
 
     # the timesteps of the last call of `timestep_conditioning`, and what it gave
     _timestep_conditioning: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = (None, [])
-    # the same of `joined`, which every step asks: (what it was made of, with versions; what it is)
-    _joined: tuple[tuple[tuple[QwenText, Tensor, int], ...], QwenText | None] = ((), None)
+    # the same of `joined`, which every step asks: versions, embeddings (so that none is of another tensor), and it
+    _joined: tuple[list[tuple[int, int]], list[Tensor], QwenText | None] = ([], [], None)
 
     @property
     def _block(self) -> Block:
@@ -582,14 +582,11 @@ class FusedQwenModel(FusedQwenCodecModel, QwenImageEditModel):
 
     def joined(self, texts: Sequence[QwenText]) -> QwenText | None:
         # a callback may give a text other embeddings, or write to these
-        now = tuple((x, x.embeds, -1 if x.embeds.is_inference() else x.embeds._version) for x in texts)
-        before = self._joined[0]
-        same = len(before) == len(now) and all(
-            a[0] is b[0] and a[1] is b[1] and a[2] == b[2] for a, b in zip(before, now)
-        )
-        if not same:
-            self._joined = now, self._join(texts)
-        return self._joined[1]
+        embeds = [text.embeds for text in texts]
+        now = [version_of(x) for x in embeds]
+        if self._joined[0] != now:
+            self._joined = now, embeds, self._join(texts)
+        return self._joined[2]
 
     def _join(self, texts: Sequence[QwenText]) -> QwenText | None:
         lengths = [text.embeds.shape[1] for text in texts]
