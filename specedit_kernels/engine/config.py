@@ -272,6 +272,11 @@ class SpecEditConfig(EditConfig):
             effect on a "quarter" draft, and on models that keep them in any case. None: the quality's; 1 with preset or
             stages.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost.
+        guidance_refresh: with true guidance the first step of each stage, one after a callback that changes latents or
+            text, one that keeps keys and values for others (kv_refresh, coarse_refresh), and the k-th step after the
+            last such one compute both branches, and keep the difference of their velocities; the steps between compute
+            the conditional branch alone, and guide by the kept difference. 1: every step computes both. Without effect
+            where two GPUs have a branch each, which then takes no longer.
 
     All else: EditConfig.
     """
@@ -295,6 +300,7 @@ class SpecEditConfig(EditConfig):
     lock_text: bool | None = None
     coarse_refresh: int | None = None
     draft_guidance: bool = True
+    guidance_refresh: int = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -338,6 +344,7 @@ class SpecEditConfig(EditConfig):
         _flag("lock_text", self.lock_text)
         _integer("coarse_refresh", self.coarse_refresh, 1)
         _flag("draft_guidance", self.draft_guidance)
+        _integer("guidance_refresh", self.guidance_refresh, 1)
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
                 raise ValueError(f"stages: expected (coarse, mixed, full) step counts, got {self.stages!r}")
@@ -374,7 +381,8 @@ class SpecEditConfig(EditConfig):
         return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else counts
 
     def guided(self) -> SpecEditConfig:
-        own, others = QUALITIES[self.quality] | {"draft_guidance": True}, GUIDED.get(self.quality, {})
+        own = QUALITIES[self.quality] | {"draft_guidance": True, "guidance_refresh": 1}
+        others = GUIDED.get(self.quality, {})
         if self.preset is not None or self.stages is not None:
             return self
         if not others or any(getattr(self, name) != own[name] for name in others if name != "stages"):

@@ -74,6 +74,7 @@ def run_stages(
         coarse, (first, last) = stages.dense_steps(
             run, coarse, plan.coarse, behind, stage, main=not half,
             guided=config.draft_guidance, solver=config.solver, refresh=config.coarse_refresh,
+            guidance_refresh=config.guidance_refresh,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps
@@ -99,7 +100,10 @@ def run_stages(
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
         run.timesteps[run.step :] = [1000 * s for s in sigmas[coarse_steps:-1]]
-        clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver)
+        clean, _ = stages.dense_steps(
+            run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver,
+            guidance_refresh=config.guidance_refresh,
+        )  # fmt: skip
         clock.mark("full")
     else:
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]

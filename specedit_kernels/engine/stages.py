@@ -37,6 +37,7 @@ from ..sampling.grid import (
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length, whole_layout
 from ..sampling.solver import Solver, euler
 from .config import BRACKET
+from .guidance import StageVelocity
 from .model import EditModel, Pictures, Text, version_of
 from .output import SpecEditStats, StageClock, StepRecord
 from .parallel import of_each
@@ -184,6 +185,17 @@ class Run:
         """How many branches each of `texts` holds."""
         return 1 if self.model.guides is not None else len(self.branches) // len(self.texts)
 
+    @property
+    def conditional_samples(self) -> slice:
+        """Those of the conditional branch in a batch of both."""
+        return slice(self.batch, None) if self.model.negative_first else slice(self.batch)
+
+    @property
+    def conditional_text(self) -> Text:
+        """The first of `texts`, or of one of both branches the conditional one's part: padded as there."""
+        text = self.texts[0]
+        return text.of_samples(self.conditional_samples) if self.joined_branches > 1 else text
+
     def timestep_conditioning(self, timesteps: Tensor, guided: bool = True) -> list[tuple[Any, ...]]:
         """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `called_with`."""
         return list(zip(*(self.model.timestep_conditioning(text, timesteps) for text in self.called_with(guided))))
@@ -199,23 +211,29 @@ class Run:
         """
         if isinstance(conditioning, Tensor):
             [conditioning] = self.timestep_conditioning(conditioning[None], guided)
-        texts = self.called_with(guided)
-        passes = len(self.branches) if guided else 1
-        if guided and passes > 1 and self.model.guides is not None:
-            [text], [at], [layout] = texts, conditioning, layouts
-            own = self.model.velocity(text, tokens, at, layout)[:, :first]
-            positive, negative = of_each(own, self.model.guides)
+        if guided and self.negative is not None:
+            positive, negative = self.both_velocities(tokens, conditioning, layouts, first)
             return self.model.guide(positive, negative, self.true_cfg_scale)
-        if len(texts) < passes:  # branches that run as one batch see the same tokens
-            tokens = tokens.repeat(passes, 1, 1)
+        [text], [at], [layout] = self.called_with(guided), conditioning, layouts
+        return self.model.velocity(text, tokens, at, layout)[:, :first]
+
+    def both_velocities(
+        self, tokens: Tensor, conditioning: tuple[Any, ...], layouts: Sequence[Any], first: int | None = None
+    ) -> list[Tensor]:
+        """[the conditional velocity, the unconditional one], as `velocity` has them before its guidance."""
+        texts = self.texts
+        if self.joined_branches > 1:  # branches that run as one batch see the same tokens
+            tokens = tokens.repeat(self.joined_branches, 1, 1)
         found = [
             self.model.velocity(text, tokens, at, layout)[:, :first]
             for text, at, layout in zip(texts, conditioning, layouts)
         ]
-        if passes == 1:
-            return found[0]
-        positive, negative = found if len(texts) > 1 else found[0].chunk(2)
-        return self.model.guide(positive, negative, self.true_cfg_scale)
+        if self.model.guides is not None:
+            return of_each(found[0], self.model.guides)
+        if len(texts) > 1:
+            return found
+        halves = list(found[0].chunk(2))
+        return halves[::-1] if self.model.negative_first else halves
 
     def record(
         self, stage: str, sigma: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
@@ -261,13 +279,14 @@ def _kept_layouts(
 
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True, solver: str = "euler", refresh: int = 1,
+    guided: bool = True, solver: str = "euler", refresh: int = 1, guidance_refresh: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
     guided: False leaves true guidance out. main: whether they are the main trajectory's. refresh: every so many-th
     step, and one after a callback that changes tokens or text, computes all and keeps keys and values; those between
-    compute text and target alone, over the kept ones.
+    compute text and target alone, over the kept ones. guidance_refresh: `StageVelocity`'s; a step that keeps keys and
+    values computes both branches.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -284,7 +303,7 @@ def dense_steps(
     else:
         layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_sigmas(sigmas, run.device)
-    conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
+    velocity_at = StageVelocity(run, at[:-1] * 1000, guided, guidance_refresh)
     first = estimate = tokens
     solve, age = Solver(solver), 0
     for i in range(len(sigmas) - 1):
@@ -294,17 +313,20 @@ def dense_steps(
         if main:
             run.on_start(timestep)
         sequence, of, computed = torch.cat([tokens, *behind], dim=1), layouts, total
-        if kept and age % refresh:
+        over_kept = kept and age % refresh > 0
+        if over_kept:
             sequence, of, computed = sequence[:, :slots], alone, count
-        velocity = run.velocity(sequence, conditionings[i], of, count, guided)
+        velocity = velocity_at(i, sequence, of, count, renew=kept and not over_kept)
         age += 1
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
-        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, passes=2 if guided else 1)
+        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, passes=velocity_at.passes)
         if main:
             tokens, *changed = _called_back(run, solve, timestep, tokens)
-            age = 0 if any(changed) else age
+            if any(changed):
+                age = 0
+                velocity_at.restart()
         else:
             run.on_draft_step()
     if kept:
@@ -370,7 +392,11 @@ def draft(run: Run, sigmas: Sequence[float]) -> Draft:
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
-    proposal, _ = dense_steps(run, start, sigmas, behind, "draft", main=False, guided=run.config.draft_guidance)
+    config = run.config
+    proposal, _ = dense_steps(
+        run, start, sigmas, behind, "draft", main=False, guided=config.draft_guidance,
+        guidance_refresh=config.guidance_refresh,
+    )  # fmt: skip
     run.stats.draft_nfe = len(sigmas) - 1
     return Draft(proposal, source)
 
@@ -634,6 +660,9 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     With solver="ab2" that pass's velocity is the first step's second one.
 
     A step after a callback that changes the text is as the first one: nothing that was kept knows of that text.
+
+    A step that leaves keys and values for others computes both branches of guidance; all others by guidance_refresh,
+    `StageVelocity`'s.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(sigmas) - 1
@@ -641,7 +670,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     if every == BRACKET:
         every = steps if bracket else 1
     at = _device_sigmas(sigmas, run.device)
-    conditionings = run.timestep_conditioning(at[:-1] * 1000)
+    velocity_at = StageVelocity(run, at[:-1] * 1000, refresh=run.config.guidance_refresh)
     solve, begun, anew = Solver(run.config.solver), 0, True
     for i in range(steps):
         if run.interrupted():
@@ -651,12 +680,13 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         begun = i if anew else begun
         if anew or (i - begun) % every == 0:
             locked, anew = lock and not anew, False
-            velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
+            layouts = state.locked_layouts if locked else state.layouts
+            velocity = velocity_at(i, state.tokens, layouts, renew=every != 1)
             velocity = torch.where(state.free, velocity, state.drift)
-            run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
+            run.record("mixed", sigmas[i], state.lengths, lock_text=locked, passes=velocity_at.passes)
             if bracket and i < steps - 1:
                 ahead = euler(state.tokens, velocity, at[-2] - at[i])
-                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
+                behind = run.velocity(ahead, velocity_at.conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", sigmas[-2], state.lengths)
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
@@ -667,12 +697,15 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
                 for near, (far, between) in zip(state.layouts, state.brackets):
                     run.model.blend(between, near, far, weight)
             n = state.first
-            velocity = run.velocity(state.tokens[:, :n], conditionings[i], state.active_layouts)
+            velocity = velocity_at(i, state.tokens[:, :n], state.active_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
-            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
+            passes = velocity_at.passes
+            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock, passes=passes)
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
-        state.tokens, _, anew = _called_back(run, solve, timestep, state.tokens)
+        state.tokens, changed, anew = _called_back(run, solve, timestep, state.tokens)
+        if changed or anew:
+            velocity_at.restart()
     if lock or state.active_layouts:
         kept = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
         run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, kept)
@@ -709,7 +742,8 @@ def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[floa
     mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
     shown = [r.latents for r in run.references]
-    return dense_steps(run, joined, sigmas, shown, "full", solver=run.config.solver)[0]
+    solver, refresh = run.config.solver, run.config.guidance_refresh
+    return dense_steps(run, joined, sigmas, shown, "full", solver=solver, guidance_refresh=refresh)[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:

@@ -160,6 +160,7 @@ class FiboText(Text):
 class FiboModel(FluxKontextModel):
     """BriaFiboTransformer2DModel with AutoencoderKLWan."""
 
+    negative_first = True
     # of `joined`, which every step asks
     _joined: tuple[tuple[FiboText, ...], FiboText | None] = ((), None)
 
@@ -177,11 +178,6 @@ class FiboModel(FluxKontextModel):
             made = FiboText(torch.cat([first.embeds, second.embeds]), layers, mask, first.text_ids)
             self._joined = tuple(texts), made
         return made
-
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        # in the order of `joined`
-        positive, negative = negative, positive
-        return negative + scale * (positive - negative)
 
     def mixed_layout(
         self, text: FiboText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
