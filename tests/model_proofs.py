@@ -308,3 +308,20 @@ def guided_by_hand(model, steps):
         patch.setattr(type(model), "guide", guide)
         yield
     assert next(left, None) is None
+
+
+def kept_difference_is_by_hand(ours, atol=1e-4, **options):
+    """options: of a call with true guidance, and with `specedit` further ones of the config."""
+    further = options.pop("specedit")
+    given = dict(stages=(3, 4, 0), finish="locked", kv_refresh=3, lock_text=True) | further
+
+    def edit(**config):
+        return ours(**options | dict(generator=seeded(), mask_image=mask(), specedit=paper(**given | config)))
+
+    got, both = edit(guidance_refresh=2), edit()
+    assert [step.passes for step in got.stats.steps] == [2, 1, 2, 2, 1, 2, 2]
+    model = run_of(ours, **options | dict(mask_image=mask(), specedit=paper(**given))).model
+    with guided_by_hand(model, "bcbbcbb"):
+        expected = edit()
+    assert torch.allclose(got.images, expected.images, atol=atol)
+    assert not torch.allclose(got.images, both.images, atol=10 * atol)

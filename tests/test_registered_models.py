@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 from model_proofs import (
     EVERYTHING,
     cached_step_is_whole,
-    guided_by_hand,
     kept_coarse_step_is_whole,
+    kept_difference_is_by_hand,
     lora,
     mask,
     mixed_step_is_dense,
@@ -214,14 +214,7 @@ def test_steps_by_the_kept_difference_of_the_branches(edit, runner):
         pytest.skip(f"the model has no runner {runner!r}")
     if not is_guided(edit):
         pytest.skip("the model has no true guidance")
-    given = dict(stages=(3, 4, 0), finish="locked", kv_refresh=3, lock_text=True, runner=runner)
-    got = edit(paper(**given, guidance_refresh=2), True, mask_image=mask())
-    assert [step.passes for step in got.stats.steps] == [2, 1, 2, 2, 1, 2, 2]
-    model = run_of(edit.pipe, **arguments(edit.call, True, specedit=paper(**given), mask_image=mask())).model
-    with guided_by_hand(model, "bcbbcbb"):
-        expected = edit(paper(**given), True, mask_image=mask()).images
-    assert torch.allclose(got.images, expected, atol=1e-4)
-    assert not torch.allclose(got.images, edit(paper(**given), True, mask_image=mask()).images, atol=1e-3)
+    kept_difference_is_by_hand(edit.pipe, **arguments(edit.call, True, specedit=dict(runner=runner)))
 
 
 # adapters

@@ -442,7 +442,7 @@ STEPS = {
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
         coarse_refresh=3 if " ck3" in name else coarse if " ck" in name else 1,
     )
-    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (4, 5), (4, 7), (5, 6), (6, 7))
+    for coarse, mixed in ((2, 2), (2, 3), (3, 4), (3, 5), (4, 3), (4, 4), (4, 5), (4, 7), (5, 5), (5, 6), (6, 7))
     for renewed in (0, 2, 3)
     for kind in ("", " lt", " half", " half lt", " ck lt", " ck3 lt", " half ck lt")
     for name in (f"{kind} kv {renewed}" if renewed else kind,)
