@@ -250,7 +250,7 @@ def kept_coarse_step_is_whole(run):
     tokens = torch.randn(run.batch, sum(counts), channels, generator=random)
     layouts = [run.model.dense_layout(text, run.pictures, grids) for text in run.texts]
     plain = run.velocity(tokens, at, layouts, counts[0])
-    layouts, alone, capacity, first = stages._kept_layouts(run, run.texts, grids, run.joined_branches)
+    layouts, alone, capacity, first, *_ = stages._kept_layouts(run, run.texts, grids, run.joined_branches)
     slots = torch.cat([tokens, tokens.new_zeros(run.batch, capacity - sum(counts), channels)], dim=1)
     whole = run.velocity(slots, at, layouts, counts[0])
     assert torch.allclose(whole, plain, atol=1e-4 * plain.abs().max()) and plain.std() > 1e-3

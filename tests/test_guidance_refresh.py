@@ -33,6 +33,8 @@ CASES = {
     "whole steps without text": (dict(kv_refresh=1), "bcbc" "bcbcb"),
     "bracket": (dict(kv_refresh="bracket", solver="ab2"), "bcbc" "bfcbcb"),
     "coarse steps over kept keys": (dict(coarse_refresh=3, guidance_refresh=4), "bccb" "bccbc"),
+    # text: in the third step alone beside the first
+    "coarse steps over kept text": (dict(coarse_refresh=4, coarse_text_refresh=2, guidance_refresh=9), "bcbc" "bccbc"),
     "draft without guidance": (dict(draft_guidance=False), "uuuu" "bcbbc"),
     "half draft": (dict(draft="half", kv_refresh=5, **FOUND), "bcbc" "bcbcbbcbc"),
     "quarter draft": (dict(draft="quarter", draft_steps=3, **FOUND), "bcb" "bcbc" "bcbbc"),
@@ -129,8 +131,8 @@ def test_one_and_no_guidance_keep_their_bits(pipe, runner, monkeypatch):
     assert torch.equal(edit(pipe, runner=runner, guidance_refresh=1).images, plain.images)
 
 
-RUN = ["plain", "text in each step", "bracket", "coarse steps over kept keys", "draft without guidance", "half draft",
-       "fp8 cache", "whole steps without text"]  # fmt: skip
+RUN = ["plain", "text in each step", "bracket", "coarse steps over kept keys", "coarse steps over kept text",
+       "draft without guidance", "half draft", "fp8 cache", "whole steps without text"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "name"), [("flux", "plain"), ("flux", "bracket"), *(("qwen", name) for name in RUN)])

@@ -110,7 +110,7 @@ def test_rows_of_qwen(qwen_bench, tmp_path, scale):
     end = ", locked text, unguided draft"
     kinds = [f"specedit-9-locked{x}" for x in ("", "-cached", "-cached, locked text", "-cached" + end)]
     kinds += [f"quality {quality}{x}" for quality in ("fast", "balanced", "best") for x in ("", end)]
-    kinds += ["quality best, gr 2", "quality best fp8", "steps 4+5 lt kv 3, unguided draft, gr 9 fp8"]
+    kinds += ["quality best, gr 2", "quality best fp8", "steps 4+5 ck lt kv 3, unguided draft, ct, gr 9 fp8"]
     chosen = [f"{kind} {runner}{x}" for kind in kinds for runner, x in (("eager", ", 10%"), ("fused", ",*"))]
     options += ("--rows", "plain-9 fused", "plain-4", *chosen)
     assert qwen_bench.main([*TINY, *options]) == 0

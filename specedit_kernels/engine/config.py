@@ -271,6 +271,9 @@ class SpecEditConfig(EditConfig):
             512 text tokens that is 1536 tokens of 2560; what is kept is memory that the mixed steps take over. Without
             effect on a "quarter" draft, and on models that keep them in any case. None: the quality's; 1 with preset or
             stages.
+        coarse_text_refresh: the same of the text: every k-th coarse step computes it, those between have the keys and
+            values that it had then. With coarse_refresh they compute the target alone. 1, or None where no quality says
+            otherwise: every coarse step computes the text.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost.
         guidance_refresh: with true guidance the first step of each stage, one after a callback that changes latents or
             text, one that keeps keys and values for others (kv_refresh, coarse_refresh), and the k-th step after the
@@ -299,6 +302,7 @@ class SpecEditConfig(EditConfig):
     kv_refresh: int | str | None = None
     lock_text: bool | None = None
     coarse_refresh: int | None = None
+    coarse_text_refresh: int | None = None
     draft_guidance: bool = True
     guidance_refresh: int = 1
 
@@ -307,9 +311,10 @@ class SpecEditConfig(EditConfig):
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
         chosen = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
-        defaults = dict(chosen)
+        defaults = {"coarse_text_refresh": 1} | chosen
         if self.preset is not None or self.stages is not None:
             defaults |= dict(mixed_from=None, solver="euler", draft="coarse", coarse_refresh=1, lock_text=False)
+            defaults["coarse_text_refresh"] = 1
             if chosen["kv_refresh"] != 1:
                 defaults["kv_refresh"] = BRACKET
         if (self.finish or defaults["finish"]) == "full" and self.unselected == "coarse":
@@ -343,6 +348,7 @@ class SpecEditConfig(EditConfig):
         _flag("coarse_condition", self.coarse_condition)
         _flag("lock_text", self.lock_text)
         _integer("coarse_refresh", self.coarse_refresh, 1)
+        _integer("coarse_text_refresh", self.coarse_text_refresh, 1)
         _flag("draft_guidance", self.draft_guidance)
         _integer("guidance_refresh", self.guidance_refresh, 1)
         if self.stages is not None:
@@ -381,7 +387,7 @@ class SpecEditConfig(EditConfig):
         return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else counts
 
     def guided(self) -> SpecEditConfig:
-        own = QUALITIES[self.quality] | {"draft_guidance": True, "guidance_refresh": 1}
+        own = {"coarse_text_refresh": 1, "draft_guidance": True, "guidance_refresh": 1} | QUALITIES[self.quality]
         others = GUIDED.get(self.quality, {})
         if self.preset is not None or self.stages is not None:
             return self

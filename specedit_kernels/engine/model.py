@@ -177,6 +177,10 @@ class EditModel(ABC):
         made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
         return replace(layout, attention=made)
 
+    def renewing(self, layout: Any) -> Any:
+        """A layout of `active_layout` whose keys and values later calls read that do not bring its tokens."""
+        return self._with_sequence(layout, passing=False)
+
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:

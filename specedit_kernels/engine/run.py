@@ -74,7 +74,7 @@ def run_stages(
         coarse, (first, last) = stages.dense_steps(
             run, coarse, plan.coarse, behind, stage, main=not half,
             guided=config.draft_guidance, solver=config.solver, refresh=config.coarse_refresh,
-            guidance_refresh=config.guidance_refresh,
+            guidance_refresh=config.guidance_refresh, text_refresh=config.coarse_text_refresh,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps

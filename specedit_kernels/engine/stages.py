@@ -262,10 +262,10 @@ def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
 
 
 def _kept_layouts(
-    run: Run, texts: Sequence[Any], grids: Sequence[Grid], branches: int
-) -> tuple[list[Any], list[Any], int, int]:
+    run: Run, texts: Sequence[Any], grids: Sequence[Grid], branches: int, keeps_text: bool = False
+) -> tuple[list[Any], list[Any], int, int, list[Any], list[Any]]:
     """Layouts, one for each text, of whole pictures that keep keys and values, and of the target alone over these; how
-    many slots each of the two has.
+    many slots each of the two has; with keeps_text both without the text, else none.
 
     grids: the target's, then each reference's. branches: how many each of the texts holds.
     """
@@ -274,19 +274,27 @@ def _kept_layouts(
     # a mixed sequence whose blocks are all active: positions are those of whole pictures
     pictures = Pictures(grids[0], tuple(grids[1:]))
     layouts = [run.model.mixed_layout(text, pictures, shared, key_bias=False, cached=True) for text in texts]
-    return layouts, [run.model.active_layout(*pair, first) for pair in zip(texts, layouts)], capacity, first
+    pairs = list(zip(texts, layouts))
+    alone = [run.model.active_layout(*pair, first) for pair in pairs]
+    if not keeps_text:
+        return layouts, alone, capacity, first, [], []
+    locked, bare = ([run.model.active_layout(*pair, n, lock_text=True) for pair in pairs] for n in (None, first))
+    # later steps read the keys and values of a text that was computed with the target alone
+    return layouts, [run.model.renewing(layout) for layout in alone], capacity, first, locked, bare
 
 
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
     guided: bool = True, solver: str = "euler", refresh: int = 1, guidance_refresh: int = 1,
+    text_refresh: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
     guided: False leaves true guidance out. main: whether they are the main trajectory's. refresh: every so many-th
     step, and one after a callback that changes tokens or text, computes all and keeps keys and values; those between
-    compute text and target alone, over the kept ones. guidance_refresh: `StageVelocity`'s; a step that keeps keys and
-    values computes both branches.
+    compute text and target alone, over the kept ones. text_refresh: the same of the text; both without effect where the
+    sequence has no references. guidance_refresh: `StageVelocity`'s; a step that keeps keys and values computes both
+    branches.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -296,9 +304,10 @@ def dense_steps(
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.called_with(guided)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
-    kept, branches = refresh > 1 and bool(condition) and len(sigmas) > 2, run.joined_branches if guided else 1
+    branches, keeps_text = run.joined_branches if guided else 1, text_refresh > 1
+    kept = (refresh > 1 or keeps_text) and bool(condition) and len(sigmas) > 2
     if kept:
-        layouts, alone, capacity, slots = _kept_layouts(run, texts, grids, branches)
+        layouts, alone, capacity, slots, locked, bare = _kept_layouts(run, texts, grids, branches, keeps_text)
         behind.append(tokens.new_zeros(run.batch, capacity - total, tokens.shape[2]))
     else:
         layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
@@ -313,15 +322,18 @@ def dense_steps(
         if main:
             run.on_start(timestep)
         sequence, of, computed = torch.cat([tokens, *behind], dim=1), layouts, total
-        over_kept = kept and age % refresh > 0
-        if over_kept:
-            sequence, of, computed = sequence[:, :slots], alone, count
-        velocity = velocity_at(i, sequence, of, count, renew=kept and not over_kept)
+        whole, with_text = not kept or age % refresh == 0, not kept or age % text_refresh == 0
+        if not whole:
+            sequence, of, computed = sequence[:, :slots], alone if with_text else bare, count
+        elif not with_text:
+            of = locked
+        velocity = velocity_at(i, sequence, of, count, renew=kept and (whole or (keeps_text and with_text)))
         age += 1
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
-        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, passes=velocity_at.passes)
+        how = dict(passes=velocity_at.passes, lock_text=not with_text)
+        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, **how)
         if main:
             tokens, *changed = _called_back(run, solve, timestep, tokens)
             if any(changed):

@@ -40,8 +40,8 @@ FURTHER_NOISE = 0x5EED
 class SpecEditSampler(comfy.samplers.Sampler):
     """A SAMPLER that runs the stages of SpecEdit with the model of the guider that calls it.
 
-    config: a quality's locked text is left out, since ComfyUI's models compute the text in each call; with a preset or
-    stages of one's own lock_text=True is refused.
+    config: a quality's locked or kept text is left out, since ComfyUI's models compute the text in each call; with a
+    preset or stages of one's own lock_text=True is refused, and so is a coarse_text_refresh over 1.
     vae: the graph's. image: the picture to edit, [n, H, W, C] in [0, 1]. mask: [n, H, W] in [0, 1], over the whole
     picture, in place of a draft, or None: the latent's noise mask, where it has one. preserve: outside the edit region
     the latents are the source's at the end. result: of the last run, (mask bool [B, rows, columns], its figures).
@@ -51,7 +51,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
         self, config: SpecEditConfig, vae: Any, image: Tensor, mask: Tensor | None = None, preserve: bool = False
     ):
         own = config.preset is None and config.stages is None
-        self.config = replace(config, lock_text=False) if own else config
+        self.config = replace(config, lock_text=False, coarse_text_refresh=1) if own else config
         self.vae = vae
         self.image = image
         self.mask = mask
