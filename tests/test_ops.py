@@ -72,6 +72,7 @@ def samples(device):
     yield specedit.dequantize, (normal(9, 4).to(torch.int8), torch.float32), dict(scale=normal(9, 1))
     blocks = normal(3, 2 * 144).abs().to(torch.uint8)  # of 0 to 3: no scale is NaN
     yield specedit.dequantize_gguf, (blocks, "Q4_K", torch.bfloat16), {}
+    yield specedit.lerp_, (*(normal(2, 5, 3, 8, dtype=torch.bfloat16) for _ in range(3)), normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*(in_panels(x) if x.dim() == 4 else x for x in kept), normal(1)[0].sigmoid()), {}
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)

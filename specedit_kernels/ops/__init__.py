@@ -10,6 +10,7 @@ from .dequantize_gguf import dequantize_gguf
 from .gated_residual_add import gated_residual_add_
 from .gather_tokens import gather_tokens
 from .group_norm import group_norm, group_norm_statistics
+from .lerp import lerp_
 from .lerp_fp8 import lerp_fp8_
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
@@ -32,6 +33,7 @@ __all__ = [
     "gather_tokens",
     "group_norm",
     "group_norm_statistics",
+    "lerp_",
     "lerp_fp8_",
     "merge_attn",
     "mixed_res_attn",
