@@ -75,6 +75,8 @@ def samples(device):
     yield specedit.lerp_, (*(normal(2, 5, 3, 8, dtype=torch.bfloat16) for _ in range(3)), normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*(in_panels(x) if x.dim() == 4 else x for x in kept), normal(1)[0].sigmoid()), {}
+    scales = [normal(2, 1, heads).abs() + 0.01 for heads in (4, 2, 2)]
+    yield specedit.raise_scales_fp8_, (*scales, normal(2, 5, 2, 32)), dict(q_weight=normal(32), headroom=8.0)
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))
