@@ -547,6 +547,41 @@ def test_pixels_are_those_of_the_image_processor(device):
         expected = processor.preprocess(pipeline.seen(given), 16, 32)
         for _ in range(2):  # the second time of a size it is not Pillow that resizes
             assert torch.equal(pipeline.preprocess(processor, given, 16, 32, device).cpu(), expected)
+    alpha = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 4), np.uint8))
+    for size in ((16, 32), (24, 16)):
+        got = pipeline.preprocess(VaeImageProcessor(vae_scale_factor=8), [alpha], *size, device)
+        assert torch.equal(got.cpu(), VaeImageProcessor(vae_scale_factor=8).preprocess([alpha], *size))
+
+
+def test_which_pictures_go_to_the_device_as_bytes():
+    class Other(VaeImageProcessor):
+        def resize(self, *args, **kwargs):
+            return super().resize(*args, **kwargs)
+
+    plain, picture = VaeImageProcessor(), tiny_image()
+    alpha, grey = picture.convert("RGBA"), picture.convert("L")
+    array = np.asarray(picture)
+    for given in ([picture], [alpha], [picture, Photo(array)]):
+        assert pipeline.goes_as_bytes(plain, given)
+    for given in ([grey], [picture, alpha], [array], [torch.zeros(3, 8, 8)]):
+        assert not pipeline.goes_as_bytes(plain, given)
+    # what is brought to RGB once it was resized is not what it is as RGBA
+    assert not pipeline.goes_as_bytes(VaeImageProcessor(do_convert_rgb=True), [alpha])
+    for processor in (Other(), VaeImageProcessor(resample="bilinear"), VaeImageProcessor(do_normalize=False)):
+        assert not pipeline.goes_as_bytes(processor, [picture])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures_are_those_of_the_image_processor(device, dtype):
+    pixels = (1.2 * torch.rand(2, 4, 8, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1.2).to(device, dtype)
+    for processor in (VaeImageProcessor(), VaeImageProcessor(do_normalize=False)):
+        shown = pixels if processor.config.do_normalize else pixels.abs().clamp(max=1)
+        for channels in (1, 3, 4):
+            expected = processor.postprocess(shown[:, :channels], output_type="pil")
+            got = pipeline.postprocess(processor, shown[:, :channels], "pil")
+            assert [x.mode for x in got] == [x.mode for x in expected]
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected))
+        assert np.array_equal(pipeline.postprocess(processor, shown, "np"), processor.postprocess(shown, "np"))
 
 
 def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):
