@@ -5,6 +5,7 @@ import inspect
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -24,6 +25,7 @@ from specedit_kernels import (
     enable_specedit,
 )
 from specedit_kernels.engine import pipeline, stages
+from specedit_kernels.engine._diffusers import each_module
 from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, wrap_processors
 from specedit_kernels.engine.kv_cache import KVCache
 from specedit_kernels.engine.sequence import MixedSequence, StepLayout
@@ -551,6 +553,49 @@ def test_pixels_are_those_of_the_image_processor(device):
     for size in ((16, 32), (24, 16)):
         got = pipeline.preprocess(VaeImageProcessor(vae_scale_factor=8), [alpha], *size, device)
         assert torch.equal(got.cpu(), VaeImageProcessor(vae_scale_factor=8).preprocess([alpha], *size))
+
+
+def test_a_schedule_is_that_of_the_scheduler_of_now(pipe):
+    call = (4, 64, None)
+    first = pipe._plain_sigmas(*call)
+    pipe._plain_sigmas(*call)[0] = 7.0  # a caller's own
+    assert pipe._plain_sigmas(*call) == first != pipe._plain_sigmas(4, 256, None)
+    assert pipe._plain_sigmas(4, 64, [1.0, 0.5, 0.25, 0.1]) != first
+    own = pipe.scheduler
+    try:
+        pipe.scheduler = type(own).from_config(own.config, base_shift=0.9)
+        other = pipe._plain_sigmas(*call)
+        assert other != first
+        pipe.scheduler.register_to_config(base_shift=0.1)
+        assert pipe._plain_sigmas(*call) not in (first, other)
+    finally:
+        pipe.scheduler = own
+    for tokens in range(100, 200):
+        pipe._plain_sigmas(2, tokens, None)
+    assert pipe._plain_sigmas(*call) == first and len(pipe._specedit_sigmas) <= pipeline.SCHEDULES
+
+
+def test_modules_that_a_callback_puts_in_are_found_in_the_same_call(pipe):
+    """Adapters may be loaded between steps: what is remembered of the modules ends there."""
+    walked, extra, found = each_module(pipe.transformer), torch.nn.Identity(), []
+
+    def callback(pipe, index, timestep, tensors):
+        pipe.transformer.extra = extra
+        return {}
+
+    record = stages.Run.record
+
+    def recorded(run, *args, **options):
+        found.append(each_module(pipe.transformer))
+        record(run, *args, **options)
+
+    try:
+        with mock.patch.object(stages.Run, "record", recorded):
+            pipe(image=tiny_image(), mask_image=half_mask(2), generator=seeded(), callback_on_step_end=callback,
+                 specedit=paper(stages=(0, 2, 1)), **call_options())  # fmt: skip
+    finally:
+        del pipe.transformer.extra
+    assert found[0] == walked and all(extra in later for later in found[1:]) and len(found) == 3
 
 
 def test_which_pictures_go_to_the_device_as_bytes():

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +38,10 @@ from ._diffusers import (
     context_parallel,
     execution_device,
     moved_to,
+    one_walk,
     retrieve_timesteps,
     unwrapped,
+    walking_anew,
 )
 from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
@@ -66,6 +69,7 @@ ABSENT: dict[str, Any] = {
 MASK_MODES = ("replace", "limit", "add")
 OUTPUT_SIZES = ("working", "source")
 DETAILS = ("working", "native")
+SCHEDULES = 32  # that a pipeline keeps: those of a call, and of windows of many sizes
 
 
 _CALLS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -279,7 +283,7 @@ class SpecEditMixin(Stock):
         call.true_cfg_scale = bound.arguments.get(self.TRUE_CFG, 1.0)
         if self.TRUE_CFG:
             _number(self.TRUE_CFG, call.true_cfg_scale, float("-inf"), float("inf"))
-        with _one_call(unwrapped(self.transformer)):
+        with _one_call(unwrapped(self.transformer)), one_walk():
             return self._specedit(call)
 
     def _specedit(self, call: Call) -> Any:
@@ -634,7 +638,8 @@ class SpecEditMixin(Stock):
                 self._show_schedule(run.timesteps, index)
                 tensors = {"latents": tokens, "prompt_embeds": run.positive.embeds}
                 wanted = {k: tensors[k] for k in call.callback_on_step_end_tensor_inputs}
-                changed = callback(self, index, timestep, wanted) or {}
+                with walking_anew():
+                    changed = callback(self, index, timestep, wanted) or {}
                 tokens = changed.pop("latents", tokens)
                 run.positive.embeds = changed.pop("prompt_embeds", run.positive.embeds)
             bar.update()
@@ -726,15 +731,23 @@ class SpecEditMixin(Stock):
 
     def _plain_sigmas(self, steps: int, tokens: int, given: list[float] | None) -> list[float]:
         """Sigmas of the plain pipeline for that many steps and target tokens, with the final 0. given: the call's."""
+        config, key = self.scheduler.config, (steps, tokens, None if given is None else tuple(given))
+        found = self.__dict__.setdefault("_specedit_sigmas", OrderedDict())
+        if key in found and found[key][0] is config:  # another one has another object, and it is kept here
+            return list(found[key][1])
         # a copy: the pipeline's own scheduler keeps its state
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         unshifted = np.linspace(1.0, 1 / steps, steps) if given is None else given
         mu = self._shift(tokens, steps)
         with np.errstate(invalid="ignore"):
             retrieve_timesteps(scheduler, steps, "cpu", sigmas=unshifted, mu=mu)
         sigmas = scheduler.sigmas.tolist()
         # the one step of a schedule with a terminal sigma is 0 / 0 to the scheduler; it begins with noise alone
-        return [1.0, 0.0] if len(sigmas) == 2 and math.isnan(sigmas[0]) else sigmas
+        sigmas = [1.0, 0.0] if len(sigmas) == 2 and math.isnan(sigmas[0]) else sigmas
+        found[key] = config, tuple(sigmas)
+        if len(found) > SCHEDULES:
+            found.popitem(last=False)
+        return sigmas
 
     def _show_schedule(self, timesteps: Sequence[float], index: int) -> None:
         """Give the pipeline's scheduler the run's own timesteps and sigmas, as the stock call leaves them there, for
