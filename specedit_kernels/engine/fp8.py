@@ -87,10 +87,10 @@ def places(layers: Iterable[Any]) -> list[int]:
 
 
 @torch.no_grad()
-def _sample(layers: Iterable[Any]) -> Tensor:
+def _sample(parts: Iterable[Tensor]) -> Tensor:
     """From the middle of each weight and bias: merging an adapter changes all of a weight."""
     found = []
-    for x in _parts(layers):
+    for x in parts:
         x = x if x.is_contiguous() else x.contiguous()
         middle = x.numel() // 2
         found.append(x.as_strided((min(_SAMPLED, x.numel() - middle),), (1,), x.storage_offset() + middle))
@@ -109,11 +109,12 @@ class Written:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[torch.nn.Module, ...], Looked] = {}
+        self._joined: tuple[list[Looked], Tensor] | None = None  # samples of these, one after another
 
     def look(self, layers: tuple[torch.nn.Module, ...], at: list[int]) -> Looked:
         """A copy is made of these layers' weights, which lie `at` these places."""
         if layers not in self._seen or self._seen[layers].at != at:
-            self._seen[layers] = Looked(at, _sample(layers))
+            self._seen[layers] = Looked(at, _sample(_parts(layers)))
         return self._seen[layers]
 
     def serves(self, looked: Looked, layers: tuple[torch.nn.Module, ...], at: list[int]) -> bool:
@@ -123,14 +124,23 @@ class Written:
 
     def found(self) -> bool:
         """Whether one was. Those that lie elsewhere now do not count. Waits for the device, once."""
-        there = [(layers, sample) for layers, (at, sample) in self._seen.items() if at == places(layers)]
+        there: list[Looked] = []
+        now: list[Tensor] = []
+        for layers, looked in self._seen.items():
+            parts = _parts(layers)
+            if looked.at == [x.data_ptr() for x in parts]:
+                there.append(looked)
+                now += parts
         if not there:
             return False
-        now = _sample(layer for layers, _ in there for layer in layers)
-        return not torch.equal(now, torch.cat([sample for _, sample in there]))
+        joined = self._joined
+        if joined is None or len(joined[0]) != len(there) or any(a is not b for a, b in zip(joined[0], there)):
+            joined = self._joined = there, torch.cat([looked.sample for looked in there])
+        return not torch.equal(_sample(now), joined[1])
 
     def clear(self) -> None:
         self._seen.clear()
+        self._joined = None
 
 
 def _refuses(layers: Sequence[Any]) -> str:

@@ -776,12 +776,17 @@ def everything(run: Run) -> Selection:
     return Selection(all_of, all_of, order, count, (blocks,) * run.batch, changed=yes, dense=yes)
 
 
+def of_samples(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """A flag of each sample, bool [B, 1, 1, 1]."""
+    # a blocking copy would wait for the stage before
+    return torch.tensor(flags, dtype=torch.bool).to(device, non_blocking=True)[:, None, None, None]
+
+
 def keep_unchanged(run: Run, clean: Tensor, selection: Selection) -> Tensor:
     """Clean latents, but the source's in samples where nothing changes."""
     if all(selection.changed):
         return clean
-    changed = torch.tensor(selection.changed, dtype=torch.bool, device=run.device)[:, None, None, None]
-    return torch.where(changed, clean, run.source)
+    return torch.where(of_samples(selection.changed, run.device), clean, run.source)
 
 
 def edit_alpha(edited: Tensor, grid: Grid, pixel: int, feather: int) -> Tensor:

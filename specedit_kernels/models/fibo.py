@@ -37,7 +37,7 @@ from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layo
 from ..engine.config import SpecEditConfig
 from ..engine.fused import called
 from ..engine.model import Pictures, Text
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
 from ..engine.sequence import Kept, MixedSequence, StepLayout
@@ -303,7 +303,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         def pixels_of(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
-            return self.image_processor.preprocess(picture.convert("RGB"), *size).to(device)
+            return preprocess(self.image_processor, picture.convert("RGB"), *size, device)
 
         size = (call.height, call.width)
         seen = [pixels_of(*each) for each in call.seen]

@@ -70,7 +70,7 @@ from ..engine.fused import (
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order, version_of
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
 from ..engine.sequence import (
@@ -164,9 +164,10 @@ class QwenCodec:
 
     def _channels(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.device, like.dtype)
-        if key not in self._brought:  # once: the copy waits for all that the device was given before
+        if key not in self._brought:
             values = torch.tensor(self.vae.config[name], dtype=torch.float32).view(1, -1, 1, 1, 1)
-            self._brought[key] = values.to(like.device, like.dtype)
+            # a blocking copy would wait for the encoder
+            self._brought[key] = values.to(like.device, like.dtype, non_blocking=True)
         return self._brought[key]
 
     def mode(self, pixels: Tensor) -> Tensor:
@@ -439,7 +440,8 @@ def centred(positions: Tensor, grids: Sequence[Grid]) -> Tensor:
     positions: fp32 [n, 3]; picture i has the grid grids[i]. A side of n tokens runs from -ceil(n / 2).
     """
     start = torch.tensor([[0, -(-r // 2), -(-c // 2)] for r, c in grids], dtype=torch.float32)
-    return positions - start.to(positions.device)[positions[:, 0].long()]
+    # a blocking copy would wait for the steps before
+    return positions - start.to(positions.device, non_blocking=True)[positions[:, 0].long()]
 
 
 def rotary_table(positions: Tensor, axes: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
@@ -704,7 +706,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         # each at its own size; the edited ones at the output's too, where tokens of both are compared
         def pixels_of(pictures: list[PIL.Image.Image], size: tuple[int, int]) -> Tensor:
-            found = self.image_processor.preprocess(pictures, *size).to(device)
+            found = preprocess(self.image_processor, pictures, *size, device)
             if found.shape[1] != 3:
                 raise ValueError(f"image: expected pictures with 3 channels (RGB), got {found.shape[1]} channels")
             return found
