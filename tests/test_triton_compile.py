@@ -260,13 +260,17 @@ def _group_norm(capability):
 
 
 def _beside_convolutions(capability):
-    """{kernel: job} of FLUX's autoencoder beside its convolutions and norms, at 1024 x 1024."""
+    """{kernel: job} of autoencoders beside their convolutions and group norms, at 1024 x 1024: FLUX's, and Qwen's norm
+    of 96 channels."""
     from triton.compiler import ASTSource
 
-    from specedit_kernels.triton_kernels import add_bias, scaled_softmax
+    from specedit_kernels.triton_kernels import add_bias, channel_rms_norm, scaled_softmax
 
     types = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr"), "*bf16")
     constants = {"CHANNELS": 128, "BLOCK": 4096, "pixels": 1, "residual_bias_ptr": None}
+    rows, block, num_warps = channel_rms_norm.tile(96, 2)
+    of_rms = dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "x_bias_ptr"), "*bf16") | {"root": "fp32"}
+    norm = dict(CHANNELS=96, SILU=True, ROWS=rows, BLOCK=block, stride_c=1, bias_ptr=None)
     return {
         f"{fn.__name__} {capability}": lambda f=fn, t=types, c=constants, w=warps: _compile(
             f, capability, t, c, {"num_warps": w}, ASTSource
@@ -275,6 +279,7 @@ def _beside_convolutions(capability):
             (add_bias._add_bias_kernel, types, constants, 4),
             (scaled_softmax._scaled_softmax_kernel, {"x_ptr": "*fp32", "y_ptr": "*bf16", "scale": "fp32"},
              {"BLOCK": 16384, "WHOLE": True}, 16),
+            (channel_rms_norm._channel_rms_norm_kernel, of_rms, norm, num_warps),
         )
     }  # fmt: skip
 
@@ -377,7 +382,8 @@ def test_every_config_compiles_and_fits(tmp_path):
                 "_statistics_kernel channels last": [4, 0], "_normalise_kernel channels first": [4, 4],
                 "_normalise_kernel channels last": [6, 4],
                 # of a map, its residual and the bias; of half a row's fp32 of 512 threads
-                "_add_bias_kernel": [12, 4], "_scaled_softmax_kernel": [8, 4]}  # fmt: skip
+                "_add_bias_kernel": [12, 4], "_scaled_softmax_kernel": [8, 4],
+                "_channel_rms_norm_kernel": [4, 4]}  # fmt: skip
     for capability in (80, 90):
         # of v to any rows: threads of a warp in the order of what is written, keys of a channel and then the next one's
         for name in ("fp8", "fp8, v not aligned"):

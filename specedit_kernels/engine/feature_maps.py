@@ -23,24 +23,25 @@ class UnbiasedConv2d(torch.nn.Conv2d):
     """A convolution whose bias is added by what takes its result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight, None)
+        return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
-class BiasedConv2d(torch.nn.Conv2d):
+class BiasedConv2d(UnbiasedConv2d):
     """A convolution whose bias an op adds."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._conv_forward(x, self.weight, None)
+        y = super().forward(x)
         assert self.bias is not None
         ops.add_bias_(y, self.bias)
         return y
 
 
-def with_plain_bias(conv: Any, kind: type[torch.nn.Module] = torch.nn.Conv2d) -> TypeGuard[torch.nn.Conv2d]:
-    """Whether a convolution is no more than that class's forward, with a plain weight and a bias."""
+def with_plain_bias(conv: Any) -> TypeGuard[torch.nn.Conv2d]:
+    """Whether a module is a convolution and no more than that class's forward, with a plain weight and a bias."""
     return (
-        type(conv) is kind
+        type(conv) is torch.nn.Conv2d
         and conv.bias is not None
+        and conv.padding_mode == "zeros"
         and not any(is_wrapper(x) for x in (conv.weight, conv.bias))
         and not foreign_forward(conv)
         and not hooked(vars(conv), frozenset())

@@ -155,8 +155,9 @@ class _Shared(torch.nn.Module):
         return all_rows(found, self.strips.counts(found.shape[-2]), ranks)
 
 
-def _known(part: Any, kinds: Mapping[type, Kind]) -> bool:
-    """Whether all modules of an encoder or a decoder are of these kinds, and nothing but their class's forward."""
+def known(part: Any, kinds: Mapping[type, Kind]) -> bool:
+    """Whether all modules of an encoder or a decoder are of these kinds that serve, and nothing but their class's
+    forward."""
     for module in each_module(part):
         module = mirrors(module)  # a twin may have a forward of ours
         kind = kinds.get(type(module))
@@ -194,7 +195,7 @@ def over(codec: Any, ranks: Ranks | None) -> Any:
     vars(root)["_modules"] = dict(vars(root)["_modules"])
     for name in ("encoder", "decoder"):
         part = getattr(root, name)
-        if _known(part, kinds):
+        if known(part, kinds):
             strips = Strips(ranks)
             unit = 2 ** _halvings(part) if name == "encoder" else 1
             setattr(root, name, _Shared(part, _on_strip(part, kinds, strips), strips, unit))

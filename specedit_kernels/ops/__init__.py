@@ -6,6 +6,7 @@ from ._backends import BACKENDS, backend_of, names
 from ._library import NAMESPACE
 from .adaln_modulate import adaln_modulate
 from .add_bias import add_bias_
+from .channel_rms_norm import channel_rms_norm
 from .dequantize import dequantize
 from .dequantize_gguf import dequantize_gguf
 from .gated_residual_add import gated_residual_add_
@@ -29,6 +30,7 @@ __all__ = [
     "adaln_modulate",
     "add_bias_",
     "backend_of",
+    "channel_rms_norm",
     "dequantize",
     "dequantize_gguf",
     "gated_residual_add_",
