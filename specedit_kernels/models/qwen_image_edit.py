@@ -241,7 +241,7 @@ def with_lone_frames(vae: torch.nn.Module) -> torch.nn.Module:
     module: Any
     part: Any
     for part in (twin.encoder, twin.decoder):
-        if not (strips.known(part, STRIPS) and _plain_weights(part)):
+        if part is None or not (strips.known(part, STRIPS) and _plain_weights(part)):
             continue
         for module in part.modules():
             if type(module) is torch.nn.Sequential:
