@@ -190,7 +190,8 @@ def test_the_mixed_steps_take_over_its_memory():
 
 
 def test_values():
-    assert SpecEditConfig(preset=9).coarse_refresh == 1 and SpecEditConfig(coarse_refresh=3).coarse_refresh == 3
+    found = [SpecEditConfig(**given).resolved().coarse_refresh for given in (dict(preset=9), dict(coarse_refresh=3))]
+    assert found == [1, 3]
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="coarse_refresh: expected an integer >= 1"):
             SpecEditConfig(coarse_refresh=wrong)
