@@ -183,7 +183,8 @@ def test_the_mixed_steps_take_over_its_memory():
     whole, kept = edit(before, **options), edit(after, coarse_refresh=3, **options)
     runners = before._specedit_runner, after._specedit_runner
     assert runners[0]._buffers.keys() == runners[1]._buffers.keys()
-    assert whole.stats.kv_cache_bytes == kept.stats.kv_cache_bytes == runners[1].buffer_bytes
+    assert kept.stats.kv_cache_bytes == runners[1].buffer_bytes
+    assert whole.stats.kv_cache_bytes <= kept.stats.kv_cache_bytes < 1.1 * whole.stats.kv_cache_bytes
     # and without mixed steps that keep any, there are those of the coarse ones
     out = edit(made("flux"), coarse_refresh=3, runner="fused")
     assert 0 < out.stats.kv_cache_bytes <= whole.stats.kv_cache_bytes

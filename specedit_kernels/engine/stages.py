@@ -309,8 +309,7 @@ def dense_steps(
             run.on_draft_step()
     if kept:
         run.stats.kv_cache_bytes = run.model.kv_bytes(layouts)
-        if branches == run.joined_branches:  # as many samples as in the mixed steps
-            run.model.release(layouts)
+        run.model.release(layouts)
     state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
     return state, (first, estimate)
 
@@ -674,8 +673,9 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
         state.tokens, _, anew = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
-        kept = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
-        run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, kept)
+        kept = [*state.layouts, *(x for pair in state.brackets for x in pair)]
+        run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, run.model.kv_bytes(kept))
+        run.model.release(kept)
 
 
 def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:
