@@ -72,8 +72,11 @@ def samples(device):
     yield specedit.dequantize, (normal(9, 4).to(torch.int8), torch.float32), dict(scale=normal(9, 1))
     blocks = normal(3, 2 * 144).abs().to(torch.uint8)  # of 0 to 3: no scale is NaN
     yield specedit.dequantize_gguf, (blocks, "Q4_K", torch.bfloat16), {}
+    yield specedit.lerp_, (*(normal(2, 5, 3, 8, dtype=torch.bfloat16) for _ in range(3)), normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*kept, normal(1)[0].sigmoid()), {}
     yield specedit.lerp_fp8_, (*(in_panels(x) if x.dim() == 4 else x for x in kept), normal(1)[0].sigmoid()), {}
+    scales = [normal(2, 1, heads).abs() + 0.01 for heads in (4, 2, 2)]
+    yield specedit.raise_scales_fp8_, (*scales, normal(2, 5, 2, 32)), dict(q_weight=normal(32), headroom=8.0)
     targets = i32([0, 2, -1, 6, 3], [3, 1, 6, -1, 0], device=device)
     for dtype, chosen in ((torch.float32, False), (torch.bfloat16, True)):
         q, k, v = (normal(2, 5, heads, 32, dtype=dtype) for heads in (4, 2, 2))

@@ -189,6 +189,22 @@ def _lerp_fp8(capability):
     return {f"lerp_fp8 {capability}": lambda: _compile(fn, capability, types, constants, {"num_warps": 4}, ASTSource)}
 
 
+def _lerp(capability):
+    """{kernel: job} of 8704 keys of 24 heads in bf16."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import lerp
+
+    block_m, block_n = lerp.tile(8704, 24 * 128, 2)
+    types = dict.fromkeys(("out_ptr", "a_ptr", "b_ptr"), "*bf16") | {"weight_ptr": "*fp32"}
+    constants = dict(BLOCK_M=block_m, BLOCK_N=block_n)
+    return {
+        f"lerp {capability}": lambda: _compile(
+            lerp._lerp_kernel, capability, types, constants, {"num_warps": 4}, ASTSource
+        )
+    }
+
+
 def _dequantize(capability):
     """{kernel: job} of one architecture: rows of 12288 numbers."""
     from triton.compiler import ASTSource
@@ -292,6 +308,7 @@ def compile_all():
         jobs[f"fp8 {name} by head, no bias"] = lambda n=name: _attention_fp8(n, 128, 0, (*plain, "bias_ptr"), False)
         jobs[f"fp8 {name} by index"] = lambda n=name: _attention_fp8(n, 128, 64, (), True)
     jobs.update(_quantize_fp8(80) | _quantize_fp8(89) | _quantize_fp8(90) | _lerp_fp8(89) | _lerp_fp8(90))
+    jobs.update(_lerp(80) | _lerp(90))
     jobs.update(_dequantize(80) | _dequantize(90) | _dequantize_gguf(80, ["Q8_0"]) | _dequantize_gguf(90, GGUF))
     listing = {"mask_ptr": "*u8"} | dict.fromkeys(("region_ptr", "query_ptr", "token_ptr", "count_ptr"), "*i32")
     for capability in (80, 90):
@@ -360,6 +377,7 @@ def test_every_config_compiles_and_fits(tmp_path):
             assert results[f"_qk_norm_rope_scatter_kernel {name} {capability}"]["bytes"] == [["1024", "32"]] * 4
     # bytes: of all three, 16 at once
     assert results["lerp_fp8 90"]["vectors"] == [4, 2]
+    assert results["lerp 90"]["vectors"] == results["lerp 80"]["vectors"] == [8, 4]
     # each read 8 bytes of a thread, each write 16, and nothing goes from one to another
     for name in ("e4m3", "e4m3 alone", "int8", "e5m2"):
         for found in (results[f"dequantize {name} {capability}"] for capability in (80, 90)):

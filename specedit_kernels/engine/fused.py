@@ -468,7 +468,7 @@ class FusedModel(_Eager):
                 pairs = [(x.values() if isinstance(x, PackedKV) else x) for x in (a, b)]
                 into = kept.scratch if isinstance(kept, PackedKV) else kept
                 for out, x, y in zip(into, *pairs):
-                    torch.lerp(x, y, weight.to(x.dtype), out=out)
+                    ops.lerp_(out, x, y, weight)
                 renew(kept, of.sequence)
             return weight
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,15 +102,12 @@ class Fp8KV(NamedTuple):
 
     def set_scales_(self, streams: Sequence[Any]) -> None:
         """For a whole sequence of these `sequence.Stream`s, before it is written."""
-        for scale, norms in ((self.q_scale, [x.norm_q for x in streams]), (self.k_scale, [x.norm_k for x in streams])):
-            weights = [norm.weight for norm in norms if norm.weight is not None]
-            tops = [torch.linalg.vector_norm(w.detach(), float("inf"), dtype=SCALES) for w in weights]
-            # what has no weight has weight 1
-            top = torch.stack([*tops, *(torch.ones_like(scale[0, 0, 0]) for _ in range(len(norms) - len(weights)))])
-            scale.copy_((top.amax() * (math.sqrt(self.k.shape[-1]) / _LARGEST)).clamp_(min=torch.finfo(SCALES).tiny))
-        largest = [torch.linalg.vector_norm(x.qkv[2], float("inf"), dim=(1, 3), dtype=SCALES) for x in streams]
-        top = torch.stack(largest).amax(0)[:, None] * (HEADROOM / _LARGEST)
-        self.v_scale.copy_(top.clamp_(min=torch.finfo(SCALES).tiny))
+        for scale in self.scales:
+            scale.fill_(torch.finfo(SCALES).tiny)
+        for x in streams:
+            ops.raise_scales_fp8_(
+                *self.scales, x.qkv[2], q_weight=x.norm_q.weight, k_weight=x.norm_k.weight, headroom=HEADROOM
+            )
 
     def blend_(self, near: Fp8KV, far: Fp8KV, weight: Tensor) -> None:
         """Keep near + weight (far - near). weight: fp32, 0-dim."""

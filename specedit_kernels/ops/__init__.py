@@ -10,12 +10,14 @@ from .dequantize_gguf import dequantize_gguf
 from .gated_residual_add import gated_residual_add_
 from .gather_tokens import gather_tokens
 from .group_norm import group_norm, group_norm_statistics
+from .lerp import lerp_
 from .lerp_fp8 import lerp_fp8_
 from .merge_attn import merge_attn
 from .mixed_res_attn import mixed_res_attn, mixed_res_attn_scatter_
 from .mixed_res_attn_fp8 import mixed_res_attn_fp8
 from .qk_norm_rope_scatter import qk_norm_rope_scatter_, qk_norm_rope_scatter_fp8_
 from .quantize_fp8 import quantize_fp8
+from .raise_scales_fp8 import raise_scales_fp8_
 from .scatter_tokens import scatter_tokens_
 from .select_tokens import select_tokens
 from .sparse_cross_attn import sparse_cross_attn
@@ -32,6 +34,7 @@ __all__ = [
     "gather_tokens",
     "group_norm",
     "group_norm_statistics",
+    "lerp_",
     "lerp_fp8_",
     "merge_attn",
     "mixed_res_attn",
@@ -41,6 +44,7 @@ __all__ = [
     "qk_norm_rope_scatter_",
     "qk_norm_rope_scatter_fp8_",
     "quantize_fp8",
+    "raise_scales_fp8_",
     "scatter_tokens_",
     "select_tokens",
     "sparse_cross_attn",
