@@ -155,19 +155,36 @@ class BaseModel:
 
 
 class Guider:
-    """comfy.samplers.CFGGuider while it samples, for one branch: what a sampler sees of it."""
+    """comfy.samplers.CFGGuider while it samples: what a sampler sees of it. together: both branches in one batch."""
 
-    def __init__(self, base, model_conds, model_options=None):
+    def __init__(self, base, model_conds, model_options=None, negative=None, cfg=1.0, together=True):
         self.inner_model, self.model_patcher, self.loaded_models = base, object(), []
         self.conds = {"positive": [{"model_conds": model_conds, "uuid": "a"}]}
+        if negative is not None:
+            self.conds["negative"] = [{"model_conds": negative, "uuid": "b"}]
+        self.cfg, self.together = cfg, together
         self.model_options = model_options or {"transformer_options": {}}
 
     def __call__(self, x, timestep, model_options=NONE, seed=None):
-        given = {name: c.cond for name, c in self.conds["positive"][0]["model_conds"].items()}
+        conds = [self.conds["positive"][0]]
+        if "negative" in self.conds and self.cfg != 1:
+            conds.append(self.conds["negative"][0])
+        batches = [conds] if self.together else [[cond] for cond in conds]
+        clean = [y for batch in batches for y in self._of(batch, x, timestep, model_options)]
+        return clean[0] if len(clean) == 1 else clean[1] + self.cfg * (clean[0] - clean[1])
+
+    def _of(self, conds, x, timestep, model_options):
+        given = {}
+        for name in conds[0]["model_conds"]:
+            each = [cond["model_conds"][name].cond for cond in conds]
+            several = isinstance(each[0], list)
+            given[name] = [torch.cat(parts) for parts in zip(*each)] if several else torch.cat(each)
         given["context"] = given.pop("c_crossattn")
-        options = dict(model_options["transformer_options"], uuids=["a"], cond_or_uncond=[0], sigmas=timestep)
+        named = dict(uuids=[cond["uuid"] for cond in conds], cond_or_uncond=[0, 1][: len(conds)], sigmas=timestep)
+        options, times = model_options["transformer_options"] | named, len(conds)
+        x, timestep = x.repeat(times, 1, 1, 1), timestep.repeat(times)
         velocity = self.inner_model.diffusion_model(x, timestep, transformer_options=options, **given)
-        return x - velocity.float() * timestep[:, None, None, None]
+        return (x - velocity.float() * timestep[:, None, None, None]).chunk(times)
 
     def sample(self, sampler, noise, sigmas, seed=0, callback=None, denoise_mask=None):
         return sampler.sample(

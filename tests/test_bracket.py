@@ -177,22 +177,21 @@ def test_qualities_set_what_is_not_given():
         config = SpecEditConfig(quality=quality)
         further = dict(mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
         further |= dict(draft=draft, coarse_refresh=kept, kv_refresh=renewed)
-        assert config == SpecEditConfig(quality=quality, **further)
+        assert config.resolved() == SpecEditConfig(quality=quality, stages=counts, draft_guidance=True, **further)
         assert config.step_counts() == counts and config.preset is None
     assert SpecEditConfig() == SpecEditConfig(quality="balanced")
     paper = dict(quality="paper", preset=9, finish="full", kv_refresh=1, solver="euler", lock_text=False)
-    assert SpecEditConfig(quality="paper") == SpecEditConfig(**paper)
+    assert SpecEditConfig(quality="paper").resolved() == SpecEditConfig(**paper).resolved()
     # a preset and stages are the scheduler's own even steps, under every quality
     for given in (dict(preset=9), dict(stages=(0, 0, 9))):
-        config = SpecEditConfig(**given)
+        config = SpecEditConfig(**given).resolved()
         assert (config.solver, config.mixed_from, config.lock_text) == ("euler", None, False)
-        bracket = dict(finish="locked", kv_refresh="bracket", coarse_refresh=1)
-        assert config == SpecEditConfig(quality="balanced", solver="euler", lock_text=False, **bracket, **given)
+        assert (config.finish, config.kv_refresh, config.coarse_refresh) == ("locked", "bracket", 1)
     assert SpecEditConfig(preset=9, solver="ab2", mixed_from=0.5).mixed_from == 0.5
     assert replace(SpecEditConfig(), preset=9).step_counts() == (2, 4, 3)
-    config = SpecEditConfig(quality="best", preset=11, kv_refresh=2)
+    config = SpecEditConfig(quality="best", preset=11, kv_refresh=2).resolved()
     assert (config.preset, config.finish, config.kv_refresh) == (11, "locked", 2)
-    config = SpecEditConfig(finish="full", unselected="coarse")
+    config = SpecEditConfig(finish="full", unselected="coarse").resolved()
     assert (config.kv_refresh, config.lock_text) == (1, False)
     for given in (True, False):
         for quality in ("fast", "balanced", "paper"):

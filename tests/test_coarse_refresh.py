@@ -229,17 +229,19 @@ def test_the_mixed_steps_take_over_its_memory():
     whole, kept = edit(before, **options), edit(after, coarse_refresh=3, **options)
     runners = before._specedit_runner, after._specedit_runner
     assert runners[0]._buffers.keys() == runners[1]._buffers.keys()
-    assert whole.stats.kv_cache_bytes == kept.stats.kv_cache_bytes == runners[1].buffer_bytes
+    assert kept.stats.kv_cache_bytes == runners[1].buffer_bytes
+    assert whole.stats.kv_cache_bytes <= kept.stats.kv_cache_bytes < 1.1 * whole.stats.kv_cache_bytes
     # and without mixed steps that keep any, there are those of the coarse ones
     out = edit(made("flux"), coarse_refresh=3, runner="fused")
     assert 0 < out.stats.kv_cache_bytes <= whole.stats.kv_cache_bytes
 
 
 def test_values():
-    assert SpecEditConfig().coarse_text_refresh == 1 and SpecEditConfig(coarse_text_refresh=3).coarse_text_refresh == 3
+    given = (dict(preset=9), dict(coarse_refresh=3), dict(coarse_text_refresh=3))
+    found = [SpecEditConfig(**each).resolved() for each in given]
+    assert [x.coarse_refresh for x in found] == [1, 3, 4] and [x.coarse_text_refresh for x in found] == [1, 1, 3]
     with pytest.raises(ValueError, match="coarse_text_refresh: expected an integer >= 1, got 0"):
         SpecEditConfig(coarse_text_refresh=0)
-    assert SpecEditConfig(preset=9).coarse_refresh == 1 and SpecEditConfig(coarse_refresh=3).coarse_refresh == 3
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="coarse_refresh: expected an integer >= 1"):
             SpecEditConfig(coarse_refresh=wrong)

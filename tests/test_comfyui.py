@@ -74,11 +74,13 @@ class Edit:
             self.reference = self.base.process_latent_in(self.vae.encode(self.image))
 
     def guider(self, **further):
-        conds = dict(
-            c_crossattn=host.Condition(self.embeds), y=host.Condition(self.pooled),
+        return host.Guider(self.base, self.conds(self.embeds, self.pooled, **further))
+
+    def conds(self, embeds, pooled, **further):
+        return dict(
+            c_crossattn=host.Condition(embeds), y=host.Condition(pooled),
             guidance=host.Condition(torch.tensor([3.5])), ref_latents=host.Condition([self.reference]), **further,
         )  # fmt: skip
-        return host.Guider(self.base, conds)
 
     def sampler(self, mask=None, preserve=False, **options):
         config = SpecEditConfig(stages=COUNTS, **(PAPER | options))
@@ -88,12 +90,13 @@ class Edit:
         guider = self.guider()
         return guider.sample(self.sampler(**options), self.noise, torch.tensor(SIGMAS), seed, callback)
 
-    def expected(self, mask=None, seed=7, **options):
+    def expected(self, mask=None, seed=7, call=None, **options):
         output = self.pipe(
             image=self.image.movedim(-1, 1), prompt_embeds=self.embeds, pooled_prompt_embeds=self.pooled,
             height=SIZE[0], width=SIZE[1], max_area=math.prod(SIZE), guidance_scale=3.5, latents=pack(self.noise),
             generator=torch.Generator().manual_seed(seed + FURTHER_NOISE), mask_image=mask,
-            specedit=SpecEditConfig(stages=COUNTS, runner="eager", **(PAPER | options)), output_type="latent",
+            specedit=SpecEditConfig(**(dict(stages=COUNTS, runner="eager") | PAPER | options)), output_type="latent",
+            **(call or {}),
         )  # fmt: skip
         return unpack(output.images, GRID), output
 
@@ -130,6 +133,53 @@ def test_as_the_pipeline(comfy, name):
     torch.testing.assert_close(edit.found(**case), expected, rtol=0, atol=2e-4)
     mixed = [override for _, override in edit.base.diffusion_model.calls]
     assert any(mixed) and not all(mixed)
+
+
+# of six steps: with guidance, without it
+_EVERY_SECOND = ["coarse", "mixed", "active", "mixed", "active", "mixed"]
+_EVERY_THIRD = ["coarse", "mixed", "active", "active", "mixed", "active"]
+GUIDED_STEPS = {
+    "fast": (_EVERY_THIRD, ["mixed", *["active"] * 5]),
+    "best": (_EVERY_THIRD, _EVERY_SECOND),
+    "balanced": (_EVERY_SECOND, _EVERY_SECOND),
+}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "apart"])
+@pytest.mark.parametrize("quality", GUIDED_STEPS)
+def test_a_guider_with_guidance_has_its_values(comfy, quality, together):
+    """As the pipeline's true guidance, whose draft is guided too, and whose text is computed in each step."""
+    edit, mask = Edit(comfy), half_mask()
+    embeds, pooled = torch.randn_like(edit.embeds), torch.randn_like(edit.pooled)
+    sampler = comfy.sampler.SpecEditSampler(SpecEditConfig(quality=quality), edit.vae, edit.image, mask)
+    found = []
+    for negative, cfg in ((edit.conds(embeds, pooled), 4.0), (edit.conds(embeds, pooled), 1.0), (None, 4.0)):
+        guider = host.Guider(edit.base, edit.conds(edit.embeds, edit.pooled), None, negative, cfg, together)
+        latents = guider.sample(sampler, edit.noise, torch.tensor(SIGMAS), 7)
+        found.append((latents, [step.stage for step in sampler.result[1].steps]))
+        assert sampler.result[1].config == SpecEditConfig(quality=quality, lock_text=False).resolved(len(found) == 1)
+    with_guidance, without = GUIDED_STEPS[quality]
+    assert found[0][1] == with_guidance and [stage for stage in found[1][1] if stage != "bracket"] == without
+    assert found[1][1] == found[2][1] and torch.equal(found[1][0], found[2][0])
+    call = dict(true_cfg_scale=4.0, negative_prompt_embeds=embeds, negative_pooled_prompt_embeds=pooled)
+    call["sigmas"] = SIGMAS[:-1]
+    options = dict(quality=quality, stages=None, lock_text=False, draft_guidance=True)
+    expected, output = edit.expected(mask, call=call, **options)
+    assert [step.stage for step in output.stats.steps] == with_guidance
+    torch.testing.assert_close(found[0][0], expected, rtol=0, atol=1e-3)
+
+
+def test_guidance_of_other_guiders(comfy):
+    """One with two scales of its own has the former one's scale at its default."""
+    guider = Edit(comfy).guider()
+    guider.cfg1 = 3.0
+    assert not comfy.sampler._guides(guider), "no negative conditioning"
+    guider.conds["negative"] = guider.conds["positive"]
+    assert comfy.sampler._guides(guider)
+    guider.cfg1 = guider.cfg2 = 1.0
+    assert not comfy.sampler._guides(guider)
+    guider.cfg2 = 0.0
+    assert comfy.sampler._guides(guider)
 
 
 def test_tolerance_sees_the_key_bias(comfy):
@@ -422,9 +472,7 @@ def test_sample_gives_the_mask(comfy):
     assert sampler.config == SpecEditConfig(quality="paper", finish="locked", kv_refresh=2)
     for quality in ("fast", "balanced"):  # a model that computes the text in each call
         [made] = nodes["SpecEditSampler"].execute(edit.vae, edit.image, quality, False).args
-        assert made.config == SpecEditConfig(quality=quality, lock_text=False)
-    built = type(made)(SpecEditConfig(quality="fast"), edit.vae, edit.image)
-    assert not built.config.lock_text and type(made)(SpecEditConfig(preset=9), edit.vae, edit.image).config.preset == 9
+        assert made.config == SpecEditConfig(quality=quality)
     sigmas = torch.tensor(SIGMAS)
     latent, mask, stats = nodes["SpecEditSample"].execute(edit.noise, edit.guider(), sampler, sigmas,
                                                           {"samples": edit.noise}).args  # fmt: skip

@@ -118,11 +118,11 @@ def test_the_file_gives_a_pipeline_the_student():
 
 def test_rows_by_name():
     row = solver.row_of("lora preset-4 cached at .07")
-    assert row.lora and row.config.step_counts() == (1, 2, 1) and row.config.solver == "euler"
+    assert row.lora and row.config.step_counts() == (1, 2, 1) and row.config.resolved().solver == "euler"
     assert (row.config.threshold, row.config.relative, row.config.kv_refresh) == (0.07, 0.5, 9)
     whole = solver.row_of("6+7 from 8/9 lt kv 1 grow 0").config
     assert (whole.kv_refresh, whole.dilation, whole.mixed_from, whole.lock_text) == (1, 0, 8 / 9, True)
-    assert solver.row_of("preset-8 paper").config.finish == "full" and not solver.row_of("plain-8").lora
+    assert solver.row_of("preset-8 paper").config.may_drift and not solver.row_of("plain-8").lora
     even = solver.row_of("2+6 euler even").config
     assert even.mixed_from is None and even.step_counts() == (2, 6, 0)
     guided = [solver.row_of(f"4+5 lt{ending} kv 3").config for ending in ("", " ug gr 2 ct 4", " gr 9")]

@@ -3,6 +3,8 @@
 layer of the blocks replaced by one that rounds likewise, and in the pipelines."""
 
 import gc
+import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from test_runner import stubbed, warnings  # noqa: F401  (fixtures)
 from tiny_models import call_options, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
-from specedit_kernels.engine import fp8
+from specedit_kernels.engine import fp8, merged
 from specedit_kernels.engine.fused import linear_of_each
 from specedit_kernels.engine.low_rank import LowRankChange
 from specedit_kernels.engine.low_rank import active as changing
@@ -203,6 +205,64 @@ def test_weights_written_or_moved_are_converted_anew(random):
     linears.clear()
     assert not linears.stale() and linears.bytes == 0
     assert not torch.allclose(run(), moved, atol=0.1)
+
+
+PARTS = {
+    "an element": (True, slice(5, 6), slice(7, 8)),
+    "an element of the bias": (True, slice(5, 6), None),
+    "rows of the start, past torch's counter": (False, slice(0, 64), slice(None)),
+    "rows of the end, past it": (False, slice(-64, None), slice(None)),
+    "columns, past it": (False, slice(None), slice(100, 200)),
+    "some of the bias, past it": (False, slice(400, 500), None),
+}
+
+
+@pytest.mark.parametrize("copies", ["fp8", "merged"])
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_a_write_to_a_part_of_a_weight_is_seen(random, part, copies):
+    layer, x = made(random, "cpu", 1024, 1024, torch.float32), random(3, 1024)
+    change = LowRankChange({"0": (random(2, 1024), random(1024, 2))})
+    other = fp8.Fp8Linears() if copies == "fp8" else merged.MergedLinears()
+
+    def run():
+        if copies == "fp8":
+            with fp8.active(other):
+                return linear_of_each([layer], x)[0]
+        with changing(change, torch.nn.ModuleList([layer])), merged.active(other):
+            return linear_of_each([layer], x)[0]
+
+    first = run()
+    assert not other.stale() and torch.equal(run(), first)
+    counted, rows, columns = PARTS[part]
+    tensor = layer.bias if columns is None else layer.weight
+    tensor = (tensor if counted else tensor.data)[rows]
+    (tensor if columns is None else tensor[:, columns]).add_(1.0)
+    assert other.stale()
+    other.clear()
+    assert not other.stale() and not torch.equal(run(), first) and not other.stale()
+
+
+def test_what_is_looked_at_lies_in_all_parts_of_a_weight():
+    for rows, columns in ((3072, 3072), (21504, 3072), (3072, 15360), (1024, 4096)):
+        at = fp8._places(torch.Size((rows, columns)))
+        assert len(at) == 64
+        for several, total, most in (({x // columns for x in at}, rows, 45), ({x % columns for x in at}, columns, 35)):
+            assert max(b - a for a, b in itertools.pairwise([0, *sorted(several), total])) <= total / most + 1
+    for shape in ((1,), (10,), (3072,), (1, 16), (16, 1), (3, 50)):
+        at = fp8._places(torch.Size(shape))
+        assert len(at) >= min(math.prod(shape), 32) and 0 <= at[0] <= at[-1] < math.prod(shape)
+
+
+@torch.inference_mode()
+def test_weights_of_inference_mode(random):
+    """torch counts no writes to them."""
+    layer, linears = made(random, "cpu", 64, 64, torch.float32), fp8.Fp8Linears()
+    with fp8.active(linears):
+        linear_of_each([layer], random(3, 64))
+    assert not linears.stale()
+    layer.weight += 1
+    assert linears.stale()
 
 
 @pytest.mark.slow

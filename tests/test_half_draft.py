@@ -116,21 +116,23 @@ def test_its_threshold_is_that_of_the_coarse_draft():
 
 
 def test_a_quality_chooses_the_draft_where_it_chooses_the_steps():
-    assert SpecEditConfig(preset=9).draft == SpecEditConfig(stages=(1, 2, 3)).draft == "coarse"
-    assert SpecEditConfig(quality="fast").draft == "half" and SpecEditConfig(quality="fast", preset=9).draft == "coarse"
-    assert {SpecEditConfig(quality=quality).draft for quality in ("balanced", "best", "paper")} == {"coarse"}
-    assert SpecEditConfig(quality="fast", draft="quarter").draft == "quarter"
+    def draft(**given):
+        return SpecEditConfig(**given).resolved().draft
+
+    assert draft(preset=9) == draft(stages=(1, 2, 3)) == draft(quality="fast", preset=9) == "coarse"
+    assert draft(quality="fast") == "half" and draft(quality="fast", draft="quarter") == "quarter"
+    assert {draft(quality=quality) for quality in ("balanced", "best", "paper")} == {"coarse"}
 
 
 def test_fast_and_best_take_other_steps_under_guidance(pipe):
-    fast = SpecEditConfig(quality="fast").guided()
+    fast = SpecEditConfig(quality="fast").resolved(guided=True)
     assert (fast.stages, fast.draft, fast.kv_refresh, fast.draft_guidance) == ((4, 3, 2), "coarse", 3, False)
     assert (fast.solver, fast.mixed_from, fast.finish, fast.lock_text) == ("ab2", 7 / 9, "locked", True)
-    best = SpecEditConfig(quality="best", threshold=0.2).guided()
+    best = SpecEditConfig(quality="best", threshold=0.2).resolved(guided=True)
     assert (best.stages, best.coarse_refresh, best.draft_guidance, best.threshold) == ((4, 3, 2), 1, True, 0.2)
-    for given in (dict(quality="balanced"), dict(quality="fast", draft="coarse"), dict(quality="best", preset=9)):
+    for given in (dict(quality="balanced"), dict(quality="paper"), dict(quality="best", preset=9)):
         config = SpecEditConfig(**given)
-        assert config.guided() is config
+        assert config.resolved(guided=True) == config.resolved()
 
     def stages(**call):
         config = SpecEditConfig(quality="fast", runner="eager", max_active=1.0)

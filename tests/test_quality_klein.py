@@ -2,38 +2,31 @@
 """The tiny FLUX.2-klein's parts, training, export and calls, without any trained weight."""
 
 import json
-import sys
-from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"))
 
+import quality_editors as shared
+from quality_editors import PHRASES, seeded
+
+# isort: split
 import calibrate
 import distil
-import export
 import families
 import models
 import sampler
 import table_runs as runs
 import text
-import train_editor
 import train_vae
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 
 from specedit_kernels import SpecEditConfig, SpecEditFlux2KleinPipeline
 from specedit_kernels.engine.registry import codec_of
 
-PHRASES = ["remove the cat", f"put {text.article(text.NAMES[3])} in the bottom left", ""]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Small(families.Klein):
@@ -62,46 +55,17 @@ class Small(families.Klein):
         )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The real sizes, exported."""
-    torch.manual_seed(0)
-    weights = {name: make().state_dict() for name, (_, make) in families.Klein.parts.items()}
-    path = tmp_path_factory.mktemp("klein") / "editor"
-    vae = families.Klein.make_vae()
-    families.Klein.set_scale(vae, torch.randn(128, 16, 4, 4, generator=seeded()) * 2 + 1)
-    assert export.export(families.Klein, vae, weights, path) == export.folder_size(path) < 25e6
-    return path
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    """Loaded as any user would: no code of ours."""
-    loaded = Flux2KleinPipeline.from_pretrained(folder)
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
+folder, pipe = shared.fixtures(families.Klein, Flux2KleinPipeline, (128, 16, 4, 4))
 
 
 @pytest.fixture(scope="module")
 def batched(pipe):
-    ours = runs.BatchedKleinPipeline(**pipe.components, is_distilled=True)
-    ours.set_progress_bar_config(disable=True)
-    return ours
+    return shared.quiet(runs.BatchedKleinPipeline(**pipe.components, is_distilled=True))
 
 
 @pytest.fixture(scope="module")
 def edits():
-    found = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
-    found.reference = found.tokens
-    return found
-
-
-def batch(n=2, side=8, seed=0):
-    """source, target, weights and ids, as training has them."""
-    encoder = text.KleinPhraseEncoder()
-    ids = torch.tensor([encoder(phrase)[0] for phrase in PHRASES[:n]])
-    source, target = torch.randn(2, n, 16, side, side, generator=seeded(seed))
-    return source, target, torch.full((n, side * side // 4), 4.0), ids
+    return shared.two_edits()
 
 
 @pytest.mark.slow
@@ -134,9 +98,7 @@ def test_training_sees_the_texts_of_the_pipeline(pipe):
 
 def test_every_phrase_fits():
     encoder = text.KleinPhraseEncoder()
-    longest = max((text.phrase(task, v, "a", "apple", "red", "top left") for task, t in text.TEMPLATES.items()
-                   for v in range(len(t))), key=lambda p: len(p.split()))  # fmt: skip
-    assert len(encoder(longest.replace("apple", text.NAMES[0]), stop=True)[0]) == text.KLEIN_LENGTH
+    assert len(encoder(shared.longest_phrase(), stop=True)[0]) == text.KLEIN_LENGTH
 
 
 def test_the_shift_is_the_pipelines_where_there_are_steps(pipe):
@@ -163,35 +125,15 @@ def test_anothers_weights_with_a_scale_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_repeated_batch_is_learnt():
-    torch.manual_seed(0)
-    editor = train_editor.Editor(Small)
-    optimizer = torch.optim.AdamW(editor.parameters(), lr=3e-3)
-    fields, sigma, noise = batch(), torch.tensor([0.5, 0.8]), torch.randn(2, 16, 8, 8, generator=seeded(5))
-    losses = []
-    for _ in range(30):
-        loss, apart = editor.loss(fields, text.KLEIN_LENGTH, sigma, noise, None)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert apart.shape == (2,) and losses[-1] < 0.5 * losses[0]
-    trained = {name for name, p in editor.named_parameters() if optimizer.state.get(p)}
+    trained = shared.learnt(Small, text.KleinPhraseEncoder(), text.KLEIN_LENGTH, 30)
     assert any("embed_tokens" in name for name in trained) and any("layers.26." in name for name in trained)
 
 
 @pytest.mark.slow
 def test_the_training_script_goes_on_piece_by_piece(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_editor, "RUN_DIR", tmp_path)
-    monkeypatch.setattr(train_editor, "SIZES", (64, 48, 32))
-    monkeypatch.setattr(Small, "shares", dict.fromkeys((64, 48, 32), (1.0, 0.0, 0.0, 0.0, 0.0)))
-    monkeypatch.setitem(train_editor.FAMILIES, "klein", Small)
-    Small.make_vae().save_pretrained(tmp_path / "vae")
-    options = "train_editor.py --family klein --tokens 100 --workers 0 --compile none --capacity 8 8 8 --seconds 600"
-    for piece in ("0.01", "0.02"):
-        monkeypatch.setattr(sys, "argv", [*options.split(), "--piece", piece])
-        train_editor.main()
-    assert "resumed at step 1" in capsys.readouterr().out
-    pipe = SpecEditFlux2KleinPipeline.from_pretrained(tmp_path / "editor")
+    shares, option = (1.0, 0.0, 0.0, 0.0, 0.0), "--seconds 600 --piece"
+    pipe = shared.trained("klein", Small, SpecEditFlux2KleinPipeline, shares, option, ("0.01", "0.02"), tmp_path,
+                          monkeypatch, capsys)  # fmt: skip
     assert pipe.transformer.config.num_single_layers == 1
 
 
@@ -244,12 +186,6 @@ def test_rows_of_the_table(batched, edits):
 
 @pytest.mark.slow
 def test_an_edit_from_the_folder(folder):
-    pipe = SpecEditFlux2KleinPipeline.from_pretrained(folder)
-    source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
-    mask = np.zeros((64, 96), np.float32)
-    mask[:32, :32] = 1
     config = SpecEditConfig(preset=4, preserve="pixels", feather=0)
-    out = pipe(image=source, prompt="make the cat blue", mask_image=mask, max_sequence_length=32, generator=seeded(),
-               specedit=config)  # fmt: skip
-    assert out.images[0].size == (96, 64) and out.stats.nfe == 4
-    assert (np.asarray(out.images[0])[:, 32:] == np.asarray(source)[:, 32:]).all()
+    pipe = SpecEditFlux2KleinPipeline.from_pretrained(folder)
+    shared.a_corner_is_edited(pipe, 4, max_sequence_length=32, specedit=config)

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiny Qwen-Image-Edit's parts, training, export and calls, without any trained weight."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"))
 
+import quality_editors as shared
+from quality_editors import PHRASES, seeded
+
+# isort: split
 import calibrate
-import export
 import families
 import models
 import sampler
@@ -26,12 +25,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTr
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
 from specedit_kernels.engine.registry import codec_of
 
-PHRASES = ["remove the cat", f"put {text.article(text.NAMES[3])} in the bottom left", ""]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Small(families.Qwen):
@@ -57,33 +51,12 @@ class Small(families.Qwen):
         return models.as_pictures(AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The real sizes, exported: `export` itself refuses what takes too much room."""
-    torch.manual_seed(0)
-    weights = {name: make().state_dict() for name, (_, make) in families.Qwen.parts.items()}
-    path = tmp_path_factory.mktemp("qwen") / "editor"
-    vae = families.Qwen.make_vae()
-    families.Qwen.set_scale(vae, torch.randn(4, 16, 8, 8, generator=seeded()) * 2 + 1)
-    size = export.export(families.Qwen, vae, weights, path)
-    assert size == export.folder_size(path) < export.LIMIT
-    return path
+folder, pipe = shared.fixtures(families.Qwen, QwenImageEditPipeline, (4, 16, 8, 8))
 
 
 @pytest.fixture(scope="module")
-def pipe(folder):
-    """Loaded as any user would: no code of ours."""
-    loaded = QwenImageEditPipeline.from_pretrained(folder)
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
-
-
-def batch(n=2, side=8, seed=0):
-    """source, target, weights and ids, as training has them."""
-    encoder = text.QwenPhraseEncoder()
-    ids = torch.tensor([encoder(phrase)[0] for phrase in PHRASES[:n]])
-    source, target = torch.randn(2, n, 16, side, side, generator=seeded(seed))
-    return source, target, torch.full((n, side * side // 4), 4.0), ids
+def batched(pipe):
+    return shared.quiet(runs.BatchedQwenPipeline(**pipe.components))
 
 
 @pytest.mark.slow
@@ -116,9 +89,7 @@ def test_training_sees_the_texts_of_the_pipeline(pipe):
 
 def test_every_phrase_fits():
     encoder = text.QwenPhraseEncoder()
-    longest = max((text.phrase(task, v, "a", "apple", "red", "top left") for task, t in text.TEMPLATES.items()
-                   for v in range(len(t))), key=lambda p: len(p.split()))  # fmt: skip
-    assert len(encoder(longest.replace("apple", text.NAMES[0]), stop=True)[0]) == text.QWEN_LENGTH
+    assert len(encoder(shared.longest_phrase(), stop=True)[0]) == text.QWEN_LENGTH
 
 
 def test_lone_frames_in_two_dimensions_are_the_models_own():
@@ -165,19 +136,7 @@ def test_latents_are_normalised(family):
 @pytest.mark.slow
 def test_a_repeated_batch_is_learnt(monkeypatch):
     monkeypatch.setattr(Small, "empty_share", 0.0)
-    torch.manual_seed(0)
-    editor = train_editor.Editor(Small)
-    optimizer = torch.optim.AdamW(editor.parameters(), lr=3e-3)
-    fields, sigma, noise = batch(), torch.tensor([0.5, 0.8]), torch.randn(2, 16, 8, 8, generator=seeded(5))
-    losses = []
-    for _ in range(40):
-        loss, apart = editor.loss(fields, text.QWEN_LENGTH, sigma, noise, None)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert apart.shape == (2,) and losses[-1] < 0.5 * losses[0]
-    trained = {name for name, p in editor.named_parameters() if optimizer.state.get(p)}
+    trained = shared.learnt(Small, text.QwenPhraseEncoder(), text.QWEN_LENGTH, 40)
     assert any("embed_tokens" in name for name in trained) and not any("visual" in name for name in trained)
 
 
@@ -186,7 +145,7 @@ def test_without_words_the_source_comes_back(monkeypatch):
     monkeypatch.setattr(Small, "empty_share", 1.0)
     torch.manual_seed(0)
     editor, sigma, noise = train_editor.Editor(Small), torch.tensor([0.5, 0.8]), torch.randn(2, 16, 8, 8)
-    source, target, weight, ids = batch()
+    source, target, weight, ids = shared.batch(text.QwenPhraseEncoder())
     with torch.no_grad():
         loss, apart = editor.loss((source, target, weight, ids), text.QWEN_LENGTH, sigma, noise, None)
         same, _ = editor.loss((source, source, weight, ids.flip(0)), text.QWEN_LENGTH, sigma, noise, None)
@@ -195,35 +154,16 @@ def test_without_words_the_source_comes_back(monkeypatch):
 
 @pytest.mark.slow
 def test_the_training_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_editor, "RUN_DIR", tmp_path)
-    monkeypatch.setattr(train_editor, "SIZES", (64, 48, 32))
-    monkeypatch.setattr(Small, "shares", dict.fromkeys((64, 48, 32), (1.0,)))
-    monkeypatch.setitem(train_editor.FAMILIES, "qwen", Small)
-    Small.make_vae().save_pretrained(tmp_path / "vae")
-    for seconds in ("0.01", "0.02"):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                *"train_editor.py --family qwen --tokens 100 --workers 0 --compile none "
-                "--capacity 8 8 8 --seconds".split(),
-                seconds,
-            ],
-        )
-        train_editor.main()
-    assert "resumed at step 1" in capsys.readouterr().out
-    pipe = SpecEditQwenImageEditPipeline.from_pretrained(tmp_path / "editor")
+    pipe = shared.trained("qwen", Small, SpecEditQwenImageEditPipeline, (1.0,), "--seconds", ("0.01", "0.02"), tmp_path,
+                          monkeypatch, capsys)  # fmt: skip
     assert pipe.transformer.config.num_layers == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
-def test_own_sampler_is_the_pipeline(pipe, steps):
+def test_own_sampler_is_the_pipeline(pipe, batched, steps):
     """In plain steps, where a call of SpecEdit with everything selected is the stock pipeline at any size."""
-    ours = runs.BatchedQwenPipeline(**pipe.components)
-    ours.set_progress_bar_config(disable=True)
-    runner = runs.Runner(ours, text.QWEN_LENGTH)
-    edits = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
+    runner, edits = runs.Runner(batched, text.QWEN_LENGTH), shared.two_edits()
     expected = runner.run(runs.Row("plain", steps=steps), edits)
     z = sampler.encode_images(pipe.vae, edits.pictures()[0])
     states, mask = sampler.encode_text(pipe, edits.edits.phrases(), None, "cpu")
@@ -233,38 +173,31 @@ def test_own_sampler_is_the_pipeline(pipe, steps):
 
 
 @pytest.mark.slow
-def test_rows_of_the_table(pipe):
+def test_rows_of_the_table(batched):
     """A plain row, a guided SpecEdit row and a calibration of one pipeline."""
-    ours = runs.BatchedQwenPipeline(**pipe.components)
-    ours.set_progress_bar_config(disable=True)
-    runner = runs.Runner(ours, text.QWEN_LENGTH, 3.0)
-    edits = runs.make_set(torch.device("cpu"), 64, counts={"local": 2}, seed=5)
-    edits.reference = edits.tokens
+    runner, edits = runs.Runner(batched, text.QWEN_LENGTH, 3.0), shared.two_edits()
     config = SpecEditConfig(stages=(1, 1, 1), threshold=-1.0)
     result = runner.run(runs.Row("", config=config), edits)
     assert result.images.shape == (2, 3, 64, 64) and result.nfe == 3 and result.mask.all()
-    unguided = runs.Runner(ours, text.QWEN_LENGTH).run(runs.Row("", config=config), edits)
+    unguided = runs.Runner(batched, text.QWEN_LENGTH).run(runs.Row("", config=config), edits)
     assert result.flops == [2 * f for f in unguided.flops] and not torch.allclose(result.images, unguided.images)
-    scores = calibrate.probe(calibrate.Probe.of(ours), runner, edits, config, 2)
+    scores = calibrate.probe(calibrate.Probe.of(batched), runner, edits, config, 2)
     assert torch.allclose(scores["decoder", "matched"], result.scores, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_rows_flops_are_the_runs_own(pipe):
-    ours = runs.BatchedQwenPipeline(**pipe.components)
-    ours.set_progress_bar_config(disable=True)
-    edits = runs.make_set(torch.device("cpu"), 192, counts={"small": 2}, seed=5)
-    edits.reference = edits.tokens
+def test_a_rows_flops_are_the_runs_own(pipe, batched):
+    edits = shared.two_edits(192, "small")
     length = sampler.encode_text(pipe, edits.edits.phrases(), None, "cpu")[0].shape[1]
     negative = sampler.encode_text(pipe, [" "] * 2, None, "cpu")[0].shape[1]
     config = SpecEditConfig(stages=(1, 3, 0), finish="locked", kv_refresh=2, lock_text=True, draft_guidance=False)
-    result = runs.Runner(ours, length, 3.0).run(runs.Row("", config=config, oracle=True), edits)
-    kinds = [(step.stage, step.passes, step.lock_text) for step in ours._specedit_stats.steps]
+    result = runs.Runner(batched, length, 3.0).run(runs.Row("", config=config, oracle=True), edits)
+    kinds = [(step.stage, step.passes, step.lock_text) for step in batched._specedit_stats.steps]
     assert kinds == [("coarse", 1, False), ("mixed", 2, False), ("active", 2, True), ("mixed", 2, True)]
     # the table takes the negative's text for as long as the positive's
-    assert negative < length and 1 < sum(result.flops) / ours._specedit_stats.flops < 1.3
-    whole = runs.Runner(ours, length).run(runs.Row("", config=config, oracle=True), edits)
-    assert sum(whole.flops) == ours._specedit_stats.flops
+    assert negative < length and 1 < sum(result.flops) / batched._specedit_stats.flops < 1.3
+    whole = runs.Runner(batched, length).run(runs.Row("", config=config, oracle=True), edits)
+    assert sum(whole.flops) == batched._specedit_stats.flops
 
 
 def test_thresholds_of_another_editor():
@@ -278,19 +211,7 @@ def test_thresholds_of_another_editor():
 
 @pytest.mark.slow
 def test_an_edit_from_the_folder(folder):
+    config = SpecEditConfig(stages=(1, 1, 1), preserve="pixels", feather=0)
+    guidance = dict(negative_prompt=" ", true_cfg_scale=2.0)
     pipe = SpecEditQwenImageEditPipeline.from_pretrained(folder)
-    source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
-    mask = np.zeros((64, 96), np.float32)
-    mask[:32, :32] = 1
-    out = pipe(
-        image=source,
-        prompt="make the cat blue",
-        negative_prompt=" ",
-        true_cfg_scale=2.0,
-        max_area=64 * 96,
-        mask_image=mask,
-        generator=seeded(),
-        specedit=SpecEditConfig(stages=(1, 1, 1), preserve="pixels", feather=0),
-    )
-    assert out.images[0].size == (96, 64) and out.stats.nfe == 3
-    assert (np.asarray(out.images[0])[:, 32:] == np.asarray(source)[:, 32:]).all()
+    shared.a_corner_is_edited(pipe, 3, max_area=64 * 96, specedit=config, **guidance)

@@ -3,6 +3,7 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -65,21 +66,50 @@ def test_a_tag_and_its_shapes_are_captured_once_and_the_longest_unused_goes(stub
     assert steps.captures == 6
 
 
-def test_buffers_stay_until_they_grow_and_graphs_over_them_go_with_them(stubbed):
-    steps, floats = StepRunner("graph"), (torch.float32, torch.device("cpu"))
-    [long, _] = steps.buffers("a", 2, (1, 1000, 2, 4), *floats)
-    [short, _] = steps.buffers("a", 2, (1, 7, 2, 4), *floats)
-    assert long.shape[1] == 1000 and short.shape[1] == 7 and short.data_ptr() == long.data_ptr()
-    assert steps.buffer_bytes == 2 * 1024 * 2 * 4 * 4
-    call(steps, 3, buffers="a")
-    call(steps, 3)
-    for shape, dtype in (((1, 1025, 2, 4), torch.float32), ((2, 7, 2, 4), torch.float32), ((2, 7, 2, 4), torch.half)):
-        [grown, _] = steps.buffers("a", 2, shape, dtype, torch.device("cpu"))
-        assert grown.shape == shape and grown.dtype == dtype
-    call(steps, 3)
-    assert steps.captures == 2
-    call(steps, 3, buffers="a")
-    assert steps.captures == 3
+def test_buffers_have_the_memory_of_the_largest_need_and_never_move():
+    steps, cpu = StepRunner("graph"), torch.device("cpu")
+    floats = (5, (1, 100, 2, 4), torch.float32), (4, (1, 151, 2, 4), torch.float32), (5, (1, 151, 2, 4), torch.float32)
+    shapes = *floats, (7, (2, 60, 2, 4), torch.half), (3, (1, 77, 3, 16), torch.float8_e4m3fn)
+
+    def made(name="a"):
+        return [steps.buffers(name, count, shape, dtype, cpu) for count, shape, dtype in shapes]
+
+    first, held = made(), steps.buffer_bytes
+    largest = max(count * (math.prod(shape) * dtype.itemsize + 511) // 512 * 512 for count, shape, dtype in shapes)
+    longest = 512 * -(-151 * 8 * 4 // 512)
+    assert largest <= held < largest + 2 * longest, "the end of a chunk holds no whole tensor"
+    for found, again, (count, shape, dtype) in zip(first, made(), shapes):
+        assert [x.data_ptr() for x in found] == [x.data_ptr() for x in again] and steps.buffer_bytes == held
+        assert {(x.shape, x.dtype, x.is_contiguous(), x.data_ptr() % 16) for x in found} == {(shape, dtype, True, 0)}
+        assert len(found) == count
+        for i, x in enumerate(found):  # none lies over another of them
+            x.copy_(torch.full(x.shape, i + 1.0))
+        assert [x.float().unique().tolist() for x in found] == [[i + 1.0] for i in range(count)]
+    others = made("b")
+    assert steps.buffer_bytes == 2 * held
+    assert not {x.data_ptr() for found in others for x in found} & {x.data_ptr() for found in first for x in found}
+    steps.clear()
+    assert steps.buffer_bytes == 0
+
+
+def test_graphs_stay_where_their_buffers_grow(stubbed):
+    """Each stands for the place where its buffers lay: other rows are another graph."""
+    steps, cpu = StepRunner("graph"), torch.device("cpu")
+
+    def run(rows, value):
+        [kept] = steps.buffers("a", 1, (1, rows, 2), torch.float32, cpu)
+        other = steps.buffers("b", 1, (1, 3, 2), torch.float32, cpu)[0]
+
+        def write(x):
+            other.copy_(kept.fill_(0).add_(x)[:, :3])
+            return x
+
+        steps("write", write, {"x": torch.tensor(value)}, runner.BESIDE.join("ab"))
+        return kept, other
+
+    for rows, value, captures in ((10, 1.0, 1), (1000, 2.0, 2), (10, 3.0, 2), (1000, 4.0, 2), (200, 5.0, 3)):
+        kept, other = run(rows, value)
+        assert steps.captures == captures and (kept == value).all() and (other == value).all()
 
 
 def test_a_deep_copy_keeps_nothing(stubbed):

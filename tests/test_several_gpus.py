@@ -293,7 +293,7 @@ def _qualities(make, share=None):
             for masked in (True, False):
                 for runner in ("eager", "fused"):
                     config = SpecEditConfig(quality=quality, runner=runner)
-                    assert config.solver == "ab2"
+                    assert config.resolved().solver == "ab2"
                     generator = torch.Generator().manual_seed(7)
                     options = call() | dict(output_type="np", generator=generator)
                     result = pipe(specedit=config, mask_image=box() if masked else None, **options)

@@ -216,7 +216,7 @@ def test_options():
                 counts = config.step_counts(steps, given)
                 assert sum(counts) == steps and min(counts) >= 1
     for preset in PRESETS:
-        config = SpecEditConfig(preset=preset)
+        config = SpecEditConfig(preset=preset).resolved()
         assert config.mixed_from is None and config.solver == "euler"
     for wrong in (dict(solver="heun"), dict(mixed_from=1), dict(mixed_from=0.0), dict(mixed_from=1.5)):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -396,7 +396,7 @@ ENDS = {
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_all_stages(pipe, draft, end):
     strength = 1.0 if draft == "quarter" else 3.0
-    config = SpecEditConfig(runner="eager", **DRAFTS[draft] | ENDS[end])
+    config = SpecEditConfig(runner="eager", **DRAFTS[draft] | ENDS[end]).resolved()
     given = options(config, strength_of_text=strength)
     if draft == "mask":
         given["mask_image"] = half()

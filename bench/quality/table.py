@@ -372,7 +372,7 @@ def config_of(row):
     """The settings of a SpecEdit row, as JSON has them; None for another row."""
     if row.config is None:
         return None
-    values = {k: v for k, v in vars(row.config).items() if v is not None}
+    values = {k: v for k, v in vars(row.config.resolved()).items() if v is not None}
     return values | {
         "threshold": row.config.resolved_threshold(),
         "relative": row.config.resolved_relative(),
@@ -413,7 +413,7 @@ def read_records(path, header, rows):
 
 def defaults():
     # before there was `relative`, thresholds were absolute
-    return vars(PAPER) | {"relative": 0.0}
+    return vars(PAPER.resolved()) | {"relative": 0.0}
 
 
 def same_config(former, current):

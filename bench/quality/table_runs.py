@@ -505,13 +505,19 @@ def _with_threshold(rows, threshold_of):
 def with_thresholds(rows, recommended):
     """The rows with the thresholds that calibrate.py recommends for a metric, reference and draft."""
     table = {(p["metric"], p["reference"], p["draft"]): p["threshold"] for p in recommended}
-    return _with_threshold(rows, lambda c: table.get((c.metric, c.reference, c.draft), c.threshold))
+    return _with_threshold(rows, lambda c: table.get((c.metric, c.reference, c.resolved().draft), c.threshold))
 
 
 def with_own_thresholds(rows, pipe, true_cfg_scale):
     """The rows as `pipe` runs them: with the thresholds that its model has in place of the config's."""
     own = family_of(pipe).thresholds
-    return _with_threshold(rows, lambda c: c.resolved_threshold(own, true_cfg_scale > 1 and c.draft_guidance))
+    guided = true_cfg_scale > 1
+
+    def threshold(config):
+        used = config.resolved(guided)
+        return used.resolved_threshold(own, guided and used.draft_guidance)
+
+    return _with_threshold(rows, threshold)
 
 
 def prepare(args):

@@ -70,7 +70,7 @@ def rows_of_table(stock_steps: int, presets: Sequence[int], compiled: bool, guid
 
     tiers = [Row(name, 0, SpecEditConfig(quality=name, preserve="pixels")) for name in TIERS]
     tiers += [Row(f"preset {n}", 0, SpecEditConfig(preset=n, preserve="pixels")) for n in presets]
-    used = [row.config.guided() if guided else row.config for row in tiers]
+    used = [row.config.resolved(guided) for row in tiers]
     tiers = [Row(row.name, sum(config.step_counts()), row.config) for row, config in zip(tiers, used)]
     counts = dict.fromkeys([stock_steps, *(row.steps for row in tiers)])
     stock = [Row(_stock(n), n) for n in counts]
@@ -107,7 +107,7 @@ class Cells:
         """What a cell is of; one of anything else is none."""
         digest = hashlib.sha256(edit.image.read_bytes())
         digest.update(edit.mask.read_bytes() if edit.mask else b"")
-        config = None if row.config is None else asdict(row.config)
+        config = None if row.config is None else asdict(row.config.resolved())
         asked = {"row": asdict(row) | {"config": config}, "picture": digest.hexdigest()[:16],
                  "instruction": edit.instruction, "place": self.place}  # fmt: skip
         return json.loads(json.dumps(asked))

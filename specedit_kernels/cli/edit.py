@@ -113,7 +113,7 @@ class Editor:
         overlay = region_overlay(image, region)
         threshold = result.stats.threshold
         if threshold is not None and not self.flash:
-            relative = self.config.resolved_relative()
+            relative = result.stats.config.resolved_relative()
             scale = threshold_scale(result.scores.flatten(1), relative, threshold)
             threshold *= float(scale[0])
         found = (*photo.notes, *notes)
@@ -326,7 +326,7 @@ def edit_summary(
         box = region_ends(mask, size, edited.working, config.feather)
         lines.append(f"within      {','.join(map(str, box))} of the picture; beyond, every pixel is the source's")
     if threshold is not None:
-        draft, unit = ("one step", " times the mean") if editor.flash else (config.draft, "")
+        draft, unit = ("one step", " times the mean") if editor.flash else (stats.config.draft, "")
         lines.append(f"draft       {draft}, scores over {threshold:.3g}{unit} are edited, grown by {config.dilation}")
     if arguments.method == "flash":
         noise = "white"

@@ -73,12 +73,11 @@ class Session:
         if mode != "replace" and mask is None and region is None:
             raise UserError(f"mask mode {mode}: expected a painted mask or a box")
         config = SpecEditConfig(quality=quality)
-        total = sum(config.step_counts())
 
         def on_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if self._cancelled:
                 raise Cancelled
-            progress(index + 1, total)
+            progress(index + 1, pipe.num_timesteps)  # guidance can have others than the config says
             return {}
 
         with self._lock:

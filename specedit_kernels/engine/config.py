@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from ..sampling.schedule import split_steps
 
@@ -41,7 +41,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 # What differs under true guidance, whose two branches make a field that few steps from noise do not follow: measured
-# in docs/choose.md. Only where a quality's own values are in use.
+# in docs/choose.md.
 GUIDED: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3, draft_guidance=False),
     "best": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3),
@@ -181,8 +181,8 @@ class EditConfig:
         `sigmas_given`: whether it gives their sigmas too."""
         raise NotImplementedError
 
-    def guided(self) -> EditConfig:
-        """This config for a run with true guidance."""
+    def resolved(self, guided: bool = False) -> EditConfig:
+        """This config as a run has it, with values in place of what is left to others. guided: true guidance."""
         return self
 
     def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
@@ -212,9 +212,8 @@ class SpecEditConfig(EditConfig):
         quality: sets finish where it is None, and where preset and stages are, the steps: their counts, mixed_from,
             solver, draft, coarse_refresh, kv_refresh and lock_text. "fast", "balanced", "best", or "paper", SpecEdit as
             its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, GUIDED those that "fast" and
-            "best" have under true guidance, docs/choose.md what each costs. What is None is resolved when a config is
-            made: make another by its fields, not by dataclasses.replace with another quality, preset or stages, which
-            keeps the rest of this one's.
+            "best" have under true guidance, docs/choose.md what each costs. Fields keep what was given: those that are
+            None follow the quality also after dataclasses.replace, and `resolved` has all of their values.
         preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
             8 or 4 for step-distilled weights. A separate draft is counted apart.
         stages: (coarse, mixed, full) step counts in place of those.
@@ -272,14 +271,15 @@ class SpecEditConfig(EditConfig):
             effect on a "quarter" draft, and on models that keep them in any case. None: the quality's; 1 with preset or
             stages.
         coarse_text_refresh: the same of the text: every k-th coarse step computes it, those between have the keys and
-            values that it had then. With coarse_refresh they compute the target alone. 1, or None where no quality says
-            otherwise: every coarse step computes the text.
-        draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost.
+            values that it had then. With coarse_refresh they compute the target alone. 1: every coarse step computes
+            the text. None: 1, but what GUIDED has for the quality.
+        draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost. None:
+            True, but what GUIDED has for the quality.
         guidance_refresh: with true guidance the first step of each stage, one after a callback that changes latents or
             text, one that keeps keys and values for others (kv_refresh, coarse_refresh), and the k-th step after the
             last such one compute both branches, and keep the difference of their velocities; the steps between compute
             the conditional branch alone, and guide by the kept difference. 1: every step computes both. Without effect
-            where two GPUs have a branch each, which then takes no longer.
+            where two GPUs have a branch each, which then takes no longer. None: 1, but what GUIDED has for the quality.
 
     All else: EditConfig.
     """
@@ -303,40 +303,31 @@ class SpecEditConfig(EditConfig):
     lock_text: bool | None = None
     coarse_refresh: int | None = None
     coarse_text_refresh: int | None = None
-    draft_guidance: bool = True
-    guidance_refresh: int = 1
+    draft_guidance: bool | None = None
+    guidance_refresh: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         _one_of("quality", self.quality, tuple(QUALITIES))
         _one_of("unselected", self.unselected, UNSELECTED)
-        chosen = {name: value for name, value in QUALITIES[self.quality].items() if name != "stages"}
-        defaults = {"coarse_text_refresh": 1} | chosen
-        if self.preset is not None or self.stages is not None:
-            defaults |= dict(mixed_from=None, solver="euler", draft="coarse", coarse_refresh=1, lock_text=False)
-            defaults["coarse_text_refresh"] = 1
-            if chosen["kv_refresh"] != 1:
-                defaults["kv_refresh"] = BRACKET
-        if (self.finish or defaults["finish"]) == "full" and self.unselected == "coarse":
-            defaults |= dict(kv_refresh=1, lock_text=False)
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.preset is not None:
-            _one_of("preset", self.preset, tuple(PRESETS))
-        _one_of("solver", self.solver, SOLVERS)
+        for name, allowed in (
+            ("preset", tuple(PRESETS)), ("solver", SOLVERS), ("draft", DRAFTS), ("finish", FINISHES),
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), allowed)
         if self.mixed_from is not None:
             _number("mixed_from", self.mixed_from, 0.0, 1.0)
             if self.mixed_from in (0, 1):
                 raise ValueError(f"mixed_from: expected a number between 0 and 1, got {self.mixed_from}")
-        _one_of("draft", self.draft, DRAFTS)
-        _one_of("finish", self.finish, FINISHES)
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _integer("draft_steps", self.draft_steps, 1)
-        if self.kv_refresh != BRACKET:
-            _integer("kv_refresh", self.kv_refresh, 1)
-        if self.kv_refresh != 1 and self.finish == "full" and self.unselected == "coarse":
+        for name in ("kv_refresh", "coarse_refresh", "coarse_text_refresh", "guidance_refresh"):
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("kv_refresh", BRACKET):
+                _integer(name, value, 1)
+        finish = self.finish or self._own(guided=False)["finish"]
+        if self.kv_refresh not in (None, 1) and finish == "full" and self.unselected == "coarse":
             raise ValueError(
                 f"kv_refresh: expected 1 with finish='full' and unselected='coarse', got {self.kv_refresh!r}"
             )
@@ -346,11 +337,9 @@ class SpecEditConfig(EditConfig):
             _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
-        _flag("lock_text", self.lock_text)
-        _integer("coarse_refresh", self.coarse_refresh, 1)
-        _integer("coarse_text_refresh", self.coarse_text_refresh, 1)
-        _flag("draft_guidance", self.draft_guidance)
-        _integer("guidance_refresh", self.guidance_refresh, 1)
+        for name in ("lock_text", "draft_guidance"):
+            if getattr(self, name) is not None:
+                _flag(name, getattr(self, name))
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
                 raise ValueError(f"stages: expected (coarse, mixed, full) step counts, got {self.stages!r}")
@@ -358,7 +347,7 @@ class SpecEditConfig(EditConfig):
                 _integer("stages", count, 0)
             if sum(self.stages) == 0:
                 raise ValueError(f"stages: expected at least one step, got {self.stages!r}")
-            if self.finish == "full" and self.stages[1] and not self.stages[2]:
+            if finish == "full" and self.stages[1] and not self.stages[2]:
                 raise ValueError(f"stages: finish='full' needs full steps after mixed ones, got {self.stages!r}")
             object.__setattr__(self, "stages", tuple(self.stages))
 
@@ -367,52 +356,69 @@ class SpecEditConfig(EditConfig):
 
         sigmas_given: their sigmas are the caller's, and taken for even: as many are coarse as lie over mixed_from.
         """
-        counts = self.stages or (QUALITIES[self.quality]["stages"] if self.preset is None else PRESETS[self.preset])
+        used = self.resolved()
+        counts = used.stages or PRESETS[cast(int, used.preset)]
         if steps is None:
             return counts
         coarse, mixed, full = counts
-        if not sigmas_given or self.mixed_from is None or not coarse or not mixed + full:
-            return self._with_a_whole_last_step(split_steps(counts, steps))
+        if not sigmas_given or used.mixed_from is None or not coarse or not mixed + full:
+            return self._with_a_whole_last_step(split_steps(counts, steps), counts)
         least = (mixed > 0) + (full > 0)
-        coarse = min(max(round(steps * (1 - self.mixed_from)), 1), max(steps - least, 1))
+        coarse = min(max(round(steps * (1 - used.mixed_from)), 1), max(steps - least, 1))
         _, mixed, full = split_steps((0, mixed, full), steps - coarse)
-        return self._with_a_whole_last_step((coarse, mixed, full))
+        return self._with_a_whole_last_step((coarse, mixed, full), counts)
 
-    def _with_a_whole_last_step(self, counts: tuple[int, int, int]) -> tuple[int, int, int]:
-        """With kv_refresh=2 the last of an odd number of mixed steps computes its whole sequence: a coarse step less
-        for a mixed one more, where that makes a quality's odd."""
-        coarse, mixed, full = counts
-        renewed = self.kv_refresh == 2 and self.finish == "locked" and mixed > 0
-        renewed = renewed and self.stages is None and self.preset is None
-        return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else counts
+    def _with_a_whole_last_step(
+        self, scaled: tuple[int, int, int], counts: tuple[int, int, int]
+    ) -> tuple[int, int, int]:
+        """With kv_refresh=2 the last of an odd number of mixed steps computes its whole sequence: where `counts` are
+        odd, scaled ones that are not have a coarse step less for a mixed one more."""
+        used, (coarse, mixed, full) = self.resolved(), scaled
+        renewed = used.kv_refresh == 2 and used.finish == "locked" and mixed > 0 and sum(counts[1:]) % 2
+        return (coarse - 1, mixed + 1, full) if renewed and (mixed + full) % 2 == 0 and coarse > 1 else scaled
 
-    def guided(self) -> SpecEditConfig:
+    def resolved(self, guided: bool = False) -> SpecEditConfig:
+        """This config as a run has it: with the quality's values in the fields that are None.
+
+        guided: of a run with true guidance. What is still None has no value there: mixed_from of even steps, one of
+        preset and stages; threshold and relative are the model's. Resolved once more it is the same.
+        """
+        own = {name: value for name, value in self._own(guided).items() if value is not None}
+        missing = {name: value for name, value in own.items() if getattr(self, name) is None}
+        return replace(self, **missing) if missing else self
+
+    def _own(self, guided: bool) -> dict[str, Any]:
+        """What the quality gives the fields that are None, by name."""
         own = {"coarse_text_refresh": 1, "draft_guidance": True, "guidance_refresh": 1} | QUALITIES[self.quality]
-        others = GUIDED.get(self.quality, {})
         if self.preset is not None or self.stages is not None:
-            return self
-        if not others or any(getattr(self, name) != own[name] for name in others if name != "stages"):
-            return self
-        # all of them, since stages alone set others
-        return replace(self, **{name: getattr(self, name) for name in own if name != "stages"} | others)
+            own |= dict(preset=None, stages=None)
+            own |= dict(mixed_from=None, solver="euler", draft="coarse", coarse_refresh=1, lock_text=False)
+            if own["kv_refresh"] != 1:
+                own["kv_refresh"] = BRACKET
+        elif guided:
+            own |= GUIDED.get(self.quality, {})
+        if (self.finish or own["finish"]) == "full" and self.unselected == "coarse":
+            own |= dict(kv_refresh=1, lock_text=False)
+        return own
 
     def sigmas(self, counts: tuple[int, int, int]) -> list[float] | None:
-        coarse, rest = counts[0], counts[1] + counts[2]
-        if self.mixed_from is None or not coarse or not rest:
+        coarse, rest, mixed_from = counts[0], counts[1] + counts[2], self.resolved().mixed_from
+        if mixed_from is None or not coarse or not rest:
             return None
-        ahead = [1 - (1 - self.mixed_from) * i / coarse for i in range(coarse)]
-        return ahead + [self.mixed_from * (1 - i / rest) for i in range(rest)]
+        ahead = [1 - (1 - mixed_from) * i / coarse for i in range(coarse)]
+        return ahead + [mixed_from * (1 - i / rest) for i in range(rest)]
 
     @property
     def draft_of_coarse_steps(self) -> str | None:
-        return self.draft if self.draft in ("coarse", "half") else None
+        draft = self.resolved().draft
+        return draft if draft in ("coarse", "half") else None
 
     def separate_steps(self, counts: tuple[int, int, int]) -> int:
-        return {"half": counts[0], "quarter": self.draft_steps}.get(str(self.draft), 0)
+        return {"half": counts[0], "quarter": self.draft_steps}.get(str(self.resolved().draft), 0)
 
     @property
     def may_drift(self) -> bool:
-        return self.finish == "full"
+        return self.resolved().finish == "full"
 
     def resolved_threshold(
         self, own: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({}), guided: bool = False
@@ -423,11 +429,12 @@ class SpecEditConfig(EditConfig):
         """
         if self.threshold is not None:
             return float(self.threshold)
-        key = self.metric, self.reference, "coarse" if self.draft == "half" else str(self.draft)  # the same steps
+        draft = str(self.resolved().draft)
+        key = self.metric, self.reference, "coarse" if draft == "half" else draft  # the same steps
         return own[key][guided] if key in own else THRESHOLDS[key]
 
     def resolved_relative(self) -> float:
         """How far the threshold follows the picture: the given share, or the one for this kind of threshold."""
         if self.relative is not None:
             return float(self.relative)
-        return RELATIVE[str(self.draft)] if self.threshold is None else 0.0
+        return RELATIVE[str(self.resolved().draft)] if self.threshold is None else 0.0

@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..images.align import Drift
+from .config import EditConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class SpecEditStats:
     """Figures of one run. `flops` and `plain_flops` are sums: of this run, draft included, and of as many plain steps.
 
     Attributes:
+        config: of the run, with the quality's values where none were given, those under guidance included.
         steps: each step of the model in order (StepRecord).
         nfe: steps of the main trajectory; a step with true guidance counts once.
         draft_nfe: steps of a separate draft.
@@ -101,6 +103,7 @@ class SpecEditStats:
         merged_bytes: memory of the weights' copies with the changes of one-step networks in them (FlashEdit).
     """
 
+    config: EditConfig | None = None
     steps: list[StepRecord] = field(default_factory=list)
     nfe: int = 0
     draft_nfe: int = 0

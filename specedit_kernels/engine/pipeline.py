@@ -330,7 +330,7 @@ class SpecEditMixin(Stock):
         if not isinstance(config, self.CONFIG):
             expected = f"{self.CONFIG.__name__}, None or a bool"
             raise TypeError(f"specedit: expected {expected}, got {type(config).__name__}")
-        config = config.guided() if self._guides(call) else config
+        config = config.resolved(self._guides(call))
         if call.output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
         if config.preserve == "pixels" and call.output_type == "latent":
@@ -663,6 +663,7 @@ class SpecEditMixin(Stock):
             interrupted=lambda: self._interrupt,
             clock=clock,
         )
+        run.stats.config = config
         user_mask, run.preview = self._user_mask(call, grid, batch), call.preview
         if call.needs_draft and user_mask is not None:
             run.joined, user_mask = (call.mask_mode, user_mask.to(device)), None

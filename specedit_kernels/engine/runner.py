@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -39,13 +41,14 @@ logger = logging.getLogger("specedit_kernels")
 Inputs = Mapping[str, Tensor | None]
 
 # Graphs kept at once. A run has one for each of its sequences (coarse, mixed, active, full) and one for each call of
-# the autoencoder, so this holds two or three sizes of edits; beside the pool that all share, one takes its inputs (some
-# 20 MB at 1024 x 1024) and what the driver keeps of it.
-GRAPHS = 16
+# the autoencoder: 7, and 3 for another size of the region; with guidance whose branches run apart, and two references,
+# 14, and 6. Fewer than one run has would be captured in every run. Beside the pool that all share, one takes its inputs
+# (some 20 MB at 1024 x 1024) and what the driver keeps of it.
+GRAPHS = 32
 # Between the names of buffers, where a call uses several.
 BESIDE = " + "
-# Kept buffers grow in steps of so many rows, so that few edits outgrow the last one.
-BUFFER_ROWS = 512
+# Bytes: where a buffer begins. cudaMalloc's own alignment, more than any kernel's.
+ALIGNMENT = 512
 
 
 _PLAIN = (torch.nn.Parameter, Tensor)
@@ -295,7 +298,8 @@ class StepRunner:
         self._graphs: OrderedDict[tuple[Any, ...], CapturedStep] = OrderedDict()
         self._pool: Any = None
         self._pool_bytes = 0
-        self._buffers: dict[str, list[Tensor]] = {}
+        self._buffers: dict[tuple[str, torch.device], list[Tensor]] = {}
+        self._laid: dict[str, Hashable] = {}
         self._signature: list[Hashable] | None = None
         self.moving = False
         self._called: set[Hashable] = set()
@@ -320,7 +324,7 @@ class StepRunner:
     @property
     def buffer_bytes(self) -> int:
         """Device memory of the buffers."""
-        return sum(x.numel() * x.element_size() for kept in self._buffers.values() for x in kept)
+        return sum(x.nbytes for chunks in self._buffers.values() for x in chunks)
 
     def watches(self, signature: list[Hashable]) -> bool:
         """Whether weights have the addresses of the last call; never, where the signature has no addresses."""
@@ -374,6 +378,7 @@ class StepRunner:
         """Free the graphs and their pool, the buffers, and copies of weights."""
         self._forget_graphs()
         self._buffers.clear()
+        self._laid.clear()
         self._forget_copies()
 
     def _drop(self, keys: Sequence[tuple[Any, ...]]) -> None:
@@ -389,27 +394,27 @@ class StepRunner:
     def buffers(
         self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> list[Tensor]:
-        """`count` tensors [B, rows, ...], the same memory at each call: longer ones serve where fewer rows are needed.
+        """`count` tensors of that shape, not cleared: the same memory at each such call.
 
-        Any other difference ends the old ones.
+        Those of other shapes and dtypes of this name lie over them, in chunks of memory that never move: where the last
+        ones were too small another chunk is added, and graphs over them stay. So there is as much memory as the largest
+        need so far, and what lies in it lasts until the next call of another shape.
         """
-        batch, rows, *rest = shape
-        kept = self._buffers.get(name, [])
-        fits = len(kept) == count and all(
-            (x.dtype, x.device, x.shape[0], *x.shape[2:]) == (dtype, device, batch, *rest) and x.shape[1] >= rows
-            for x in kept[:1]
-        )
-        if not fits:
-            # graphs write to the old ones, which go before there are new ones; "a, b" belongs to "a"
-            first = name.split(", ")[0]
-            self._drop([key for key in self._graphs if first in key[1].split(BESIDE)])
-            for other in [x for x in self._buffers if x.startswith(f"{name}, ")]:
-                del self._buffers[other]
-            kept = self._buffers[name] = []
-            whole = (batch, -(-rows // BUFFER_ROWS) * BUFFER_ROWS, *rest)
-            with torch.inference_mode(False):
-                kept += [torch.empty(whole, dtype=dtype, device=device) for _ in range(count)]
-        return [x[:, :rows] for x in kept]
+        chunks = self._buffers.setdefault((name, device), [])
+        size = math.prod(shape)
+        step = -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        missing = count - sum(x.nbytes // step for x in chunks)
+        with torch.inference_mode(False):
+            if missing > 0:
+                # of this dtype, since it begins as a tensor of it would
+                chunks.append(torch.empty(missing * step // dtype.itemsize, dtype=dtype, device=device))
+            # from the first chunk on, so that one more moves none of them
+            step //= dtype.itemsize
+            typed = (x.view(dtype) for x in chunks)
+            places = ((x, at) for x in typed for at in range(0, x.numel() - step + 1, step))
+            found = [x[at : at + size].view(shape) for x, at in itertools.islice(places, count)]
+        self._laid[name] = count, shape, dtype
+        return found
 
     def __call__(self, tag: Hashable, function: Callable[..., Any], inputs: Inputs, buffers: str = "") -> Any:
         """function(**inputs).
@@ -420,7 +425,8 @@ class StepRunner:
         if not self._capturing:
             return function(**inputs)
         shapes = tuple((name, x.shape, x.dtype, _layout(x)) for name, x in inputs.items() if x is not None)
-        key = (tag, buffers, shapes, low_rank.active_serial(), fp8.active_for(), merged.now() is not None)
+        laid = tuple(self._laid.get(name) for name in buffers.split(BESIDE))
+        key = (tag, buffers, laid, shapes, low_rank.active_serial(), fp8.active_for(), merged.now() is not None)
         step = self._graphs.get(key)
         if step is None:
             try:

@@ -343,8 +343,7 @@ def dense_steps(
             run.on_draft_step()
     if kept:
         run.stats.kv_cache_bytes = run.model.kv_bytes(layouts)
-        if branches == run.joined_branches:  # as many samples as in the mixed steps
-            run.model.release(layouts)
+        run.model.release(layouts)
     state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
     return state, (first, estimate)
 
@@ -719,8 +718,9 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         if changed or anew:
             velocity_at.restart()
     if lock or state.active_layouts:
-        kept = run.model.kv_bytes([*state.layouts, *(x for pair in state.brackets for x in pair)])
-        run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, kept)
+        kept = [*state.layouts, *(x for pair in state.brackets for x in pair)]
+        run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, run.model.kv_bytes(kept))
+        run.model.release(kept)
 
 
 def _scatter_back(run: Run, state: MixedState) -> tuple[Tensor, Tensor]:

@@ -35,13 +35,16 @@ logger = logging.getLogger("specedit_kernels")
 
 # The draft's noise shall not be the run's own, which the host draws from the seed itself.
 FURTHER_NOISE = 0x5EED
+# The scales of guidance that the host's guiders have.
+GUIDANCE_SCALES = ("cfg", "cfg1", "cfg2")
 
 
 class SpecEditSampler(comfy.samplers.Sampler):
     """A SAMPLER that runs the stages of SpecEdit with the model of the guider that calls it.
 
-    config: a quality's locked or kept text is left out, since ComfyUI's models compute the text in each call; with a
-    preset or stages of one's own lock_text=True is refused, and so is a coarse_text_refresh over 1.
+    config: a quality's values are those under guidance where the guider guides. Its locked or kept text is left out,
+    since ComfyUI's models compute the text in each call; lock_text=True is refused, and so is a coarse_text_refresh
+    over 1. draft_guidance is without effect: the guider calls the model for all of its branches.
     vae: the graph's. image: the picture to edit, [n, H, W, C] in [0, 1]. mask: [n, H, W] in [0, 1], over the whole
     picture, in place of a draft, or None: the latent's noise mask, where it has one. preserve: outside the edit region
     the latents are the source's at the end. result: of the last run, (mask bool [B, rows, columns], its figures).
@@ -50,8 +53,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
     def __init__(
         self, config: SpecEditConfig, vae: Any, image: Tensor, mask: Tensor | None = None, preserve: bool = False
     ):
-        own = config.preset is None and config.stages is None
-        self.config = replace(config, lock_text=False, coarse_text_refresh=1) if own else config
+        self.config = config
         self.vae = vae
         self.image = image
         self.mask = mask
@@ -70,7 +72,11 @@ class SpecEditSampler(comfy.samplers.Sampler):
         """
         self.result = None
         falling = _checked_sigmas(sigmas)
-        counts = self.config.step_counts(len(falling) - 1, sigmas_given=True)
+        text = dict(lock_text=False, coarse_text_refresh=1)
+        given = replace(self.config, **{k: x for k, x in text.items() if getattr(self.config, k) is None})
+        guided = _guides(model_wrap)
+        config = given.resolved(guided)
+        counts = config.step_counts(len(falling) - 1, sigmas_given=True)
         base, device = model_wrap.inner_model, noise.device
         kind = adapter_of(base.diffusion_model)
         if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
@@ -97,7 +103,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
         shapes = {name: [shape] for name, shape in base.extra_conds_shapes(reference_latents=seen).items()}
         memory = base.memory_required([2 * len(noise), *noise.shape[1:]], cond_shapes=shapes)
         model = kind(base.diffusion_model, codec, predict, None if method is None else method.cond)
-        model.thresholds = _thresholds(kind, model_wrap)
+        model.thresholds = _thresholds(kind, guided)
         at = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         comfy.patcher_extension.add_wrapper_with_key(at, "specedit", model.wrapper, options, is_model_options=True)
 
@@ -126,7 +132,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
 
         run = Run(
             model=model,
-            config=self.config,
+            config=config,
             grid=grid,
             source=source,
             pixels=pixels,
@@ -143,6 +149,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
             interrupted=lambda: False,
             clock=clock,
         )
+        run.stats.config = config
         run.stats.plain_step_flops = run.flops([run.plain_tokens] * batch)
         run.stats.plain_tokens = run.plain_tokens
         model.fine = source if callback is not None else None
@@ -223,9 +230,14 @@ def _for_batch(x: Tensor, batch: int, name: str) -> Tensor:
     return x if len(x) == batch else x.repeat(batch, *[1] * (x.ndim - 1))
 
 
-def _thresholds(kind: type[HostModel], guider: Any) -> Mapping[tuple[str, str, str], tuple[float, float]]:
-    """The model's own thresholds, of the kind of guidance that the guider gives its drafts."""
-    guided = "negative" in guider.conds and not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+def _guides(guider: Any) -> bool:
+    """Whether a guider calls the model for more than its positive conditioning."""
+    scales = (getattr(guider, name, 1.0) for name in GUIDANCE_SCALES)
+    return "negative" in guider.conds and any(not math.isclose(scale, 1.0) for scale in scales)
+
+
+def _thresholds(kind: type[HostModel], guided: bool) -> Mapping[tuple[str, str, str], tuple[float, float]]:
+    """The model's own thresholds, of drafts with guidance or without."""
     return MappingProxyType({key: (pair[guided],) * 2 for key, pair in kind.calibrated().items()})
 
 
