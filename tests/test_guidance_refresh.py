@@ -37,6 +37,8 @@ CASES = {
     # text: in the third step alone beside the first
     "coarse steps over kept text": (dict(coarse_refresh=4, coarse_text_refresh=2, guidance_refresh=9), "bcbc" "bccbc"),
     "draft without guidance": (dict(draft_guidance=False), "uuuu" "bcbbc"),
+    "draft with guidance in its last step": (dict(draft_guidance="last"), "uuub" "bcbbc"),
+    "the same over kept keys": (dict(draft_guidance="last", coarse_refresh=4), "uuub" "bcbbc"),
     "half draft": (dict(draft="half", kv_refresh=5, **FOUND), "bcbc" "bcbcbbcbc"),
     "quarter draft": (dict(draft="quarter", draft_steps=3, **FOUND), "bcb" "bcbc" "bcbbc"),
     "fp8 cache": (dict(kv_cache_dtype="fp8"), "bcbc" "bcbbc"),

@@ -36,7 +36,7 @@ from ..sampling.grid import (
 )
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length, whole_layout
 from ..sampling.solver import Solver, euler
-from .config import BRACKET
+from .config import BRACKET, LAST
 from .guidance import StageVelocity
 from .model import EditModel, Pictures, Text, version_of
 from .output import SpecEditStats, StageClock, StepRecord
@@ -348,6 +348,19 @@ def dense_steps(
     return state, (first, estimate)
 
 
+def draft_steps(
+    run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, **options: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The steps that a draft is made of: `dense_steps`, with true guidance as draft_guidance has it."""
+    guidance = run.config.draft_guidance
+    if guidance != LAST or len(sigmas) < 3 or run.negative is None:
+        return dense_steps(run, state, sigmas, condition, stage, guided=guidance is not False, **options)
+    state, (first, _) = dense_steps(run, state, sigmas[:-1], condition, stage, guided=False, **options)
+    # its step is Euler's: the velocity before has no guidance
+    state, (_, last) = dense_steps(run, state, sigmas[-2:], condition, stage, **options)
+    return state, (first, last)
+
+
 @dataclass(frozen=True)
 class Draft:
     """A draft: the clean latents it proposes, and the source's at the same resolution. [B, C, h, w] each.
@@ -404,10 +417,8 @@ def draft(run: Run, sigmas: Sequence[float]) -> Draft:
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
     config = run.config
-    proposal, _ = dense_steps(
-        run, start, sigmas, behind, "draft", main=False, guided=config.draft_guidance,
-        guidance_refresh=config.guidance_refresh,
-    )  # fmt: skip
+    refresh = config.guidance_refresh
+    proposal, _ = draft_steps(run, start, sigmas, behind, "draft", main=False, guidance_refresh=refresh)
     run.stats.draft_nfe = len(sigmas) - 1
     return Draft(proposal, source)
 

@@ -72,7 +72,7 @@ class SpecEditSampler(comfy.samplers.Sampler):
         """
         self.result = None
         falling = _checked_sigmas(sigmas)
-        text = dict(lock_text=False, coarse_text_refresh=1)
+        text: dict[str, Any] = dict(lock_text=False, coarse_text_refresh=1)
         given = replace(self.config, **{k: x for k, x in text.items() if getattr(self.config, k) is None})
         guided = _guides(model_wrap)
         config = given.resolved(guided)
