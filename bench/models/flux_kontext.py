@@ -448,17 +448,19 @@ def setting(args):
 
 TIERS = {f"quality {name}": dict(quality=name) for name in ("fast", "balanced", "best")}
 # Coarse + mixed steps, named as bench/quality/solver.py has them. half: the coarse steps are a draft alone; ck: those
-# but the first, ck3: but every third, over its keys and values; lt: the first mixed step alone computes the text; kv N:
+# but the first, ckK: but every K-th, over its keys and values; lt: the first mixed step alone computes the text; kv N:
 # the whole sequence every N mixed steps, not bracketed.
 STEPS = {
     f"steps {coarse}+{mixed}{name}": dict(
         stages=(coarse, mixed, 0), mixed_from=7 / 9, solver="ab2", finish="locked", kv_refresh=renewed or "bracket",
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
-        coarse_refresh=3 if " ck3" in name else coarse if " ck" in name else 1,
+        coarse_refresh=int(kept or coarse),
     )
-    for coarse, mixed in ((2, 2), (2, 3), (3, 4), (3, 5), (4, 3), (4, 4), (4, 5), (4, 7), (5, 5), (5, 6), (6, 7))
+    for coarse, mixed in ((2, 2), (2, 3), (3, 3), (3, 4), (3, 5), (4, 3), (4, 4), (4, 5), (4, 7), (5, 5), (5, 6), (6, 7),
+                          (7, 5))
     for renewed in (0, 2, 3)
-    for kind in ("", " lt", " half", " half lt", " ck lt", " ck3 lt", " half ck lt")
+    for kind, kept in (("", 1), (" lt", 1), (" half", 1), (" half lt", 1), (" ck lt", ""), (" ck2 lt", 2), (" ck3 lt", 3),
+                       (" ck4 lt", 4), (" half ck lt", ""))
     for name in (f"{kind} kv {renewed}" if renewed else kind,)
 }  # fmt: skip
 # The mask is given, so it is the region; "drafted": beside a draft that runs all the same.

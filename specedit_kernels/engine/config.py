@@ -32,9 +32,9 @@ LIGHTNING_SCHEDULE = {
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 _LOCKED: dict[str, Any] = dict(mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": dict(stages=(2, 2, 1), draft="half", coarse_refresh=2, kv_refresh="bracket", **_LOCKED),
+    "fast": dict(stages=(3, 2, 1), draft="half", coarse_refresh=3, kv_refresh="bracket", **_LOCKED),
     "balanced": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2, **_LOCKED),
-    "best": dict(stages=(5, 3, 2), draft="coarse", coarse_refresh=5, kv_refresh=2, **_LOCKED),
+    "best": dict(stages=(7, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2, **_LOCKED),
     "paper": dict(
         preset=9, draft="coarse", mixed_from=None, solver="euler", finish="full", kv_refresh=1, lock_text=False,
         coarse_refresh=1,
@@ -44,7 +44,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 # in docs/choose.md.
 GUIDED: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3, draft_guidance=False),
-    "best": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3),
+    "best": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2),
 }
 DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
