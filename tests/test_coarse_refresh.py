@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """coarse_refresh: coarse steps over kept keys and values, by every runner."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from tiny_models import call_options, edit_left_half, left_half, qwen_text, tiny
 
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, SpecEditQwenImageEditPipeline
 from specedit_kernels.engine import pipeline, stages
+from specedit_kernels.engine.attention import wrap_processors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,9 +47,9 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("runner", ["eager", "fused"])
-@pytest.mark.parametrize("model", ["flux", "qwen"])
-def test_it_is_whole_steps_where_kept_keys_and_values_do_not_change(monkeypatch, model, runner):
-    """In a model of one block with one timestep for all steps, those of the condition depend on no step."""
+@pytest.mark.parametrize(("model", "n"), [("flux", 1), ("qwen", 1), ("flux", 4), ("qwen", 4), ("qwen", 3)])
+def test_it_is_whole_steps_where_kept_keys_and_values_do_not_change(monkeypatch, model, runner, n):
+    """In a model of one block with one timestep for all steps, those of condition and text depend on no step."""
     pipe = made(model)
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:1]
     if model == "flux":
@@ -54,7 +57,8 @@ def test_it_is_whole_steps_where_kept_keys_and_values_do_not_change(monkeypatch,
 
     def error():
         options = dict(runner=runner, stages=(4, 2, 0), mixed_from=0.3)
-        return apart(*(edit(pipe, coarse_refresh=k, **options).images for k in (1, 4)))
+        return apart(*(edit(pipe, coarse_refresh=k, coarse_text_refresh=n if k > 1 else 1, **options).images
+                       for k in (1, 4)))  # fmt: skip
 
     assert error() > 1e-4
     own = stages.Run.timestep_conditioning
@@ -75,6 +79,10 @@ TWO_LENGTHS = dict(qwen_text(7, padded=2, negative=True, seed=4))
 OPTIONS = {
     "plain": {}, "fp8 cache": dict(kv_cache_dtype="fp8"), "draft without guidance": dict(draft_guidance=False),
     "half draft": dict(draft="half", threshold=-1.0, max_active=1.0),
+    # steps: all, the target, all but the text, text and target, all but the text
+    "text kept": dict(stages=(5, 2, 0), coarse_refresh=2, coarse_text_refresh=3),
+    "text kept, fp8 cache": dict(stages=(5, 2, 0), coarse_refresh=5, coarse_text_refresh=2, kv_cache_dtype="fp8"),
+    "text kept alone": dict(stages=(5, 2, 0), coarse_refresh=1, coarse_text_refresh=3),
 }  # fmt: skip
 CASES = [("flux", "plain"), *(("qwen", name) for name in OPTIONS)]
 
@@ -94,7 +102,7 @@ def test_fused_steps_and_graphs_do_what_eager_ones_do(model, name, stubbed, monk
     pipe = made(model)
     eager, fused, graph, again = (case(pipe, model, name, runner) for runner in ("eager", "fused", "graph", "graph"))
     assert eager.stats.kv_cache_bytes > 0 and (fused.stats.runner, graph.stats.runner) == ("fused", "graph")
-    assert apart(fused.images, eager.images) < (3e-2 if name == "fp8 cache" else 2e-5)
+    assert apart(fused.images, eager.images) < (3e-2 if "fp8" in name else 2e-5)
     assert torch.equal(graph.images, fused.images) and torch.equal(again.images, fused.images)
     assert graph.stats.captures > 4 and again.stats.captures == 0
     assert eager.stats.steps == fused.stats.steps == again.stats.steps
@@ -122,6 +130,44 @@ def test_rows_are_counted(flux):
     run = run_of(flux, **call_options(image=tiny_image(), mask_image=left_half(), specedit=SpecEditConfig()))
     assert coarse(out)[0].flops == run.model.flops(run.positive, 32)
     assert coarse(out)[1].flops == run.model.flops(run.positive, 16, 32) < coarse(out)[0].flops
+
+
+def test_a_text_that_is_kept(flux):
+    def steps(call=None, **given):
+        out = edit(flux, call, stages=(5, 2, 0), **given)
+        return "".join("bTta"[2 * (s.tokens[0] == 32) + (not s.lock_text)] for s in coarse(out))
+
+    # a: all; t: all but the text; T: text and target; b: the target alone
+    assert steps(coarse_refresh=5, coarse_text_refresh=5) == "abbbb"
+    assert steps(coarse_refresh=5, coarse_text_refresh=2) == "abTbT"
+    assert steps(coarse_refresh=2, coarse_text_refresh=3) == "abtTt"
+    assert steps(coarse_text_refresh=2) == "atata"
+    assert steps(dict(callback_on_step_end=lambda pipe, i, t, x: {"prompt_embeds": x["prompt_embeds"] * 1.01} if i == 1
+                      else {}, callback_on_step_end_tensor_inputs=["prompt_embeds"]),
+                 coarse_refresh=9, coarse_text_refresh=9) == "ababb"  # fmt: skip
+    found = [edit(flux, stages=(5, 2, 0), coarse_refresh=5, coarse_text_refresh=k) for k in (1, 2, 5)]
+    assert all(apart(a.images, b.images) > 1e-4 for a, b in itertools.combinations(found, 2))
+    assert found[0].stats.flops > found[1].stats.flops > found[2].stats.flops
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runner", ["eager", "fused"])
+def test_packed_keys_of_a_text_are_renewed_with_it(runner):
+    pipe, config = made("qwen"), SpecEditConfig(runner=runner, kv_cache_dtype="fp8")
+    call = dict(qwen_text(), image=tiny_image(), mask_image=left_half(), max_area=128 * 128, specedit=config)
+    run = run_of(pipe, **call)
+    wrap_processors(pipe.transformer)
+    given = run, run.texts, [(4, 4), (4, 4)], 1
+    whole, alone, capacity, first, _, bare = stages._kept_layouts(*given, keeps_text=True)
+    tokens, at = torch.randn(1, capacity, 64), torch.tensor(600.0)
+
+    def found(*layouts):
+        return [run.velocity(tokens[:, : capacity if x is whole else first], at, x) for x in layouts][-1]
+
+    kept = found(whole, bare)
+    assert torch.equal(found(bare), kept)
+    run.positive.embeds = 2 * run.positive.embeds + 1
+    assert torch.equal(found(bare), kept) and not torch.equal(found(alone, bare), kept)
 
 
 @pytest.mark.parametrize("change", ["latents", "prompt_embeds"])
@@ -191,8 +237,11 @@ def test_the_mixed_steps_take_over_its_memory():
 
 
 def test_values():
-    found = [SpecEditConfig(**given).resolved().coarse_refresh for given in (dict(preset=9), dict(coarse_refresh=3))]
-    assert found == [1, 3]
+    given = (dict(preset=9), dict(coarse_refresh=3), dict(coarse_text_refresh=3))
+    found = [SpecEditConfig(**each).resolved() for each in given]
+    assert [x.coarse_refresh for x in found] == [1, 3, 4] and [x.coarse_text_refresh for x in found] == [1, 1, 3]
+    with pytest.raises(ValueError, match="coarse_text_refresh: expected an integer >= 1, got 0"):
+        SpecEditConfig(coarse_text_refresh=0)
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="coarse_refresh: expected an integer >= 1"):
             SpecEditConfig(coarse_refresh=wrong)

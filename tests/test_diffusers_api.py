@@ -90,6 +90,25 @@ def test_what_is_relied_on_holds(what):
     assert RELIED_ON[what]
 
 
+def test_a_walk_finds_what_modules_finds_and_is_made_once_where_that_is_said():
+    transformer = tiny_pipeline().transformer
+    walked = _diffusers.each_module
+    assert walked(transformer) == list(transformer.modules())
+    with _diffusers.one_walk():
+        first = walked(transformer)
+        assert walked(transformer) is first and walked(transformer.norm_out) == list(transformer.norm_out.modules())
+        with _diffusers.walking_anew():
+            transformer.extra = torch.nn.Identity()
+            assert walked(transformer) == list(transformer.modules()) != first
+        again = walked(transformer)
+        assert again == list(transformer.modules()) and walked(transformer) is again
+        with _diffusers.one_walk():
+            assert walked(transformer) is not again
+        assert walked(transformer) is again
+    with _diffusers.walking_anew():
+        assert walked(transformer) is not walked(transformer)
+
+
 def test_no_other_file_touches_what_is_not_documented():
     folder = Path(specedit_kernels.__file__).parent
     found = []

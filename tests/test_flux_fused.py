@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of few launches against the forward of diffusers: block by block, whole, and in the pipeline."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,7 +283,7 @@ def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, device, 
     expected, before = run(vae), dict(vae.named_modules())
     if served == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setenv("SPECEDIT_BACKEND", "group_norm=triton")
+        monkeypatch.setenv("SPECEDIT_BACKEND", "triton")
     got = run(with_fused_norms(vae))
     # only the norms of the two attentions have no activation
     assert norms.count(False) == 2
@@ -290,6 +292,57 @@ def test_an_autoencoder_with_fused_norms_is_its_own(norms, monkeypatch, device, 
         assert torch.allclose(a, b, atol=1e-5) and b.std() > 0.1
     assert list(vae.named_modules()) == list(before.items())
     assert all(torch.equal(a, b) for a, b in zip(run(vae), expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fewer_roundings_are_no_larger_errors(device, dtype):
+    """Channels last, in 16 bits, against float64: biases and residuals that are rounded once do no harm."""
+    vae = tiny_vae().to(device, dtype)
+    exact = copy.deepcopy(vae).double()
+    pixels = torch.randn(2, 3, 32, 48, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    latents = torch.randn(2, 4, 16, 24, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    fused = with_fused_norms(vae)
+    for run in (lambda vae, x: vae.encode(x[0]).latent_dist.mode(), lambda vae, x: vae.decode(x[1]).sample):
+        expected = run(exact, (pixels.double(), latents.double()))
+        own, got = ((run(v, (pixels, latents)).double() - expected).square().mean().sqrt() for v in (vae, fused))
+        assert 0 < got <= 1.05 * own
+
+
+def _calls_of_biases(monkeypatch):
+    """(whether there was a residual, whether the shortcut's bias) of each call of the op `add_bias_`."""
+    called, op = [], ops.add_bias_
+
+    def watched(x, bias, residual=None, residual_bias=None):
+        called.append((residual is not None, residual_bias is not None))
+        op(x, bias, residual, residual_bias)
+
+    monkeypatch.setattr(ops, "add_bias_", watched)
+    return called
+
+
+@torch.no_grad()
+def test_biases_of_residual_blocks_need_no_launch(monkeypatch):
+    vae, called = tiny_vae(), _calls_of_biases(monkeypatch)
+    with_fused_norms(vae).decode(torch.randn(1, 4, 8, 12))
+    blocks = [m for m in vae.decoder.modules() if isinstance(m, ResnetBlock2D)]
+    shortcuts = sum(block.conv_shortcut is not None for block in blocks)
+    assert called.count((True, False)) == len(blocks) - shortcuts and called.count((True, True)) == shortcuts > 0
+    # post_quant_conv, conv_in, one of an upsampling, conv_out
+    assert called.count((False, False)) == 4 == len(called) - len(blocks)
+
+
+@torch.no_grad()
+def test_a_convolution_that_is_watched_keeps_its_bias(monkeypatch):
+    """A hook of torch or of a library, another forward: who asks for a convolution's result gets all of it."""
+    vae, called, seen = tiny_vae(), _calls_of_biases(monkeypatch), []
+    block, latents = vae.decoder.mid_block.resnets[0], torch.randn(1, 4, 8, 12)
+    block.conv1.register_forward_hook(lambda conv, args, y: seen.append(y.clone()))
+    expected = vae.decode(latents).sample
+    assert torch.allclose(with_fused_norms(vae).decode(latents).sample, expected, atol=1e-5)
+    assert torch.allclose(seen[0], seen[1], atol=1e-5)
+    blocks = sum(isinstance(m, ResnetBlock2D) for m in vae.decoder.modules())
+    assert sum(residual for residual, _ in called) == blocks - 1
 
 
 def test_a_forward_that_is_not_the_librarys_own_is_called():

@@ -72,6 +72,27 @@ def test_a_map_in_parts(backend, poison, random, parameters, device, layout, dty
         assert_within_budget(torch.cat(y, dim=2), oracle, eager(x, 3, weight, bias, 1e-6, silu))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
+def test_a_bias_before(backend, poison, random, parameters, device, layout, dtype):
+    """The norm of x + x_bias, and its statistics; large biases, which part the means of a group's channels."""
+    x = layout(random(2, 12, 7, 9, dtype=dtype, device=device))
+    weight, bias = parameters(12)
+    x_bias = (20 * random(12, device=device)).to(dtype)
+    exact = x.double() + x_bias.double()[:, None, None]
+    eager_x = x + x_bias[:, None, None]
+    found = torch.ops.specedit.group_norm_statistics(x, 3, x_bias=x_bias)
+    groups = exact.unflatten(1, (3, 4)).flatten(2)
+    expected = torch.stack([groups.mean(2), groups.var(2, correction=0)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for silu in (False, True):
+        oracle = reference(exact, 3, weight.double(), bias.double(), 1e-6, silu)
+        for statistics in (None, found):
+            y = op(x, 3, weight, bias, silu=silu, statistics=statistics, x_bias=x_bias)
+            assert y.stride() == x.stride()
+            assert_within_budget(y, oracle, eager(eager_x, 3, weight, bias, 1e-6, silu))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("programs", [1, 7])
@@ -151,6 +172,7 @@ def test_empty(backend, parameters, device):
         (dict(weight=torch.ones(3)), ValueError, r"weight: expected shape \[4\], got \[3\]"),
         (dict(bias=torch.ones(4).int()), TypeError, "bias: expected dtype bfloat16"),
         (dict(bias=torch.ones(8)[::2]), ValueError, "bias: expected a contiguous last"),
+        (dict(x_bias=torch.ones(5)), ValueError, r"x_bias: expected shape \[4\], got \[5\]"),
         (dict(statistics=torch.ones(2, 1, 2).double()), TypeError, "statistics: expected dtype float32"),
         (dict(statistics=torch.ones(2, 2)), ValueError, r"statistics: expected shape \[2, B, num_groups\]"),
         (dict(statistics=torch.ones(2, 1, 4)[..., ::2]), ValueError, "statistics: expected a contiguous"),

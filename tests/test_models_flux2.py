@@ -21,6 +21,8 @@ from tiny_models import WIDTH as TEXT
 from tiny_models import paper, tiny_flux2, tiny_image
 
 from specedit_kernels import SpecEditConfig, disable_specedit, enable_specedit
+from specedit_kernels.engine.pipeline import goes_as_bytes, preprocess
+from specedit_kernels.engine.source_size import pixels_of
 from specedit_kernels.models.flux2 import Flux2Codec, Flux2Text
 from specedit_kernels.sampling.grid import pack
 
@@ -247,3 +249,15 @@ def test_captured_runs_are_the_eager_ones(kind, runner):
             out = ours(generator=seeded(), specedit=config(runner), **call)
             assert out.stats.runner == runner, out.stats.runner_reason
             assert torch.allclose(out.images, expected, atol=1e-3), (more, turn)
+
+
+@pytest.mark.parametrize("mode", ["crop", "default"])
+def test_pictures_go_to_a_device_as_bytes_and_are_the_stock_pixels(device, mode):
+    _, ours = pair("klein")
+    processor, picture, size = ours.image_processor, tiny_image(97, 163), (96, 160)
+    expected = processor.preprocess(picture, *size, resize_mode=mode)
+    shown = processor.resize(picture, *size, resize_mode=mode) if mode == "crop" else picture
+    assert goes_as_bytes(processor, [shown])
+    for _ in range(2):  # the second time of a size it is not Pillow that resizes
+        assert torch.equal(preprocess(processor, shown, *size, device).cpu(), expected)
+        assert torch.equal(pixels_of([shown], device, size[::-1]).cpu(), expected)

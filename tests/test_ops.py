@@ -98,9 +98,14 @@ def samples(device):
         maps = normal(2, 48, 5, 3, dtype=dtype)
         if chosen:
             maps = maps.contiguous(memory_format=torch.channels_last)
-        found = dict(statistics=normal(2, 2, 4).abs()) if chosen else {}
+        found = dict(statistics=normal(2, 2, 4).abs(), x_bias=normal(48)) if chosen else {}
         yield specedit.group_norm, (maps, 4, normal(48), normal(48)), dict(silu=chosen) | found
-        yield specedit.group_norm_statistics, (maps, 4), {}
+        yield specedit.group_norm_statistics, (maps, 4), dict(x_bias=normal(48)) if chosen else {}
+        options_of_sum = dict(residual=maps, residual_bias=normal(48)) if chosen else {}
+        yield specedit.add_bias_, (maps.clone(), normal(48)), options_of_sum
+        vectors = dict(bias=normal(48), silu=True, x_bias=normal(48)) if chosen else {}
+        yield specedit.channel_rms_norm, (maps, normal(48)), vectors
+        yield specedit.scaled_softmax, (normal(2, 5, 9, dtype=dtype), 0.3, torch.bfloat16), {}
         yield specedit.gated_residual_add_, (x, normal(2, 3 if chosen else 5, 48, dtype=dtype), vector), options
 
 

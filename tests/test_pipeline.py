@@ -5,6 +5,7 @@ import inspect
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -24,6 +25,7 @@ from specedit_kernels import (
     enable_specedit,
 )
 from specedit_kernels.engine import pipeline, stages
+from specedit_kernels.engine._diffusers import each_module
 from specedit_kernels.engine.attention import SpecEditAttnProcessor, joint_attention, wrap_processors
 from specedit_kernels.engine.kv_cache import KVCache
 from specedit_kernels.engine.sequence import MixedSequence, StepLayout
@@ -547,6 +549,84 @@ def test_pixels_are_those_of_the_image_processor(device):
         expected = processor.preprocess(pipeline.seen(given), 16, 32)
         for _ in range(2):  # the second time of a size it is not Pillow that resizes
             assert torch.equal(pipeline.preprocess(processor, given, 16, 32, device).cpu(), expected)
+    alpha = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 4), np.uint8))
+    for size in ((16, 32), (24, 16)):
+        got = pipeline.preprocess(VaeImageProcessor(vae_scale_factor=8), [alpha], *size, device)
+        assert torch.equal(got.cpu(), VaeImageProcessor(vae_scale_factor=8).preprocess([alpha], *size))
+
+
+def test_a_schedule_is_that_of_the_scheduler_of_now(pipe):
+    call = (4, 64, None)
+    first = pipe._plain_sigmas(*call)
+    pipe._plain_sigmas(*call)[0] = 7.0  # a caller's own
+    assert pipe._plain_sigmas(*call) == first != pipe._plain_sigmas(4, 256, None)
+    assert pipe._plain_sigmas(4, 64, [1.0, 0.5, 0.25, 0.1]) != first
+    own = pipe.scheduler
+    try:
+        pipe.scheduler = type(own).from_config(own.config, base_shift=0.9)
+        other = pipe._plain_sigmas(*call)
+        assert other != first
+        pipe.scheduler.register_to_config(base_shift=0.1)
+        assert pipe._plain_sigmas(*call) not in (first, other)
+    finally:
+        pipe.scheduler = own
+    for tokens in range(100, 200):
+        pipe._plain_sigmas(2, tokens, None)
+    assert pipe._plain_sigmas(*call) == first and len(pipe._specedit_sigmas) <= pipeline.SCHEDULES
+
+
+def test_modules_that_a_callback_puts_in_are_found_in_the_same_call(pipe):
+    """Adapters may be loaded between steps: what is remembered of the modules ends there."""
+    walked, extra, found = each_module(pipe.transformer), torch.nn.Identity(), []
+
+    def callback(pipe, index, timestep, tensors):
+        pipe.transformer.extra = extra
+        return {}
+
+    record = stages.Run.record
+
+    def recorded(run, *args, **options):
+        found.append(each_module(pipe.transformer))
+        record(run, *args, **options)
+
+    try:
+        with mock.patch.object(stages.Run, "record", recorded):
+            pipe(image=tiny_image(), mask_image=half_mask(2), generator=seeded(), callback_on_step_end=callback,
+                 specedit=paper(stages=(0, 2, 1)), **call_options())  # fmt: skip
+    finally:
+        del pipe.transformer.extra
+    assert found[0] == walked and all(extra in later for later in found[1:]) and len(found) == 3
+
+
+def test_which_pictures_go_to_the_device_as_bytes():
+    class Other(VaeImageProcessor):
+        def resize(self, *args, **kwargs):
+            return super().resize(*args, **kwargs)
+
+    plain, picture = VaeImageProcessor(), tiny_image()
+    alpha, grey = picture.convert("RGBA"), picture.convert("L")
+    array = np.asarray(picture)
+    for given in ([picture], [alpha], [picture, Photo(array)]):
+        assert pipeline.goes_as_bytes(plain, given)
+    for given in ([grey], [picture, alpha], [array], [torch.zeros(3, 8, 8)]):
+        assert not pipeline.goes_as_bytes(plain, given)
+    # what is brought to RGB once it was resized is not what it is as RGBA
+    assert not pipeline.goes_as_bytes(VaeImageProcessor(do_convert_rgb=True), [alpha])
+    for processor in (Other(), VaeImageProcessor(resample="bilinear"), VaeImageProcessor(do_normalize=False)):
+        assert not pipeline.goes_as_bytes(processor, [picture])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures_are_those_of_the_image_processor(device, dtype):
+    pixels = (1.2 * torch.rand(2, 4, 8, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1.2).to(device, dtype)
+    for processor in (VaeImageProcessor(), VaeImageProcessor(do_normalize=False)):
+        shown = pixels if processor.config.do_normalize else pixels.abs().clamp(max=1)
+        for channels in (1, 3, 4):
+            expected = processor.postprocess(shown[:, :channels], output_type="pil")
+            got = pipeline.postprocess(processor, shown[:, :channels], "pil")
+            assert [x.mode for x in got] == [x.mode for x in expected]
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected))
+        assert np.array_equal(pipeline.postprocess(processor, shown, "np"), processor.postprocess(shown, "np"))
 
 
 def test_steps_over_cached_keys_stay_near_the_whole_ones_and_cost_less(pipe):

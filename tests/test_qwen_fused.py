@@ -2,17 +2,20 @@
 """Qwen's steps of few launches against the forward of diffusers: whole, over kept keys, of two branches at once, and in
 the pipeline."""
 
+import copy
 import functools
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageDecoder3d, QwenImageRMS_norm
 from tiny_models import paper, qwen_text, tiny_image, tiny_qwen
 
+from specedit_kernels import ops
 from specedit_kernels.engine import registry
 from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.models import qwen_image_edit as fused
-from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenText, with_lone_frames
+from specedit_kernels.models.qwen_image_edit import FusedQwenModel, QwenText
 
 needs_gpu = pytest.mark.gpu
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,13 +130,99 @@ def test_lone_frames_are_the_models_own():
     z = codec.encode(x)
     y = codec.decode(z)
     before, fused = list(vae.named_modules()), codec.fused()
-    assert sum("forward" in vars(m) for m in fused.vae.modules()) > 10
     assert torch.allclose(fused.encode(x), z, atol=1e-5) and torch.allclose(fused.decode(z), y, atol=1e-5)
-    clip = torch.rand(1, 3, 5, 16, 16)
-    inside = with_lone_frames(vae).encode(clip).latent_dist.mode()
-    assert inside.shape[2] == 2  # frames before a frame are still seen
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused.features(z), codec.features(z)))
     assert list(vae.named_modules()) == before
-    assert torch.allclose(vae.encode(clip).latent_dist.mode(), inside, atol=1e-5)
+    for call in (
+        lambda: fused.vae.encode(torch.rand(1, 3, 5, 16, 16)),
+        lambda: fused.vae.decode(torch.rand(1, 16, 2, 2, 2)),
+    ):
+        with pytest.raises(ValueError, match="frames: expected a single one"):
+            call()
+
+
+def varied(vae):
+    """Norms start with weights of one and biases of convolutions near zero, and would hide which belongs to which."""
+    with torch.no_grad():
+        for name, x in vae.named_parameters():
+            if name.endswith(("bias", "gamma")):
+                x.add_(0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(len(name))).to(x))
+    return vae
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("served", ["reference", "triton"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_frames_of_varied_weights(monkeypatch, device, served, layout):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # or convolutions make more of a last bit
+    codec = codec_of(varied(tiny_qwen().vae.to(device)))
+    x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
+    z = codec.encode(x)
+    y = codec.decode(z)
+    if served == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("SPECEDIT_BACKEND", "triton")
+    called, op = [], ops.channel_rms_norm
+    monkeypatch.setattr(ops, "channel_rms_norm", lambda *args, **kwargs: called.append(1) or op(*args, **kwargs))
+    fused = codec.fused()
+    assert torch.allclose(fused.encode(x), z, atol=2e-5) and torch.allclose(fused.decode(z), y, atol=2e-5)
+    assert len(called) == sum(isinstance(m, QwenImageRMS_norm) for m in codec.vae.modules())
+    assert z.std() > 0.1 and y.std() > 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fewer_roundings_are_no_larger_errors(device, dtype):
+    """In 16 bits, against float64."""
+    vae = varied(tiny_qwen().vae.to(device, dtype))
+    codec, exact = codec_of(vae), codec_of(copy.deepcopy(vae).double())
+    fused = codec.fused()
+    x = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)).to(device, dtype) * 2 - 1
+    z = exact.encode(x.double())
+    for run, given, expected in (
+        (lambda codec, x: codec.encode(x), x, z), (lambda codec, z: codec.decode(z), z.to(dtype), None),
+    ):  # fmt: skip
+        expected = run(exact, given.double()) if expected is None else expected
+        own, got = ((run(c, given).double() - expected).square().mean().sqrt() for c in (codec, fused))
+        assert 0 < got <= 1.05 * own
+
+
+def _watched_conv(vae):
+    vae.decoder.up_blocks[0].resnets[0].conv1.register_forward_hook(lambda *args: None)
+
+
+def _other_forward(vae):
+    forward = vae.decoder.mid_block.forward
+    vae.decoder.mid_block.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def _other_activation(vae):
+    vae.decoder.up_blocks[0].resnets[0].nonlinearity = torch.nn.GELU()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_watched_conv, _other_forward, _other_activation])
+def test_a_part_with_something_else_in_it_keeps_the_librarys_calls(change):
+    vae = tiny_qwen().vae
+    change(vae)
+    codec, x = codec_of(vae), torch.rand(1, 3, 32, 48) * 2 - 1
+    fused = codec.fused()
+    assert type(fused.vae.decoder) is QwenImageDecoder3d and type(fused.vae.encoder) is not type(vae.encoder)
+    assert sum("forward" in vars(m) for m in fused.vae.decoder.modules()) > 10
+    z = codec.encode(x)
+    assert torch.allclose(fused.encode(x), z, atol=1e-5)
+    assert torch.allclose(fused.decode(z), codec.decode(z), atol=1e-5)
+
+
+@torch.no_grad()
+def test_tiles_and_slices_of_lone_frames():
+    vae = tiny_qwen().vae
+    vae.enable_slicing()
+    vae.enable_tiling(32, 32, 24, 24)
+    codec, x = codec_of(vae), torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = codec.encode(x)
+    assert torch.allclose(codec.fused().encode(x), z, atol=1e-5)
+    assert torch.allclose(codec.fused().decode(z), codec.decode(z), atol=1e-5)
 
 
 def mask(columns):

@@ -268,10 +268,36 @@ def _group_norm(capability):
             rows, block = group_norm.tile(128, 1024 * 1024, layout == "channels last", 2)
             block = 4096 if fn is group_norm._combine_kernel else block
             constants = {"CHANNELS": 128, "GROUP_CHANNELS": 4, "SILU": True, "ROWS": rows, "BLOCK": block, stride: 1}
+            constants["x_bias_ptr"] = None
             jobs[f"{fn.__name__} {layout} {capability}"] = lambda f=fn, c=constants: _compile(
                 f, capability, types, c, {"num_warps": 4}, ASTSource
             )
     return jobs
+
+
+def _beside_convolutions(capability):
+    """{kernel: job} of autoencoders beside their convolutions and group norms, at 1024 x 1024: FLUX's, and Qwen's norm
+    of 96 channels."""
+    from triton.compiler import ASTSource
+
+    from specedit_kernels.triton_kernels import add_bias, channel_rms_norm, scaled_softmax
+
+    types = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr"), "*bf16")
+    constants = {"CHANNELS": 128, "BLOCK": 4096, "pixels": 1, "residual_bias_ptr": None}
+    rows, block, num_warps = channel_rms_norm.tile(96, 2)
+    of_rms = dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "x_bias_ptr"), "*bf16") | {"root": "fp32"}
+    norm = dict(CHANNELS=96, SILU=True, ROWS=rows, BLOCK=block, stride_c=1, bias_ptr=None)
+    return {
+        f"{fn.__name__} {capability}": lambda f=fn, t=types, c=constants, w=warps: _compile(
+            f, capability, t, c, {"num_warps": w}, ASTSource
+        )
+        for fn, types, constants, warps in (
+            (add_bias._add_bias_kernel, types, constants, 4),
+            (scaled_softmax._scaled_softmax_kernel, {"x_ptr": "*fp32", "y_ptr": "*bf16", "scale": "fp32"},
+             {"BLOCK": 16384, "WHOLE": True}, 16),
+            (channel_rms_norm._channel_rms_norm_kernel, of_rms, norm, num_warps),
+        )
+    }  # fmt: skip
 
 
 def compile_all():
@@ -301,6 +327,7 @@ def compile_all():
         used = {name: value for name, value in small.items() if name in fn.arg_names}
         jobs[fn.__name__] = lambda f=fn, u=used: _compile(f, 90, outputs, u, {"num_warps": 4}, ASTSource)
     jobs.update(_beside_attention(80) | _beside_attention(90) | _group_norm(80) | _group_norm(90))
+    jobs.update(_beside_convolutions(80) | _beside_convolutions(90))
     plain = ("q_index_ptr", "kv_index_ptr", "q_lens_ptr", "kv_lens_ptr")
     for name in ("large", "small"):
         for dim in (64, 128, 256):
@@ -314,14 +341,15 @@ def compile_all():
     for capability in (80, 90):
         early = capability == 90
         jobs[f"sparse list {capability}"] = lambda c=capability, e=early: _compile(
-            sparse_cross_attn._list_kernel, c, listing, {"BLOCK_L": sparse_cross_attn.BLOCK_L, "EARLY": e},
-            {"num_warps": 8}, ASTSource,
+            sparse_cross_attn._list_kernel, c, listing, {"BLOCK_L": sparse_cross_attn.LISTED[-1][0], "EARLY": e},
+            {"num_warps": sparse_cross_attn.LISTED[-1][1]}, ASTSource,
         )  # fmt: skip
         for (dim, half), (block_m, block_n, num_warps, num_stages) in sparse_cross_attn.CONFIGS.items():
             types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
             types |= listing | {"scale": "fp32"}
             blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=sparse_cross_attn.ROWS,
-                          EARLY=early, NEGATE=False)  # fmt: skip
+                          COLUMNS=sparse_cross_attn.COLUMNS, HEADS=sparse_cross_attn.HEADS, EARLY=early,
+                          NEGATE=False)  # fmt: skip
             launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
                 _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource)
@@ -370,7 +398,10 @@ def test_every_config_compiles_and_fits(tmp_path):
                 "_qk_norm_rope_scatter_kernel fp8": [16, 4],
                 "_gated_residual_add_kernel": [9, 3], "_statistics_kernel channels first": [4, 0],
                 "_statistics_kernel channels last": [4, 0], "_normalise_kernel channels first": [4, 4],
-                "_normalise_kernel channels last": [6, 4]}  # fmt: skip
+                "_normalise_kernel channels last": [6, 4],
+                # of a map, its residual and the bias; of half a row's fp32 of 512 threads
+                "_add_bias_kernel": [12, 4], "_scaled_softmax_kernel": [8, 4],
+                "_channel_rms_norm_kernel": [4, 4]}  # fmt: skip
     for capability in (80, 90):
         # of v to any rows: threads of a warp in the order of what is written, keys of a channel and then the next one's
         for name in ("fp8", "fp8, v not aligned"):

@@ -33,29 +33,36 @@ def _statistics_kernel(
     b = (pid // tl.cdiv(CHANNELS, ROWS) // chunks).to(tl.int64)
     x_row = x_ptr + b * CHANNELS * size + c.to(tl.int64)[:, None] * stride_c
 
-    count = tl.zeros([1], dtype=tl.float32)
-    mean = tl.zeros([ROWS], dtype=tl.float32)
-    squares = tl.zeros([ROWS], dtype=tl.float32)
+    # Each element of a tile has sums of its own (Welford's update), which meet once, after the last tile: a reduction
+    # across threads in every tile would be waited for longer than the loads.
+    first = (chunk * tiles).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    means = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    squares = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for i in range(tl.minimum(tiles, blocks - chunk * tiles)):
-        start = (chunk * tiles + i).to(tl.int64) * BLOCK
-        s = start + tl.arange(0, BLOCK)
-        mask = (c < CHANNELS)[:, None] & (s < size)[None, :]
-        x = tl.load(x_row + s[None, :] * stride_s, mask=mask, other=0.0).to(tl.float32)
-        pixels = tl.minimum(size - start, BLOCK).to(tl.float32)
-        tile_mean = tl.sum(x, axis=1) / pixels
-        centred = tl.where(mask, x - tile_mean[:, None], 0.0)
-        tile_squares = tl.sum(centred * centred, axis=1)
-        count, mean, squares = _merge(count, mean, squares, pixels, tile_mean, tile_squares)
+        s = first + i * BLOCK + lane
+        exists = (s < size)[None, :]
+        x = tl.load(x_row + s[None, :] * stride_s, mask=(c < CHANNELS)[:, None] & exists, other=0.0).to(tl.float32)
+        share = 1.0 / (i + 1)
+        delta = tl.where(exists, x - means, 0.0)
+        means += delta * share
+        squares += delta * (delta * (1.0 - share))
 
+    end = tl.minimum(size - first, tiles * BLOCK)
+    counts = ((end - lane + BLOCK - 1) // BLOCK).to(tl.float32)
+    count = tl.sum(counts, axis=0)
+    mean = tl.sum(means * counts[None, :], axis=1) / count
+    delta = means - mean[:, None]
+    total = tl.sum(squares + delta * delta * counts[None, :], axis=1)
     at = (b * CHANNELS + c) * chunks + chunk
     tl.store(mean_ptr + at, mean, mask=c < CHANNELS)
-    tl.store(squares_ptr + at, squares, mask=c < CHANNELS)
+    tl.store(squares_ptr + at, total, mask=c < CHANNELS)
 
 
 @triton.jit(do_not_specialize=["chunks", "span"])
 def _combine_kernel(
-    mean_ptr, squares_ptr, group_mean_ptr, group_variance_ptr, size, chunks, span,
-    GROUP_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    mean_ptr, squares_ptr, x_bias_ptr, group_mean_ptr, group_variance_ptr, size, chunks, span,
+    CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
     parts = GROUP_CHANNELS * chunks
@@ -69,6 +76,9 @@ def _combine_kernel(
         pixels = tl.where(filled, pixels, 0).to(tl.float32)
         part_mean = tl.load(mean_ptr + group * parts + part, mask=filled, other=0.0)
         part_squares = tl.load(squares_ptr + group * parts + part, mask=filled, other=0.0)
+        if x_bias_ptr is not None:
+            c = group % (CHANNELS // GROUP_CHANNELS) * GROUP_CHANNELS + part // chunks
+            part_mean += tl.load(x_bias_ptr + c, mask=filled, other=0.0).to(tl.float32)
         more = tl.sum(pixels, axis=0)
         more_mean = tl.sum(pixels * part_mean, axis=0) / more
         delta = part_mean - more_mean
@@ -81,7 +91,8 @@ def _combine_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def _normalise_kernel(
-    x_ptr, weight_ptr, bias_ptr, group_mean_ptr, group_variance_ptr, y_ptr, stride_c, stride_s, size, blocks, eps,
+    x_ptr, weight_ptr, bias_ptr, x_bias_ptr, group_mean_ptr, group_variance_ptr, y_ptr,
+    stride_c, stride_s, size, blocks, eps,
     CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -95,6 +106,8 @@ def _normalise_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     group = b * (CHANNELS // GROUP_CHANNELS) + c // GROUP_CHANNELS
     mean = tl.load(group_mean_ptr + group, mask=known, other=0.0)
+    if x_bias_ptr is not None:
+        mean -= tl.load(x_bias_ptr + c, mask=known, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.load(group_variance_ptr + group, mask=known, other=1.0) + eps)
     weight = tl.load(weight_ptr + c, mask=known, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)
@@ -125,8 +138,9 @@ def _shape(x):
     return size, strides, rows, block, triton.cdiv(size, block), batch * triton.cdiv(channels, rows)
 
 
-def group_norm_statistics(x, num_groups):
-    """x [B, C, ...], contiguous or with channels last. Returns fp32 [2, B, num_groups]: means and variances."""
+def group_norm_statistics(x, num_groups, x_bias):
+    """x [B, C, ...], contiguous or with channels last; x_bias [C] or None. Returns fp32 [2, B, num_groups]: means and
+    variances."""
     batch, channels = x.shape[:2]
     by_group = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -142,24 +156,24 @@ def group_norm_statistics(x, num_groups):
             CHANNELS=channels, ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
         _combine_kernel[(batch * num_groups,)](
-            *by_channel, *by_group, size, chunks, tiles * block, GROUP_CHANNELS=of_group,
+            *by_channel, x_bias, *by_group, size, chunks, tiles * block, CHANNELS=channels, GROUP_CHANNELS=of_group,
             BLOCK=min(triton.next_power_of_2(of_group * chunks), 4096), num_warps=4,
         )  # fmt: skip
     return by_group
 
 
-def group_norm(x, num_groups, weight, bias, eps, silu, statistics):
+def group_norm(x, num_groups, weight, bias, eps, silu, statistics, x_bias):
     """x [B, C, ...], contiguous or with channels last; weight, bias [C]; statistics: of `group_norm_statistics`, None
-    for x's own. Returns x's shape, dtype and memory format."""
+    for x's own; x_bias [C] or None. Returns x's shape, dtype and memory format."""
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    by_group = group_norm_statistics(x, num_groups) if statistics is None else statistics
+    by_group = group_norm_statistics(x, num_groups, x_bias) if statistics is None else statistics
     size, strides, rows, block, blocks, columns = _shape(x)
     channels = x.shape[1]
     with torch.cuda.device_of(x):
         _normalise_kernel[(columns * blocks,)](
-            x, weight, bias, *by_group, y, *strides, size, blocks, eps, CHANNELS=channels,
+            x, weight, bias, x_bias, *by_group, y, *strides, size, blocks, eps, CHANNELS=channels,
             GROUP_CHANNELS=channels // num_groups, SILU=silu, ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return y

@@ -49,8 +49,9 @@ from PIL import Image
 from specedit_kernels import SpecEditConfig, SpecEditFluxKontextPipeline, ops
 from specedit_kernels.engine import fp8
 from specedit_kernels.engine.attention import unwrap_processors
-from specedit_kernels.engine.autoencoder import KLCodec, in_channels_last
+from specedit_kernels.engine.autoencoder import in_channels_last
 from specedit_kernels.engine.config import RUNNERS
+from specedit_kernels.engine.registry import codec_of
 from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.models import flux_kontext as flux_fused
 from specedit_kernels.models.flux_kontext import FluxLayout, FluxText, FusedFluxModel, StepLayout
@@ -271,7 +272,7 @@ class Bench:
     def autoencoder(self, decode, fused):
         pixels = torch.rand(1, 3, self.args.side, self.args.side, device=self.device, dtype=self.dtype) * 2 - 1
 
-        codec = KLCodec(self.pipe.vae)
+        codec = codec_of(self.pipe.vae)
         x = codec.encode(pixels) if decode else pixels
         codec = codec.fused() if fused else codec
         function = codec.decode if decode else codec.encode
@@ -281,6 +282,15 @@ class Bench:
                 function(in_channels_last(x) if fused else x)
 
         return Row(run, times=5)
+
+    def autoencoder_rows(self):
+        return {
+            ("decode" if decode else "encode") + (", fused norms" if fused else ""): partial(
+                self.autoencoder, decode, fused
+            )
+            for fused in (False, True)
+            for decode in (False, True)
+        }
 
     def rows(self):
         """{name: function that makes its Row}. Those that change the transformer for good come last."""
@@ -332,10 +342,7 @@ class Bench:
                     rows[f"active step {runner}, products and attention in fp8"] = lambda r=runner: self.active_step(
                         r, precision="fp8", attention="fp8"
                     )
-        for fused in (False, True):
-            for decode in (False, True):
-                name = ("decode" if decode else "encode") + (", fused norms" if fused else "")
-                rows[name] = lambda d=decode, f=fused: self.autoencoder(d, f)
+        rows |= self.autoencoder_rows()
         if self.args.compiled:
             for n in (28, 9, 8, 4):
                 rows[f"compiled plain-{n}"] = lambda n=n: self.compiled() or self.plain_row(lambda: self.plain(n))
@@ -373,6 +380,13 @@ class Bench:
                   for name, (calls, took) in sorted(spent.items(), key=lambda x: -x[1][1])]  # fmt: skip
         path.write_text("\n".join(lines) + "\n")
         return total / row.times / 1e6
+
+    def measure_and_profile(self, name, row):
+        """`measure` of a row, and `profile` where --profile names it."""
+        figures = self.measure(row)
+        if any(fnmatch.fnmatchcase(name, glob) for glob in self.args.profile):
+            figures["profiled_seconds"] = self.profile(row, self.args.out / f"profile {name}.txt")
+        return figures
 
     def measure(self, row):
         """A row's figures: median seconds after a warm-up, seconds of each stage, peak memory in bytes."""
@@ -442,7 +456,7 @@ STEPS = {
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
         coarse_refresh=3 if " ck3" in name else coarse if " ck" in name else 1,
     )
-    for coarse, mixed in ((2, 2), (2, 3), (4, 3), (4, 5), (4, 7), (5, 6), (6, 7))
+    for coarse, mixed in ((2, 2), (2, 3), (3, 4), (3, 5), (4, 3), (4, 4), (4, 5), (4, 7), (5, 5), (5, 6), (6, 7))
     for renewed in (0, 2, 3)
     for kind in ("", " lt", " half", " half lt", " ck lt", " ck3 lt", " half ck lt")
     for name in (f"{kind} kv {renewed}" if renewed else kind,)
@@ -621,15 +635,8 @@ def main(argv=None):
     every = bench.rows()
     chosen = chosen_rows(parser, every, args.rows)
 
-    def measure(name):
-        row = every[name]()
-        figures = bench.measure(row)
-        if any(fnmatch.fnmatchcase(name, glob) for glob in args.profile):
-            figures["profiled_seconds"] = bench.profile(row, args.out / f"profile {name}.txt")
-        return figures
-
     args.out.mkdir(parents=True, exist_ok=True)
-    measures = {name: partial(measure, name) for name in chosen}
+    measures = {name: lambda name=name: bench.measure_and_profile(name, every[name]()) for name in chosen}
     rows = run_rows(measures, setting(args), args.out, "flux_kontext", report, lambda rows: {"bars": bars(rows)})
     plot(rows, args.out / "flux_kontext.png")
     return int(any("error" in row for row in rows.values()))

@@ -7,7 +7,9 @@
 
 Denoising and the autoencoder are timed; embeddings of text and vision tokens are given, as many for either guidance
 branch. The edit's region is a user's mask, a square block of tokens. All rows come from one process, in the order of
---rows; what is done is on disk after each. Writes OUT/qwen_image_edit.json, .md and, with matplotlib, .png.
+--rows; what is done is on disk after each. Writes OUT/qwen_image_edit.json, .md and, with matplotlib, .png; where the
+time goes of rows that --profile names, OUT/profile NAME.txt says. "encode" and "decode" are the autoencoder alone, as
+the library has it and as fused steps do.
 """
 
 import argparse
@@ -56,6 +58,12 @@ PRESET = {
 KINDS = {f"specedit-9-{kind}": options for kind, options in PRESET.items()} | TIERS
 KINDS |= {f"{kind}, locked text, unguided draft": options | UNGUIDED for kind, options in TIERS.items()} | STEPS
 KINDS |= {f"{kind}, unguided draft": options | dict(draft_guidance=False) for kind, options in STEPS.items()}
+KINDS |= {f"{kind}, draft guided last": options | dict(draft_guidance="last") for kind, options in STEPS.items()}
+# ct: every coarse step but the first has its text's keys and values. gr K: every K-th step, and those that keep keys
+# and values, compute both branches of guidance.
+KINDS |= {f"{kind}, ct": options | dict(coarse_text_refresh=9) for kind, options in KINDS.items() if " ck" in kind}
+KINDS |= {f"{kind}, gr {k}": options | dict(guidance_refresh=k) for kind, options in KINDS.items() for k in (2, 3, 9)}
+KINDS |= {f"{kind} fp8": options | dict(precision="fp8") for kind, options in KINDS.items()}
 
 
 def build(tiny, device, dtype):
@@ -127,6 +135,7 @@ class QwenBench(Bench):
             if runner != "eager":  # as plain steps, through our launches
                 config = SpecEditConfig(quality="paper", stages=(0, 0, 9), runner=runner)
                 rows[f"plain-9 {runner}"] = lambda c=config: Row(lambda: self.specedit(c, region(self.args.side, 1.0)))
+        rows |= self.autoencoder_rows()
         for n in (50, 9):
             rows[f"compiled plain-{n}"] = lambda n=n: (
                 self.compiled() or Row(lambda: self.plain(n), lambda: self.plain(1))
@@ -146,6 +155,7 @@ def main(argv=None):
     parser.add_argument("--true-cfg-scale", type=float, default=4.0)
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of a row at most")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds after which a row is not repeated")
+    parser.add_argument("--profile", nargs="+", metavar="GLOB", default=[], help="rows whose kernels are listed too")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -157,7 +167,8 @@ def main(argv=None):
     chosen = chosen_rows(parser, every, args.rows)
     size = "tiny" if args.tiny else "Qwen-Image-Edit (20.4 B)"
     head = setting(args) | {"model": f"{size}, random weights, true_cfg_scale {args.true_cfg_scale:g}"}
-    measures = {name: lambda name=name: bench.measure(every[name]()) for name in chosen}
+    args.out.mkdir(parents=True, exist_ok=True)
+    measures = {name: lambda name=name: bench.measure_and_profile(name, every[name]()) for name in chosen}
     rows = run_rows(measures, head, args.out, "qwen_image_edit", markdown)
     plot(rows, args.out / "qwen_image_edit.png")
     return int(any("error" in row for row in rows.values()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 
 __all__ = [
+    "ABOUT_FORWARD",
     "Addition",
     "attention_backend",
     "bring_in",
@@ -44,28 +46,63 @@ __all__ = [
     "mirrors",
     "moved_to",
     "on_parallel",
+    "one_walk",
     "retrieve_timesteps",
     "scaled_adapters",
     "through",
     "ulysses_group",
     "unwrapped",
     "waits_for_host",
+    "walking_anew",
     "without_context_parallel",
 ]
 
 
-def each_module(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+_WALKS: ContextVar[dict[torch.nn.Module, list[torch.nn.Module]] | None] = ContextVar("specedit_walks", default=None)
+
+
+def each_module(root: torch.nn.Module) -> list[torch.nn.Module]:
     """`root.modules()`, several times faster: a run begins with several walks, and a LoRA has thousands of modules."""
+    walks = _WALKS.get()
+    if walks is not None and root in walks:
+        return walks[root]
     seen: set[torch.nn.Module] = set()
+    found: list[torch.nn.Module] = []
     left: list[torch.nn.Module | None] = [root]
     while left:
         module = left.pop()
         if module is not None and module not in seen:
             seen.add(module)
-            yield module
+            found.append(module)
             children = module.__dict__["_modules"]
             if children:
                 left += reversed(children.values())
+    if walks is not None:
+        walks[root] = found
+    return found
+
+
+@contextlib.contextmanager
+def one_walk() -> Iterator[None]:
+    """Within it, in this thread, `each_module` walks each tree once: no module joins one or leaves it, but within
+    `walking_anew`."""
+    token = _WALKS.set({})
+    try:
+        yield
+    finally:
+        _WALKS.reset(token)
+
+
+@contextlib.contextmanager
+def walking_anew() -> Iterator[None]:
+    """Around a user's code within `one_walk`, which may put modules in or take some out."""
+    walks, token = _WALKS.get(), _WALKS.set(None)
+    try:
+        yield
+    finally:
+        _WALKS.reset(token)
+        if walks is not None:
+            walks.clear()
 
 
 def dtype_of(model: Any) -> torch.dtype:
@@ -177,6 +214,10 @@ def _hooks(module: torch.nn.Module) -> list[Any]:
     if own.get("_hf_hook") is not None:
         found.append(own["_hf_hook"])
     return found
+
+
+# What a module has of its own where something of a library's, or a user's, is about its forward.
+ABOUT_FORWARD = frozenset({"_hf_hook", "_diffusers_hook", "forward"})
 
 
 def hooked(own: dict[str, Any], known: frozenset[Callable[..., Any]]) -> bool:

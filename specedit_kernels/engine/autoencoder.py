@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoencoderKL as a codec, its decoder's features, and its calls with fused norms."""
+"""AutoencoderKL as a codec, its decoder's features, and its calls with fused norms, biases and residuals."""
 
 from __future__ import annotations
 
@@ -21,21 +21,53 @@ from .. import ops
 from ..sampling.grid import PATCH
 from . import strips
 from ._diffusers import foreign_forward, mirrored, through
+from .feature_maps import BiasedConv2d, UnbiasedConv2d, doubled, padded_behind, residual_sum, with_plain_bias
 from .strips import Kind
 from .wide_attention import WideAttnProcessor
 
 
 class _GroupNorm(torch.nn.Module):
-    """Stands for a group norm, and for the SiLU after it."""
+    """Stands for a group norm, for the SiLU after it and for the bias of the convolution before."""
 
     def __init__(self, norm: torch.nn.GroupNorm, silu: bool):
         super().__init__()
         self.norm = norm
         self.silu = silu
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
         norm = self.norm
-        return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=self.silu)
+        return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=self.silu, x_bias=x_bias)
+
+
+class _ResnetBlock(ResnetBlock2D):
+    """ResnetBlock2D of `_GroupNorm`s and `UnbiasedConv2d`s: biases are added in the norm, and with the residual."""
+
+    def forward(self, x: Tensor, temb: Tensor | None = None, *unused: Any, **options: Any) -> Tensor:
+        y = self.conv1(self.norm1(x))
+        if temb is not None:
+            y = y + temb
+        y = self.conv2(self.dropout(self.norm2(y, self.conv1.bias)))
+        if self.conv_shortcut is None:
+            y = residual_sum(y, self.conv2.bias, x)
+        else:
+            y = residual_sum(y, self.conv2.bias, self.conv_shortcut(x), self.conv_shortcut.bias)
+        return y if self.output_scale_factor == 1 else y / self.output_scale_factor
+
+
+class _Upsample(Upsample2D):
+    """Upsample2D that doubles its map and convolves it."""
+
+    def forward(self, x: Tensor, output_size: Any = None, *unused: Any, **options: Any) -> Tensor:
+        if output_size is not None:
+            return Upsample2D.forward(self, x, output_size)
+        return self.conv(doubled(x))
+
+
+class _Downsample(Downsample2D):
+    """Downsample2D whose convolution pads its map behind alone."""
+
+    def forward(self, x: Tensor, *unused: Any, **options: Any) -> Tensor:
+        return self.conv(padded_behind(x))
 
 
 def _served(module: Any) -> TypeGuard[torch.nn.GroupNorm]:
@@ -57,12 +89,37 @@ def _activated(owner: Any) -> tuple[str, tuple[str, ...]]:
     return "", ()
 
 
+def _residual_convs(block: Any) -> list[Any]:
+    """The convolutions of a ResnetBlock2D of `_GroupNorm`s whose biases `_ResnetBlock` adds, [] where it does not stand
+    for it."""
+    convs = [conv for conv in (block.conv1, block.conv2, block.conv_shortcut) if conv is not None]
+    plain = type(block) is ResnetBlock2D and block.upsample is None and block.downsample is None
+    return convs if plain and all(type(conv) is BiasedConv2d for conv in convs) else []
+
+
+def _plain_upsample(up: Any) -> bool:
+    return up.norm is None and up.interpolate and not up.use_conv_transpose
+
+
+def _plain_downsample(down: Any) -> bool:
+    return down.norm is None and down.use_conv and down.padding == 0
+
+
 def with_fused_norms(vae: torch.nn.Module) -> torch.nn.Module:
     """The same autoencoder, a tree of modules of its own over the same weights, where the op `group_norm` serves the
-    group norms, with the SiLU of those that one follows, and `wide_attention` the attention."""
+    group norms, with the SiLU of those that one follows and the bias before, `add_bias_` the other biases and the
+    residuals, and `wide_attention` the attention."""
     twin = mirrored(vae)
     owner: Any
+    for owner in twin.modules():
+        if with_plain_bias(owner):
+            owner.__class__ = BiasedConv2d
     for owner in list(twin.modules()):
+        if type(owner) is Upsample2D and _plain_upsample(owner) and owner.use_conv and owner.name == "conv":
+            if not foreign_forward(owner):
+                owner.__class__ = _Upsample
+        elif type(owner) is Downsample2D and _plain_downsample(owner) and not foreign_forward(owner):
+            owner.__class__ = _Downsample
         if type(owner) is Attention and _plain_attention(owner):
             owner.processor = WideAttnProcessor()
         name, norms = _activated(owner)
@@ -71,6 +128,10 @@ def with_fused_norms(vae: torch.nn.Module) -> torch.nn.Module:
                 setattr(owner, child, _GroupNorm(module, child in norms))
         if name:
             setattr(owner, name, torch.nn.Identity())
+        if name == "nonlinearity" and (convs := _residual_convs(owner)):
+            owner.__class__ = _ResnetBlock
+            for conv in convs:
+                conv.__class__ = UnbiasedConv2d
     return twin
 
 
@@ -112,15 +173,18 @@ STRIPS: Mapping[type, Kind] = MappingProxyType(
     )
     | {
         torch.nn.GroupNorm: Kind(strips.norm_of_map, lambda norm: norm.affine),
-        _GroupNorm: Kind(lambda stands, of, x: strips.norm_of_map(stands.norm, of, x, stands.silu)),
+        _GroupNorm: Kind(
+            lambda stands, of, x, x_bias=None: strips.norm_of_map(stands.norm, of, x, stands.silu, x_bias)
+        ),
         torch.nn.Conv2d: Kind(strips.conv2d, strips.plain_conv),
+        BiasedConv2d: Kind(strips.biased_conv2d),
+        UnbiasedConv2d: Kind(strips.unbiased_conv2d),
+        _ResnetBlock: Kind(),
+        _Downsample: Kind(strips.downsample),
+        _Upsample: Kind(),
         ResnetBlock2D: Kind(None, lambda block: block.upsample is None and block.downsample is None),
-        Downsample2D: Kind(
-            strips.downsample, lambda down: down.norm is None and down.use_conv and down.padding == 0
-        ),
-        Upsample2D: Kind(
-            None, lambda up: up.norm is None and up.interpolate and not up.use_conv_transpose
-        ),
+        Downsample2D: Kind(strips.downsample, _plain_downsample),
+        Upsample2D: Kind(None, _plain_upsample),
         Attention: Kind(strips.attention, _plain_attention),
     }
 )  # fmt: skip

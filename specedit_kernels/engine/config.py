@@ -53,6 +53,7 @@ METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
 BRACKET = "bracket"
+LAST = "last"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
 SOLVERS = ("euler", "ab2")
@@ -270,8 +271,16 @@ class SpecEditConfig(EditConfig):
             512 text tokens that is 1536 tokens of 2560; what is kept is memory that the mixed steps take over. Without
             effect on a "quarter" draft, and on models that keep them in any case. None: the quality's; 1 with preset or
             stages.
-        draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost. None:
-            True, but what GUIDED has for the quality.
+        coarse_text_refresh: the same of the text: every k-th coarse step computes it, those between have the keys and
+            values that it had then. With coarse_refresh they compute the target alone. 1: every coarse step computes
+            the text. None: 1, but what GUIDED has for the quality.
+        draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost. "last":
+            the last of them alone has it. None: True, but what GUIDED has for the quality.
+        guidance_refresh: with true guidance the first step of each stage, one after a callback that changes latents or
+            text, one that keeps keys and values for others (kv_refresh, coarse_refresh), and the k-th step after the
+            last such one compute both branches, and keep the difference of their velocities; the steps between compute
+            the conditional branch alone, and guide by the kept difference. 1: every step computes both. Without effect
+            where two GPUs have a branch each, which then takes no longer. None: 1, but what GUIDED has for the quality.
 
     All else: EditConfig.
     """
@@ -294,7 +303,9 @@ class SpecEditConfig(EditConfig):
     kv_refresh: int | str | None = None
     lock_text: bool | None = None
     coarse_refresh: int | None = None
-    draft_guidance: bool | None = None
+    coarse_text_refresh: int | None = None
+    draft_guidance: bool | str | None = None
+    guidance_refresh: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -312,7 +323,7 @@ class SpecEditConfig(EditConfig):
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _integer("draft_steps", self.draft_steps, 1)
-        for name in ("kv_refresh", "coarse_refresh"):
+        for name in ("kv_refresh", "coarse_refresh", "coarse_text_refresh", "guidance_refresh"):
             value = getattr(self, name)
             if value is not None and (name, value) != ("kv_refresh", BRACKET):
                 _integer(name, value, 1)
@@ -327,9 +338,10 @@ class SpecEditConfig(EditConfig):
             _number("relative", self.relative, 0.0, 1.0)
         _flag("key_bias", self.key_bias)
         _flag("coarse_condition", self.coarse_condition)
-        for name in ("lock_text", "draft_guidance"):
-            if getattr(self, name) is not None:
-                _flag(name, getattr(self, name))
+        if self.lock_text is not None:
+            _flag("lock_text", self.lock_text)
+        if self.draft_guidance not in (None, LAST) and not isinstance(self.draft_guidance, bool):
+            raise TypeError(f"draft_guidance: expected True, False or {LAST!r}, got {self.draft_guidance!r}")
         if self.stages is not None:
             if not isinstance(self.stages, (tuple, list)) or len(self.stages) != 3:
                 raise ValueError(f"stages: expected (coarse, mixed, full) step counts, got {self.stages!r}")
@@ -379,7 +391,7 @@ class SpecEditConfig(EditConfig):
 
     def _own(self, guided: bool) -> dict[str, Any]:
         """What the quality gives the fields that are None, by name."""
-        own = QUALITIES[self.quality] | {"draft_guidance": True}
+        own = {"coarse_text_refresh": 1, "draft_guidance": True, "guidance_refresh": 1} | QUALITIES[self.quality]
         if self.preset is not None or self.stages is not None:
             own |= dict(preset=None, stages=None)
             own |= dict(mixed_from=None, solver="euler", draft="coarse", coarse_refresh=1, lock_text=False)

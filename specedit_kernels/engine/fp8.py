@@ -87,9 +87,9 @@ def places(layers: Iterable[Any]) -> list[int]:
     return [x.data_ptr() for x in _parts(layers)]
 
 
-def _versions(layers: Iterable[Any]) -> list[int]:
+def _versions(parts: Iterable[Tensor]) -> list[int]:
     """torch's counters of writes in place, which those through `.data` do not count in."""
-    return [0 if x.is_inference() else x._version for x in _parts(layers)]
+    return [0 if x.is_inference() else x._version for x in parts]
 
 
 def _places(shape: torch.Size) -> range:
@@ -103,10 +103,10 @@ def _places(shape: torch.Size) -> range:
 
 
 @torch.no_grad()
-def _sample(layers: Iterable[Any]) -> Tensor:
+def _sample(parts: Iterable[Tensor]) -> Tensor:
     """Some elements of each weight and bias."""
     found = []
-    for x in _parts(layers):
+    for x in parts:
         x = x if x.is_contiguous() else x.contiguous()
         at = _places(x.shape)
         found.append(x.as_strided((len(at),), (at.step,), x.storage_offset() + at.start))
@@ -133,11 +133,13 @@ class Written:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[torch.nn.Module, ...], Looked] = {}
+        self._joined: tuple[list[Looked], Tensor] | None = None  # samples of these, one after another
 
     def look(self, layers: tuple[torch.nn.Module, ...], at: list[int]) -> Looked:
         """A copy is made of these layers' weights, which lie `at` these places."""
         if layers not in self._seen or self._seen[layers].at != at:
-            self._seen[layers] = Looked(at, _versions(layers), _sample(layers))
+            parts = _parts(layers)
+            self._seen[layers] = Looked(at, _versions(parts), _sample(parts))
         return self._seen[layers]
 
     def serves(self, looked: Looked, layers: tuple[torch.nn.Module, ...], at: list[int]) -> bool:
@@ -147,16 +149,25 @@ class Written:
 
     def found(self) -> bool:
         """Whether one was. Those that lie elsewhere now do not count. Waits for the device, once."""
-        there = [(layers, looked) for layers, looked in self._seen.items() if looked.at == places(layers)]
-        if any(looked.versions != _versions(layers) for layers, looked in there):
-            return True
+        there: list[Looked] = []
+        now: list[Tensor] = []
+        for layers, looked in self._seen.items():
+            parts = _parts(layers)
+            if looked.at == [x.data_ptr() for x in parts]:
+                if looked.versions != _versions(parts):
+                    return True
+                there.append(looked)
+                now += parts
         if not there:
             return False
-        now = _sample(layer for layers, _ in there for layer in layers)
-        return not torch.equal(now, torch.cat([looked.sample for _, looked in there]))
+        joined = self._joined
+        if joined is None or len(joined[0]) != len(there) or any(a is not b for a, b in zip(joined[0], there)):
+            joined = self._joined = there, torch.cat([looked.sample for looked in there])
+        return not torch.equal(_sample(now), joined[1])
 
     def clear(self) -> None:
         self._seen.clear()
+        self._joined = None
 
 
 def _refuses(layers: Sequence[Any]) -> str:

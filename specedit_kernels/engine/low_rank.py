@@ -61,8 +61,9 @@ class LowRankChange:
         """
         known, joined = 0, False
         for module in each_module(transformer):
-            known += module in _HOOKED and module in self._names
-            joined = joined or vars(module).get("fused_projections", False)
+            own = module.__dict__
+            known += bool(own["_forward_hooks"]) and module in _HOOKED and module in self._names
+            joined = joined or own.get("fused_projections", False)
         if known == len(self.layers) and not joined:
             return
         for name, (down, up) in self.layers.items():

@@ -39,10 +39,10 @@ class Text:
 
     embeds: Tensor
 
-    def of_sample(self, index: int) -> Text:
-        """That of one sample of the batch alone."""
+    def of_samples(self, samples: slice) -> Text:
+        """That of some samples of the batch alone."""
         found = {name: getattr(self, name) for name in self.PER_SAMPLE}
-        return replace(self, **{name: _row(value, index) for name, value in found.items()})
+        return replace(self, **{name: _rows(value, samples) for name, value in found.items()})
 
 
 def version_of(x: Tensor) -> tuple[int, int]:
@@ -50,10 +50,10 @@ def version_of(x: Tensor) -> tuple[int, int]:
     return id(x), -1 if x.is_inference() else x._version
 
 
-def _row(value: Any, index: int) -> Any:
+def _rows(value: Any, samples: slice) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_row(each, index) for each in value]
-    return value if value is None else value[index : index + 1]
+        return [_rows(each, samples) for each in value]
+    return value if value is None else value[samples]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class EditModel(ABC):
     keeps_references = False
     # Keys and values that outlive a step are kept in fp8.
     fp8_cache = False
+    # Of a batch of both guidance branches (`joined`) the negative one's samples are the first.
+    negative_first = False
     # Who shares the sequence of a call, and who shares its guidance branches; None: nobody.
     ranks: Ranks | None = None
     guides: Ranks | None = None
@@ -175,6 +177,10 @@ class EditModel(ABC):
         made = layout.attention.active(text.embeds.shape[1], first, lock_text, self.least_text)
         return replace(layout, attention=made)
 
+    def renewing(self, layout: Any) -> Any:
+        """A layout of `active_layout` whose keys and values later calls read that do not bring its tokens."""
+        return self._with_sequence(layout, passing=False)
+
     def edit_layout(
         self, text: Any, pictures: Pictures, layout: SequenceLayout, region: Tensor | None, text_mask: Tensor | None
     ) -> Any:
@@ -186,6 +192,12 @@ class EditModel(ABC):
         if bias is not None and text_mask is not None:  # some of the text is padding
             text_mask = text_mask & (bias[:, None, : text_mask.shape[-1]] > float("-inf"))
         return self._with_sequence(made, region=region, text_mask=text_mask)
+
+    @staticmethod
+    def layout_of_samples(layout: Any, samples: slice) -> Any:
+        """A layout of some samples of its batch alone; what it keeps is these samples' part of what `layout` does."""
+        attention = layout.attention
+        return layout if attention is None else replace(layout, attention=attention.of_samples(samples))
 
     @staticmethod
     def _with_sequence(layout: Any, **changes: Any) -> Any:

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +38,10 @@ from ._diffusers import (
     context_parallel,
     execution_device,
     moved_to,
+    one_walk,
     retrieve_timesteps,
     unwrapped,
+    walking_anew,
 )
 from .attention import wrap_processors
 from .checkpoint import HARMLESS, check_folder, check_pipeline, load_notes
@@ -66,6 +69,7 @@ ABSENT: dict[str, Any] = {
 MASK_MODES = ("replace", "limit", "add")
 OUTPUT_SIZES = ("working", "source")
 DETAILS = ("working", "native")
+SCHEDULES = 32  # that a pipeline keeps: those of a call, and of windows of many sizes
 
 
 _CALLS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -279,7 +283,7 @@ class SpecEditMixin(Stock):
         call.true_cfg_scale = bound.arguments.get(self.TRUE_CFG, 1.0)
         if self.TRUE_CFG:
             _number(self.TRUE_CFG, call.true_cfg_scale, float("-inf"), float("inf"))
-        with _one_call(unwrapped(self.transformer)):
+        with _one_call(unwrapped(self.transformer)), one_walk():
             return self._specedit(call)
 
     def _specedit(self, call: Call) -> Any:
@@ -634,7 +638,8 @@ class SpecEditMixin(Stock):
                 self._show_schedule(run.timesteps, index)
                 tensors = {"latents": tokens, "prompt_embeds": run.positive.embeds}
                 wanted = {k: tensors[k] for k in call.callback_on_step_end_tensor_inputs}
-                changed = callback(self, index, timestep, wanted) or {}
+                with walking_anew():
+                    changed = callback(self, index, timestep, wanted) or {}
                 tokens = changed.pop("latents", tokens)
                 run.positive.embeds = changed.pop("prompt_embeds", run.positive.embeds)
             bar.update()
@@ -727,15 +732,23 @@ class SpecEditMixin(Stock):
 
     def _plain_sigmas(self, steps: int, tokens: int, given: list[float] | None) -> list[float]:
         """Sigmas of the plain pipeline for that many steps and target tokens, with the final 0. given: the call's."""
+        config, key = self.scheduler.config, (steps, tokens, None if given is None else tuple(given))
+        found = self.__dict__.setdefault("_specedit_sigmas", OrderedDict())
+        if key in found and found[key][0] is config:  # another one has another object, and it is kept here
+            return list(found[key][1])
         # a copy: the pipeline's own scheduler keeps its state
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         unshifted = np.linspace(1.0, 1 / steps, steps) if given is None else given
         mu = self._shift(tokens, steps)
         with np.errstate(invalid="ignore"):
             retrieve_timesteps(scheduler, steps, "cpu", sigmas=unshifted, mu=mu)
         sigmas = scheduler.sigmas.tolist()
         # the one step of a schedule with a terminal sigma is 0 / 0 to the scheduler; it begins with noise alone
-        return [1.0, 0.0] if len(sigmas) == 2 and math.isnan(sigmas[0]) else sigmas
+        sigmas = [1.0, 0.0] if len(sigmas) == 2 and math.isnan(sigmas[0]) else sigmas
+        found[key] = config, tuple(sigmas)
+        if len(found) > SCHEDULES:
+            found.popitem(last=False)
+        return sigmas
 
     def _show_schedule(self, timesteps: Sequence[float], index: int) -> None:
         """Give the pipeline's scheduler the run's own timesteps and sigmas, as the stock call leaves them there, for
@@ -752,17 +765,15 @@ class SpecEditMixin(Stock):
         keep = run.config.preserve == "pixels"
         untouched = [not c for c in selection.changed]
         pixels = per_image(run.pixels.float(), "image", run.batch)
-        if all(untouched):
-            decoded = pixels
-        else:
-            decoded = run.model.decode(clean)
+        decoded = pixels if all(untouched) else run.model.decode(clean)
         if not keep and not any(untouched):
-            return self.image_processor.postprocess(decoded, output_type=output_type)
+            return postprocess(self.image_processor, decoded, output_type)
         alpha = torch.ones_like(pixels[:, :1])
         if keep:
             pixel = pixels.shape[-2] // run.grid[0]
             alpha = stages.edit_alpha(selection.edited, run.grid, pixel, run.config.feather)
-        alpha = alpha * torch.tensor(selection.changed, dtype=torch.bool, device=run.device)[:, None, None, None]
+        if any(untouched):
+            alpha = torch.where(stages.of_samples(selection.changed, run.device), alpha, 0.0)
         # 8-bit levels, fp32: that is what the pictures hold, and x / 255 * 2 - 1 brings no level past its neighbour
         source = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round()
         edit = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255)
@@ -770,8 +781,7 @@ class SpecEditMixin(Stock):
             edit = edit.round()
         blend = torch.where(alpha == 0, source, torch.where(alpha == 1, edit, alpha * edit + (1 - alpha) * source))
         if output_type == "pil":
-            array = blend.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            return [PIL.Image.fromarray(a) for a in array]
+            return _pictures_of(blend)
         blend = blend / 255
         return blend if output_type == "pt" else blend.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -892,14 +902,47 @@ def preprocess(
 ) -> Tensor:
     """processor.preprocess(image, height, width) on a device; of Photos as of their `rgb`."""
     pictures = image if isinstance(image, list) else [image]
-    config = processor.config
-    usual = config.do_resize and config.do_normalize and not (config.do_binarize or config.do_convert_grayscale)
-    usual = usual and config.resample == "lanczos" and not config.reducing_gap
-    rgb = all(isinstance(p, Photo) or (isinstance(p, PIL.Image.Image) and p.mode == "RGB") for p in pictures)
-    if device.type == "cpu" or type(processor) is not VaeImageProcessor or not usual or not rgb:
+    if device.type == "cpu" or not goes_as_bytes(processor, pictures):
         return processor.preprocess(seen(image), height, width).to(device)
     rows, columns = processor.get_default_height_width(pictures[0], height, width)
+    if getattr(pictures[0], "mode", None) == "RGBA":  # Pillow weighs colours by alpha
+        pictures = [processor.resize(picture, rows, columns) for picture in pictures]
     return pixels_of(pictures, device, (columns, rows))
+
+
+# The methods of VaeImageProcessor that `pixels_of` stands for.
+_OF_PIXELS = (
+    "preprocess", "get_default_height_width", "resize", "convert_to_rgb", "pil_to_numpy", "numpy_to_pt", "normalize",
+)  # fmt: skip
+
+
+def goes_as_bytes(processor: VaeImageProcessor, pictures: Sequence[Any]) -> bool:
+    """Whether what a processor makes of pictures is what `pixels_of` makes of them: RGB ones, or RGBA ones as such."""
+    config, kind = processor.config, type(processor)
+    usual = config.do_resize and config.do_normalize and not (config.do_binarize or config.do_convert_grayscale)
+    usual = usual and config.resample == "lanczos" and not config.reducing_gap
+    usual = usual and all(getattr(kind, name) is getattr(VaeImageProcessor, name) for name in _OF_PIXELS)
+    modes = {"RGB" if isinstance(p, Photo) else getattr(p, "mode", None) for p in pictures}
+    return usual and (modes == {"RGB"} or (modes == {"RGBA"} and not config.do_convert_rgb))
+
+
+def _pictures_of(levels: Tensor) -> list[PIL.Image.Image]:
+    """Pictures of levels fp32 [n, 3 or 4, H, W] in [0, 255]. They leave the device as bytes."""
+    return [PIL.Image.fromarray(x) for x in levels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# The methods of VaeImageProcessor that `postprocess` stands for.
+_OF_PICTURES = ("postprocess", "pt_to_numpy", "numpy_to_pil")
+
+
+def postprocess(processor: VaeImageProcessor, pixels: Tensor, output_type: str) -> Any:
+    """processor.postprocess(pixels, output_type), to the last bit; pictures are made on the device: the host takes
+    longer for it than the device for a step."""
+    kind = type(processor)
+    usual = all(getattr(kind, name) is getattr(VaeImageProcessor, name) for name in _OF_PICTURES)
+    if output_type != "pil" or pixels.shape[1] not in (3, 4) or not usual:
+        return processor.postprocess(pixels, output_type=output_type)
+    return _pictures_of(processor.postprocess(pixels, output_type="pt").float() * 255)
 
 
 def per_image(x: Tensor, name: str, batch: int) -> Tensor:

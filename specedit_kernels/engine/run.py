@@ -63,17 +63,17 @@ def run_stages(
 
     # the first stage leaves `fine` at `sigma`, or `coarse` at its pooled sigma
     if first_full:
-        guided = config.draft_guidance
-        fine, (estimate, _) = stages.dense_steps(run, start, sigmas[:2], full, "draft_step", guided=guided)
+        fine, (estimate, _) = stages.draft_steps(run, start, sigmas[:2], full, "draft_step")
         scores, selection = verify(run, Draft(estimate, run.source), "draft_step")
     elif coarse_steps and not (half and selection is not None):
         stage = "draft" if half else "coarse"
         small = stages.source_at(run, coarse_grid(run.grid))
         coarse = algebra.pool_noise(run.noise).to(start.dtype)
         behind = stages.references_at(run, 2, small)
-        coarse, (first, last) = stages.dense_steps(
-            run, coarse, plan.coarse, behind, stage, main=not half,
-            guided=config.draft_guidance, solver=config.solver, refresh=config.coarse_refresh,
+        coarse, (first, last) = stages.draft_steps(
+            run, coarse, plan.coarse, behind, stage, main=not half, solver=config.solver,
+            refresh=config.coarse_refresh, guidance_refresh=config.guidance_refresh,
+            text_refresh=config.coarse_text_refresh,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps
@@ -99,7 +99,10 @@ def run_stages(
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
         run.timesteps[run.step :] = [1000 * s for s in sigmas[coarse_steps:-1]]
-        clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver)
+        clean, _ = stages.dense_steps(
+            run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver,
+            guidance_refresh=config.guidance_refresh,
+        )  # fmt: skip
         clock.mark("full")
     else:
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]
@@ -121,7 +124,7 @@ def verify_select(run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection
     run.clock.mark(stage)
     scores = run.model.agreed(stages.verify(run, draft))
     run.clock.mark("verify")
-    guided = run.negative is not None and run.config.draft_guidance
+    guided = run.negative is not None and run.config.draft_guidance is not False
     run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)
     relative = run.config.resolved_relative()
     # one threshold for the batch

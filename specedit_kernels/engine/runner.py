@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from . import fp8, low_rank, merged, registry
 from ._diffusers import (
+    ABOUT_FORWARD,
     bring_in,
     context_parallel,
     each_module,
@@ -65,7 +66,7 @@ class _Memory:
         """A weight: its own memory, that of the tensors a wrapper holds, and of what a quantised one has beside it."""
         if type(x) in _PLAIN:
             self.devices.add(x.device)
-            self.found.append((x.data_ptr(), x.dtype))
+            self.found += (x.data_ptr(), x.dtype)
             return
         self.found.append(type(x))
         if is_wrapper(x):
@@ -73,7 +74,7 @@ class _Memory:
                 self.add(getattr(x, name))
             return
         self.devices.add(x.device)
-        self.found.append((x.data_ptr(), x.dtype))
+        self.found += (x.data_ptr(), x.dtype)
         self.add_held(vars(x))
 
     def add_held(self, value: Any) -> None:
@@ -100,9 +101,11 @@ class _Memory:
 
     def add_module(self, module: torch.nn.Module) -> None:
         """All of one module, without its children."""
-        own = vars(module)
+        own = module.__dict__
         found = self.found
         found.append(type(module))
+        if not own["_parameters"] and not own["_buffers"] and "scaling" not in own:
+            return
         quantised = False
         for kind in ("_parameters", "_buffers"):
             for x in own[kind].values():
@@ -110,7 +113,7 @@ class _Memory:
                     continue
                 if type(x) in _PLAIN:  # `add` in place: a call for each weight takes longer than all else here
                     self.devices.add(x.device)
-                    found.append((x.data_ptr(), x.dtype))
+                    found += (x.data_ptr(), x.dtype)
                 else:
                     quantised = True
                     self.add(x)
@@ -158,9 +161,11 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
         if device is not None:
             memory.devices.add(device)
         for module in each_module(part):
-            own = vars(module)  # a module looks for what it does not have for long
+            own = module.__dict__  # a module looks for what it does not have for long
             called = part is transformer and module not in passed
-            if (graphs or not called) and not (module is part and device):
+            # a call for each of the thousands that have nothing of these would take longer than all else here
+            about = own["_forward_pre_hooks"] or own["_forward_hooks"] or not ABOUT_FORWARD.isdisjoint(own)
+            if about and (graphs or not called) and not (module is part and device):
                 cast = False
                 if hooked(own, known):
                     cast = called and is_cast(module, low_rank.OWN_HOOKS)
@@ -169,10 +174,12 @@ def inspect(name: str, transformer: torch.nn.Module, vae: torch.nn.Module) -> tu
                 if "forward" in own and not cast and foreign_forward(module):
                     return f"a {type(module).__name__} has a forward of its own, which it would leave out", []
             if graphs:
-                reason = waits_for_host(module, name == "compile")
-                # what torch.compile compiles is called
-                if reason and not (called and name == "graph" and made(module)):
-                    return reason, []
+                weight = own["_parameters"].get("weight")
+                if weight is not None and type(weight) is not torch.nn.Parameter:
+                    reason = waits_for_host(module, name == "compile")
+                    # what torch.compile compiles is called
+                    if reason and not (called and name == "graph" and made(module)):
+                        return reason, []
                 if device is None:
                     memory.add_module(module)
     reason = ""

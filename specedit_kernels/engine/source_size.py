@@ -43,7 +43,8 @@ def photos_of(image: Any) -> tuple[list[Any], list[Photo]]:
 def pixels_of(
     pictures: Sequence[PIL.Image.Image | Photo], device: torch.device, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """RGB pictures as pixels in [-1, 1], fp32 [n, 3, H, W]: to the last bit those of VaeImageProcessor.
+    """RGB pictures as pixels in [-1, 1], fp32 [n, 3, H, W], RGBA ones of the wanted size as [n, 4, H, W]: to the last
+    bit those of VaeImageProcessor.
 
     size: (width, height) that they are brought to by Lanczos; None: they have one size, which stays.
     They go to the device as bytes and become numbers there: the host would take longer than the device for a step.

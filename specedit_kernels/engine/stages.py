@@ -36,7 +36,8 @@ from ..sampling.grid import (
 )
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length, whole_layout
 from ..sampling.solver import Solver, euler
-from .config import BRACKET
+from .config import BRACKET, LAST
+from .guidance import StageVelocity
 from .model import EditModel, Pictures, Text, version_of
 from .output import SpecEditStats, StageClock, StepRecord
 from .parallel import of_each
@@ -184,6 +185,17 @@ class Run:
         """How many branches each of `texts` holds."""
         return 1 if self.model.guides is not None else len(self.branches) // len(self.texts)
 
+    @property
+    def conditional_samples(self) -> slice:
+        """Those of the conditional branch in a batch of both."""
+        return slice(self.batch, None) if self.model.negative_first else slice(self.batch)
+
+    @property
+    def conditional_text(self) -> Text:
+        """The first of `texts`, or of one of both branches the conditional one's part: padded as there."""
+        text = self.texts[0]
+        return text.of_samples(self.conditional_samples) if self.joined_branches > 1 else text
+
     def timestep_conditioning(self, timesteps: Tensor, guided: bool = True) -> list[tuple[Any, ...]]:
         """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `called_with`."""
         return list(zip(*(self.model.timestep_conditioning(text, timesteps) for text in self.called_with(guided))))
@@ -199,23 +211,29 @@ class Run:
         """
         if isinstance(conditioning, Tensor):
             [conditioning] = self.timestep_conditioning(conditioning[None], guided)
-        texts = self.called_with(guided)
-        passes = len(self.branches) if guided else 1
-        if guided and passes > 1 and self.model.guides is not None:
-            [text], [at], [layout] = texts, conditioning, layouts
-            own = self.model.velocity(text, tokens, at, layout)[:, :first]
-            positive, negative = of_each(own, self.model.guides)
+        if guided and self.negative is not None:
+            positive, negative = self.both_velocities(tokens, conditioning, layouts, first)
             return self.model.guide(positive, negative, self.true_cfg_scale)
-        if len(texts) < passes:  # branches that run as one batch see the same tokens
-            tokens = tokens.repeat(passes, 1, 1)
+        [text], [at], [layout] = self.called_with(guided), conditioning, layouts
+        return self.model.velocity(text, tokens, at, layout)[:, :first]
+
+    def both_velocities(
+        self, tokens: Tensor, conditioning: tuple[Any, ...], layouts: Sequence[Any], first: int | None = None
+    ) -> list[Tensor]:
+        """[the conditional velocity, the unconditional one], as `velocity` has them before its guidance."""
+        texts = self.texts
+        if self.joined_branches > 1:  # branches that run as one batch see the same tokens
+            tokens = tokens.repeat(self.joined_branches, 1, 1)
         found = [
             self.model.velocity(text, tokens, at, layout)[:, :first]
             for text, at, layout in zip(texts, conditioning, layouts)
         ]
-        if passes == 1:
-            return found[0]
-        positive, negative = found if len(texts) > 1 else found[0].chunk(2)
-        return self.model.guide(positive, negative, self.true_cfg_scale)
+        if self.model.guides is not None:
+            return of_each(found[0], self.model.guides)
+        if len(texts) > 1:
+            return found
+        halves = list(found[0].chunk(2))
+        return halves[::-1] if self.model.negative_first else halves
 
     def record(
         self, stage: str, sigma: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
@@ -244,10 +262,10 @@ def _device_sigmas(sigmas: Sequence[float], device: torch.device) -> Tensor:
 
 
 def _kept_layouts(
-    run: Run, texts: Sequence[Any], grids: Sequence[Grid], branches: int
-) -> tuple[list[Any], list[Any], int, int]:
+    run: Run, texts: Sequence[Any], grids: Sequence[Grid], branches: int, keeps_text: bool = False
+) -> tuple[list[Any], list[Any], int, int, list[Any], list[Any]]:
     """Layouts, one for each text, of whole pictures that keep keys and values, and of the target alone over these; how
-    many slots each of the two has.
+    many slots each of the two has; with keeps_text both without the text, else none.
 
     grids: the target's, then each reference's. branches: how many each of the texts holds.
     """
@@ -256,18 +274,27 @@ def _kept_layouts(
     # a mixed sequence whose blocks are all active: positions are those of whole pictures
     pictures = Pictures(grids[0], tuple(grids[1:]))
     layouts = [run.model.mixed_layout(text, pictures, shared, key_bias=False, cached=True) for text in texts]
-    return layouts, [run.model.active_layout(*pair, first) for pair in zip(texts, layouts)], capacity, first
+    pairs = list(zip(texts, layouts))
+    alone = [run.model.active_layout(*pair, first) for pair in pairs]
+    if not keeps_text:
+        return layouts, alone, capacity, first, [], []
+    locked, bare = ([run.model.active_layout(*pair, n, lock_text=True) for pair in pairs] for n in (None, first))
+    # later steps read the keys and values of a text that was computed with the target alone
+    return layouts, [run.model.renewing(layout) for layout in alone], capacity, first, locked, bare
 
 
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True, solver: str = "euler", refresh: int = 1,
+    guided: bool = True, solver: str = "euler", refresh: int = 1, guidance_refresh: int = 1,
+    text_refresh: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
     guided: False leaves true guidance out. main: whether they are the main trajectory's. refresh: every so many-th
     step, and one after a callback that changes tokens or text, computes all and keeps keys and values; those between
-    compute text and target alone, over the kept ones.
+    compute text and target alone, over the kept ones. text_refresh: the same of the text; both without effect where the
+    sequence has no references. guidance_refresh: `StageVelocity`'s; a step that keeps keys and values computes both
+    branches.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -277,14 +304,15 @@ def dense_steps(
     tokens, behind = pack(state, patch), [pack(x, patch) for x in condition]
     texts = run.called_with(guided)
     count, total = tokens.shape[1], sum(math.prod(grid) for grid in grids)
-    kept, branches = refresh > 1 and bool(condition) and len(sigmas) > 2, run.joined_branches if guided else 1
+    branches, keeps_text = run.joined_branches if guided else 1, text_refresh > 1
+    kept = (refresh > 1 or keeps_text) and bool(condition) and len(sigmas) > 2
     if kept:
-        layouts, alone, capacity, slots = _kept_layouts(run, texts, grids, branches)
+        layouts, alone, capacity, slots, locked, bare = _kept_layouts(run, texts, grids, branches, keeps_text)
         behind.append(tokens.new_zeros(run.batch, capacity - total, tokens.shape[2]))
     else:
         layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_sigmas(sigmas, run.device)
-    conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
+    velocity_at = StageVelocity(run, at[:-1] * 1000, guided, guidance_refresh)
     first = estimate = tokens
     solve, age = Solver(solver), 0
     for i in range(len(sigmas) - 1):
@@ -294,17 +322,23 @@ def dense_steps(
         if main:
             run.on_start(timestep)
         sequence, of, computed = torch.cat([tokens, *behind], dim=1), layouts, total
-        if kept and age % refresh:
-            sequence, of, computed = sequence[:, :slots], alone, count
-        velocity = run.velocity(sequence, conditionings[i], of, count, guided)
+        whole, with_text = not kept or age % refresh == 0, not kept or age % text_refresh == 0
+        if not whole:
+            sequence, of, computed = sequence[:, :slots], alone if with_text else bare, count
+        elif not with_text:
+            of = locked
+        velocity = velocity_at(i, sequence, of, count, renew=kept and (whole or (keeps_text and with_text)))
         age += 1
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
-        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, passes=2 if guided else 1)
+        how = dict(passes=velocity_at.passes, lock_text=not with_text)
+        run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, **how)
         if main:
             tokens, *changed = _called_back(run, solve, timestep, tokens)
-            age = 0 if any(changed) else age
+            if any(changed):
+                age = 0
+                velocity_at.restart()
         else:
             run.on_draft_step()
     if kept:
@@ -312,6 +346,19 @@ def dense_steps(
         run.model.release(layouts)
     state, first, estimate = (unpack(x, grids[0], patch) for x in (tokens, first, estimate))
     return state, (first, estimate)
+
+
+def draft_steps(
+    run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, **options: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The steps that a draft is made of: `dense_steps`, with true guidance as draft_guidance has it."""
+    guidance = run.config.draft_guidance
+    if guidance != LAST or len(sigmas) < 3 or run.negative is None:
+        return dense_steps(run, state, sigmas, condition, stage, guided=guidance is not False, **options)
+    state, (first, _) = dense_steps(run, state, sigmas[:-1], condition, stage, guided=False, **options)
+    # its step is Euler's: the velocity before has no guidance
+    state, (_, last) = dense_steps(run, state, sigmas[-2:], condition, stage, **options)
+    return state, (first, last)
 
 
 @dataclass(frozen=True)
@@ -369,7 +416,9 @@ def draft(run: Run, sigmas: Sequence[float]) -> Draft:
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
-    proposal, _ = dense_steps(run, start, sigmas, behind, "draft", main=False, guided=run.config.draft_guidance)
+    config = run.config
+    refresh = config.guidance_refresh
+    proposal, _ = draft_steps(run, start, sigmas, behind, "draft", main=False, guidance_refresh=refresh)
     run.stats.draft_nfe = len(sigmas) - 1
     return Draft(proposal, source)
 
@@ -633,6 +682,9 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     With solver="ab2" that pass's velocity is the first step's second one.
 
     A step after a callback that changes the text is as the first one: nothing that was kept knows of that text.
+
+    A step that leaves keys and values for others computes both branches of guidance; all others by guidance_refresh,
+    `StageVelocity`'s.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(sigmas) - 1
@@ -640,7 +692,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     if every == BRACKET:
         every = steps if bracket else 1
     at = _device_sigmas(sigmas, run.device)
-    conditionings = run.timestep_conditioning(at[:-1] * 1000)
+    velocity_at = StageVelocity(run, at[:-1] * 1000, refresh=run.config.guidance_refresh)
     solve, begun, anew = Solver(run.config.solver), 0, True
     for i in range(steps):
         if run.interrupted():
@@ -650,12 +702,13 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         begun = i if anew else begun
         if anew or (i - begun) % every == 0:
             locked, anew = lock and not anew, False
-            velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
+            layouts = state.locked_layouts if locked else state.layouts
+            velocity = velocity_at(i, state.tokens, layouts, renew=every != 1)
             velocity = torch.where(state.free, velocity, state.drift)
-            run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
+            run.record("mixed", sigmas[i], state.lengths, lock_text=locked, passes=velocity_at.passes)
             if bracket and i < steps - 1:
                 ahead = euler(state.tokens, velocity, at[-2] - at[i])
-                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
+                behind = run.velocity(ahead, velocity_at.conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", sigmas[-2], state.lengths)
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
@@ -666,12 +719,15 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
                 for near, (far, between) in zip(state.layouts, state.brackets):
                     run.model.blend(between, near, far, weight)
             n = state.first
-            velocity = run.velocity(state.tokens[:, :n], conditionings[i], state.active_layouts)
+            velocity = velocity_at(i, state.tokens[:, :n], state.active_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
-            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
+            passes = velocity_at.passes
+            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock, passes=passes)
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
-        state.tokens, _, anew = _called_back(run, solve, timestep, state.tokens)
+        state.tokens, changed, anew = _called_back(run, solve, timestep, state.tokens)
+        if changed or anew:
+            velocity_at.restart()
     if lock or state.active_layouts:
         kept = [*state.layouts, *(x for pair in state.brackets for x in pair)]
         run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, run.model.kv_bytes(kept))
@@ -709,7 +765,8 @@ def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[floa
     mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
     shown = [r.latents for r in run.references]
-    return dense_steps(run, joined, sigmas, shown, "full", solver=run.config.solver)[0]
+    solver, refresh = run.config.solver, run.config.guidance_refresh
+    return dense_steps(run, joined, sigmas, shown, "full", solver=solver, guidance_refresh=refresh)[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
@@ -730,12 +787,17 @@ def everything(run: Run) -> Selection:
     return Selection(all_of, all_of, order, count, (blocks,) * run.batch, changed=yes, dense=yes)
 
 
+def of_samples(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """A flag of each sample, bool [B, 1, 1, 1]."""
+    # a blocking copy would wait for the stage before
+    return torch.tensor(flags, dtype=torch.bool).to(device, non_blocking=True)[:, None, None, None]
+
+
 def keep_unchanged(run: Run, clean: Tensor, selection: Selection) -> Tensor:
     """Clean latents, but the source's in samples where nothing changes."""
     if all(selection.changed):
         return clean
-    changed = torch.tensor(selection.changed, dtype=torch.bool, device=run.device)[:, None, None, None]
-    return torch.where(changed, clean, run.source)
+    return torch.where(of_samples(selection.changed, run.device), clean, run.source)
 
 
 def edit_alpha(edited: Tensor, grid: Grid, pixel: int, feather: int) -> Tensor:

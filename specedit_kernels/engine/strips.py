@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import ops
 from . import wide_attention
 from ._diffusers import each_module, foreign_forward, hooked, mirrored, mirrors
+from .feature_maps import padded_behind
 from .parallel import Ranks, all_rows, all_tokens, beyond, of_each
 
 
@@ -46,17 +47,23 @@ class Strips:
         """How many rows each rank has of a map of which this one has so many; of any unit that follows rows."""
         return [own * rows // self.rows[self.ranks.rank] for rows in self.rows]
 
-    def statistics(self, x: Tensor, groups: int) -> Tensor:
+    def statistics(self, x: Tensor, groups: int, x_bias: Tensor | None = None) -> Tensor:
         """`ops.group_norm_statistics` of the map that x is this rank's strip of."""
-        means, variances = torch.stack(of_each(ops.group_norm_statistics(x, groups), self.ranks)).unbind(1)
+        own = ops.group_norm_statistics(x, groups, x_bias=x_bias)
+        means, variances = torch.stack(of_each(own, self.ranks)).unbind(1)
         mean = (self._shares * means).sum(0)
         return torch.stack([mean, (self._shares * (variances + (means - mean).square())).sum(0)])
 
 
-def norm_of_map(norm: torch.nn.GroupNorm, strips: Strips, x: Tensor, silu: bool = False) -> Tensor:
-    """The group norm of a map on its strip x [B, C, h, W] or [B, C, N], and a SiLU."""
-    of_all = strips.statistics(x, norm.num_groups)
-    return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, statistics=of_all)
+def norm_of_map(
+    norm: torch.nn.GroupNorm, strips: Strips, x: Tensor, silu: bool = False, x_bias: Tensor | None = None
+) -> Tensor:
+    """The group norm of a map on its strip x [B, C, h, W] or [B, C, N], and a SiLU. x_bias: of the convolution before,
+    [C]."""
+    of_all = strips.statistics(x, norm.num_groups, x_bias)
+    return ops.group_norm(
+        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, statistics=of_all, x_bias=x_bias
+    )
 
 
 def convolved(
@@ -84,14 +91,25 @@ def conv2d(conv: torch.nn.Conv2d, strips: Strips, x: Tensor) -> Tensor:
     return convolved(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.groups, strips)
 
 
+def unbiased_conv2d(conv: torch.nn.Conv2d, strips: Strips, x: Tensor) -> Tensor:
+    return convolved(x, conv.weight, None, conv.stride, conv.padding, conv.groups, strips)
+
+
+def biased_conv2d(conv: torch.nn.Conv2d, strips: Strips, x: Tensor) -> Tensor:
+    y = unbiased_conv2d(conv, strips, x)
+    assert conv.bias is not None
+    ops.add_bias_(y, conv.bias)
+    return y
+
+
 def pads_behind(pad: Any, strips: Strips, x: Tensor) -> Tensor:
     """ZeroPad2d((0, 1, 0, 1)) before a convolution, which adds the row below itself."""
-    return F.pad(x, (0, 1, 0, 0))
+    return padded_behind(x, 0)
 
 
 def downsample(module: Any, strips: Strips, x: Tensor, *unused: Any) -> Tensor:
     """diffusers' Downsample2D with a convolution and no padding of it."""
-    return module.conv(F.pad(x, (0, 1, 0, 0)))
+    return module.conv(padded_behind(x, 0))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, strips: Strips) -> Tensor:
@@ -137,8 +155,9 @@ class _Shared(torch.nn.Module):
         return all_rows(found, self.strips.counts(found.shape[-2]), ranks)
 
 
-def _known(part: Any, kinds: Mapping[type, Kind]) -> bool:
-    """Whether all modules of an encoder or a decoder are of these kinds, and nothing but their class's forward."""
+def known(part: Any, kinds: Mapping[type, Kind]) -> bool:
+    """Whether all modules of an encoder or a decoder are of these kinds that serve, and nothing but their class's
+    forward."""
     for module in each_module(part):
         module = mirrors(module)  # a twin may have a forward of ours
         kind = kinds.get(type(module))
@@ -176,7 +195,7 @@ def over(codec: Any, ranks: Ranks | None) -> Any:
     vars(root)["_modules"] = dict(vars(root)["_modules"])
     for name in ("encoder", "decoder"):
         part = getattr(root, name)
-        if _known(part, kinds):
+        if known(part, kinds):
             strips = Strips(ranks)
             unit = 2 ** _halvings(part) if name == "encoder" else 1
             setattr(root, name, _Shared(part, _on_strip(part, kinds, strips), strips, unit))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
+
 FLASH_DIM = 256  # of a head, up to which flash attention and cuDNN serve on compute capability 9.0
 SCORES_BYTES = 32 << 20  # of fp32 scores at a time
 
@@ -47,7 +49,7 @@ def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         one = slice(sample, sample + 1)
         for at in range(0, q.shape[1], rows):
             scores = _product(q[one, at : at + rows], turned[one])
-            weights = torch.softmax(scores.mul_(scale), dim=-1).to(v.dtype)
+            weights = ops.scaled_softmax(scores, scale, v.dtype)
             torch.bmm(weights, v[one], out=out[one, at : at + rows])
     return out.unflatten(0, lead)
 
@@ -68,7 +70,8 @@ def of_map(attn: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tens
     out = attend(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens))
     for layer in attn.to_out:
         out = layer(out)
-    return (out.transpose(1, 2).unflatten(2, x.shape[2:]) + x) / attn.rescale_output_factor
+    out = out.transpose(1, 2).unflatten(2, x.shape[2:]) + x
+    return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 def of_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -37,7 +37,7 @@ from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layo
 from ..engine.config import SpecEditConfig
 from ..engine.fused import called
 from ..engine.model import Pictures, Text
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
 from ..engine.sequence import Kept, MixedSequence, StepLayout
@@ -160,6 +160,7 @@ class FiboText(Text):
 class FiboModel(FluxKontextModel):
     """BriaFiboTransformer2DModel with AutoencoderKLWan."""
 
+    negative_first = True
     # of `joined`, which every step asks
     _joined: tuple[tuple[FiboText, ...], FiboText | None] = ((), None)
 
@@ -177,11 +178,6 @@ class FiboModel(FluxKontextModel):
             made = FiboText(torch.cat([first.embeds, second.embeds]), layers, mask, first.text_ids)
             self._joined = tuple(texts), made
         return made
-
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        # in the order of `joined`
-        positive, negative = negative, positive
-        return negative + scale * (positive - negative)
 
     def mixed_layout(
         self, text: FiboText, pictures: Pictures, layout: SequenceLayout, key_bias: bool, cached: bool
@@ -307,7 +303,7 @@ class SpecEditBriaFiboEditPipeline(SpecEditMixin, BriaFiboEditPipeline):
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         def pixels_of(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
-            return self.image_processor.preprocess(picture.convert("RGB"), *size).to(device)
+            return preprocess(self.image_processor, picture.convert("RGB"), *size, device)
 
         size = (call.height, call.width)
         seen = [pixels_of(*each) for each in call.seen]

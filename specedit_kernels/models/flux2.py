@@ -48,7 +48,7 @@ from ..engine.fp8 import Rows
 from ..engine.fused import called, compiled, linear, linear_of_each, modulated, of_both
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Text
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
 from ..engine.sequence import Kept, MixedSequence, StepLayout, Stream, attention, embedded
@@ -388,7 +388,9 @@ class _SpecEditFlux2Mixin(SpecEditMixin):
         usual = "default" if call.output_size == "source" else "crop"
 
         def pixels_of(picture: PIL.Image.Image, size: tuple[int, int], mode: str = usual) -> Tensor:
-            return self.image_processor.preprocess(picture, *size, resize_mode=mode).to(device)
+            if mode == "crop":
+                picture = self.image_processor.resize(picture, *size, resize_mode=mode)
+            return preprocess(self.image_processor, picture, *size, device)
 
         size = (call.height, call.width)
         seen = [pixels_of(*reference) for reference in call.references]

@@ -49,7 +49,7 @@ from ..engine.fused import called, compiled, linear, linear_of_each, modulated
 from ..engine.kv_cache import PrefixedKV
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
 from ..engine.sequence import (
@@ -507,7 +507,7 @@ class SpecEditQwenImage21Pipeline(SpecEditMixin, QwenImage21Pipeline):
 
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         def pixels_of(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
-            return self.image_processor.preprocess(picture, *size).to(device)
+            return preprocess(self.image_processor, picture, *size, device)
 
         size = (call.height, call.width)
         seen = [pixels_of(*each) for each in call.seen]

@@ -53,10 +53,11 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from .. import ops
-from ..engine import fp8, strips
-from ..engine._diffusers import foreign_forward, mirrored, through
+from ..engine import fp8, strips, wide_attention
+from ..engine._diffusers import foreign_forward, is_wrapper, mirrored, through
 from ..engine.attention import SpecEditAttnProcessor, joint_attention, with_layout
-from ..engine.autoencoder import decoder_features
+from ..engine.autoencoder import decoder_features, in_channels_last
+from ..engine.feature_maps import BiasedConv2d, doubled, padded_behind, residual_sum, with_plain_bias
 from ..engine.fused import (
     FusedModel,
     called,
@@ -70,7 +71,7 @@ from ..engine.fused import (
 )
 from ..engine.low_rank import active_serial
 from ..engine.model import EditModel, Pictures, Text, in_order, key_bias_in_order, version_of
-from ..engine.pipeline import Call, SpecEditMixin
+from ..engine.pipeline import Call, SpecEditMixin, preprocess
 from ..engine.registry import Model, register
 from ..engine.runner import StepRunner
 from ..engine.sequence import (
@@ -105,14 +106,171 @@ def lone_frame(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = 
     return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
 
 
+class _FrameConv(QwenImageCausalConv3d):
+    """The convolution of a lone frame [B, C, H, W], whose bias an op adds."""
+
+    def unbiased(self, x: Tensor) -> Tensor:
+        padding = (self._padding[2], self._padding[0])
+        return F.conv2d(x, self.weight[:, :, -1], None, self.stride[1:], padding)
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        y = self.unbiased(x)
+        ops.add_bias_(y, self.bias)
+        return y
+
+
+class _UnbiasedFrameConv(_FrameConv):
+    """A convolution of a lone frame whose bias is added by what takes its result."""
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        return self.unbiased(x)
+
+
+class _FrameNorm(QwenImageRMS_norm):
+    """The norm of a lone frame [B, C, H, W], with the bias before it and the SiLU behind, or without."""
+
+    def forward(self, x: Tensor, x_bias: Tensor | None = None, silu: bool = False) -> Tensor:
+        bias = self.bias.flatten() if isinstance(self.bias, Tensor) else None
+        return ops.channel_rms_norm(x, self.gamma.flatten(), bias, silu=silu, x_bias=x_bias)
+
+
+class _FrameResidualBlock(QwenImageResidualBlock):
+    """On lone frames [B, C, H, W]: biases are added in the norm, and with the residual."""
+
+    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+        y = self.conv1(self.norm1(x, silu=True))
+        y = self.conv2(self.dropout(self.norm2(y, self.conv1.bias, silu=True)))
+        if isinstance(self.conv_shortcut, torch.nn.Identity):
+            return residual_sum(y, self.conv2.bias, x)
+        return residual_sum(y, self.conv2.bias, self.conv_shortcut(x), self.conv_shortcut.bias)
+
+
+def _frame_attention(block: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """QwenImageAttentionBlock on a lone frame [B, C, H, W]. attend: of queries, keys and values [B, N, C]."""
+    tokens = block.norm(x).flatten(2).transpose(1, 2)
+    q, k, v = F.linear(tokens, block.to_qkv.weight.flatten(1), block.to_qkv.bias).chunk(3, dim=-1)
+    out = F.linear(attend(q, k, v), block.proj.weight.flatten(1), block.proj.bias)
+    return out.transpose(1, 2).unflatten(2, x.shape[2:]) + x
+
+
+class _FrameAttentionBlock(QwenImageAttentionBlock):
+    """On lone frames [B, C, H, W]."""
+
+    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+        return _frame_attention(self, x, partial(wide_attention.of_heads, heads=1))
+
+
+class _FrameUpsample(QwenImageUpsample):
+    """Nearest upsampling by two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(x)
+
+
+class _FramePad(torch.nn.ZeroPad2d):
+    """A row of zeros below, and a column at the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return padded_behind(x)
+
+
+class _FrameResample(QwenImageResample):
+    """On lone frames [B, C, H, W]: the first frame of a video is not joined with others."""
+
+    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+        return self.resample(x)
+
+
+def _first_frame(x: Tensor, feat_cache: Any) -> Tensor:
+    """The lone frame of x [B, C, 1, H, W], channels last on CUDA. ValueError for a frame that has others before it."""
+    if x.shape[2] != 1 or (feat_cache and feat_cache[0] is not None):
+        raise ValueError("frames: expected a single one, got several: this autoencoder was made for lone frames")
+    if feat_cache:
+        feat_cache[0] = x
+    return in_channels_last(x[:, :, 0])
+
+
+class _FrameEncoder(QwenImageEncoder3d):
+    """Of one frame [B, C, 1, H, W], inside [B, C, H, W]."""
+
+    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+        y = self.conv_in(_first_frame(x, feat_cache))
+        for layer in self.down_blocks:
+            y = layer(y)
+        y = self.norm_out(self.mid_block(y), silu=True)
+        return self.conv_out(y)[:, :, None]
+
+
+class _FrameDecoder(QwenImageDecoder3d):
+    """Of one frame [B, C, 1, H, W], inside [B, C, H, W]."""
+
+    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+        y = self.mid_block(self.conv_in(_first_frame(x, feat_cache)))
+        for block in self.up_blocks:
+            y = block(y)
+        return self.conv_out(self.norm_out(y, silu=True))[:, :, None]
+
+
+# Classes that stand for those of the library where all that an encoder or a decoder holds is known. Blocks that only
+# call others serve maps of either kind.
+_OF_FRAMES: Mapping[type, type] = MappingProxyType(
+    {
+        QwenImageEncoder3d: _FrameEncoder, QwenImageDecoder3d: _FrameDecoder, QwenImageCausalConv3d: _FrameConv,
+        QwenImageRMS_norm: _FrameNorm, QwenImageResidualBlock: _FrameResidualBlock,
+        QwenImageAttentionBlock: _FrameAttentionBlock, QwenImageUpsample: _FrameUpsample,
+        QwenImageResample: _FrameResample, torch.nn.ZeroPad2d: _FramePad,
+    }
+)  # fmt: skip
+
+
+def _plain_weights(part: torch.nn.Module) -> bool:
+    """Whether all convolutions have biases, and no weight is a wrapper."""
+    convs = [conv for conv in part.modules() if isinstance(conv, (torch.nn.Conv2d, torch.nn.Conv3d))]
+    return all(conv.bias is not None for conv in convs) and not any(is_wrapper(x) for x in part.parameters())
+
+
 def with_lone_frames(vae: torch.nn.Module) -> torch.nn.Module:
-    """The same AutoencoderKLQwenImage, a tree of modules of its own over the same weights, whose causal convolutions
-    compute lone frames in two dimensions."""
+    """The same AutoencoderKLQwenImage for lone frames, a tree of modules of its own over the same weights.
+
+    Encoder and decoder compute maps [B, C, H, W], channels last on CUDA, with the op `channel_rms_norm` for norms and
+    their SiLUs, `add_bias_` for biases and residuals and `wide_attention`. One with a module of any other kind, with a
+    hook, a forward of its own or wrapped weights keeps the library's maps and calls; its causal convolutions compute
+    lone frames in two dimensions.
+    """
     twin = mirrored(vae)
-    for conv in twin.modules():
-        if isinstance(conv, QwenImageCausalConv3d) and not foreign_forward(conv, QwenImageCausalConv3d):
-            conv.forward = partial(lone_frame, conv)
+    module: Any
+    part: Any
+    for part in (twin.encoder, twin.decoder):
+        if part is None or not (strips.known(part, STRIPS) and _plain_weights(part)):
+            continue
+        for module in part.modules():
+            if type(module) is torch.nn.Sequential:
+                for conv in module:
+                    if with_plain_bias(conv):
+                        conv.__class__ = BiasedConv2d
+            elif type(module) in _OF_FRAMES:
+                module.__class__ = _OF_FRAMES[type(module)]
+        for block in part.modules():
+            if isinstance(block, _FrameResidualBlock):
+                for module in (block.conv1, block.conv2, block.conv_shortcut):
+                    if type(module) is _FrameConv:
+                        module.__class__ = _UnbiasedFrameConv
+    for module in twin.modules():
+        if type(module) is QwenImageCausalConv3d and not foreign_forward(module):
+            module.forward = partial(lone_frame, module)
     return twin
+
+
+def _unbiased_strip(conv: Any, of: Strips, x: Tensor) -> Tensor:
+    """A convolution of a lone frame [B, C, h, W] on a strip of rows, without its bias."""
+    padding = (conv._padding[2], conv._padding[0])
+    return strips.convolved(x, conv.weight[:, :, -1], None, conv.stride[1:], padding, conv.groups, of)
+
+
+def _biased_strip(conv: Any, of: Strips, x: Tensor) -> Tensor:
+    y = _unbiased_strip(conv, of, x)
+    ops.add_bias_(y, conv.bias)
+    return y
 
 
 def _strip_of_frame(conv: QwenImageCausalConv3d, of: Strips, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -125,25 +283,33 @@ def _strip_of_frame(conv: QwenImageCausalConv3d, of: Strips, x: Tensor, cache_x:
 
 def _strip_attention(block: QwenImageAttentionBlock, of: Strips, x: Tensor) -> Tensor:
     """QwenImageAttentionBlock on a strip of rows of lone frames [B, C, 1, h, W]."""
-    frame = x[:, :, 0]
-    q, k, v = block.to_qkv(block.norm(frame)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-    out = strips.attend(q, k, v, 1, of).transpose(1, 2).unflatten(2, frame.shape[2:])
-    return block.proj(out)[:, :, None] + x
+    return _strip_attention_of_frame(block, of, x[:, :, 0])[:, :, None]
+
+
+def _strip_attention_of_frame(block: Any, of: Strips, x: Tensor) -> Tensor:
+    return _frame_attention(block, x, partial(strips.attend, heads=1, strips=of))
 
 
 # What strips of rows make of the modules of AutoencoderKLQwenImage, of one frame; strips.Kind.
 STRIPS: Mapping[type, Kind] = MappingProxyType(
     dict.fromkeys(
         (QwenImageEncoder3d, QwenImageDecoder3d, QwenImageMidBlock, QwenImageUpBlock, QwenImageResidualBlock,
-         QwenImageResample, QwenImageRMS_norm, QwenImageUpsample, torch.nn.ModuleList, torch.nn.Sequential,
-         torch.nn.SiLU, torch.nn.Identity, torch.nn.Dropout),
+         QwenImageResample, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.SiLU, torch.nn.Identity,
+         torch.nn.Dropout, *_OF_FRAMES.values()),
         Kind(),
     )
     | {
+        QwenImageRMS_norm: Kind(None, lambda norm: norm.channel_first),
+        QwenImageUpsample: Kind(None, lambda up: up.scale_factor == (2.0, 2.0) and up.mode == "nearest-exact"),
         QwenImageCausalConv3d: Kind(_strip_of_frame, lambda conv: conv._padding[2] in (0, 1)),
+        _FrameConv: Kind(_biased_strip),
+        _UnbiasedFrameConv: Kind(_unbiased_strip),
         QwenImageAttentionBlock: Kind(_strip_attention),
+        _FrameAttentionBlock: Kind(_strip_attention_of_frame),
         torch.nn.Conv2d: Kind(strips.conv2d, strips.plain_conv),
+        BiasedConv2d: Kind(strips.biased_conv2d),
         torch.nn.ZeroPad2d: Kind(strips.pads_behind, lambda pad: pad.padding == (0, 1, 0, 1)),
+        _FramePad: Kind(strips.pads_behind),
     }
 )  # fmt: skip
 
@@ -164,9 +330,10 @@ class QwenCodec:
 
     def _channels(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.device, like.dtype)
-        if key not in self._brought:  # once: the copy waits for all that the device was given before
+        if key not in self._brought:
             values = torch.tensor(self.vae.config[name], dtype=torch.float32).view(1, -1, 1, 1, 1)
-            self._brought[key] = values.to(like.device, like.dtype)
+            # a blocking copy would wait for the encoder
+            self._brought[key] = values.to(like.device, like.dtype, non_blocking=True)
         return self._brought[key]
 
     def mode(self, pixels: Tensor) -> Tensor:
@@ -204,12 +371,15 @@ class QwenCodec:
         """
 
         def run(x: Tensor) -> list[Tensor]:
-            return [f[:, :, 0] for f in decoder_features(self.vae.decoder, self.vae.post_quant_conv(x))]
+            decoder, x = self.vae.decoder, self.vae.post_quant_conv(x)
+            if isinstance(decoder, _FrameDecoder):
+                return decoder_features(decoder, in_channels_last(x[:, :, 0]))
+            return [f[:, :, 0] for f in decoder_features(decoder, x)]
 
         return through(self.vae, run, self.unscaled(latents))
 
     def fused(self) -> QwenCodec:
-        """The same codec with lone frames computed in two dimensions, `with_lone_frames`."""
+        """The same codec over an autoencoder for lone frames, `with_lone_frames`."""
         codec = copy.copy(self)
         codec.vae = with_lone_frames(self.vae)
         return codec
@@ -439,7 +609,8 @@ def centred(positions: Tensor, grids: Sequence[Grid]) -> Tensor:
     positions: fp32 [n, 3]; picture i has the grid grids[i]. A side of n tokens runs from -ceil(n / 2).
     """
     start = torch.tensor([[0, -(-r // 2), -(-c // 2)] for r, c in grids], dtype=torch.float32)
-    return positions - start.to(positions.device)[positions[:, 0].long()]
+    # a blocking copy would wait for the steps before
+    return positions - start.to(positions.device, non_blocking=True)[positions[:, 0].long()]
 
 
 def rotary_table(positions: Tensor, axes: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
@@ -704,7 +875,7 @@ class _SpecEditQwenMixin(SpecEditMixin):
     def _pictures(self, call: Call, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         # each at its own size; the edited ones at the output's too, where tokens of both are compared
         def pixels_of(pictures: list[PIL.Image.Image], size: tuple[int, int]) -> Tensor:
-            found = self.image_processor.preprocess(pictures, *size).to(device)
+            found = preprocess(self.image_processor, pictures, *size, device)
             if found.shape[1] != 3:
                 raise ValueError(f"image: expected pictures with 3 channels (RGB), got {found.shape[1]} channels")
             return found

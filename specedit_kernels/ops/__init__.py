@@ -5,6 +5,8 @@ from .. import _ops
 from ._backends import BACKENDS, backend_of, names
 from ._library import NAMESPACE
 from .adaln_modulate import adaln_modulate
+from .add_bias import add_bias_
+from .channel_rms_norm import channel_rms_norm
 from .dequantize import dequantize
 from .dequantize_gguf import dequantize_gguf
 from .gated_residual_add import gated_residual_add_
@@ -18,6 +20,7 @@ from .mixed_res_attn_fp8 import mixed_res_attn_fp8
 from .qk_norm_rope_scatter import qk_norm_rope_scatter_, qk_norm_rope_scatter_fp8_
 from .quantize_fp8 import quantize_fp8
 from .raise_scales_fp8 import raise_scales_fp8_
+from .scaled_softmax import scaled_softmax
 from .scatter_tokens import scatter_tokens_
 from .select_tokens import select_tokens
 from .sparse_cross_attn import sparse_cross_attn
@@ -27,7 +30,9 @@ __all__ = [
     "BACKENDS",
     "NAMESPACE",
     "adaln_modulate",
+    "add_bias_",
     "backend_of",
+    "channel_rms_norm",
     "dequantize",
     "dequantize_gguf",
     "gated_residual_add_",
@@ -45,6 +50,7 @@ __all__ = [
     "qk_norm_rope_scatter_fp8_",
     "quantize_fp8",
     "raise_scales_fp8_",
+    "scaled_softmax",
     "scatter_tokens_",
     "select_tokens",
     "sparse_cross_attn",

@@ -55,6 +55,25 @@ def check_last_contiguous(op, name, tensor):
         value_error(op, name, "a contiguous last dimension", f"strides {list(tensor.stride())}")
 
 
+def check_map(op, name, tensor):
+    """A map [B, C, H, W] or [B, C, N], contiguous or with channels last."""
+    check_dtype(op, name, tensor, FLOATS)
+    if tensor.dim() not in (3, 4):
+        value_error(op, name, "[B, C, H, W] or [B, C, N]", shape_of(tensor))
+    if not (tensor.is_contiguous() or tensor.movedim(1, -1).is_contiguous()):
+        value_error(op, name, "a contiguous tensor or one with channels last", f"strides {list(tensor.stride())}")
+
+
+def check_vectors(op, channels, device, **vectors):
+    """Vectors [C] of any float dtype, a value for each channel; None is left out."""
+    for name, tensor in vectors.items():
+        if tensor is not None:
+            check_dtype(op, name, tensor, FLOATS)
+            check_shape(op, name, tensor, (channels,), f"[{channels}]")
+            check_last_contiguous(op, name, tensor)
+            check_device(op, name, tensor, device)
+
+
 def check_head_dim(op, name, dim):
     if dim % 16 or not 16 <= dim <= 256:
         value_error(op, name, "a head dimension that is a multiple of 16, 16 to 256", dim)

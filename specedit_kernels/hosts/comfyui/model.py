@@ -220,7 +220,10 @@ class HostModel(EditModel):
 
     def active_layout(self, text: Text, layout: MixedLayout, first: int | None, lock_text: bool = False) -> MixedLayout:
         if lock_text or first is None:
-            raise ValueError("lock_text: expected False, since ComfyUI's models compute the text in each call")
+            raise ValueError(
+                "lock_text, coarse_text_refresh: expected False and 1, since ComfyUI's models compute the text in each"
+                " call"
+            )
         return replace(layout, ids=layout.ids[:, :first], first=first)
 
     def another_cache(self, layout: MixedLayout) -> MixedLayout:

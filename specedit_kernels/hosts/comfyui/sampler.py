@@ -42,9 +42,9 @@ GUIDANCE_SCALES = ("cfg", "cfg1", "cfg2")
 class SpecEditSampler(comfy.samplers.Sampler):
     """A SAMPLER that runs the stages of SpecEdit with the model of the guider that calls it.
 
-    config: a quality's values are those under guidance where the guider guides. Its locked text is left out, since
-    ComfyUI's models compute the text in each call; lock_text=True is refused. draft_guidance is without effect: the
-    guider calls the model for all of its branches.
+    config: a quality's values are those under guidance where the guider guides. Its locked or kept text is left out,
+    since ComfyUI's models compute the text in each call; lock_text=True is refused, and so is a coarse_text_refresh
+    over 1. draft_guidance is without effect: the guider calls the model for all of its branches.
     vae: the graph's. image: the picture to edit, [n, H, W, C] in [0, 1]. mask: [n, H, W] in [0, 1], over the whole
     picture, in place of a draft, or None: the latent's noise mask, where it has one. preserve: outside the edit region
     the latents are the source's at the end. result: of the last run, (mask bool [B, rows, columns], its figures).
@@ -72,7 +72,8 @@ class SpecEditSampler(comfy.samplers.Sampler):
         """
         self.result = None
         falling = _checked_sigmas(sigmas)
-        given = replace(self.config, lock_text=False) if self.config.lock_text is None else self.config
+        text: dict[str, Any] = dict(lock_text=False, coarse_text_refresh=1)
+        given = replace(self.config, **{k: x for k, x in text.items() if getattr(self.config, k) is None})
         guided = _guides(model_wrap)
         config = given.resolved(guided)
         counts = config.step_counts(len(falling) - 1, sigmas_given=True)
