@@ -75,8 +75,8 @@ def test_buffers_have_the_memory_of_the_largest_need_and_never_move():
         return [steps.buffers(name, count, shape, dtype, cpu) for count, shape, dtype in shapes]
 
     first, held = made(), steps.buffer_bytes
-    largest = max(count * (math.prod(shape) * dtype.itemsize + 511) // 512 * 512 for count, shape, dtype in shapes)
-    longest = 512 * -(-151 * 8 * 4 // 512)
+    largest = max(count * (math.prod(shape) * dtype.itemsize + 255) // 256 * 256 for count, shape, dtype in shapes)
+    longest = 256 * -(-151 * 8 * 4 // 256)
     assert largest <= held < largest + 2 * longest, "the end of a chunk holds no whole tensor"
     for found, again, (count, shape, dtype) in zip(first, made(), shapes):
         assert [x.data_ptr() for x in found] == [x.data_ptr() for x in again] and steps.buffer_bytes == held

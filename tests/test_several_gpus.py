@@ -210,7 +210,8 @@ def test_two_ranks_give_the_picture_of_one(tmp_path, one_thread, make, kinds):
     for found in on_ranks(2, tmp_path, edits, make, kinds, 2):
         same(found, expected)
         for key, (_, kept, *_) in found.items():
-            assert kept == expected[key][1] // 2, key  # each has its heads' alone
+            half = expected[key][1] // 2  # each has its heads' alone; a buffer of these tiny ones is rounded up
+            assert half <= kept <= 1.1 * half, key
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ GRAPHS = 32
 # Between the names of buffers, where a call uses several.
 BESIDE = " + "
 # Bytes: where a buffer begins. cudaMalloc's own alignment, more than any kernel's.
-ALIGNMENT = 512
+ALIGNMENT = 256
 
 
 _PLAIN = (torch.nn.Parameter, Tensor)
