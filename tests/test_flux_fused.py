@@ -16,6 +16,7 @@ from specedit_kernels.engine.attention import with_layout, wrap_processors
 from specedit_kernels.engine.autoencoder import with_fused_norms
 from specedit_kernels.engine.fused import _as_one, gelu, of_both
 from specedit_kernels.engine.kv_cache import KVCache
+from specedit_kernels.engine.runner import StepRunner
 from specedit_kernels.engine.sequence import StepLayout
 from specedit_kernels.models import flux_kontext as fused
 
@@ -223,7 +224,7 @@ def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
         tiny_transformer(),
         tuple(torch.compile(b, fullgraph=True, backend="aot_eager") for b in fused.BLOCKS),
     )
-    temb = torch.randn(1, WIDTH)
+    temb, buffers = torch.randn(1, WIDTH), StepRunner("compile").buffers
     for tokens in (TEXT + IMAGE, TEXT + IMAGE + 7):  # the second makes the lengths symbols
         lengths, order = torch.tensor([tokens - 2], dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)[None]
         plain = fused.MixedSequence(TEXT, *tables(1, tokens))
@@ -233,7 +234,10 @@ def test_compiled_blocks_trace_whole_and_write_to_kept_keys():
             x = torch.randn(1, tokens, WIDTH)
             for sequence in (plain, cached):
                 old = [torch.randn(1, tokens + 3, HEADS, DIM) for _ in range(2)] if sequence is cached else None
-                new = old and [k.clone() for k in old]
+                # as a run has them, the second pair of two
+                new = old and buffers("kept", 4, old[0].shape, torch.float32, torch.device("cpu"))[2:]
+                for k, kept in zip(new or (), old or ()):
+                    k.copy_(kept)
                 got = run_block(kind, module, x, sequence, new, temb, blocks)
                 assert torch.allclose(got, run_block(kind, module, x, sequence, old, temb), atol=2e-6)
                 assert old is None or all(torch.allclose(a, b, atol=2e-6) for a, b in zip(old, new))

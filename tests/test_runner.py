@@ -92,6 +92,17 @@ def test_buffers_have_the_memory_of_the_largest_need_and_never_move():
     assert steps.buffer_bytes == 0
 
 
+def test_buffers_for_compiled_blocks_share_no_storage():
+    steps, cpu = StepRunner("compile"), torch.device("cpu")
+    for rows in (100, 60, 151, 100):
+        found = steps.buffers("a", 6, (1, rows, 2, 4), torch.float32, cpu)
+        assert len({x.untyped_storage().data_ptr() for x in found}) == len(found) == 6
+        assert {x.shape for x in found} == {(1, rows, 2, 4)}
+    held = steps.buffer_bytes
+    steps.buffers("a", 6, (1, 140, 2, 4), torch.float32, cpu)
+    assert steps.buffer_bytes == held
+
+
 def test_graphs_stay_where_their_buffers_grow(stubbed):
     """Each stands for the place where its buffers lay: other rows are another graph."""
     steps, cpu = StepRunner("graph"), torch.device("cpu")

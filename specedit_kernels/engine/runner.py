@@ -398,20 +398,24 @@ class StepRunner:
 
         Those of other shapes and dtypes of this name lie over them, in chunks of memory that never move: where the last
         ones were too small another chunk is added, and graphs over them stay. So there is as much memory as the largest
-        need so far, and what lies in it lasts until the next call of another shape.
+        need so far, and what lies in it lasts until the next call of another shape. With "compile" each has a chunk of
+        its own: torch.compile (2.11 to 2.13) gives views of one storage wrong shapes where a block writes to them.
         """
         chunks = self._buffers.setdefault((name, device), [])
         size = math.prod(shape)
         step = -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        missing = count - sum(x.nbytes // step for x in chunks)
+        most = 1 if self.name == "compile" else count  # tensors of a chunk
+        missing = count - sum(min(x.nbytes // step, most) for x in chunks)
         with torch.inference_mode(False):
             if missing > 0:
                 # of this dtype, since it begins as a tensor of it would
-                chunks.append(torch.empty(missing * step // dtype.itemsize, dtype=dtype, device=device))
+                together = min(missing, most)
+                length = together * step // dtype.itemsize
+                chunks += [torch.empty(length, dtype=dtype, device=device) for _ in range(missing // together)]
             # from the first chunk on, so that one more moves none of them
             step //= dtype.itemsize
             typed = (x.view(dtype) for x in chunks)
-            places = ((x, at) for x in typed for at in range(0, x.numel() - step + 1, step))
+            places = ((x, at) for x in typed for at in range(0, x.numel() - step + 1, step)[:most])
             found = [x[at : at + size].view(shape) for x, at in itertools.islice(places, count)]
         self._laid[name] = count, shape, dtype
         return found
