@@ -170,7 +170,7 @@ def test_a_cache_lies_between_two(packed):
 def test_qualities_set_what_is_not_given():
     tiers = {
         "fast": ((3, 2, 1), "half", 3, "bracket"),
-        "balanced": ((4, 3, 2), "coarse", 4, 2),
+        "balanced": ((4, 3, 2), "coarse", 2, 2),
         "best": ((7, 3, 2), "coarse", 4, 2),
     }
     for quality, (counts, draft, kept, renewed) in tiers.items():

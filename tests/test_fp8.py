@@ -3,8 +3,6 @@
 layer of the blocks replaced by one that rounds likewise, and in the pipelines."""
 
 import gc
-import itertools
-import math
 
 import pytest
 import torch
@@ -207,14 +205,11 @@ def test_weights_written_or_moved_are_converted_anew(random):
     assert not torch.allclose(run(), moved, atol=0.1)
 
 
+# (rows, columns; None: of the bias), each written to where torch counts it
 PARTS = {
-    "an element": (True, slice(5, 6), slice(7, 8)),
-    "an element of the bias": (True, slice(5, 6), None),
-    "rows of the start, past torch's counter": (False, slice(0, 64), slice(None)),
-    "rows of the end, past it": (False, slice(-64, None), slice(None)),
-    "columns, past it": (False, slice(None), slice(100, 200)),
-    "some of the bias, past it": (False, slice(400, 500), None),
-}
+    "an element": (slice(5, 6), slice(7, 8)), "an element of the bias": (slice(5, 6), None),
+    "rows of the start": (slice(0, 64), slice(None)), "columns": (slice(None), slice(100, 200)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("copies", ["fp8", "merged"])
@@ -234,24 +229,12 @@ def test_a_write_to_a_part_of_a_weight_is_seen(random, part, copies):
 
     first = run()
     assert not other.stale() and torch.equal(run(), first)
-    counted, rows, columns = PARTS[part]
-    tensor = layer.bias if columns is None else layer.weight
-    tensor = (tensor if counted else tensor.data)[rows]
+    rows, columns = PARTS[part]
+    tensor = (layer.bias if columns is None else layer.weight)[rows]
     (tensor if columns is None else tensor[:, columns]).add_(1.0)
     assert other.stale()
     other.clear()
     assert not other.stale() and not torch.equal(run(), first) and not other.stale()
-
-
-def test_what_is_looked_at_lies_in_all_parts_of_a_weight():
-    for rows, columns in ((3072, 3072), (21504, 3072), (3072, 15360), (1024, 4096)):
-        at = fp8._places(torch.Size((rows, columns)))
-        assert len(at) == 64
-        for several, total, most in (({x // columns for x in at}, rows, 45), ({x % columns for x in at}, columns, 35)):
-            assert max(b - a for a, b in itertools.pairwise([0, *sorted(several), total])) <= total / most + 1
-    for shape in ((1,), (10,), (3072,), (1, 16), (16, 1), (3, 50)):
-        at = fp8._places(torch.Size(shape))
-        assert len(at) >= min(math.prod(shape), 32) and 0 <= at[0] <= at[-1] < math.prod(shape)
 
 
 @torch.inference_mode()

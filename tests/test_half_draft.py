@@ -89,10 +89,10 @@ def test_fast_with_the_full_finish(pipe):
     given = dict(mixed_from=None, solver=None, draft=None, stages=None, kv_refresh=None, quality="fast", finish="full")
     call = dict(mask_image=left_half(), true_cfg_scale=1.0)  # with guidance "fast" has other steps
     found = edit(pipe, threshold=4.0, call=call | dict(mask_mode="add"), **given)
-    assert (found.stats.nfe, found.stats.draft_nfe, found.stats.steps[-1].stage) == (5, 2, "full")
+    assert (found.stats.nfe, found.stats.draft_nfe, found.stats.steps[-1].stage) == (6, 3, "full")
     # tokens that follow the model have no kept keys and values
     found = edit(pipe, call=call, unselected="coarse", **given)
-    assert [(s.stage, s.lock_text) for s in found.stats.steps] == [("mixed", False)] * 4 + [("full", False)]
+    assert [(s.stage, s.lock_text) for s in found.stats.steps] == [("mixed", False)] * 5 + [("full", False)]
 
 
 def test_it_needs_coarse_steps(pipe):
@@ -126,11 +126,11 @@ def test_a_quality_chooses_the_draft_where_it_chooses_the_steps():
 
 def test_fast_and_best_take_other_steps_under_guidance(pipe):
     fast = SpecEditConfig(quality="fast").resolved(guided=True)
-    assert (fast.stages, fast.draft, fast.kv_refresh, fast.draft_guidance) == ((4, 3, 2), "coarse", 3, False)
+    assert (fast.stages, fast.draft, fast.kv_refresh, fast.draft_guidance) == ((4, 3, 2), "coarse", 3, "last")
     assert (fast.solver, fast.mixed_from, fast.finish, fast.lock_text) == ("ab2", 7 / 9, "locked", True)
     best = SpecEditConfig(quality="best", threshold=0.2).resolved(guided=True)
     assert (best.stages, best.coarse_refresh, best.draft_guidance, best.threshold) == ((4, 3, 2), 4, True, 0.2)
-    for given in (dict(quality="balanced"), dict(quality="paper"), dict(quality="best", preset=9)):
+    for given in (dict(quality="paper"), dict(quality="best", preset=9)):
         config = SpecEditConfig(**given)
         assert config.resolved(guided=True) == config.resolved()
 

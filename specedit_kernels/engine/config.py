@@ -28,12 +28,15 @@ LIGHTNING_SCHEDULE = {
     "time_shift_type": "exponential",
 }
 
+BRACKET = "bracket"
+LAST = "last"
+
 # What a quality sets where nothing else is asked for. Measured in docs/choose.md. "paper" is SpecEdit as its paper has
 # it: every mixed step computes its whole sequence, and the last steps compute all tokens.
 _LOCKED: dict[str, Any] = dict(mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(3, 2, 1), draft="half", coarse_refresh=3, kv_refresh="bracket", **_LOCKED),
-    "balanced": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2, **_LOCKED),
+    "balanced": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=2, kv_refresh=2, **_LOCKED),
     "best": dict(stages=(7, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2, **_LOCKED),
     "paper": dict(
         preset=9, draft="coarse", mixed_from=None, solver="euler", finish="full", kv_refresh=1, lock_text=False,
@@ -43,8 +46,9 @@ QUALITIES: dict[str, dict[str, Any]] = {
 # What differs under true guidance, whose two branches make a field that few steps from noise do not follow: measured
 # in docs/choose.md.
 GUIDED: dict[str, dict[str, Any]] = {
-    "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=1, kv_refresh=3, draft_guidance=False),
-    "best": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=2),
+    "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=3, draft_guidance=LAST),
+    "balanced": dict(coarse_refresh=4),
+    "best": dict(stages=(4, 3, 2)),
 }
 DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
@@ -52,8 +56,6 @@ UNSELECTED = ("source", "coarse")
 METRICS = ("decoder", "latent", "projected")
 REFERENCES = ("matched", "literal")
 SELECTIONS = ("score", "random", "uniform")
-BRACKET = "bracket"
-LAST = "last"
 KV_CACHE_DTYPES = ("auto", "fp8")
 PRECISIONS = ("auto", "fp8")
 SOLVERS = ("euler", "ab2")

@@ -618,7 +618,7 @@ class SpecEditFluxKontextPipeline(SpecEditMixin, FluxKontextPipeline):
     def _arrange(self) -> Callable[[], None] | None:
         # elsewhere nothing is gained, and weights that are a file's own pages would be copied
         transformer = unwrapped(self.transformer)
-        if transformer.device.type != "cuda" or not join_projections_(transformer):
+        if next(transformer.parameters()).device.type != "cuda" or not join_projections_(transformer):
             return None
         torch.cuda.empty_cache()  # the former places are too small for the new ones
         return functools.partial(separate_projections_, transformer)
