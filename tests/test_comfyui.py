@@ -140,7 +140,7 @@ _EVERY_SECOND = ["coarse", "mixed", "active", "mixed", "active", "mixed"]
 _EVERY_THIRD = ["coarse", "mixed", "active", "active", "mixed", "active"]
 GUIDED_STEPS = {
     "fast": (_EVERY_THIRD, ["mixed", *["active"] * 5]),
-    "best": (_EVERY_THIRD, _EVERY_SECOND),
+    "best": (_EVERY_SECOND, _EVERY_SECOND),
     "balanced": (_EVERY_SECOND, _EVERY_SECOND),
 }
 

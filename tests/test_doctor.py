@@ -28,12 +28,28 @@ def test_every_op_has_the_backend_that_dispatch_chooses(device):
         assert served == ops.backend_of(op, device)
 
 
-def test_one_screen(device):
-    lines = doctor.report().splitlines()
+@pytest.mark.parametrize("forced", ["", "reference", "cuda", "quantize_fp8=triton,merge_attn=reference"])
+def test_one_screen(monkeypatch, device, forced):
+    """Every op once, under its backend and the reason."""
+    monkeypatch.setenv("SPECEDIT_BACKEND", forced)
+    facts, lines = doctor.collect(), doctor.report().splitlines()
     assert len(lines) <= 40
-    for name in (*ops.names(), "python", "torch", "triton", "diffusers", "device", "CUDA extension"):
+    for name in ("python", "torch", "triton", "diffusers", "device", "CUDA extension"):
         assert any(line.startswith(name) for line in lines), name
     assert any(torch.__version__ in line for line in lines)
+    start = next(i for i, line in enumerate(lines) if line.startswith("backend "))
+    found, heading = {}, None
+    for line in lines[start + 1 : lines.index("", start)]:
+        if not line.startswith(" "):
+            heading = line.split(maxsplit=1)
+            continue
+        for op in line.strip().rstrip(",").split(", "):
+            assert op not in found
+            found[op] = heading
+    assert set(found) == set(ops.names())
+    for op, (backend, reason) in facts["ops"].items():
+        assert found[op][0] == backend
+        assert found[op][1] == (reason.replace(f"serve {op}:", "serve these:") or "the fastest there is")
 
 
 def test_forced_backend_is_named(monkeypatch):

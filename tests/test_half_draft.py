@@ -89,10 +89,10 @@ def test_fast_with_the_full_finish(pipe):
     given = dict(mixed_from=None, solver=None, draft=None, stages=None, kv_refresh=None, quality="fast", finish="full")
     call = dict(mask_image=left_half(), true_cfg_scale=1.0)  # with guidance "fast" has other steps
     found = edit(pipe, threshold=4.0, call=call | dict(mask_mode="add"), **given)
-    assert (found.stats.nfe, found.stats.draft_nfe, found.stats.steps[-1].stage) == (5, 2, "full")
+    assert (found.stats.nfe, found.stats.draft_nfe, found.stats.steps[-1].stage) == (6, 3, "full")
     # tokens that follow the model have no kept keys and values
     found = edit(pipe, call=call, unselected="coarse", **given)
-    assert [(s.stage, s.lock_text) for s in found.stats.steps] == [("mixed", False)] * 4 + [("full", False)]
+    assert [(s.stage, s.lock_text) for s in found.stats.steps] == [("mixed", False)] * 5 + [("full", False)]
 
 
 def test_it_needs_coarse_steps(pipe):

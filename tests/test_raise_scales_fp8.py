@@ -74,7 +74,7 @@ def test_no_rows(backend, device):
         (dict(q_scale=torch.ones(1, 2, 2)), ValueError, r"q_scale: expected shape \[1, 1, H\]"),
         (dict(k_scale=torch.ones(1, 1, 2).double()), TypeError, "k_scale: expected dtype float32"),
         (dict(q_weight=torch.ones(8)), ValueError, r"q_weight: expected shape \[16\], got \[8\]"),
-        (dict(headroom=0.0), ValueError, "headroom: expected a number > 0, got 0.0"),
+        (dict(headroom=0.0), ValueError, r"headroom: expected a finite number > 0 \(in fp32\), got 0.0"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -130,9 +130,8 @@ def test_the_qualities_are_steps_that_can_be_given_one_by_one(flux, quality):
     out = run(quality=quality)
     one_by_one = dict(stages=counts, mixed_from=7 / 9, solver="ab2", finish="locked", lock_text=True)
     fast = quality == "fast"
-    one_by_one |= dict(
-        draft="half" if fast else "coarse", kv_refresh="bracket" if fast else 2, coarse_refresh=counts[0]
-    )
+    one_by_one |= dict(draft="half" if fast else "coarse", kv_refresh="bracket" if fast else 2)
+    one_by_one |= dict(coarse_refresh={"fast": 3, "balanced": 2, "best": 4}[quality])
     assert torch.equal(out.images, run(**one_by_one).images)
     # the mask that is given saves the draft of "fast"
     coarse = 0 if quality == "fast" else counts[0]
@@ -207,7 +206,7 @@ def test_options():
         for steps in range(4, 41):
             counts = best.step_counts(steps, given)
             assert sum(counts) == steps and (sum(counts[1:]) % 2 == 1 or counts[0] == 1), (steps, counts)
-    assert SpecEditConfig(quality="fast").step_counts(12) == (5, 5, 2)
+    assert SpecEditConfig(quality="fast").step_counts(12) == (6, 4, 2)
     assert SpecEditConfig(stages=(0, 5, 1), mixed_from=0.5).sigmas((0, 5, 1)) is None
     for quality in ("fast", "balanced", "best", "paper"):
         config = SpecEditConfig(quality=quality)

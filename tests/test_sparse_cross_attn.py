@@ -59,7 +59,7 @@ def test_odd_lengths(backend, poison, call, queries, tokens, dtype):
 
 
 @pytest.mark.parametrize("queries, tokens, heads", [(1100, 5, 2), (4200, 3, 1), (9, 4200, 1), (70, 40, 40)])
-def test_lists_and_rows_longer_than_a_program_takes_at_once(backend, poison, call, queries, tokens, heads):
+def test_long_lists_and_many_heads(backend, poison, call, queries, tokens, heads):
     q, k, v, region, mask = call(queries, tokens, heads=heads, dim=16, regions=2, batch=1)
     region[:, 200 : queries - 50] = -1
     check(q, k, v, region, mask)

@@ -341,15 +341,14 @@ def compile_all():
     for capability in (80, 90):
         early = capability == 90
         jobs[f"sparse list {capability}"] = lambda c=capability, e=early: _compile(
-            sparse_cross_attn._list_kernel, c, listing, {"BLOCK_L": sparse_cross_attn.LISTED[-1][0], "EARLY": e},
-            {"num_warps": sparse_cross_attn.LISTED[-1][1]}, ASTSource,
+            sparse_cross_attn._list_kernel, c, listing, {"BLOCK_L": sparse_cross_attn.BLOCK_L, "EARLY": e},
+            {"num_warps": 8}, ASTSource,
         )  # fmt: skip
         for (dim, half), (block_m, block_n, num_warps, num_stages) in sparse_cross_attn.CONFIGS.items():
             types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
             types |= listing | {"scale": "fp32"}
             blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=sparse_cross_attn.ROWS,
-                          COLUMNS=sparse_cross_attn.COLUMNS, HEADS=sparse_cross_attn.HEADS, EARLY=early,
-                          NEGATE=False)  # fmt: skip
+                          EARLY=early, NEGATE=False)  # fmt: skip
             launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
                 _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource)

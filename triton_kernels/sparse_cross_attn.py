@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to the text tokens that a region sees, in Triton.
 
-A first kernel lists each region's queries and the tokens that it sees. Half of the second one's programs, one for each
-multiprocessor, write the zeros of queries without a region, and do not wait for the first kernel; the other half take
-tiles of listed queries of one head and run the online softmax of FlashAttention (Dao et al., arXiv 2205.14135,
-algorithm 1) in base 2 over the listed tokens alone. Where tiles are left, those that wrote zeros take the next ones. So
-the products are as many as the regions' queries need, however these are scattered.
+A first kernel lists each region's queries and the tokens that it sees. In the second, some programs write the zeros of
+queries without a region, and do not wait for the first kernel; the others take tiles of listed queries of one head and
+run the online softmax of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1) in base 2 over the listed tokens
+alone. So the products are as many as the regions' queries need, however these are scattered.
 """
 
 from functools import cache
@@ -17,16 +16,15 @@ from triton.language.extra import cuda
 
 from ._softmax import softmax_step
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits. A tile of queries
-# reads all tokens of its head, so with tiles of 64 the L2 cache bounds many queries that see much text. With a second
-# stage the next tokens' loads, which wait for their list, overlap products. fp32: what fits.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits. (128, True) is
+# measured: with a second stage the next tokens' loads, which wait for their list, overlap products. Others: what fits.
 CONFIGS = {
-    (64, True): (128, 64, 4, 2), (128, True): (128, 32, 4, 2), (256, True): (64, 32, 8, 1),
+    (64, True): (64, 32, 4, 2), (128, True): (64, 32, 4, 2), (256, True): (64, 32, 8, 1),
     (64, False): (32, 32, 4, 1), (128, False): (32, 32, 8, 1), (256, False): (16, 16, 8, 1),
 }  # fmt: skip
-LISTED = (1024, 8), (4096, 16)  # (queries or tokens that are listed at once, num_warps): the first that holds them all
-ROWS, COLUMNS = 4, 512  # queries and their channels whose zeros a program writes at once
-HEADS = 32  # and heads whose lse
+BLOCK_L = 1024  # queries or tokens that are listed at once
+ROWS = 32  # queries whose zeros a program writes
+ATTENDERS = 2  # programs that attend, by multiprocessor
 
 
 @triton.jit
@@ -61,22 +59,14 @@ def _list_kernel(
     tl.store(count_ptr + pid, found)
 
 
-@triton.jit
-def _regions_of(region_ptr, group, groups, num_q, stride_b, stride_n, ROWS: tl.constexpr):
-    """Regions of a group of queries; 0 past the last query."""
-    slot = (group % groups) * ROWS + tl.arange(0, ROWS)
-    at = region_ptr + (group // groups).to(tl.int64) * stride_b + slot.to(tl.int64) * stride_n
-    return tl.load(at, mask=slot < num_q, other=0)
-
-
-@triton.jit(do_not_specialize=["num_q", "num_k", "regions", "samples", "fillers", "programs"])
+@triton.jit(do_not_specialize=["num_q", "num_k", "regions", "samples", "fillers", "attenders"])
 def _sparse_cross_attn_kernel(
     q_ptr, k_ptr, v_ptr, region_ptr, query_ptr, token_ptr, count_ptr, out_ptr, lse_ptr, scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rn,
-    num_q, num_k, regions, heads, samples, fillers, programs,
+    num_q, num_k, regions, heads, samples, fillers, attenders,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, HEADS: tl.constexpr, EARLY: tl.constexpr, NEGATE: tl.constexpr,
+    EARLY: tl.constexpr, NEGATE: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
@@ -84,79 +74,62 @@ def _sparse_cross_attn_kernel(
     in_head = (d < HEAD_DIM)[None, :]
     if pid < fillers:
         groups = tl.cdiv(num_q, ROWS)
-        last = samples * groups - 1
-        width = heads * HEAD_DIM
-        nothing = tl.zeros([ROWS, COLUMNS], out_ptr.dtype.element_ty)
-        never = tl.full([HEADS, ROWS], float("-inf"), tl.float32)
-        ahead = _regions_of(region_ptr, tl.minimum(pid, last), groups, num_q, stride_rb, stride_rn, ROWS)
-        for group in range(pid, samples * groups, fillers):
-            region = ahead
-            # the next ones' load does not wait for these ones' stores
-            following = tl.minimum(group + fillers, last)
-            ahead = _regions_of(region_ptr, following, groups, num_q, stride_rb, stride_rn, ROWS)
-            b = (group // groups).to(tl.int64)
-            slot = (group % groups) * ROWS + tl.arange(0, ROWS)
-            dead = (slot < num_q) & ((region < 0) | (region >= regions))
-            out_at = out_ptr + (b * num_q + slot)[:, None] * width
-            for start in range(0, width, COLUMNS):
-                column = (start + tl.arange(0, COLUMNS))[None, :]
-                tl.store(out_at + column, nothing, mask=dead[:, None] & (column < width))
-            for start in range(0, heads, HEADS):
-                head = (start + tl.arange(0, HEADS))[:, None]
-                lse_at = lse_ptr + (b * heads + head) * num_q + slot[None, :]
-                tl.store(lse_at, never, mask=dead[None, :] & (head < heads))
-    if EARLY:
-        cuda.gdc_wait()
-    # programs that write no zeros take the first tiles
-    first = tl.where(pid < fillers, pid + programs - fillers, pid - fillers)
-    unit = scale * LOG2_E
-    for row32 in range(0, samples * regions):
-        row = tl.full([], row32, tl.int64)
-        # at once with the counts: past a list there is memory of the lists
-        place = first // heads * BLOCK_M + tl.arange(0, BLOCK_M)
-        ahead = tl.load(query_ptr + row * num_q + place, mask=place < num_q, other=0)
-        queries, tokens = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
-        b = row // regions
-        items = tl.cdiv(queries, BLOCK_M) * heads
-        for item in range(first, items, programs):
-            h = tl.full([], item % heads, tl.int64)
-            used = item // heads * BLOCK_M + tl.arange(0, BLOCK_M) < queries
-            slot = tl.where(used, ahead, 0).to(tl.int64)
-            place = (item + programs) // heads * BLOCK_M + tl.arange(0, BLOCK_M)
-            ahead = tl.load(query_ptr + row * num_q + place, mask=place < queries, other=0)
-            q_at = q_ptr + b * stride_qb + h * stride_qh + slot[:, None] * stride_qn + d[None, :]
-            q = tl.load(q_at, mask=used[:, None] & in_head, other=0.0)
-            if NEGATE:
-                # The largest score is taken before the scale, which must then be >= 0. A sign flip of q is exact.
-                q = -q
-            acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-            total = tl.zeros([BLOCK_M], dtype=tl.float32)
-            top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-            for start in range(0, tokens, BLOCK_N):
-                wanted = start + tl.arange(0, BLOCK_N)
-                valid = wanted < tokens
-                at = tl.load(token_ptr + row * num_k + wanted, mask=valid, other=0).to(tl.int64)[:, None]
-                loaded = valid[:, None] & in_head
-                k_at = k_ptr + b * stride_kb + h * stride_kh + at * stride_kn + d[None, :]
-                v_at = v_ptr + b * stride_vb + h * stride_vh + at * stride_vn + d[None, :]
-                k = tl.load(k_at, mask=loaded, other=0.0)
-                v = tl.load(v_at, mask=loaded, other=0.0)
-                qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-                p, kept, total, top = softmax_step(qk, valid, unit, total, top)
-                acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
-            # again, from the cache: kept, they would take registers from the loop
-            place = item // heads * BLOCK_M + tl.arange(0, BLOCK_M)
-            used = place < queries
-            slot = tl.load(query_ptr + row * num_q + place, mask=used, other=0, volatile=True).to(tl.int64)
-            empty = total == 0.0
-            total = tl.where(empty, 1.0, total)
-            out = acc * (1.0 / total)[:, None]
-            lse = tl.where(empty, float("-inf"), top * scale + tl.log(total))
-            out_at = out_ptr + ((b * num_q + slot) * heads + h)[:, None] * HEAD_DIM + d[None, :]
-            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=used[:, None] & in_head)
-            tl.store(lse_ptr + (b * heads + h) * num_q + slot, lse, mask=used)
-        first = (first - items) % programs
-        first = tl.where(first < 0, first + programs, first)
+        b = (pid // groups).to(tl.int64)
+        slot = (pid % groups) * ROWS + tl.arange(0, ROWS)
+        region = tl.load(region_ptr + b * stride_rb + slot.to(tl.int64) * stride_rn, mask=slot < num_q, other=0)
+        dead = (slot < num_q) & ((region < 0) | (region >= regions))
+        out_at = out_ptr + (b * num_q + slot)[:, None] * heads * HEAD_DIM + d[None, :]
+        lse_at = lse_ptr + b * heads * num_q + slot
+        for h in range(0, heads):
+            nothing = tl.zeros([ROWS, BLOCK_D], out_ptr.dtype.element_ty)
+            tl.store(out_at + h * HEAD_DIM, nothing, mask=dead[:, None] & in_head)
+            tl.store(lse_at + h * num_q, tl.full([ROWS], float("-inf"), tl.float32), mask=dead)
+        if EARLY:
+            cuda.gdc_wait()
+    else:
+        if EARLY:
+            cuda.gdc_wait()
+        unit = scale * LOG2_E
+        first = pid - fillers
+        for row32 in range(0, samples * regions):
+            row = tl.full([], row32, tl.int64)
+            queries, tokens = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
+            b = row // regions
+            items = tl.cdiv(queries, BLOCK_M) * heads
+            for item in range(first, items, attenders):
+                h = tl.full([], item % heads, tl.int64)
+                place = item // heads * BLOCK_M + tl.arange(0, BLOCK_M)
+                used = place < queries
+                slot = tl.load(query_ptr + row * num_q + place, mask=used, other=0).to(tl.int64)
+                q_at = q_ptr + b * stride_qb + h * stride_qh + slot[:, None] * stride_qn + d[None, :]
+                q = tl.load(q_at, mask=used[:, None] & in_head, other=0.0)
+                if NEGATE:
+                    # The largest score is taken before the scale, which must then be >= 0. A sign flip of q is exact.
+                    q = -q
+                acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+                total = tl.zeros([BLOCK_M], dtype=tl.float32)
+                top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+                for start in range(0, tokens, BLOCK_N):
+                    wanted = start + tl.arange(0, BLOCK_N)
+                    valid = wanted < tokens
+                    at = tl.load(token_ptr + row * num_k + wanted, mask=valid, other=0).to(tl.int64)[:, None]
+                    loaded = valid[:, None] & in_head
+                    k_at = k_ptr + b * stride_kb + h * stride_kh + at * stride_kn + d[None, :]
+                    v_at = v_ptr + b * stride_vb + h * stride_vh + at * stride_vn + d[None, :]
+                    k = tl.load(k_at, mask=loaded, other=0.0)
+                    v = tl.load(v_at, mask=loaded, other=0.0)
+                    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+                    p, kept, total, top = softmax_step(qk, valid, unit, total, top)
+                    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
+                empty = total == 0.0
+                total = tl.where(empty, 1.0, total)
+                out = acc * (1.0 / total)[:, None]
+                lse = tl.where(empty, float("-inf"), top * scale + tl.log(total))
+                out_at = out_ptr + ((b * num_q + slot) * heads + h)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=used[:, None] & in_head)
+                tl.store(lse_ptr + (b * heads + h) * num_q + slot, lse, mask=used)
+            first = (first - items) % attenders
+            first = tl.where(first < 0, first + attenders, first)
 
 
 @cache
@@ -184,22 +157,21 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
     rows = batch * regions
     lists = torch.empty(rows * (num_q + num_k + 2), dtype=torch.int32, device=q.device)
     count, query, token = lists[: 2 * rows], lists[2 * rows : (2 + num_q) * rows], lists[(2 + num_q) * rows :]
-    block_l, list_warps = next((x for x in LISTED if x[0] >= max(num_q, num_k)), LISTED[-1])
-    fillers = min(batch * triton.cdiv(num_q, ROWS), processors)
+    fillers = batch * triton.cdiv(num_q, ROWS)
     # all queries of one region at most, and a last tile in part for each other
     tiles = batch * (triton.cdiv(num_q, block_m) + regions - 1)
-    programs = fillers + min(tiles * heads, processors)
+    attenders = min(tiles * heads, ATTENDERS * processors)
     early_launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(q):
         _list_kernel[(2 * rows,)](
             region, text_mask.view(torch.uint8), query, token, count, *region.stride(), *text_mask.stride(),
-            num_q, num_k, regions, BLOCK_L=block_l, EARLY=early, num_warps=list_warps,
+            num_q, num_k, regions, BLOCK_L=BLOCK_L, EARLY=early, num_warps=8,
         )  # fmt: skip
-        _sparse_cross_attn_kernel[(programs,)](
+        _sparse_cross_attn_kernel[(fillers + attenders,)](
             q, k, v, region, query, token, count, out, lse, abs(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *region.stride(),
-            num_q, num_k, regions, heads, batch, fillers, programs,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=ROWS, COLUMNS=COLUMNS,
-            HEADS=HEADS, EARLY=early, NEGATE=scale < 0, num_warps=num_warps, num_stages=num_stages, **early_launch,
+            num_q, num_k, regions, heads, batch, fillers, attenders,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=ROWS, EARLY=early,
+            NEGATE=scale < 0, num_warps=num_warps, num_stages=num_stages, **early_launch,
         )  # fmt: skip
     return out, lse

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import textwrap
 
 import torch
 
@@ -16,6 +17,7 @@ from .models import device_of, load_pipeline, model_class, model_folder, quiet
 from .text import UserError, say
 
 _PACKAGES = ("triton", "diffusers", "transformers")
+_COLUMNS = 100
 
 
 def _version(package):
@@ -85,10 +87,15 @@ def report():
         rows.append(("SPECEDIT_BACKEND", facts["forced"]))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    width = max(len(op) for op in facts["ops"])
-    lines += ["", f"{'op':<{width}}  {'backend':<9}  why"]
+    served: dict[tuple[str, str], list[str]] = {}
     for op, (backend, reason) in facts["ops"].items():
-        lines.append(f"{op:<{width}}  {backend:<9}  {reason or 'the fastest there is'}")
+        why = reason.replace(f" cannot serve {op}: ", " cannot serve these: ") or "the fastest there is"
+        served.setdefault((backend, why), []).append(op)
+    lines += ["", f"{'backend':<9}  why, and for which ops"]
+    for (backend, why), names in served.items():
+        lines.append(f"{backend:<9}  {why}")
+        indent = " " * 11
+        lines += textwrap.wrap(", ".join(names), _COLUMNS, initial_indent=indent, subsequent_indent=indent)
     width = max(len(name) for name in facts["models"])
     lines += ["", f"{'model':<{width}}  pipelines"]
     lines += [f"{name:<{width}}  {served}" for name, served in facts["models"].items()]

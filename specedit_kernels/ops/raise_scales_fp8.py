@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``raise_scales_fp8_``: the scales that rows of q, k and v need in e4m3."""
 
-import math
-
 from . import _backends, _checks
 from ._library import register
 
@@ -26,8 +24,8 @@ def _check(q_scale, k_scale, v_scale, v, *, q_weight=None, k_weight=None, headro
         _checks.check_shape(_OP, name, weight, (dim,), f"[{dim}]")
         _checks.check_last_contiguous(_OP, name, weight)
         _checks.check_device(_OP, name, weight, v.device)
-    if not 0 < headroom < math.inf:
-        _checks.value_error(_OP, "headroom", "a number > 0", headroom)
+    if not 0 < headroom <= _checks.FP32_MAX:
+        _checks.value_error(_OP, "headroom", "a finite number > 0 (in fp32)", headroom)
 
 
 def _implementation(q_scale, k_scale, v_scale, v, *, q_weight=None, k_weight=None, headroom=1.0):
@@ -57,7 +55,7 @@ def raise_scales_fp8_(q_scale, k_scale, v_scale, v, *, q_weight=None, k_weight=N
         q_scale: fp32 [B, 1, H], k_scale, v_scale: fp32 [B, 1, Hk], > 0, last dimension contiguous. Written.
         v: [B, N, Hk, D], bf16, fp16 or fp32, last dimension contiguous.
         q_weight, k_weight: RMSNorm weights [D], any of these dtypes. None: 1.
-        headroom: > 0; room for rows that are written under the same scale later.
+        headroom: a finite number > 0; room for rows that are written under the same scale later.
 
     An infinite or NaN number gives a scale that is one.
 
