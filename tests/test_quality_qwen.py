@@ -24,6 +24,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTr
 
 from specedit_kernels import SpecEditConfig, SpecEditQwenImageEditPipeline
 from specedit_kernels.engine.registry import codec_of
+from specedit_kernels.models.qwen_image_edit import THRESHOLDS as QWEN_THRESHOLDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,6 +208,19 @@ def test_thresholds_of_another_editor():
     by_name = {row.name: row.config for row in rows}
     assert by_name["9-coarse-full"].threshold == by_name["30-coarse-locked"].threshold == 0.5
     assert by_name["9-quarter-full"].threshold is None and by_name["plain-50"] is None
+
+
+def test_rows_have_the_thresholds_of_their_draft(batched):
+    def threshold(scale, **config):
+        rows = [runs.Row("", config=SpecEditConfig(finish="locked", **config))]
+        return runs.with_own_thresholds(rows, batched, scale)[0].config.threshold
+
+    unguided, guided, last = (QWEN_THRESHOLDS["decoder", "matched", "coarse"][g] for g in (False, True, "last"))
+    options = dict(draft_guidance="last", stages=(4, 5, 0))
+    assert threshold(4.0, **options | dict(draft_guidance=False)) == threshold(1.0, **options) == unguided
+    assert threshold(4.0, **options) == last and threshold(4.0, quality="best") == guided
+    assert unguided < last < guided
+    assert threshold(4.0, **options | dict(stages=(1, 5, 0))) == guided  # its only step has guidance
 
 
 @pytest.mark.slow

@@ -591,10 +591,12 @@ def test_stats_count_both_branches(edit):
 @pytest.mark.parametrize(
     ("guided", "changes", "threshold"),
     [(False, {}, 0.03), (True, {}, 0.4), (True, dict(draft_guidance=False), 0.03), (True, dict(threshold=1.5), 1.5),
+     (True, dict(draft_guidance="last"), 0.05), (False, dict(draft_guidance="last"), 0.03),
+     (True, dict(draft_guidance="last", stages=(1, 1, 0)), 0.4),  # its only step has guidance
      (True, dict(draft="full_step"), THRESHOLDS["decoder", "matched", "full_step"])],
 )  # fmt: skip
 def test_thresholds_of_its_own_drafts(edit, guided, changes, threshold):
-    config = paper(stages=(1, 1, 0), finish="locked", **changes)
+    config = paper(**dict(stages=(2, 1, 0), finish="locked") | changes)
     call = options(guided, image=tiny_image())
     assert edit(generator=seeded(), specedit=config, **call).stats.threshold == threshold
 

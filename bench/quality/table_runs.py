@@ -515,7 +515,7 @@ def with_own_thresholds(rows, pipe, true_cfg_scale):
 
     def threshold(config):
         used = config.resolved(guided)
-        return used.resolved_threshold(own, guided and used.draft_guidance is not False)
+        return used.resolved_threshold(own, used.guidance_of_draft(used.step_counts()[0], guided))
 
     return _with_threshold(rows, threshold)
 

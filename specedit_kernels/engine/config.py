@@ -418,18 +418,26 @@ class SpecEditConfig(EditConfig):
     def may_drift(self) -> bool:
         return self.resolved().finish == "full"
 
+    def guidance_of_draft(self, steps: int, guided: bool) -> bool | str:
+        """draft_guidance of a draft of so many steps, as it comes about: False where the run has no true guidance
+        (guided), and True for "last" of a single step."""
+        found = cast("bool | str", self.resolved(guided).draft_guidance) if guided else False
+        return True if found == LAST and steps == 1 else found
+
     def resolved_threshold(
-        self, own: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({}), guided: bool = False
+        self,
+        own: Mapping[tuple[str, str, str], Mapping[bool | str, float]] = MappingProxyType({}),
+        guidance: bool | str = False,
     ) -> float:
         """The threshold in use: the given one, or the calibrated one for this metric, reference and draft.
 
-        own: a model's, where it has some, of drafts without and with guidance; guided: whether this one has it.
+        own: a model's, where it has some, by the draft's guidance; guidance: this one's, of guidance_of_draft.
         """
         if self.threshold is not None:
             return float(self.threshold)
         draft = str(self.resolved().draft)
         key = self.metric, self.reference, "coarse" if draft == "half" else draft  # the same steps
-        return own[key][guided] if key in own else THRESHOLDS[key]
+        return own[key][guidance] if key in own else THRESHOLDS[key]
 
     def resolved_relative(self) -> float:
         """How far the threshold follows the picture: the given share, or the one for this kind of threshold."""

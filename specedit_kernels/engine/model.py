@@ -102,7 +102,7 @@ class EditModel(ABC):
     ranks: Ranks | None = None
     guides: Ranks | None = None
     # What the model has in place of the calibrated thresholds of another: SpecEditConfig.resolved_threshold's `own`.
-    thresholds: Mapping[tuple[str, str, str], tuple[float, float]] = MappingProxyType({})
+    thresholds: Mapping[tuple[str, str, str], Mapping[bool | str, float]] = MappingProxyType({})
 
     def __init__(
         self, transformer: torch.nn.Module, vae: torch.nn.Module, guidance: Tensor | None,

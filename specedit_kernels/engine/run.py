@@ -120,8 +120,9 @@ def verify_select(run: Run, draft: Draft, stage: str) -> tuple[Tensor, Selection
     run.clock.mark(stage)
     scores = run.model.agreed(stages.verify(run, draft))
     run.clock.mark("verify")
-    guided = run.negative is not None and run.config.draft_guidance is not False
-    run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guided)
+    steps = 1 if draft.first is None else 2
+    guidance = run.config.guidance_of_draft(steps, run.negative is not None)
+    run.stats.threshold = run.config.resolved_threshold(run.model.thresholds, guidance)
     relative = run.config.resolved_relative()
     # one threshold for the batch
     scaled = scores / stages.threshold_scale(scores, relative, run.stats.threshold) if relative else scores

@@ -328,9 +328,10 @@ def draft_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, **options: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The steps that a draft is made of: `dense_steps`, with true guidance as draft_guidance has it."""
-    guidance = run.config.draft_guidance
-    if guidance != LAST or len(sigmas) < 3 or run.negative is None:
-        return dense_steps(run, state, sigmas, condition, stage, guided=guidance is not False, **options)
+    guidance = run.config.guidance_of_draft(len(sigmas) - 1, run.negative is not None)
+    if guidance != LAST:
+        guided = bool(guidance) or run.negative is None
+        return dense_steps(run, state, sigmas, condition, stage, guided=guided, **options)
     state, (first, _) = dense_steps(run, state, sigmas[:-1], condition, stage, guided=False, **options)
     # its step is Euler's: the velocity before has no guidance
     state, (_, last) = dense_steps(run, state, sigmas[-2:], condition, stage, **options)

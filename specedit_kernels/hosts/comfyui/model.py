@@ -164,7 +164,7 @@ class HostModel(EditModel):
     # what a model's class gives
 
     @classmethod
-    def calibrated(cls) -> Mapping[tuple[str, str, str], tuple[float, float]]:
+    def calibrated(cls) -> Mapping[tuple[str, str, str], Mapping[bool | str, float]]:
         """EditModel.thresholds of this model."""
         return {}
 
@@ -366,7 +366,7 @@ class HostQwen(HostModel):
     DEFAULT_METHOD = "index"
 
     @classmethod
-    def calibrated(cls) -> Mapping[tuple[str, str, str], tuple[float, float]]:
+    def calibrated(cls) -> Mapping[tuple[str, str, str], Mapping[bool | str, float]]:
         from specedit_kernels.models.qwen_image_edit import THRESHOLDS
 
         return THRESHOLDS

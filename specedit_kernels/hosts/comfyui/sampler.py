@@ -236,9 +236,9 @@ def _guides(guider: Any) -> bool:
     return "negative" in guider.conds and any(not math.isclose(scale, 1.0) for scale in scales)
 
 
-def _thresholds(kind: type[HostModel], guided: bool) -> Mapping[tuple[str, str, str], tuple[float, float]]:
+def _thresholds(kind: type[HostModel], guided: bool) -> Mapping[tuple[str, str, str], Mapping[bool | str, float]]:
     """The model's own thresholds, of drafts with guidance or without."""
-    return MappingProxyType({key: (pair[guided],) * 2 for key, pair in kind.calibrated().items()})
+    return MappingProxyType({key: dict.fromkeys(own, own[guided]) for key, own in kind.calibrated().items()})
 
 
 def summary(stats: SpecEditStats) -> str:
