@@ -6,11 +6,8 @@ Of a pair of pipelines: `plain`, the stock one, and `ours`, SpecEdit on the same
 128 pixels and output_type="latent". Of one `run`, the engine's, caught from a call by `run_of`.
 """
 
-import contextlib
-
 import numpy as np
 import PIL.Image
-import pytest
 import torch
 from tiny_models import paper
 
@@ -285,43 +282,3 @@ def graphs_replay_fused_steps(ours, **options):
             assert out.stats.runner == "graph" and (expected.images - eager).norm() < 0.02 * eager.norm()
             found = call("graph", columns)
             assert torch.equal(found.images, expected.images) and found.stats.captures == 0
-
-
-@contextlib.contextmanager
-def guided_by_hand(model, steps):
-    """Within it each step of an edit that computes both branches of guidance stands for one with guidance_refresh.
-
-    steps: a letter a step: b keeps the difference of the two, f keeps nothing, c has for the unconditional velocity the
-    conditional one minus the kept difference. model: of the kind whose steps they are.
-    """
-    own, left, kept = type(model).guide, iter(steps), []
-
-    def guide(model, positive, negative, scale):
-        step = next(left)
-        if step == "b":
-            kept[:] = [positive - negative]
-        elif step == "c":
-            negative = positive - kept[0][:, : positive.shape[1]]
-        return own(model, positive, negative, scale)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "guide", guide)
-        yield
-    assert next(left, None) is None
-
-
-def kept_difference_is_by_hand(ours, atol=1e-4, **options):
-    """options: of a call with true guidance, and with `specedit` further ones of the config."""
-    further = options.pop("specedit")
-    given = dict(stages=(3, 4, 0), finish="locked", kv_refresh=3, lock_text=True) | further
-
-    def edit(**config):
-        return ours(**options | dict(generator=seeded(), mask_image=mask(), specedit=paper(**given | config)))
-
-    got, both = edit(guidance_refresh=2), edit()
-    assert [step.passes for step in got.stats.steps] == [2, 1, 2, 2, 1, 2, 2]
-    model = run_of(ours, **options | dict(mask_image=mask(), specedit=paper(**given))).model
-    with guided_by_hand(model, "bcbbcbb"):
-        expected = edit()
-    assert torch.allclose(got.images, expected.images, atol=atol)
-    assert not torch.allclose(got.images, both.images, atol=10 * atol)

@@ -239,7 +239,7 @@ def test_the_mixed_steps_take_over_its_memory():
 def test_values():
     given = (dict(preset=9), dict(coarse_refresh=3), dict(coarse_text_refresh=3))
     found = [SpecEditConfig(**each).resolved() for each in given]
-    assert [x.coarse_refresh for x in found] == [1, 3, 4] and [x.coarse_text_refresh for x in found] == [1, 1, 3]
+    assert [x.coarse_refresh for x in found] == [1, 3, 2] and [x.coarse_text_refresh for x in found] == [1, 1, 3]
     with pytest.raises(ValueError, match="coarse_text_refresh: expected an integer >= 1, got 0"):
         SpecEditConfig(coarse_text_refresh=0)
     for wrong in (0, -1):

@@ -125,9 +125,9 @@ def test_rows_by_name():
     assert solver.row_of("preset-8 paper").config.may_drift and not solver.row_of("plain-8").lora
     even = solver.row_of("2+6 euler even").config
     assert even.mixed_from is None and even.step_counts() == (2, 6, 0)
-    guided = [solver.row_of(f"4+5 lt{ending} kv 3").config for ending in ("", " ug gr 2 ct 4", " ul gr 9")]
-    assert [(c.draft_guidance, c.guidance_refresh, c.coarse_text_refresh, c.kv_refresh) for c in guided] == [
-        (True, 1, 1, 3), (False, 2, 4, 3), ("last", 9, 1, 3)
+    guided = [solver.row_of(f"4+5 lt{ending} kv 3").config for ending in ("", " ug ct 4", " ul")]
+    assert [(c.draft_guidance, c.coarse_text_refresh, c.kv_refresh) for c in guided] == [
+        (True, 1, 3), (False, 4, 3), ("last", 1, 3)
     ]  # fmt: skip
     endings = ("", " lt", " half", " ck lt", " ck3", " from 8/9 half ck lt at .1")
     found = [solver.row_of(f"6+7{ending}").config for ending in endings]
@@ -135,7 +135,7 @@ def test_rows_by_name():
         ("coarse", False, 1), ("coarse", True, 1), ("half", False, 1), ("coarse", True, 6), ("coarse", False, 3),
         ("half", True, 6),
     ]  # fmt: skip
-    for wrong in ("4+7 lt half", "4+7 lt ck", "4+7 ck 2", "4+7 gr 2 ug", "4+7 gr", "4+7 forecast2", "4+6 far", "plain-",
+    for wrong in ("4+7 lt half", "4+7 lt ck", "4+7 ck 2", "4+7 ct 2 ug", "4+7 ct", "4+7 forecast2", "4+6 far", "plain-",
                   "lora", "preset-8 cachedat .1"):  # fmt: skip
         with pytest.raises(ValueError, match="--rows"):
             solver.row_of(wrong)

@@ -15,7 +15,6 @@ from model_proofs import (
     EVERYTHING,
     cached_step_is_whole,
     kept_coarse_step_is_whole,
-    kept_difference_is_by_hand,
     lora,
     mask,
     mixed_step_is_dense,
@@ -206,15 +205,6 @@ def test_guidance_reaches_the_mixed_steps(edit):
     one, two = (edit(config, guided, mask_image=mask()) for guided in (False, True))
     assert not torch.allclose(one.images, two.images, atol=1e-3)
     assert two.stats.flops > one.stats.flops
-
-
-@pytest.mark.parametrize("runner", ["eager", "fused"])
-def test_steps_by_the_kept_difference_of_the_branches(edit, runner):
-    if runner not in edit.pipe.RUNNERS:
-        pytest.skip(f"the model has no runner {runner!r}")
-    if not is_guided(edit):
-        pytest.skip("the model has no true guidance")
-    kept_difference_is_by_hand(edit.pipe, **arguments(edit.call, True, specedit=dict(runner=runner)))
 
 
 # adapters

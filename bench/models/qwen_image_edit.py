@@ -59,10 +59,8 @@ KINDS = {f"specedit-9-{kind}": options for kind, options in PRESET.items()} | TI
 KINDS |= {f"{kind}, locked text, unguided draft": options | UNGUIDED for kind, options in TIERS.items()} | STEPS
 KINDS |= {f"{kind}, unguided draft": options | dict(draft_guidance=False) for kind, options in STEPS.items()}
 KINDS |= {f"{kind}, draft guided last": options | dict(draft_guidance="last") for kind, options in STEPS.items()}
-# ct: every coarse step but the first has its text's keys and values. gr K: every K-th step, and those that keep keys
-# and values, compute both branches of guidance.
+# ct: every coarse step but the first has its text's keys and values.
 KINDS |= {f"{kind}, ct": options | dict(coarse_text_refresh=9) for kind, options in KINDS.items() if " ck" in kind}
-KINDS |= {f"{kind}, gr {k}": options | dict(guidance_refresh=k) for kind, options in KINDS.items() for k in (2, 3, 9)}
 KINDS |= {f"{kind} fp8": options | dict(precision="fp8") for kind, options in KINDS.items()}
 
 

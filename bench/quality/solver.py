@@ -8,7 +8,7 @@ A row: plain-N, a quality ("fast"), preset-N ("preset-N cached": one whole pass;
 C coarse and M locked mixed steps with bracketed keys and values, solver="ab2", the mixed ones from 7/9 of the schedule;
 "C+M euler", "C+M from S" and "C+M even" (all steps even) change that. After these, in this order, "half": draft="half";
 "ck": coarse steps but the first over its keys and values, "ckK": but every K-th (coarse_refresh); "lt": lock_text;
-"ug": draft_guidance=False, "ul": "last"; "gr K": guidance_refresh; "ct K": coarse_text_refresh; "kv N": kv_refresh;
+"ug": draft_guidance=False, "ul": "last"; "ct K": coarse_text_refresh; "kv N": kv_refresh;
 "grow N": dilation. "ROW at T": with that threshold. "lora ROW": with --lora's weights, which the others are without. 50
 plain steps come first: others are held against them, edit by edit.
 Writes OUT/solver.{md,json} after each row.
@@ -63,7 +63,7 @@ NAME = re.compile(
     r"|(?P<coarse>\d+)\+(?P<mixed>\d+)(?: (?P<euler>euler))?"
     r"(?: from (?P<start>0?\.\d+|\d+/\d+)|(?P<even> even))?"
     r"(?: (?P<half>half))?(?: ck(?P<kept>\d*))?(?: (?P<text>lt))?(?: (?P<guided>ug|ul))?"
-    r"(?: gr (?P<guidance>\d+))?(?: ct (?P<coarse_text>\d+))?(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?)"
+    r"(?: ct (?P<coarse_text>\d+))?(?: kv (?P<kv>\d+))?(?: grow (?P<grow>\d+))?)"
     r"(?: at (?P<threshold>(?:\d*\.)?\d+))?"
 )
 
@@ -73,7 +73,7 @@ def parsed(name):
     if not found:
         raise ValueError(
             "--rows: expected [lora] plain-N, a quality, preset-N [paper | cached] or C+M [euler] [from S | even]"
-            f" [half] [ck | ckK] [lt] [ug | ul] [gr K] [ct K] [kv N] [grow N], and [at T], got {name!r}"
+            f" [half] [ck | ckK] [lt] [ug | ul] [ct K] [kv N] [grow N], and [at T], got {name!r}"
         )
     return found.groupdict()
 
@@ -102,7 +102,6 @@ def row_of(name):
             draft="half" if parts["half"] else "coarse",
             lock_text=parts["text"] is not None,
             draft_guidance={None: True, "ug": False, "ul": "last"}[parts["guided"]],
-            guidance_refresh=int(parts["guidance"] or 1),
             coarse_text_refresh=int(parts["coarse_text"] or 1),
             coarse_refresh=1 if kept is None else int(kept or max(coarse, 1)),
         )

@@ -278,11 +278,6 @@ class SpecEditConfig(EditConfig):
             the text. None: 1, but what GUIDED has for the quality.
         draft_guidance: False leaves true guidance out of the steps that a draft is made of: half their cost. "last":
             the last of them alone has it. None: True, but what GUIDED has for the quality.
-        guidance_refresh: with true guidance the first step of each stage, one after a callback that changes latents or
-            text, one that keeps keys and values for others (kv_refresh, coarse_refresh), and the k-th step after the
-            last such one compute both branches, and keep the difference of their velocities; the steps between compute
-            the conditional branch alone, and guide by the kept difference. 1: every step computes both. Without effect
-            where two GPUs have a branch each, which then takes no longer. None: 1, but what GUIDED has for the quality.
 
     All else: EditConfig.
     """
@@ -307,7 +302,6 @@ class SpecEditConfig(EditConfig):
     coarse_refresh: int | None = None
     coarse_text_refresh: int | None = None
     draft_guidance: bool | str | None = None
-    guidance_refresh: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -325,7 +319,7 @@ class SpecEditConfig(EditConfig):
         _one_of("metric", self.metric, METRICS)
         _one_of("reference", self.reference, REFERENCES)
         _integer("draft_steps", self.draft_steps, 1)
-        for name in ("kv_refresh", "coarse_refresh", "coarse_text_refresh", "guidance_refresh"):
+        for name in ("kv_refresh", "coarse_refresh", "coarse_text_refresh"):
             value = getattr(self, name)
             if value is not None and (name, value) != ("kv_refresh", BRACKET):
                 _integer(name, value, 1)
@@ -393,7 +387,7 @@ class SpecEditConfig(EditConfig):
 
     def _own(self, guided: bool) -> dict[str, Any]:
         """What the quality gives the fields that are None, by name."""
-        own = {"coarse_text_refresh": 1, "draft_guidance": True, "guidance_refresh": 1} | QUALITIES[self.quality]
+        own = {"coarse_text_refresh": 1, "draft_guidance": True} | QUALITIES[self.quality]
         if self.preset is not None or self.stages is not None:
             own |= dict(preset=None, stages=None)
             own |= dict(mixed_from=None, solver="euler", draft="coarse", coarse_refresh=1, lock_text=False)

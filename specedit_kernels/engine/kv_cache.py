@@ -43,10 +43,6 @@ class PackedKV:
     def __getitem__(self, index: int) -> Tensor:
         return self.scratch[index]
 
-    def of_samples(self, samples: slice) -> PackedKV:
-        """Those of some samples of the batch: views."""
-        return PackedKV([x[samples] for x in self.kept], [x[samples] for x in self.scratch])
-
     def load(self) -> None:
         k, v, k_scale, v_scale = self.kept
         for x, packed, scale in zip(self.scratch, (k, v), (k_scale, v_scale)):
@@ -72,10 +68,6 @@ class PrefixedKV(PackedKV):
     def __init__(self, own: PackedKV, prefix: Sequence[Tensor], scratch: Sequence[Tensor]):
         super().__init__(own.kept, scratch)
         self.own, self.prefix = own, tuple(prefix)
-
-    def of_samples(self, samples: slice) -> PrefixedKV:
-        own, prefix = self.own.of_samples(samples), [x[samples] for x in self.prefix]
-        return PrefixedKV(own, prefix, [x[samples] for x in self.scratch])
 
     def load(self) -> None:
         for x, prefix in zip(self.scratch, self.prefix):
@@ -162,10 +154,6 @@ class KVCache:
         packed.load()
         return packed.scratch
 
-    def of_samples(self, samples: slice) -> KVCache:
-        """Those of some samples of the batch: a part of this cache, not a copy."""
-        return _PartOfKVCache(self, samples)
-
     def blend_(self, near: KVCache, far: KVCache, weight: Tensor) -> None:
         """Keep near + weight (far - near), of two caches of one sequence. weight: 0-dim, in [0, 1]."""
         pairs = []
@@ -182,22 +170,3 @@ class KVCache:
     def bytes(self) -> int:
         """Memory that is kept."""
         return sum(x.numel() * x.element_size() for pair in self.pairs if pair for x in pair)
-
-
-class _PartOfKVCache(KVCache):
-    """Some samples of a filled cache."""
-
-    def __init__(self, whole: KVCache, samples: slice):
-        self._whole, self._samples = whole, samples
-        super().__init__(whole.packed, whole.rows)
-
-    @property
-    def pairs(self) -> list[tuple[Tensor, ...] | None]:
-        return [pair and tuple(x[self._samples] for x in pair) for pair in self._whole.pairs]
-
-    @pairs.setter
-    def pairs(self, given: list[tuple[Tensor, ...] | None]) -> None:
-        for places, pair in zip(self.pairs, given):
-            for place, x in zip(places or (), pair or ()):
-                if place.data_ptr() != x.data_ptr():  # else it was written to where it lies
-                    place.copy_(x)

@@ -39,10 +39,10 @@ class Text:
 
     embeds: Tensor
 
-    def of_samples(self, samples: slice) -> Text:
-        """That of some samples of the batch alone."""
+    def of_sample(self, index: int) -> Text:
+        """That of one sample of the batch alone."""
         found = {name: getattr(self, name) for name in self.PER_SAMPLE}
-        return replace(self, **{name: _rows(value, samples) for name, value in found.items()})
+        return replace(self, **{name: _row(value, index) for name, value in found.items()})
 
 
 def version_of(x: Tensor) -> tuple[int, int]:
@@ -50,10 +50,10 @@ def version_of(x: Tensor) -> tuple[int, int]:
     return id(x), -1 if x.is_inference() else x._version
 
 
-def _rows(value: Any, samples: slice) -> Any:
+def _row(value: Any, index: int) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_rows(each, samples) for each in value]
-    return value if value is None else value[samples]
+        return [_row(each, index) for each in value]
+    return value if value is None else value[index : index + 1]
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,6 @@ class EditModel(ABC):
         if bias is not None and text_mask is not None:  # some of the text is padding
             text_mask = text_mask & (bias[:, None, : text_mask.shape[-1]] > float("-inf"))
         return self._with_sequence(made, region=region, text_mask=text_mask)
-
-    @staticmethod
-    def layout_of_samples(layout: Any, samples: slice) -> Any:
-        """A layout of some samples of its batch alone; what it keeps is these samples' part of what `layout` does."""
-        attention = layout.attention
-        return layout if attention is None else replace(layout, attention=attention.of_samples(samples))
 
     @staticmethod
     def _with_sequence(layout: Any, **changes: Any) -> Any:

@@ -108,7 +108,7 @@ def _denoise(run: Run, index: int, first: Tensor, source: Tensor, fine: np.ndarr
     clean, start = (model.agreed(model.encode(x.to(run.source.dtype))) for x in (source, first))
 
     def text(branch):
-        return branch if branch is None or not several else branch.of_samples(slice(index, index + 1))
+        return branch if branch is None or not several else branch.of_sample(index)
 
     others = tuple(
         replace(r, pixels=r.pixels[index // (run.batch // len(r.pixels)) :][:1], latents=r.latents[index : index + 1])

@@ -72,8 +72,7 @@ def run_stages(
         behind = stages.references_at(run, 2, small)
         coarse, (first, last) = stages.draft_steps(
             run, coarse, plan.coarse, behind, stage, main=not half, solver=config.solver,
-            refresh=config.coarse_refresh, guidance_refresh=config.guidance_refresh,
-            text_refresh=config.coarse_text_refresh,
+            refresh=config.coarse_refresh, text_refresh=config.coarse_text_refresh,
         )  # fmt: skip
         if half:
             run.stats.draft_nfe = coarse_steps
@@ -99,10 +98,7 @@ def run_stages(
         fine, pooled = start, algebra.pool_noise(run.noise)
     if all(selection.dense) or not mixed_steps:
         run.timesteps[run.step :] = [1000 * s for s in sigmas[coarse_steps:-1]]
-        clean, _ = stages.dense_steps(
-            run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver,
-            guidance_refresh=config.guidance_refresh,
-        )  # fmt: skip
+        clean, _ = stages.dense_steps(run, fine, sigmas[coarse_steps:], full, "full", solver=config.solver)
         clock.mark("full")
     else:
         run.stats.backend = ops.backend_of("mixed_res_attn", run.device)[0]

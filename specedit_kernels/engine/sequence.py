@@ -68,13 +68,6 @@ class MixedSequence:
     ranks: Ranks | None = None
     by_stream: bool = False
 
-    def of_samples(self, samples: slice) -> MixedSequence:
-        """That of some samples of the batch alone."""
-        found: dict[str, Any] = {name: getattr(self, name) for name in _PER_SAMPLE}
-        # a table with one row serves all samples
-        changes = {name: x[samples] for name, x in found.items() if x is not None and x.shape[0] > 1}
-        return replace(self, **changes)
-
     @property
     def parts(self) -> list[tuple[int, int]]:
         """(text, image) tokens of each rank."""
@@ -106,10 +99,6 @@ class MixedSequence:
     def whole_image(self, x: Tensor) -> Tensor:
         """[B, this rank's image tokens, C] -> those of all ranks, on every rank."""
         return x if self.ranks is None else all_tokens(x, [image for _, image in self.parts], self.ranks)
-
-
-# the fields of a MixedSequence with a row for each sample
-_PER_SAMPLE = ("cos", "sin", "key_bias", "queries", "keys", "rows", "region", "text_mask", "modulate")
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -170,26 +159,6 @@ class StepLayout:
             modulate=None if whole.modulate is None else _packed(whole.modulate[:, : end - text]),
         )
         return replace(self, sequence=sequence, start=start)
-
-    def of_samples(self, samples: slice) -> StepLayout:
-        """That of some samples of the batch alone, over their part of the kept keys and values."""
-        cache = self.cache
-        if isinstance(cache, KVCache):
-            cache = cache.of_samples(samples)
-        elif cache is not None:
-            cache = [kept_of_samples(kept, samples) for kept in cache]
-        fresh, like = (None if x is None else x[samples] for x in (self.fresh, self.like))
-        return replace(self, sequence=self.sequence.of_samples(samples), fresh=fresh, cache=cache, like=like)
-
-
-def kept_of_samples(kept: Kept, samples: slice) -> Kept:
-    """Of what a block keeps the part of some samples: views."""
-    if isinstance(kept, PackedKV):
-        return kept.of_samples(samples)
-    if isinstance(kept, Fp8KV):
-        return Fp8KV(*(x[samples] for x in kept))
-    k, v = kept
-    return k[samples], v[samples]
 
 
 def mixed_step_layout(

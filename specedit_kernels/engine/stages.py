@@ -37,7 +37,6 @@ from ..sampling.grid import (
 from ..sampling.layout import CHILDREN, SequenceLayout, build_layout, picture_rows, sequence_length, whole_layout
 from ..sampling.solver import Solver, euler
 from .config import BRACKET, LAST
-from .guidance import StageVelocity
 from .model import EditModel, Pictures, Text, version_of
 from .output import SpecEditStats, StageClock, StepRecord
 from .parallel import of_each
@@ -185,17 +184,6 @@ class Run:
         """How many branches each of `texts` holds."""
         return 1 if self.model.guides is not None else len(self.branches) // len(self.texts)
 
-    @property
-    def conditional_samples(self) -> slice:
-        """Those of the conditional branch in a batch of both."""
-        return slice(self.batch, None) if self.model.negative_first else slice(self.batch)
-
-    @property
-    def conditional_text(self) -> Text:
-        """The first of `texts`, or of one of both branches the conditional one's part: padded as there."""
-        text = self.texts[0]
-        return text.of_samples(self.conditional_samples) if self.joined_branches > 1 else text
-
     def timestep_conditioning(self, timesteps: Tensor, guided: bool = True) -> list[tuple[Any, ...]]:
         """The model's of each timestep, fp32 [n] in [0, 1000], one for each of `called_with`."""
         return list(zip(*(self.model.timestep_conditioning(text, timesteps) for text in self.called_with(guided))))
@@ -211,29 +199,21 @@ class Run:
         """
         if isinstance(conditioning, Tensor):
             [conditioning] = self.timestep_conditioning(conditioning[None], guided)
-        if guided and self.negative is not None:
-            positive, negative = self.both_velocities(tokens, conditioning, layouts, first)
-            return self.model.guide(positive, negative, self.true_cfg_scale)
-        [text], [at], [layout] = self.called_with(guided), conditioning, layouts
-        return self.model.velocity(text, tokens, at, layout)[:, :first]
-
-    def both_velocities(
-        self, tokens: Tensor, conditioning: tuple[Any, ...], layouts: Sequence[Any], first: int | None = None
-    ) -> list[Tensor]:
-        """[the conditional velocity, the unconditional one], as `velocity` has them before its guidance."""
-        texts = self.texts
-        if self.joined_branches > 1:  # branches that run as one batch see the same tokens
+        if guided and self.joined_branches > 1:  # branches that run as one batch see the same tokens
             tokens = tokens.repeat(self.joined_branches, 1, 1)
         found = [
             self.model.velocity(text, tokens, at, layout)[:, :first]
-            for text, at, layout in zip(texts, conditioning, layouts)
+            for text, at, layout in zip(self.called_with(guided), conditioning, layouts)
         ]
+        if not guided or self.negative is None:
+            return found[0]
         if self.model.guides is not None:
-            return of_each(found[0], self.model.guides)
-        if len(texts) > 1:
-            return found
-        halves = list(found[0].chunk(2))
-        return halves[::-1] if self.model.negative_first else halves
+            found = of_each(found[0], self.model.guides)
+        elif self.joined_branches > 1:
+            found = list(found[0].chunk(2))
+            found = found[::-1] if self.model.negative_first else found
+        positive, negative = found
+        return self.model.guide(positive, negative, self.true_cfg_scale)
 
     def record(
         self, stage: str, sigma: float, tokens: Sequence[int], keys: Sequence[int] | None = None, **how: Any
@@ -285,16 +265,14 @@ def _kept_layouts(
 
 def dense_steps(
     run: Run, state: Tensor, sigmas: Sequence[float], condition: Sequence[Tensor], stage: str, main: bool = True,
-    guided: bool = True, solver: str = "euler", refresh: int = 1, guidance_refresh: int = 1,
-    text_refresh: int = 1,
+    guided: bool = True, solver: str = "euler", refresh: int = 1, text_refresh: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Plain steps: every token of `state` is computed, with the clean latents of each reference after it.
 
     guided: False leaves true guidance out. main: whether they are the main trajectory's. refresh: every so many-th
     step, and one after a callback that changes tokens or text, computes all and keeps keys and values; those between
     compute text and target alone, over the kept ones. text_refresh: the same of the text; both without effect where the
-    sequence has no references. guidance_refresh: `StageVelocity`'s; a step that keeps keys and values computes both
-    branches.
+    sequence has no references.
 
     Returns (the state at the last sigma, the clean estimates x - s v at the first and the last step's start), all as
     latent images.
@@ -312,7 +290,7 @@ def dense_steps(
     else:
         layouts = [run.model.dense_layout(text, run.pictures, grids) for text in texts]
     at = _device_sigmas(sigmas, run.device)
-    velocity_at = StageVelocity(run, at[:-1] * 1000, guided, guidance_refresh)
+    conditionings = run.timestep_conditioning(at[:-1] * 1000, guided)
     first = estimate = tokens
     solve, age = Solver(solver), 0
     for i in range(len(sigmas) - 1):
@@ -327,18 +305,16 @@ def dense_steps(
             sequence, of, computed = sequence[:, :slots], alone if with_text else bare, count
         elif not with_text:
             of = locked
-        velocity = velocity_at(i, sequence, of, count, renew=kept and (whole or (keeps_text and with_text)))
+        velocity = run.velocity(sequence, conditionings[i], of, count, guided)
         age += 1
         estimate = euler(tokens, velocity, -at[i])
         first = estimate if i == 0 else first
         tokens = solve.step(tokens, velocity, at[i], at[i + 1])
-        how = dict(passes=velocity_at.passes, lock_text=not with_text)
+        how = dict(passes=2 if guided else 1, lock_text=not with_text)
         run.record(stage, sigmas[i], [computed] * run.batch, [total] * run.batch, **how)
         if main:
             tokens, *changed = _called_back(run, solve, timestep, tokens)
-            if any(changed):
-                age = 0
-                velocity_at.restart()
+            age = 0 if any(changed) else age
         else:
             run.on_draft_step()
     if kept:
@@ -417,9 +393,7 @@ def draft(run: Run, sigmas: Sequence[float]) -> Draft:
     source = source_at(run, grid)
     start = algebra.pool_noise(coarse).to(run.source.dtype)
     behind = references_at(run, 4, source)
-    config = run.config
-    refresh = config.guidance_refresh
-    proposal, _ = draft_steps(run, start, sigmas, behind, "draft", main=False, guidance_refresh=refresh)
+    proposal, _ = draft_steps(run, start, sigmas, behind, "draft", main=False)
     run.stats.draft_nfe = len(sigmas) - 1
     return Draft(proposal, source)
 
@@ -683,9 +657,6 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     With solver="ab2" that pass's velocity is the first step's second one.
 
     A step after a callback that changes the text is as the first one: nothing that was kept knows of that text.
-
-    A step that leaves keys and values for others computes both branches of guidance; all others by guidance_refresh,
-    `StageVelocity`'s.
     """
     lock, every = run.config.lock_text, run.config.kv_refresh
     steps = len(sigmas) - 1
@@ -693,7 +664,7 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
     if every == BRACKET:
         every = steps if bracket else 1
     at = _device_sigmas(sigmas, run.device)
-    velocity_at = StageVelocity(run, at[:-1] * 1000, refresh=run.config.guidance_refresh)
+    conditionings = run.timestep_conditioning(at[:-1] * 1000)
     solve, begun, anew = Solver(run.config.solver), 0, True
     for i in range(steps):
         if run.interrupted():
@@ -703,13 +674,12 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
         begun = i if anew else begun
         if anew or (i - begun) % every == 0:
             locked, anew = lock and not anew, False
-            layouts = state.locked_layouts if locked else state.layouts
-            velocity = velocity_at(i, state.tokens, layouts, renew=every != 1)
+            velocity = run.velocity(state.tokens, conditionings[i], state.locked_layouts if locked else state.layouts)
             velocity = torch.where(state.free, velocity, state.drift)
-            run.record("mixed", sigmas[i], state.lengths, lock_text=locked, passes=velocity_at.passes)
+            run.record("mixed", sigmas[i], state.lengths, lock_text=locked)
             if bracket and i < steps - 1:
                 ahead = euler(state.tokens, velocity, at[-2] - at[i])
-                behind = run.velocity(ahead, velocity_at.conditionings[-1], [far for far, _ in state.brackets])
+                behind = run.velocity(ahead, conditionings[-1], [far for far, _ in state.brackets])
                 run.record("bracket", sigmas[-2], state.lengths)
                 if solve.name != "euler":
                     behind = torch.where(state.free, behind, state.drift)
@@ -720,15 +690,12 @@ def mixed_steps(run: Run, state: MixedState, sigmas: Sequence[float]) -> None:
                 for near, (far, between) in zip(state.layouts, state.brackets):
                     run.model.blend(between, near, far, weight)
             n = state.first
-            velocity = velocity_at(i, state.tokens[:, :n], state.active_layouts)
+            velocity = run.velocity(state.tokens[:, :n], conditionings[i], state.active_layouts)
             velocity = torch.where(state.free[:, :n], velocity, state.drift[:, :n])
             velocity = torch.cat([velocity, state.drift[:, n:]], dim=1)
-            passes = velocity_at.passes
-            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock, passes=passes)
+            run.record("active", sigmas[i], state.fine, keys=state.lengths, lock_text=lock)
         state.tokens = solve.step(state.tokens, velocity, at[i], at[i + 1], slope)
-        state.tokens, changed, anew = _called_back(run, solve, timestep, state.tokens)
-        if changed or anew:
-            velocity_at.restart()
+        state.tokens, _, anew = _called_back(run, solve, timestep, state.tokens)
     if lock or state.active_layouts:
         kept = [*state.layouts, *(x for pair in state.brackets for x in pair)]
         run.stats.kv_cache_bytes = max(run.stats.kv_cache_bytes, run.model.kv_bytes(kept))
@@ -766,8 +733,7 @@ def finish_full(run: Run, state: MixedState, sigma: float, sigmas: Sequence[floa
     mask = on_pixels(selection.active, run.grid, run.patch)
     joined = torch.where(mask, topped, rest).to(run.source.dtype)
     shown = [r.latents for r in run.references]
-    solver, refresh = run.config.solver, run.config.guidance_refresh
-    return dense_steps(run, joined, sigmas, shown, "full", solver=solver, guidance_refresh=refresh)[0]
+    return dense_steps(run, joined, sigmas, shown, "full", solver=run.config.solver)[0]
 
 
 def finish_locked(run: Run, state: MixedState, selection: Selection) -> Tensor:
