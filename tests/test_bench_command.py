@@ -138,10 +138,10 @@ def test_rows_are_the_qualities_and_the_stock_pipeline_at_their_steps():
     rows = rows_of_table(28, [4], True)
     assert rows[0] == Row("stock, 28 steps", 28)
     ours = {row.name: row.steps for row in rows if row.config}
-    assert ours == {"fast": 5, "balanced": 9, "best": 10, "preset 4": 4}
+    assert ours == {"fast": 6, "balanced": 9, "best": 12, "preset 4": 4}
     assert all(row.config.preserve == "pixels" for row in rows if row.config)
     stock = [row.steps for row in rows if not row.config and not row.compiled]
-    assert sorted(stock) == [4, 5, 9, 10, 28] and [row.steps for row in rows if row.compiled] == [28, 5, 9, 10, 4]
+    assert sorted(stock) == [4, 6, 9, 12, 28] and [row.steps for row in rows if row.compiled] == [28, 6, 9, 12, 4]
     assert all(row.compiled for row in rows[-5:])  # they change the transformer
     assert [row.steps for row in rows_of_table(28, [], False, guided=True) if row.config] == [9, 9, 9]
     assert not [row for row in rows_of_table(9, [], False) if row.compiled]
@@ -385,7 +385,7 @@ def test_the_command_on_a_tiny_editor(tmp_path, capsys, monkeypatch, name):
     report = json.loads((out / "bench.json").read_text())
     assert (out / "bench.md").read_text() in text and str(tmp_path) not in (out / "bench.md").read_text()
     rows = {row["row"]: row for row in report["rows"]}
-    names = ["stock, 3 steps", "fast", "balanced", "stock, 5 steps", "stock, 9 steps"]
+    names = ["stock, 3 steps", "fast", "balanced", "stock, 6 steps", "stock, 9 steps"]
     assert list(rows) == names and all(row["pictures"] == 1 for row in rows.values())
     assert report["place"]["class"] == {"tiny_kontext": "FluxKontextPipeline"}.get(name, "QwenImageEditPipeline")
     for tier in ("fast", "balanced"):

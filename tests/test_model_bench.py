@@ -55,7 +55,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
     for runner in ("eager", "fused"):
         edits += [f"{kind} {runner}{place}, 10%" for kind in kinds for place in ("", " scattered")]
         edits += [f"specedit-9-locked-cached {runner}, 10%, {text} text tokens" for text in (128, 256)]
-    edits += ["steps 2+3 half lt drafted fp8 fused, 10%"]  # of the many kinds of steps one
+    edits += ["steps 3+3 half lt drafted fp8 fused, 10%"]  # of the many kinds of steps one
     rows = ("plain-28", "plain-4", "*-28", "inpaint*", "active*", "decode*", *edits)
     options = ("--out", str(tmp_path), "--areas", "0.1", "--runners", "eager", "fused", "--rows", *rows)
     options += ("--profile", "decode")
@@ -71,7 +71,7 @@ def test_rows_of_every_kind(bench, tmp_path, one_thread):
         "decode", "decode, fused norms",
     }  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows.values())
-    assert rows["quality fast fused, 10%"]["nfe"] == rows[edits[-1]]["nfe"] == 5
+    assert rows["quality fast fused, 10%"]["nfe"] == rows[edits[-1]]["nfe"] == 6
     edit = rows["specedit-9-locked eager, 10%"]
     assert edit["nfe"] == 9 and edit["fallback"] is None and edit["stages"]["mixed"] > 0
     assert 0.1 <= edit["active"] < rows["specedit-9-locked eager scattered, 10%"]["active"]

@@ -297,7 +297,7 @@ def test_thresholds_follow_the_picture(pipe):
         run.config = config
         original, stages.verify = stages.verify, lambda *_: now["scores"]
         try:
-            return pipe._verify_select(run, None, "coarse")[1].edited.sum().item()
+            return pipe._verify_select(run, stages.Draft(run.source, run.source), "coarse")[1].edited.sum().item()
         finally:
             stages.verify = original
 
