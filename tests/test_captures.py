@@ -9,6 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from combinations import pairwise
 from test_runner import stubbed  # noqa: F401
 from tiny_models import TINY, tiny_image
 
@@ -21,7 +22,7 @@ SIDE = 384  # pixels: 576 fine tokens; the mixed sequence of half of them is lon
 FULL = "FluxKontextPipeline", "QwenImageEditPipeline", "Flux2KleinPipeline"
 CASES = [
     pytest.param(name, quality, guided, marks=[] if quality == "balanced" and guided else pytest.mark.slow)
-    for name in FULL for quality in ("fast", "balanced", "best") for guided in (False, True)
+    for name, quality, guided in pairwise(FULL, ("fast", "balanced", "best"), (False, True))
 ]  # fmt: skip
 
 
