@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops' tests share: an index of distinct rows, tensors of every dtype, the count of a call's launches."""
+"""What the ops' tests share: an index of distinct rows, tensors of every dtype, maps with channels last, the count of a
+call's launches."""
 
 import torch
 
@@ -23,6 +24,11 @@ def _poisonable(dtype):
 
 
 EVERY_DTYPE = [d for name in _UNUSUAL if (d := getattr(torch, name, None)) is not None and _poisonable(d)]
+
+
+def channels_last(x):
+    """A map [B, C, ...] with its channels last in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def bits(random, *shape, dtype, device):

@@ -2,16 +2,12 @@
 import pytest
 import torch
 from budget import assert_within_budget
-from calls import launches
+from calls import channels_last, launches
 
 from specedit_kernels.reference.add_bias import add_bias_ as reference
 
 op = torch.ops.specedit.add_bias_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def eager(x, bias, residual, residual_bias):

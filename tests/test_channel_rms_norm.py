@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
-from calls import launches
+from calls import channels_last, launches
 
 from specedit_kernels.reference.channel_rms_norm import channel_rms_norm as reference
 
@@ -11,10 +11,6 @@ op = torch.ops.specedit.channel_rms_norm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Triton's interpreter computes exp of masked and of very negative numbers with numpy, which warns
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def eager(x, weight, bias, eps, silu, x_bias):

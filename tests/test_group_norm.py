@@ -2,7 +2,7 @@
 import pytest
 import torch
 from budget import assert_within_budget
-from calls import launches
+from calls import channels_last, launches
 
 from specedit_kernels.reference.group_norm import group_norm as reference
 
@@ -10,10 +10,6 @@ op = torch.ops.specedit.group_norm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Triton's interpreter computes exp of masked and of very negative numbers with numpy, which warns
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def eager(x, num_groups, weight, bias, eps, silu):

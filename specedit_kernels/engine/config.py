@@ -214,8 +214,8 @@ class SpecEditConfig(EditConfig):
     Attributes:
         quality: sets finish where it is None, and where preset and stages are, the steps: their counts, mixed_from,
             solver, draft, coarse_refresh, kv_refresh and lock_text. "fast", "balanced", "best", or "paper", SpecEdit as
-            its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, GUIDED those that "fast" and
-            "best" have under true guidance, docs/choose.md what each costs. Fields keep what was given: those that are
+            its paper has it, with kv_refresh=1 in any case. QUALITIES has the values, GUIDED those that differ under
+            true guidance, docs/choose.md what each costs. Fields keep what was given: those that are
             None follow the quality also after dataclasses.replace, and `resolved` has all of their values.
         preset: number of function evaluations of the main trajectory in place of the quality's: 30, 18, 11, 9 or 6, and
             8 or 4 for step-distilled weights. A separate draft is counted apart.

@@ -1,23 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from . import _maps
 from ._precision import as_written
-
-
-def _of_channel(vector, x):
-    """A vector [C] in the dtype of x [B, C, ...], of its dimensions."""
-    return vector.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
-
-
-def _biased(x, x_bias):
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if x_bias is None else x + _of_channel(x_bias, x)
 
 
 @as_written
 def group_norm_statistics(x, num_groups, x_bias=None):
     """Mean and variance of each group of x + x_bias, [2, B, num_groups] in fp32 (float64 stays float64)."""
-    groups = _biased(x, x_bias).unflatten(1, (num_groups, -1)).flatten(2)
+    groups = _maps.biased(x, x_bias).unflatten(1, (num_groups, -1)).flatten(2)
     mean = groups.mean(2)
     return torch.stack([mean, (groups - mean[..., None]).square().mean(2)])
 
@@ -26,8 +17,8 @@ def group_norm_statistics(x, num_groups, x_bias=None):
 def group_norm(x, num_groups, weight, bias, eps, silu, statistics=None, x_bias=None):
     """Group norm of x + x_bias, and SiLU where asked for, in fp32 (float64 stays float64), rounded once. statistics: of
     `group_norm_statistics`, None for its own."""
-    biased = _biased(x, x_bias)
+    biased = _maps.biased(x, x_bias)
     mean, variance = (group_norm_statistics(x, num_groups, x_bias) if statistics is None else statistics)[..., None]
     y = (biased.unflatten(1, (num_groups, -1)).flatten(2) - mean) * torch.rsqrt(variance + eps)
-    y = y.view(x.shape) * _of_channel(weight, biased) + _of_channel(bias, biased)
+    y = y.view(x.shape) * _maps.of_channel(weight, biased) + _maps.of_channel(bias, biased)
     return torch.empty_like(x).copy_(torch.nn.functional.silu(y) if silu else y)
