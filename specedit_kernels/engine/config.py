@@ -48,7 +48,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 GUIDED: dict[str, dict[str, Any]] = {
     "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=3, draft_guidance=LAST),
     "balanced": dict(coarse_refresh=4),
-    "best": dict(stages=(4, 3, 2)),
+    "best": dict(stages=(4, 4, 2)),
 }
 DRAFTS = ("coarse", "half", "quarter", "full_step")
 FINISHES = ("full", "locked")
