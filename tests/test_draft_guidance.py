@@ -120,11 +120,12 @@ def test_guidance_without_effect(pipe, runner):
     for options in ({}, dict(draft="quarter", draft_steps=3, **FOUND)):
         last, without = (edit(pipe, draft_guidance=x, **given, **options).images for x in ("last", False))
         assert apart(last, without) < 2e-5
-    # of a two-step solver the last step is Euler's, those before have the same bits
+    # of a two-step solver the last step is Euler's, those before are the same (a product's rounding may differ with the
+    # addresses of what it reads, and both runs have buffers of their own)
     last, without = (latents_of(pipe, solver="ab2", draft_guidance=x, **given) for x in ("last", False))
     euler = latents_of(pipe, draft_guidance=False, **given)
-    assert all(torch.equal(a, b) for a, b in zip(last[:3], without[:3])) and apart(last[3], without[3]) > 1e-5
-    assert torch.equal(last[0], euler[0]) and apart(last[1], euler[1]) > 1e-5
+    assert all(apart(a, b) < 1e-6 for a, b in zip(last[:3], without[:3])) and apart(last[3], without[3]) > 1e-4
+    assert apart(last[0], euler[0]) < 1e-6 and apart(last[1], euler[1]) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["kept keys", "half draft", "two-step solver"])

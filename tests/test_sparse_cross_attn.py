@@ -75,6 +75,23 @@ def test_from_few_tokens_to_all(backend, poison, call, share):
     check(*call(tokens=200, share=share))
 
 
+@pytest.mark.parametrize("seen", [0, 1, 32, 33, 64, 65, 129])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_tiles_of_tokens(backend, poison, call, size, seen, monkeypatch):
+    """Lists that fill a tile or have one token more, with the tiles of either size of device."""
+    if backend == "triton":
+        from specedit_kernels.triton_kernels import sparse_cross_attn as kernel
+
+        device = kernel._device(torch.cuda.current_device() if torch.cuda.is_available() else None)
+        configs = kernel.CONFIGS["small"] | kernel.CONFIGS[size]
+        monkeypatch.setattr(kernel, "_device", lambda index: (*device[:2], configs))
+    dtype = torch.float32 if size == "small" else torch.float16
+    q, k, v, region, mask = call(queries=140, tokens=150, dim=128, regions=2, batch=1, dtype=dtype)
+    mask[:, 0] = torch.arange(150, device=mask.device) < seen
+    mask[:, 1] = torch.arange(150, device=mask.device).flip(0) < seen
+    check(q, k, v, region, mask)
+
+
 @pytest.mark.slow
 def test_scale(backend, poison, call):
     check(*call(), scale=0.4)

@@ -344,11 +344,12 @@ def compile_all():
             sparse_cross_attn._list_kernel, c, listing, {"BLOCK_L": sparse_cross_attn.BLOCK_L, "EARLY": e},
             {"num_warps": 8}, ASTSource,
         )  # fmt: skip
-        for (dim, half), (block_m, block_n, num_warps, num_stages) in sparse_cross_attn.CONFIGS.items():
+        configs = sparse_cross_attn.CONFIGS["small"] | (sparse_cross_attn.CONFIGS["large"] if early else {})
+        for (dim, half), (block_m, block_n, few, num_warps, num_stages) in configs.items():
             types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16" if half else "*fp32")
             types |= listing | {"scale": "fp32"}
-            blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=sparse_cross_attn.ROWS,
-                          EARLY=early, NEGATE=False)  # fmt: skip
+            blocks = dict(HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=block_m, BLOCK_N=block_n, FEW=few,
+                          ROWS=sparse_cross_attn.ROWS, EARLY=early, NEGATE=False)  # fmt: skip
             launch = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": early}
             jobs[f"sparse {capability} D{dim} {types['q_ptr']}"] = lambda c=capability, t=types, b=blocks, w=launch: (
                 _compile(sparse_cross_attn._sparse_cross_attn_kernel, c, t, b, w, ASTSource)

@@ -4,7 +4,8 @@
 A first kernel lists each region's queries and the tokens that it sees. In the second, some programs write the zeros of
 queries without a region, and do not wait for the first kernel; the others take tiles of listed queries of one head and
 run the online softmax of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1) in base 2 over the listed tokens
-alone. So the products are as many as the regions' queries need, however these are scattered.
+alone. So the products are as many as the regions' queries need, however these are scattered. The list of a tile's
+tokens is loaded one tile ahead, so that loads of keys and values do not wait for it.
 """
 
 from functools import cache
@@ -16,13 +17,17 @@ from triton.language.extra import cuda
 
 from ._softmax import softmax_step
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits. (128, True) is
-# measured: with a second stage the next tokens' loads, which wait for their list, overlap products. Others: what fits.
+# (BLOCK_M, BLOCK_N, FEW, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits. FEW: up to so
+# many tokens are one tile of their own, smaller than BLOCK_N; 0: no such tile. (128, True) is measured, on an H200, of
+# which "large" has it; others: what fits. "large": sm_90 and sm_100, with 227 KB of shared memory a program.
 CONFIGS = {
-    (64, True): (64, 32, 4, 2), (128, True): (64, 32, 4, 2), (256, True): (64, 32, 8, 1),
-    (64, False): (32, 32, 4, 1), (128, False): (32, 32, 8, 1), (256, False): (16, 16, 8, 1),
+    "large": {(128, True): (128, 64, 32, 8, 3)},
+    "small": {
+        (64, True): (64, 32, 0, 4, 2), (128, True): (64, 32, 0, 4, 2), (256, True): (64, 32, 0, 8, 1),
+        (64, False): (32, 32, 0, 4, 1), (128, False): (32, 32, 0, 8, 1), (256, False): (16, 16, 0, 8, 1),
+    },
 }  # fmt: skip
-BLOCK_L = 1024  # queries or tokens that are listed at once
+BLOCK_L = 4096  # queries or tokens that are listed at once, at most
 ROWS = 32  # queries whose zeros a program writes
 ATTENDERS = 2  # programs that attend, by multiprocessor
 
@@ -59,14 +64,46 @@ def _list_kernel(
     tl.store(count_ptr + pid, found)
 
 
+@triton.jit
+def _tile(
+    q, k_ptr, v_ptr, stride_kn, stride_vn, at, valid, unit, acc, total, top,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over the tokens at `at`; returns (acc, total, top)."""
+    d = tl.arange(0, BLOCK_D)
+    loaded = valid[:, None] & (d < HEAD_DIM)[None, :]
+    at = at.to(tl.int64)[:, None]
+    k = tl.load(k_ptr + at * stride_kn + d[None, :], mask=loaded, other=0.0)
+    v = tl.load(v_ptr + at * stride_vn + d[None, :], mask=loaded, other=0.0)
+    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p, kept, total, top = softmax_step(qk, valid, unit, total, top)
+    return tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee"), total, top
+
+
+@triton.jit
+def _tiles(
+    q, k_ptr, v_ptr, stride_kn, stride_vn, listed_ptr, at_next, tokens, unit, acc, total, top,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`_tile` over all listed tokens. at_next: where the first BLOCK_N of them are."""
+    n = tl.arange(0, BLOCK_N)
+    for start in range(0, tokens, BLOCK_N):
+        at, place = at_next, start + BLOCK_N + n
+        at_next = tl.load(listed_ptr + place, mask=place < tokens, other=0)
+        acc, total, top = _tile(
+            q, k_ptr, v_ptr, stride_kn, stride_vn, at, start + n < tokens, unit, acc, total, top, HEAD_DIM, BLOCK_D
+        )
+    return acc, total, top
+
+
 @triton.jit(do_not_specialize=["num_q", "num_k", "regions", "samples", "fillers", "attenders"])
 def _sparse_cross_attn_kernel(
     q_ptr, k_ptr, v_ptr, region_ptr, query_ptr, token_ptr, count_ptr, out_ptr, lse_ptr, scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rn,
     num_q, num_k, regions, heads, samples, fillers, attenders,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr, NEGATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEW: tl.constexpr,
+    ROWS: tl.constexpr, EARLY: tl.constexpr, NEGATE: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
@@ -94,6 +131,10 @@ def _sparse_cross_attn_kernel(
         for row32 in range(0, samples * regions):
             row = tl.full([], row32, tl.int64)
             queries, tokens = tl.load(count_ptr + 2 * row), tl.load(count_ptr + 2 * row + 1)
+            # Asked for beside their count, not behind it: entries beyond the count are not used.
+            n = tl.arange(0, FEW if FEW else BLOCK_N)
+            listed_ptr = token_ptr + row * num_k
+            first_at = tl.load(listed_ptr + n, mask=n < num_k, other=0)
             b = row // regions
             items = tl.cdiv(queries, BLOCK_M) * heads
             for item in range(first, items, attenders):
@@ -109,18 +150,25 @@ def _sparse_cross_attn_kernel(
                 acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
                 total = tl.zeros([BLOCK_M], dtype=tl.float32)
                 top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-                for start in range(0, tokens, BLOCK_N):
-                    wanted = start + tl.arange(0, BLOCK_N)
-                    valid = wanted < tokens
-                    at = tl.load(token_ptr + row * num_k + wanted, mask=valid, other=0).to(tl.int64)[:, None]
-                    loaded = valid[:, None] & in_head
-                    k_at = k_ptr + b * stride_kb + h * stride_kh + at * stride_kn + d[None, :]
-                    v_at = v_ptr + b * stride_vb + h * stride_vh + at * stride_vn + d[None, :]
-                    k = tl.load(k_at, mask=loaded, other=0.0)
-                    v = tl.load(v_at, mask=loaded, other=0.0)
-                    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-                    p, kept, total, top = softmax_step(qk, valid, unit, total, top)
-                    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
+                k_of, v_of = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+                if FEW:
+                    if tokens <= FEW:
+                        acc, total, top = _tile(
+                            q, k_of, v_of, stride_kn, stride_vn, first_at, n < tokens, unit, acc, total, top,
+                            HEAD_DIM, BLOCK_D,
+                        )  # fmt: skip
+                    else:
+                        wide = tl.arange(0, BLOCK_N)
+                        wide_at = tl.load(listed_ptr + wide, mask=wide < tokens, other=0)
+                        acc, total, top = _tiles(
+                            q, k_of, v_of, stride_kn, stride_vn, listed_ptr, wide_at, tokens, unit, acc, total, top,
+                            HEAD_DIM, BLOCK_D, BLOCK_N,
+                        )  # fmt: skip
+                else:
+                    acc, total, top = _tiles(
+                        q, k_of, v_of, stride_kn, stride_vn, listed_ptr, first_at, tokens, unit, acc, total, top,
+                        HEAD_DIM, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
                 empty = total == 0.0
                 total = tl.where(empty, 1.0, total)
                 out = acc * (1.0 / total)[:, None]
@@ -134,11 +182,13 @@ def _sparse_cross_attn_kernel(
 
 @cache
 def _device(index):
-    """(multiprocessors, whether a kernel can start before the one that it follows has ended)."""
+    """(multiprocessors, whether a kernel can start before the one that it follows has ended, its configurations)."""
+    small = CONFIGS["small"]
     if not torch.cuda.is_available():  # the interpreter
-        return 2, False
+        return 2, False, small
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major >= 9
+    configs = small | CONFIGS["large"] if properties.major in (9, 10) else small
+    return properties.multi_processor_count, properties.major >= 9, configs
 
 
 def sparse_cross_attn(q, k, v, region, text_mask, scale):
@@ -152,9 +202,10 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
     if num_k == 0 or regions == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, num_warps, num_stages = CONFIGS[max(64, block_d), q.element_size() == 2]
-    processors, early = _device(q.device.index)
+    processors, early, configs = _device(q.device.index)
+    block_m, block_n, few, num_warps, num_stages = configs[max(64, block_d), q.element_size() == 2]
     rows = batch * regions
+    block_l = min(BLOCK_L, max(1024, triton.next_power_of_2(max(num_q, num_k))))
     lists = torch.empty(rows * (num_q + num_k + 2), dtype=torch.int32, device=q.device)
     count, query, token = lists[: 2 * rows], lists[2 * rows : (2 + num_q) * rows], lists[(2 + num_q) * rows :]
     fillers = batch * triton.cdiv(num_q, ROWS)
@@ -165,13 +216,13 @@ def sparse_cross_attn(q, k, v, region, text_mask, scale):
     with torch.cuda.device_of(q):
         _list_kernel[(2 * rows,)](
             region, text_mask.view(torch.uint8), query, token, count, *region.stride(), *text_mask.stride(),
-            num_q, num_k, regions, BLOCK_L=BLOCK_L, EARLY=early, num_warps=8,
+            num_q, num_k, regions, BLOCK_L=block_l, EARLY=early, num_warps=8,
         )  # fmt: skip
         _sparse_cross_attn_kernel[(fillers + attenders,)](
             q, k, v, region, query, token, count, out, lse, abs(scale),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *region.stride(),
             num_q, num_k, regions, heads, batch, fillers, attenders,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=ROWS, EARLY=early,
-            NEGATE=scale < 0, num_warps=num_warps, num_stages=num_stages, **early_launch,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, FEW=few, ROWS=ROWS,
+            EARLY=early, NEGATE=scale < 0, num_warps=num_warps, num_stages=num_stages, **early_launch,
         )  # fmt: skip
     return out, lse
