@@ -126,7 +126,7 @@ def test_a_quality_chooses_the_draft_where_it_chooses_the_steps():
 
 def test_fast_and_best_take_other_steps_under_guidance(pipe):
     fast = SpecEditConfig(quality="fast").resolved(guided=True)
-    assert (fast.stages, fast.draft, fast.kv_refresh, fast.draft_guidance) == ((4, 3, 2), "coarse", 3, "last")
+    assert (fast.stages, fast.draft, fast.kv_refresh, fast.draft_guidance) == ((3, 3, 2), "coarse", 3, "last")
     assert (fast.solver, fast.mixed_from, fast.finish, fast.lock_text) == ("ab2", 7 / 9, "locked", True)
     best = SpecEditConfig(quality="best", threshold=0.2).resolved(guided=True)
     assert (best.stages, best.coarse_refresh, best.draft_guidance, best.threshold) == ((4, 4, 2), 4, True, 0.2)

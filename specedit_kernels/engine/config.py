@@ -46,7 +46,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 # What differs under true guidance, whose two branches make a field that few steps from noise do not follow: measured
 # in docs/choose.md.
 GUIDED: dict[str, dict[str, Any]] = {
-    "fast": dict(stages=(4, 3, 2), draft="coarse", coarse_refresh=4, kv_refresh=3, draft_guidance=LAST),
+    "fast": dict(stages=(3, 3, 2), draft="coarse", coarse_refresh=3, kv_refresh=3, draft_guidance=LAST),
     "balanced": dict(coarse_refresh=4),
     "best": dict(stages=(4, 4, 2)),
 }
