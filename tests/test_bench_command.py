@@ -143,7 +143,7 @@ def test_rows_are_the_qualities_and_the_stock_pipeline_at_their_steps():
     stock = [row.steps for row in rows if not row.config and not row.compiled]
     assert sorted(stock) == [4, 6, 9, 12, 28] and [row.steps for row in rows if row.compiled] == [28, 6, 9, 12, 4]
     assert all(row.compiled for row in rows[-5:])  # they change the transformer
-    assert [row.steps for row in rows_of_table(28, [], False, guided=True) if row.config] == [9, 9, 9]
+    assert [row.steps for row in rows_of_table(28, [], False, guided=True) if row.config] == [8, 9, 10]
     assert not [row for row in rows_of_table(9, [], False) if row.compiled]
     assert [row.name for row in rows_of_table(11, [], False)].count("stock, 11 steps") == 1
 

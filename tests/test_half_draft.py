@@ -143,5 +143,5 @@ def test_fast_and_best_take_other_steps_under_guidance(pipe):
     if isinstance(pipe, SpecEditFluxKontextPipeline):  # Qwen's call has negative embeddings
         assert "coarse" not in stages(**guidance)
         guidance |= dict(negative_prompt="red")
-    assert stages(**guidance).count("coarse") == 4
+    assert stages(**guidance).count("coarse") == 3
     assert "coarse" not in stages(**guidance | dict(true_cfg_scale=1.0))

@@ -19,7 +19,7 @@ SEED = 20241281  # of solver_tiers.json; not looked at before the qualities were
 QUALITIES = {
     "9 plain, compiled": ("compiled plain-9", "plain-9"),
     "fast": ("quality fast graph, 10%", "3+3 half ck lt"),
-    "balanced": ("steps 4+5 ck2 lt kv 2 graph, 10%", "4+5 ck2 lt kv 2"),
+    "balanced": ("quality balanced graph, 10%", "4+5 ck2 lt kv 2"),
     "best": ("quality best graph, 10%", "7+5 ck4 lt kv 2"),
 }
 # label: (row of flux_kontext.json, row of quality_table.json), other edits of the same editor, the same card
