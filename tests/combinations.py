@@ -18,6 +18,19 @@ def rotating(cases, values, first=0):
     return [(case, value) for i, case in enumerate(cases) for value in pairs[(i + first) % len(pairs)]]
 
 
+def in_turn(cases, values):
+    """[(case, value)]: one value for each case, from case to case the next one. All combinations with
+    SPECEDIT_TEST_ALL=1."""
+    if ALL:
+        return list(itertools.product(cases, values))
+    return list(zip(cases, itertools.cycle(values)))
+
+
+def first_of_each(cases, kind):
+    """The first of the cases of each kind(case); all with SPECEDIT_TEST_ALL=1."""
+    return cases if ALL else list({kind(case): case for case in reversed(cases)}.values())[::-1]
+
+
 def pairwise(*axes):
     """Tuples of one value an axis, so few that each two values of two axes meet once or a little more often. All
     combinations with SPECEDIT_TEST_ALL=1."""

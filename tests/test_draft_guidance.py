@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from combinations import pairwise
 from test_coarse_refresh import TWO_LENGTHS, apart, made
 from test_runner import stubbed  # noqa: F401
 from tiny_models import call_options, edit_left_half, qwen_text
@@ -66,8 +67,9 @@ def pipe(request):
     return made(request.param)
 
 
-@pytest.mark.parametrize("runner", ["eager", "fused"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("pipe", "name", "runner"), pairwise(["flux", "qwen"], list(CASES), ["eager", "fused"]), indirect=["pipe"]
+)
 def test_the_last_step_of_a_draft_has_guidance(pipe, name, runner):
     options, what = CASES[name]
     guided, last, without = (edit(pipe, runner=runner, draft_guidance=x, **options) for x in (True, "last", False))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import planner
 import pytest
-from combinations import rotating
+from combinations import first_of_each, in_turn, rotating
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
@@ -84,7 +84,7 @@ def test_three_consumer_warpgroups(kernels, case, slow_warp):
     assert done.right, done.text
 
 
-@pytest.mark.parametrize("case, slow_warp", rotating(FP8_CASES, SLOW_WARPS))
+@pytest.mark.parametrize("case, slow_warp", in_turn(FP8_CASES, SLOW_WARPS))
 def test_the_kernel_of_e4m3_numbers(kernels, case, slow_warp):
     """Within the budget of tests/test_mixed_res_attn_fp8.py, of the rounded numbers in float64."""
     done = kernels.run_fp8_case(case, SLOW_WARPS.index(slow_warp), slow_warp)
@@ -108,69 +108,153 @@ def test_scores_of_any_size(kernels, size, keys, dtype, dim):
     assert done.right, done.text
 
 
+# (name, file, before, after, case, slow warp)
+BROKEN = [
+    # Biases are overwritten before they were used.
+    (
+        "biases_too_early",
+        "producer_bias",
+        "sm90::mbarrier_wait(&s.k_empty[pipe.stage], pipe.phase ^ 1);\n      __syncwarp();",
+        "",
+        "waves",
+        4,
+    ),
+    # The bias of the neighbouring key.
+    (
+        "bias_of_another_key",
+        "producer_bias",
+        "columns[i * 32 + lane] = bias_columns_of",
+        "columns[(i * 32 + lane) ^ 1] = bias_columns_of",
+        "one_tile",
+        -1,
+    ),
+    # What the first of a bias's columns leaves is lost.
+    ("a_column_too_few", "producer_bias", "sm90::pack<T>(first, left)", "sm90::pack<T>(first, 0.0f)", "stairs", -1),
+    # Biases that no column can hold.
+    (
+        "bias_out_of_range",
+        "softmax",
+        "if (__builtin_expect(out_of_range, 0)) add_biases",
+        "if (false) add_biases",
+        "masks",
+        -1,
+    ),
+    # A bias counts twice in scores that are computed again.
+    (
+        "bias_twice",
+        "softmax",
+        "add_biases(work, n_block, true);",
+        "add_biases(work, n_block, true), add_biases(work, n_block, true);",
+        "far_scores",
+        -1,
+    ),
+    # Biases of -3e38 are removed keys in the unit of the products.
+    (
+        "bias_overflows",
+        "softmax",
+        "add_biases(work, n_block, FIRST || with_max);",
+        "add_biases(work, n_block, false);",
+        "far_mixed_-3e38_bf16_64_dense",
+        -1,
+    ),
+    # A far row takes the way of near ones.
+    (
+        "far_as_near",
+        "softmax",
+        "__any_sync(0xffffffffu, is_far()) || bias_flags & kBiasJump",
+        "__any_sync(0xffffffffu, row_max[0] == -INFINITY) || bias_flags & kBiasJump",
+        "far_alike_-1e9_fp16_64_dense",
+        -1,
+    ),
+    # The unit before the difference: what rounding took off the maximum is left.
+    (
+        "unit_first",
+        "softmax",
+        "(fmaf(acc_s[i], scale, bias) - max) * kLog2E",
+        "fmaf(acc_s[i], scale * kLog2E, (bias - max) * kLog2E)",
+        "far_alike_-1e9_fp16_64_dense",
+        -1,
+    ),
+    # The sum of a split's weights is lost beside its maximum.
+    (
+        "lse_of_a_split",
+        "combine",
+        "mine.y * exp2f((mine.x - max) * (kIsFp8<T> ? 1.0f : kLog2E))",
+        "exp2f((lse_of<T>(mine.x, mine.y) - max) * kLog2E)",
+        "far_alike_-1e9_fp16_64_splits",
+        -1,
+    ),
+    # Weights made before the maximum rose are not rescaled.
+    ("old_weights", "softmax", "\n      acc_s[i] *= factor;\n", "\n", "stairs", -1),
+    # The maximum of a K tile is that of its first keys.
+    (
+        "max_of_first_keys",
+        "softmax",
+        "fmaf(fmaxf(even[r], odd[r]), scale, bias)",
+        "fmaf(fmaxf(acc_s[2 * r], acc_s[2 * r + 1]), scale, bias)",
+        "stairs_of_one_tile",
+        -1,
+    ),
+    # The output so far is not rescaled.
+    ("old_output", "softmax", "if (!FIRST && raise) rescale_o();", "", "jumps", -1),
+    # Scores that are to be computed again are not.
+    (
+        "old_scores",
+        "softmax",
+        "sums[r] = fmaf(static_cast<float>(a[j]), static_cast<float>(b[j]), sums[r]);",
+        "sums[r] = 0.0f;",
+        "far_scores",
+        -1,
+    ),
+    # The warpgroup that has no rows releases a stage without having waited for it.
+    (
+        "released_without_a_wait",
+        "consumer",
+        "sm90::mbarrier_wait(&s.v_full[stage_of(kv_idx)], phase_of(kv_idx));",
+        "",
+        "few_rows_d64",
+        4,
+    ),
+    # What follows the last key is not zeroed.
+    (
+        "nan_past_the_end",
+        "producer_tma",
+        "int i = valid * 8 + lane;",
+        "int i = Traits::kBlockN * 8 + lane;",
+        "lengths",
+        -1,
+    ),
+    # Rows by kv_index overwrite those that V still needs.
+    ("rows_too_early", "producer_gather", "buffer ^= 1;\n        store_rows();", "store_rows();", "kv_index", -1),
+    # An empty slot is taken for a query.
+    ("empty_as_query", "epilogue", "if (p.q_index == nullptr) return 3;", "return 3;", "q_index", -1),
+    # A turn of the ping-pong goes to a consumer warpgroup that has no rows.
+    (
+        "turn_without_rows",
+        "consumer",
+        "wg + 1 < Traits::kConsumers && work.has_rows(wg + 1) ? wg + 1 : 0",
+        "wg + 1 < Traits::kConsumers ? wg + 1 : 0",
+        "two_of_three_d64",
+        -1,
+    ),
+    # Queries by q_index of a third consumer warpgroup are copied before those in use were read.
+    (
+        "queries_too_early",
+        "producer_gather",
+        "sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx",
+        "if (wg < 2) sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx",
+        "q_index_d64",
+        12,
+    ),
+    # One split too few is combined.
+    ("a_split_too_few", "tile_scheduler", "2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
+]
+
+
 @pytest.mark.parametrize(
     "file, before, after, case, slow_warp",
-    [
-        # Biases are overwritten before they were used.
-        ("producer_bias", "sm90::mbarrier_wait(&s.k_empty[pipe.stage], pipe.phase ^ 1);\n      __syncwarp();", "",
-         "waves", 4),
-        # The bias of the neighbouring key.
-        ("producer_bias", "columns[i * 32 + lane] = bias_columns_of", "columns[(i * 32 + lane) ^ 1] = bias_columns_of",
-         "one_tile", -1),
-        # What the first of a bias's columns leaves is lost.
-        ("producer_bias", "sm90::pack<T>(first, left)", "sm90::pack<T>(first, 0.0f)", "stairs", -1),
-        # Biases that no column can hold.
-        ("softmax", "if (__builtin_expect(out_of_range, 0)) add_biases", "if (false) add_biases", "masks", -1),
-        # A bias counts twice in scores that are computed again.
-        ("softmax", "add_biases(work, n_block, true);",
-         "add_biases(work, n_block, true), add_biases(work, n_block, true);", "far_scores", -1),
-        # Biases of -3e38 are removed keys in the unit of the products.
-        ("softmax", "add_biases(work, n_block, FIRST || with_max);", "add_biases(work, n_block, false);",
-         "far_mixed_-3e38_bf16_64_dense", -1),
-        # A far row takes the way of near ones.
-        ("softmax", "__any_sync(0xffffffffu, is_far()) || bias_flags & kBiasJump",
-         "__any_sync(0xffffffffu, row_max[0] == -INFINITY) || bias_flags & kBiasJump", "far_alike_-1e9_fp16_64_dense",
-         -1),
-        # The unit before the difference: what rounding took off the maximum is left.
-        ("softmax", "(fmaf(acc_s[i], scale, bias) - max) * kLog2E",
-         "fmaf(acc_s[i], scale * kLog2E, (bias - max) * kLog2E)", "far_alike_-1e9_fp16_64_dense", -1),
-        # The sum of a split's weights is lost beside its maximum.
-        ("combine", "mine.y * exp2f((mine.x - max) * (kIsFp8<T> ? 1.0f : kLog2E))",
-         "exp2f((lse_of<T>(mine.x, mine.y) - max) * kLog2E)",
-         "far_alike_-1e9_fp16_64_splits", -1),
-        # Weights made before the maximum rose are not rescaled.
-        ("softmax", "\n      acc_s[i] *= factor;\n", "\n", "stairs", -1),
-        # The maximum of a K tile is that of its first keys.
-        ("softmax", "fmaf(fmaxf(even[r], odd[r]), scale, bias)",
-         "fmaf(fmaxf(acc_s[2 * r], acc_s[2 * r + 1]), scale, bias)", "stairs_of_one_tile", -1),
-        # The output so far is not rescaled.
-        ("softmax", "if (!FIRST && raise) rescale_o();", "", "jumps", -1),
-        # Scores that are to be computed again are not.
-        ("softmax", "sums[r] = fmaf(static_cast<float>(a[j]), static_cast<float>(b[j]), sums[r]);",
-         "sums[r] = 0.0f;", "far_scores", -1),
-        # The warpgroup that has no rows releases a stage without having waited for it.
-        ("consumer", "sm90::mbarrier_wait(&s.v_full[stage_of(kv_idx)], phase_of(kv_idx));", "", "few_rows_d64", 4),
-        # What follows the last key is not zeroed.
-        ("producer_tma", "int i = valid * 8 + lane;", "int i = Traits::kBlockN * 8 + lane;", "lengths", -1),
-        # Rows by kv_index overwrite those that V still needs.
-        ("producer_gather", "buffer ^= 1;\n        store_rows();", "store_rows();", "kv_index", -1),
-        # An empty slot is taken for a query.
-        ("epilogue", "if (p.q_index == nullptr) return 3;", "return 3;", "q_index", -1),
-        # A turn of the ping-pong goes to a consumer warpgroup that has no rows.
-        ("consumer", "wg + 1 < Traits::kConsumers && work.has_rows(wg + 1) ? wg + 1 : 0",
-         "wg + 1 < Traits::kConsumers ? wg + 1 : 0", "two_of_three_d64", -1),
-        # Queries by q_index of a third consumer warpgroup are copied before those in use were read.
-        ("producer_gather", "sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx",
-         "if (wg < 2) sm90::mbarrier_wait(&s.q_empty[wg], phase ^ 1);\n  __syncwarp();\n  if (threadIdx", "q_index_d64",
-         12),
-        # One split too few is combined.
-        ("tile_scheduler", "2 + __popc(found)", "1 + __popc(found)", "parts_of_lengths", -1),
-    ],
-    ids=["biases_too_early", "bias_of_another_key", "a_column_too_few", "bias_out_of_range", "bias_twice",
-         "bias_overflows", "far_as_near", "unit_first", "lse_of_a_split", "old_weights", "max_of_first_keys",
-         "old_output", "old_scores", "released_without_a_wait", "nan_past_the_end", "rows_too_early", "empty_as_query",
-         "turn_without_rows", "queries_too_early", "a_split_too_few"],
-)  # fmt: skip
+    [pytest.param(*rest, id=name) for name, *rest in first_of_each(BROKEN, lambda broken: broken[1])],
+)
 def test_a_broken_kernel_fails(kernels, tmp_path, file, before, after, case, slow_warp):
     """The emulation can tell: the same test on a kernel with one line wrong."""
     source = (CSRC / "mixed_res_attn" / f"{file}.cuh").read_text()
