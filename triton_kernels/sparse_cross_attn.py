@@ -18,8 +18,8 @@ from triton.language.extra import cuda
 from ._softmax import softmax_step
 
 # (BLOCK_M, BLOCK_N, FEW, num_warps, num_stages) by padded head dimension and whether inputs have 16 bits. FEW: up to so
-# many tokens are one tile of their own, smaller than BLOCK_N; 0: no such tile. "large": sm_90 and sm_100, with 227 KB of
-# shared memory a program; measured on an H200. Others: what fits.
+# many tokens are one tile of their own, smaller than BLOCK_N; 0: no such tile. "large": sm_90 and sm_100, with 227 KB
+# of shared memory a program; measured on an H200. Others: what fits.
 CONFIGS = {
     "large": {(64, True): (64, 64, 32, 4, 3), (128, True): (128, 64, 32, 8, 3)},
     "small": {

@@ -456,8 +456,8 @@ STEPS = {
         draft="half" if " half" in name else "coarse", lock_text=" lt" in name,
         coarse_refresh=int(kept or coarse),
     )
-    for coarse, mixed in ((2, 2), (2, 3), (3, 3), (3, 4), (3, 5), (4, 3), (4, 4), (4, 5), (4, 6), (4, 7), (5, 5), (5, 6),
-                          (6, 7), (7, 5))
+    for coarse, mixed in ((2, 2), (2, 3), (3, 3), (3, 4), (3, 5), (4, 3), (4, 4), (4, 5), (4, 6), (4, 7), (5, 5),
+                          (5, 6), (6, 7), (7, 5))
     for renewed in (0, 2, 3)
     for kind, kept in (("", 1), (" lt", 1), (" half", 1), (" half lt", 1), (" ck lt", ""), (" ck2 lt", 2),
                        (" ck3 lt", 3), (" ck4 lt", 4), (" half ck lt", ""))
