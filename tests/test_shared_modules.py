@@ -8,7 +8,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from combinations import first_of_each
+from combinations import ALL
 from diffusers.hooks import MagCacheConfig, apply_group_offloading, apply_mag_cache
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from tiny_models import call_options, paper, qwen_text, tiny_image, tiny_pipeline, tiny_qwen
@@ -311,7 +311,7 @@ def test_joined_weights_are_separate_again_when_their_runner_is_closed_or_freed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", first_of_each(FAMILIES, lambda family: "any"))
+@pytest.mark.parametrize("family", FAMILIES if ALL else FAMILIES[:1])
 def test_compiled_blocks_keep_keys_within_the_recompile_limit(family):
     """A block guards on what it keeps itself; and the stock pipeline works on afterwards."""
     pipe = make(family)
